@@ -1,0 +1,256 @@
+"""Every option of training: its default, its meaning, its check. Imports no torch, so `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_DS_CONFIG = PROJECT_ROOT / "ds_configs" / "zero2.json"
+LORA_TARGET_GROUPS = ("attention", "text_mlp", "audio_mlp")
+RESUME_NEVER, RESUME_AUTO = "never", "auto"
+
+
+METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+
+def option(default: Any, help_text: str, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
+    """A dataclass field that is also a command line option of the same name."""
+    return field(default=default, metadata={"help": help_text, "choices": choices, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Data"""
+
+    train_manifest: Path | None = option(
+        None, "ChatML samples, JSONL or a JSON array (without it: the built-in sample voices)", metavar="FILE"
+    )
+    val_manifest: Path | None = option(None, "validation samples; without it a share is split off", metavar="FILE")
+    val_split: float = option(0.05, "share of the training samples held out for validation, 0 to below 1")
+    allow_text_targets: bool = option(
+        False, "also train samples whose assistant turns hold no audio (speech to text, chat)"
+    )
+    cache_dir: Path | None = option(
+        None, "where encoded audio is kept ($HIGGS_DS_CACHE, or ~/.cache/higgs_ds)", metavar="DIR"
+    )
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Model"""
+
+    base_ckpt: str | None = option(
+        None, "base model, a folder or a hub id (without it: the built-in random tiny base)", metavar="BASE"
+    )
+    base_revision: str | None = option(None, "commit or tag of a base_ckpt on the hub", metavar="REV")
+    codec_ckpt: str | None = option(None, "audio codec, a folder or a hub id (default: named by the base)")
+    precision: str = option("bf16", "bf16 with float32 master weights, or float32 throughout", ("bf16", "fp32"))
+    activation_checkpointing: str = option(
+        "none", "recompute every layer in the backward pass to save memory, or none", ("none", "every_layer")
+    )
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """LoRA"""
+
+    lora_r: int = option(16, "rank of the adapters")
+    lora_alpha: int = option(32, "the adapters' product is scaled by lora_alpha / lora_r")
+    lora_dropout: float = option(0.05, "dropout in front of the adapters, 0 to below 1")
+    lora_targets: tuple[str, ...] = option(
+        LORA_TARGET_GROUPS,
+        "which linear layers get an adapter: attention, text_mlp, audio_mlp",
+        LORA_TARGET_GROUPS,
+        "GROUP",
+    )
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """Optimization"""
+
+    batch_size: int = option(2, "samples per rank and forward pass")
+    grad_accum: int = option(8, "forward passes per optimizer step")
+    epochs: int = option(2, "passes over the training samples")
+    max_steps: int | None = option(None, "end after this many optimizer steps, in place of epochs")
+    lr: float = option(2e-4, "peak learning rate of AdamW")
+    lr_scheduler_type: str = option(
+        "cosine", "learning rate schedule", ("cosine", "linear", "constant", "constant_with_warmup")
+    )
+    warmup_ratio: float = option(0.03, "share of the steps in which the learning rate rises from 0, 0 to below 1")
+    weight_decay: float = option(0.0, "AdamW's weight decay")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 leaves them as they are")
+    text_loss_weight: float = option(1.0, "weight of the mean text loss in the total loss")
+    audio_loss_weight: float = option(1.0, "weight of the mean audio loss in the total loss")
+    codebook_weights: tuple[float, ...] | None = option(
+        None, "weight of each codebook in the audio loss, scaled to a sum of 1 (default: all alike)"
+    )
+    seed: int = option(42, "seed of the split, the sample order, the adapters' start and dropout")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Run"""
+
+    output_dir: Path | None = option(None, "results (default: outputs/DATE-TIME)", metavar="DIR")
+    log_steps: int = option(10, "optimizer steps between log lines")
+    val_steps: int = option(100, "optimizer steps between validations")
+    save_steps: int = option(1000, "optimizer steps between checkpoints")
+    resume: str = option(RESUME_NEVER, "never, auto (the newest checkpoint in output_dir), or a checkpoint folder")
+    merge_adapter_with_base: bool = option(False, "merge at the end: final_model/ adapter/ merged_model/")
+    deepspeed: Path = option(DEFAULT_DS_CONFIG, "DeepSpeed JSON file", metavar="FILE")
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Generation"""
+
+    text: str = option("", "what is to be spoken")
+    base_model_path: str | None = option(
+        None,
+        "base or merged model, a folder or a hub id (default: the adapter's base, or the built-in one)",
+        metavar="BASE",
+    )
+    lora_adapter_path: Path | None = option(None, "adapter to speak with", metavar="DIR")
+    codec_ckpt: str | None = option(None, "audio codec, a folder or a hub id (default: named by the base)")
+    output: Path = option(Path("speech.wav"), "WAV file to write", metavar="FILE")
+    ref_audio: Path | None = option(None, "a clip of the voice to speak with", metavar="FILE")
+    ref_text: str | None = option(None, "what is said in ref_audio")
+    scene: str = option("Audio is recorded from a quiet room.", "description of the scene")
+    max_new_tokens: int | None = option(None, "longest speech, in rows of codes, 25 to the second")
+    temperature: float | None = option(None, "0 for greedy decoding, else sampled (default: the model's own settings)")
+    top_k: int | None = option(None, "sample from the k likeliest codes")
+    top_p: float | None = option(None, "sample from the likeliest codes with this total probability")
+    seed: int = option(42, "seed of the sampling")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """All options of launch/train.py, in groups."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+    def replace(self, **values: Any) -> TrainOptions:
+        """A copy with some options changed, each named as on the command line."""
+        groups = {}
+        for group_field in dataclasses.fields(self):
+            group = getattr(self, group_field.name)
+            names = {f.name for f in dataclasses.fields(group)} & values.keys()
+            groups[group_field.name] = dataclasses.replace(group, **{name: values.pop(name) for name in names})
+        if values:
+            raise TypeError(f"no such option: {', '.join(sorted(values))}")
+        return TrainOptions(**groups)
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by its name on the command line, as JSON values."""
+        flat: dict[str, Any] = {}
+        for group_field in dataclasses.fields(self):
+            flat.update(dataclasses.asdict(getattr(self, group_field.name)))
+        return {name: str(value) if isinstance(value, Path) else value for name, value in flat.items()}
+
+
+def add_options(parser: argparse.ArgumentParser, group_class: type) -> None:
+    """Add one dataclass of options to a parser. Options that are not given do not appear in its result."""
+    group = parser.add_argument_group(group_class.__doc__)
+    hints = typing.get_type_hints(group_class)
+    for option_field in dataclasses.fields(group_class):
+        meta = option_field.metadata
+        default: Any = option_field.default
+        value_type, many = _value_type(hints[option_field.name])
+        kwargs: dict[str, Any] = {"default": argparse.SUPPRESS, "help": meta["help"]}
+        if value_type is bool:
+            kwargs["action"] = "store_true"
+        else:
+            metavar = meta["metavar"] or (None if meta["choices"] else METAVARS[value_type])
+            kwargs.update(type=value_type, choices=meta["choices"], metavar=metavar)
+            if many:
+                kwargs["nargs"] = "+"
+            if default is not None:
+                shown = " ".join(map(str, default)) if many else _shown_default(default)
+                kwargs["help"] += f" [{shown}]"
+        group.add_argument(f"--{option_field.name}", **kwargs)
+
+
+def _shown_default(default: Any) -> str:
+    if isinstance(default, Path) and default.is_relative_to(PROJECT_ROOT):
+        return str(default.relative_to(PROJECT_ROOT))
+    return str(default)
+
+
+def _value_type(hint: Any) -> tuple[Any, bool]:
+    """The type that a command line value is turned into, and whether an option takes several."""
+    if isinstance(hint, types.UnionType):
+        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+def parse_train_options(argv: list[str] | None = None) -> tuple[TrainOptions, set[str]]:
+    """The options of launch/train.py, and which of them were given on the command line."""
+    parser = argparse.ArgumentParser(
+        prog="launch/train.py",
+        usage="deepspeed launch/train.py [--deepspeed FILE] [options]",
+        description="Train LoRA adapters for Higgs Audio v2. Without options: the built-in base and sample voices.",
+        allow_abbrev=False,
+    )
+    for group_class in typing.get_type_hints(TrainOptions).values():
+        add_options(parser, group_class)
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
+    given = _given(parser, argv)
+    given.pop("local_rank")
+    return TrainOptions().replace(**given), set(given)
+
+
+def parse_generate_options(argv: list[str] | None = None) -> GenerateOptions:
+    """The options of launch/generate.py."""
+    parser = argparse.ArgumentParser(
+        prog="launch/generate.py",
+        usage="python launch/generate.py --text TEXT [options]",
+        description="Speak a text with a base, an adapter or a merged model.",
+        allow_abbrev=False,
+    )
+    add_options(parser, GenerateOptions)
+    return GenerateOptions(**_given(parser, argv))
+
+
+def _given(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, Any]:
+    values = vars(parser.parse_args(argv))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def check_options(options: TrainOptions) -> list[str]:
+    """Problems of single options; empty where there are none."""
+    flat = options.flat()
+    problems = []
+
+    def expect(name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            problems.append(f"--{name} {flat[name]}: must be {allowed}")
+
+    for name in ("lora_r", "lora_alpha", "batch_size", "grad_accum", "epochs", "log_steps", "val_steps", "save_steps"):
+        expect(name, flat[name] >= 1, "1 or more")
+    expect("max_steps", flat["max_steps"] is None or flat["max_steps"] >= 1, "1 or more")
+    for name in ("val_split", "lora_dropout", "warmup_ratio"):
+        expect(name, 0 <= flat[name] < 1, "from 0 to below 1")
+    for name in ("weight_decay", "max_grad_norm", "text_loss_weight", "audio_loss_weight"):
+        expect(name, 0 <= flat[name] < float("inf"), "0 or more")
+    expect("lr", 0 < flat["lr"] < float("inf"), "above 0")
+    if flat["resume"] == RESUME_AUTO and flat["output_dir"] is None:
+        problems.append("--resume auto: needs --output_dir, the folder of the run to go on with")
+    if flat["text_loss_weight"] == flat["audio_loss_weight"] == 0:
+        problems.append("--text_loss_weight and --audio_loss_weight are both 0: nothing would be trained")
+    weights = flat["codebook_weights"]
+    if weights is not None and (min(weights) < 0 or not 0 < sum(weights) < float("inf")):
+        problems.append(f"--codebook_weights {weights}: must be 0 or more, with a sum above 0")
+    return problems

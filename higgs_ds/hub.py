@@ -1,0 +1,54 @@
+"""Folders of models: found by path or hub id, and the weight files in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from higgs_ds.errors import InputError
+
+
+def resolve_folder(name: str, asked_by: str, revision: str | None = None) -> Path:
+    """The folder of a model named by path or hub id; a hub id is downloaded into the hub's cache.
+
+    Raises InputError, beginning with `asked_by`: there is neither such a folder nor such a repository.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if name.count("/") != 1 or name[0] in "./~":
+        raise InputError(f"{asked_by} {name}: no such folder (a hub id has the form OWNER/NAME)")
+    try:
+        return Path(snapshot_download(name, revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{asked_by} {name}: neither a folder here nor to be had from the hub: {reason}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, as its index names them. Raises InputError where any is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise InputError(f"{folder}: lacks {', '.join(missing)}")
+    return [folder / name for name in names]
+
+
+def weight_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in some safetensors files, from their headers alone. Raises InputError for others."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: is no safetensors file, or a damaged one: {error}") from error
+    return shapes
