@@ -1,0 +1,120 @@
+"""From a sample to token ids and text labels, in the layout that the model was pretrained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from higgs_ds.data.delay_pattern import IGNORE_INDEX, AudioStream
+from higgs_ds.data.sample import ASSISTANT, AudioClip, Message, Sample
+
+BEGIN_OF_TEXT = "<|begin_of_text|>"
+END_OF_TURN, END_OF_MESSAGE = "<|eot_id|>", "<|eom_id|>"
+AUDIO_EOS = "<|audio_eos|>"
+AUDIO_IN_BOS, AUDIO_IN = "<|audio_bos|>", "<|AUDIO|>"
+AUDIO_OUT_BOS, AUDIO_OUT = "<|audio_out_bos|>", "<|AUDIO_OUT|>"
+AUDIO_DELAY = "<|reserved_special_token_6|>"
+REQUIRED_TOKENS = (
+    BEGIN_OF_TEXT, "<|start_header_id|>", "<|end_header_id|>", END_OF_TURN, END_OF_MESSAGE,
+    AUDIO_IN_BOS, AUDIO_EOS, AUDIO_OUT_BOS, AUDIO_OUT, AUDIO_DELAY,
+)  # fmt: skip
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer of transformers."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def convert_tokens_to_ids(self, tokens: str) -> int: ...
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the prompt: text with special tokens, or the place of one clip."""
+
+    text: str
+    is_target: bool
+    clip: AudioClip | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids and labels of one sample, unshifted; where its audio tokens stand; which of its clips are learned."""
+
+    input_ids: list[int]
+    labels: list[int]
+    audio_columns: list[int]
+    target_clips: list[bool]
+
+
+def header(role: str) -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+
+def render(messages: Sequence[Message], start_index: int) -> Iterator[Segment]:
+    """The segments of a conversation, each tokenized on its own, as the original runtime does.
+
+    A clip's segment holds `<|AUDIO_OUT|>` in an assistant turn and `<|AUDIO|>` in another. The model gives codes the
+    same path through its layers in both cases, so that `tokenize` puts the same placeholders in for either.
+    """
+    for turn, message in enumerate(messages):
+        is_assistant = message.role == ASSISTANT
+        is_target = is_assistant and turn >= start_index
+        yield Segment((BEGIN_OF_TEXT if turn == 0 else "") + header(message.role), False)
+        if message.recipient:
+            yield Segment(f"{message.recipient}<|recipient|>", is_target)
+        for part in message.parts:
+            if isinstance(part, str):
+                yield Segment(part, is_target)
+            else:
+                yield Segment(AUDIO_OUT_BOS if is_assistant else AUDIO_IN_BOS, is_target)
+                yield Segment(AUDIO_OUT if is_assistant else AUDIO_IN, is_target, part)
+                yield Segment(AUDIO_EOS, is_target)
+        followed = turn + 1 < len(messages) and messages[turn + 1].role == ASSISTANT
+        yield Segment(END_OF_MESSAGE if is_assistant and followed else END_OF_TURN, is_target)
+
+
+def render_generation(messages: Sequence[Message]) -> Iterator[Segment]:
+    """The segments of a conversation that ends where the model begins to speak."""
+    yield from render(messages, len(messages))
+    yield Segment(header(ASSISTANT), False)
+    yield Segment(AUDIO_OUT_BOS, False)
+
+
+def tokenize(
+    segments: Iterator[Segment], num_frames: Sequence[int], tokenizer: Tokenizer, stream: AudioStream
+) -> Prompt:
+    """Token ids and labels; a clip of F frames takes F + 2 audio tokens and C - 1 delay tokens, all without a label.
+
+    Args:
+        num_frames: length of each clip, in order, in codec frames.
+    """
+    audio_id = tokenizer.convert_tokens_to_ids(AUDIO_OUT)
+    delay_id = tokenizer.convert_tokens_to_ids(AUDIO_DELAY)
+    lengths = iter(num_frames)
+    input_ids: list[int] = []
+    labels: list[int] = []
+    audio_columns: list[int] = []
+    target_clips = []
+    for segment in segments:
+        if segment.clip is not None:
+            ids = [audio_id] * (next(lengths) + 2) + [delay_id] * (stream.num_codebooks - 1)
+            audio_columns += range(len(input_ids), len(input_ids) + len(ids))
+            target_clips.append(segment.is_target)
+        else:
+            ids = tokenizer.encode(segment.text, add_special_tokens=False)
+        has_labels = segment.is_target and segment.clip is None
+        input_ids += ids
+        labels += ids if has_labels else [IGNORE_INDEX] * len(ids)
+    return Prompt(input_ids, labels, audio_columns, target_clips)
+
+
+def prompt_of(sample: Sample, num_frames: Sequence[int], tokenizer: Tokenizer, stream: AudioStream) -> Prompt:
+    """Token ids and labels of a sample to learn from."""
+    return tokenize(render(sample.messages, sample.start_index), num_frames, tokenizer, stream)
+
+
+def missing_tokens(vocabulary: dict[str, int]) -> list[str]:
+    """Special tokens of the layout that a tokenizer's vocabulary lacks."""
+    return [token for token in REQUIRED_TOKENS if token not in vocabulary]

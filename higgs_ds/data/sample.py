@@ -1,0 +1,54 @@
+"""One conversation to learn from, as every reader yields it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+ROLES = (SYSTEM, USER, ASSISTANT)
+
+
+@dataclass(frozen=True)
+class AudioClip:
+    """A stretch of an audio file; `offset_s` and `duration_s` in seconds, the whole file without them."""
+
+    path: Path
+    offset_s: float = 0.0
+    duration_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: text and audio in the order in which they appear."""
+
+    role: str
+    parts: tuple[str | AudioClip, ...]
+    recipient: str | None = None
+
+    @property
+    def clips(self) -> list[AudioClip]:
+        return [part for part in self.parts if isinstance(part, AudioClip)]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation. Assistant turns from `start_index` on are learned; `source` is FILE:LINE for messages."""
+
+    messages: tuple[Message, ...]
+    start_index: int
+    speaker: str | None
+    source: str
+
+    @property
+    def clips(self) -> list[AudioClip]:
+        """Every clip, in the order of the conversation."""
+        return [clip for message in self.messages for clip in message.clips]
+
+    def is_target(self, turn: int) -> bool:
+        """Whether the message at index `turn` is learned."""
+        return turn >= self.start_index and self.messages[turn].role == ASSISTANT
+
+    @property
+    def has_target_audio(self) -> bool:
+        return any(message.clips for turn, message in enumerate(self.messages) if self.is_target(turn))
