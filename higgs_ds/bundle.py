@@ -1,0 +1,89 @@
+"""A base as it lies on disk, without its weights: configuration, tokenizer, codec, and whether they fit together."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer, HiggsAudioV2Config, PreTrainedTokenizerBase
+
+from higgs_ds.builtin import builtin_base
+from higgs_ds.data.codec import find_codec, read_codec_config
+from higgs_ds.data.delay_pattern import AudioStream
+from higgs_ds.data.prompt import AUDIO_DELAY, AUDIO_OUT, AUDIO_OUT_BOS, missing_tokens
+from higgs_ds.errors import InputError
+from higgs_ds.files import sha256_of
+from higgs_ds.hub import resolve_folder, weight_files, weight_shapes
+from higgs_ds.model.higgs import read_config
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Everything of a base but its weights. `name` is how the user called it."""
+
+    name: str
+    folder: Path
+    config: HiggsAudioV2Config
+    tokenizer: PreTrainedTokenizerBase
+    codec_folder: Path
+    sample_rate: int
+    hop_length: int
+
+    @property
+    def identity(self) -> str:
+        """The same for one base wherever it lies: SHA-256 over its configuration and its files' names and sizes."""
+        sizes = [(path.name, path.stat().st_size) for path in weight_files(self.folder)]
+        return hashlib.sha256(repr((sha256_of(self.folder / "config.json"), sizes)).encode()).hexdigest()
+
+    @property
+    def pad_id(self) -> int:
+        """What fills the end of a row, where nothing is ever predicted."""
+        return self.config.pad_token_id or 0
+
+    @property
+    def stream(self) -> AudioStream:
+        return AudioStream(self.config.num_codebooks, self.config.audio_stream_bos_id, self.config.audio_stream_eos_id)
+
+
+def open_bundle(name: str | None, revision: str | None, codec_name: str | None, cache_dir: Path) -> Bundle:
+    """Find a base, by default the built-in one, and its codec. Raises InputError with all that does not fit."""
+    folder = resolve_folder(name, "--base_ckpt", revision) if name else builtin_base(cache_dir)
+    config = read_config(folder)
+    weight_files(folder)
+    codec_folder = find_codec(folder, codec_name)
+    codec = read_codec_config(codec_folder)
+    weight_shapes(weight_files(codec_folder))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: its tokenizer does not load: {error}") from error
+    problems = _tokenizer_problems(folder, config, tokenizer)
+    if codec.num_quantizers != config.num_codebooks:
+        problems.append(
+            f"{codec_folder}: gives {codec.num_quantizers} codebooks, the base {folder} takes {config.num_codebooks}"
+        )
+    if codec.codebook_size != config.audio_stream_bos_id or config.codebook_size <= config.audio_stream_eos_id:
+        problems.append(
+            f"{folder}: codebook_size {config.codebook_size} with stream BOS {config.audio_stream_bos_id} and EOS "
+            f"{config.audio_stream_eos_id} does not fit the codec's {codec.codebook_size} codes"
+        )
+    if problems:
+        raise InputError(problems)
+    return Bundle(name or str(folder), folder, config, tokenizer, codec_folder, codec.sample_rate, codec.hop_length)
+
+
+def _tokenizer_problems(folder: Path, config: HiggsAudioV2Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    missing = missing_tokens(tokenizer.get_vocab())
+    if missing:
+        return [f"{folder}: its tokenizer lacks {', '.join(missing)}"]
+    expected = {
+        AUDIO_OUT: config.audio_token_id,
+        AUDIO_DELAY: config.audio_delay_token_id,
+        AUDIO_OUT_BOS: config.audio_bos_token_id,
+    }
+    return [
+        f"{folder}: {token} is {tokenizer.convert_tokens_to_ids(token)} in the tokenizer, {expected_id} in config.json"
+        for token, expected_id in expected.items()
+        if tokenizer.convert_tokens_to_ids(token) != expected_id
+    ]

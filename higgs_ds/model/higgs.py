@@ -1,0 +1,113 @@
+"""Higgs Audio v2 as this trainer uses it. The only user of transformers' model class; its quirks live here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+
+from higgs_ds.errors import InputError
+from higgs_ds.hub import weight_files, weight_shapes
+from higgs_ds.loss import loss_sums
+
+MODEL_TYPE = "higgs_audio_v2"
+ORIGINAL_MODEL_TYPE = "higgs_audio"
+TEXT_HEAD = "text_lm_head.weight"
+
+
+def read_config(folder: Path) -> HiggsAudioV2Config:
+    """The configuration of a base in the native layout. Raises InputError where the folder is something else."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: is no model folder: it has no config.json")
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: is not a JSON object: {error}") from error
+    if model_type == ORIGINAL_MODEL_TYPE:
+        raise InputError(
+            f"{path}: model_type is '{ORIGINAL_MODEL_TYPE}', the original layout; this trainer reads the native one "
+            f"('{MODEL_TYPE}'), for instance bosonai/higgs-audio-v2-generation-3B-base since April 2026"
+        )
+    if model_type != MODEL_TYPE:
+        raise InputError(f"{path}: model_type is {model_type!r}; a Higgs Audio v2 base has '{MODEL_TYPE}'")
+    return HiggsAudioV2Config.from_pretrained(folder)
+
+
+def check_text_head(folder: Path) -> None:
+    """Raise InputError where a base's weights lack the text head, which the text loss needs."""
+    if TEXT_HEAD not in weight_shapes(weight_files(folder)):
+        raise InputError(
+            f"{folder}: holds no {TEXT_HEAD}, which the text loss needs; use a base saved with its text head"
+        )
+
+
+def load_base(folder: Path, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGeneration:
+    """Load a base with its text head, every weight from its files, on the CPU, frozen.
+
+    The text head must be asked for: transformers drops its weights silently otherwise.
+    """
+    model, info = HiggsAudioV2ForConditionalGeneration.from_pretrained(
+        folder, use_text_head=True, dtype=dtype, output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            names = ", ".join(sorted(map(str, info[kind]))[:5])
+            raise InputError(f"{folder}: {kind.replace('_', ' ')} in its weights: {names}")
+    return model.requires_grad_(False)
+
+
+def load_for_generation(folder: Path) -> HiggsAudioV2ForConditionalGeneration:
+    """Load a model as its users do: in the dtype of its files, without the text head, which speaking does not need."""
+    return HiggsAudioV2ForConditionalGeneration.from_pretrained(folder, dtype="auto")
+
+
+class DualLossModel(nn.Module):
+    """The adapted model and its loss in one forward, with the heads applied only where there is a target.
+
+    The loss is computed in here because ZeRO-3 gathers a head's weights around the calls of its module. Both heads
+    are called in every forward, on no rows if need be, so that all ranks run the same collectives.
+    """
+
+    def __init__(self, adapted: PeftModel) -> None:
+        super().__init__()
+        self.adapted = adapted
+
+    @property
+    def higgs(self) -> HiggsAudioV2ForConditionalGeneration:
+        return self.adapted.get_base_model()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        audio_input_ids: torch.Tensor,
+        audio_input_ids_mask: torch.Tensor,
+        text_positions: torch.Tensor,
+        text_targets: torch.Tensor,
+        audio_positions: torch.Tensor,
+        audio_targets: torch.Tensor,
+        target_weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and its unweighted sums, for a batch as `data.collate.Batch` describes it.
+
+        Args:
+            target_weights: float32 (1 + C,), what one target of the text and of each codebook weighs in the loss.
+
+        Returns the weighted loss, a float32 scalar, and the detached sums, float32 (1 + C,).
+        """
+        higgs = self.higgs
+        hidden = higgs.model(
+            input_ids=input_ids,
+            audio_input_ids=audio_input_ids,
+            audio_input_ids_mask=audio_input_ids_mask,
+            use_cache=False,
+        ).last_hidden_state.flatten(0, 1)
+        text_logits = higgs.text_lm_head(hidden[text_positions])
+        audio_logits = higgs.audio_lm_head(hidden[audio_positions])
+        audio_logits = audio_logits.view(len(audio_positions), higgs.config.num_codebooks, higgs.config.codebook_size)
+        sums = loss_sums(text_logits, text_targets, audio_logits, audio_targets)
+        return (sums * target_weights).sum(), sums.detach()

@@ -1,0 +1,80 @@
+"""LoRA by PEFT: targets found in the model, not assumed; reported; refused where some layer lacks one."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from higgs_ds.config import LoraOptions
+from higgs_ds.errors import InputError
+
+# Which part of a decoder layer belongs to which group of targets. `audio_attn` exists in some of the family.
+GROUP_OF_MODULE = {
+    "self_attn": "attention",
+    "audio_attn": "attention",
+    "mlp": "text_mlp",
+    "audio_mlp": "audio_mlp",
+}
+_LAYER_LINEAR = re.compile(r"^model\.layers\.(\d+)\.((\w+)\.\w+)$")
+
+
+def discover_targets(model: nn.Module, groups: Sequence[str]) -> list[str]:
+    """Names, from the layer on (`audio_mlp.up_proj`), of the decoder's linear layers in the given groups.
+
+    `audio_mlp.up_proj` and `mlp.up_proj` are told apart: PEFT matches a name only behind a dot.
+    Raises InputError: a group has no module, or a module is missing in some layers.
+    """
+    found: Counter[str] = Counter()
+    layers = set()
+    present = set()
+    for name, module in model.named_modules():
+        match = _LAYER_LINEAR.match(name)
+        if match is None or not isinstance(module, nn.Linear):
+            continue
+        layers.add(match[1])
+        group = GROUP_OF_MODULE.get(match[3])
+        if group in groups:
+            found[match[2]] += 1
+            present.add(group)
+    problems = [
+        f"--lora_targets {group}: the base has no such linear layers" for group in groups if group not in present
+    ]
+    problems += [
+        f"--lora_targets: {name} is in {count} of {len(layers)} decoder layers; it must be in all or none"
+        for name, count in sorted(found.items())
+        if count != len(layers)
+    ]
+    if problems:
+        raise InputError(problems)
+    return sorted(found)
+
+
+def add_lora(model: nn.Module, options: LoraOptions, base_name: str) -> PeftModel:
+    """Wrap a frozen model with adapters of its own dtype. The second factor starts at 0: nothing changes at first.
+
+    No task type is given: PEFT would pass `labels` into a forward of another meaning. The adapters are not upcast
+    (PEFT's default): the engine keeps float32 master weights of them.
+    """
+    config = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=discover_targets(model, options.lora_targets),
+        bias="none",
+    )
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    config.base_model_name_or_path = base_name  # PEFT takes the folder, which for a hub id is this machine's own
+    return adapted
+
+
+def describe(model: PeftModel) -> str:
+    """One line on what is trained: modules, parameters, share."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in model.parameters())
+    modules = sum(1 for name, _ in model.named_modules() if name.endswith(".lora_A.default"))
+    targets = ", ".join(sorted(model.peft_config["default"].target_modules))
+    return f"LoRA on {modules} modules, {trained:,} of {whole:,} parameters ({trained / whole:.2%}): {targets}"
