@@ -1,0 +1,172 @@
+"""`checkpoint-N/`: everything that a run needs to go on as if it had never stopped, complete or not there at all.
+
+Rank 0 writes what all ranks have gathered; a checkpoint does not depend on the ZeRO stage or the number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from higgs_ds.distributed import gather_objects, on_main, rank
+from higgs_ds.engine import MOMENTS, Engine
+from higgs_ds.errors import InputError
+from higgs_ds.export import ADAPTER_FOLDER, ADAPTER_WEIGHTS, write_adapter
+from higgs_ds.files import replaced_folder, saving, sha256_of, write_json
+from higgs_ds.metrics import Meter
+
+STATE_FILE, MANIFEST_FILE = "trainer_state.json", "manifest.json"
+OPTIMIZER_FILE, RNG_FILE = "optimizer.safetensors", "rng_state.safetensors"
+_NAME = re.compile(r"checkpoint-(\d+)$")
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands. `step` counts optimizer steps; the place in the data follows from it and the settings."""
+
+    total_steps: int
+    steps_per_epoch: int
+    settings: dict[str, Any]
+    step: int = 0
+    has_learned: bool = False  # whether any step so far had a learning rate above 0
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    meters: list[dict[str, Any]] = field(default_factory=list)  # each rank's, of the steps since the last log line
+
+    @property
+    def epoch(self) -> float:
+        return self.step / self.steps_per_epoch
+
+    def to_json(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "finished": self.step >= self.total_steps, **asdict(self)}
+
+
+def save_checkpoint(
+    output_dir: Path, engine: Engine, state: TrainerState, meter: Meter, lora_config: LoraConfig
+) -> None:
+    """Write `checkpoint-N/` and renew `lora_adapters/` and `trainer_state.json` beside it. Every rank must call this.
+
+    Raises, on every rank, SaveError where it cannot be written and NotFiniteError where training has gone astray; what
+    was saved before stays as it was.
+    """
+    state.scheduler = engine.scheduler.state_dict()
+    state.meters = gather_objects(meter.state())
+    masters = engine.gather()
+    moments = {moment: engine.gather(moment) for moment in MOMENTS}
+    rng_states = gather_objects(_rng_state())
+    target = output_dir / f"checkpoint-{state.step}"
+
+    def write() -> None:
+        with saving(target), replaced_folder(target) as folder:
+            write_adapter(folder / ADAPTER_FOLDER, masters, lora_config, state.has_learned)
+            named = {f"{moment}.{name}": tensor for moment in MOMENTS for name, tensor in moments[moment].items()}
+            save_file(named, folder / OPTIMIZER_FILE)
+            by_rank = {f"{r}.{kind}": tensor for r, states in enumerate(rng_states) for kind, tensor in states.items()}
+            save_file(by_rank, folder / RNG_FILE)
+            write_json(folder / STATE_FILE, state.to_json())
+            write_json(folder / MANIFEST_FILE, _manifest(folder))
+        with saving(output_dir / ADAPTER_FOLDER), replaced_folder(output_dir / ADAPTER_FOLDER) as folder:
+            shutil.copytree(target / ADAPTER_FOLDER, folder, dirs_exist_ok=True)
+        with saving(output_dir / STATE_FILE):
+            write_json(output_dir / STATE_FILE, state.to_json())
+
+    on_main(write)
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file, by its path in the folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
+
+
+def why_incomplete(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None where all are there as they were written."""
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"its {MANIFEST_FILE} cannot be read ({type(error).__name__})"
+    for name, expected in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"lacks {name}"
+        if path.stat().st_size != expected["size"] or sha256_of(path) != expected["sha256"]:
+            return f"its {name} is not as it was written"
+    return None
+
+
+def find_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, newest first."""
+    if not output_dir.is_dir():
+        return []
+    numbered = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.match(path.name))]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def newest_complete(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is complete, and which newer ones were passed over and why."""
+    passed_over: list[str] = []
+    for folder in find_checkpoints(output_dir):
+        reason = why_incomplete(folder)
+        if reason is None:
+            return folder, passed_over
+        passed_over.append(f"{folder}: passed over: {reason}")
+    return None, passed_over
+
+
+def read_state(folder: Path) -> TrainerState:
+    """The state of a complete checkpoint."""
+    values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    return TrainerState(**{key: value for key, value in values.items() if key not in ("epoch", "finished")})
+
+
+def check_same_run(saved: TrainerState, fresh: TrainerState, folder: Path) -> None:
+    """Raise InputError where a checkpoint's settings are not those of the run that would go on from it."""
+    names = saved.settings.keys() | fresh.settings.keys()
+    problems = [
+        f"{folder}: was trained with {name} {saved.settings.get(name)!r}, now it is {fresh.settings.get(name)!r}"
+        for name in sorted(names)
+        if saved.settings.get(name) != fresh.settings.get(name)
+    ]
+    if saved.total_steps != fresh.total_steps:
+        problems.append(f"{folder}: was trained for {saved.total_steps} steps, now it would be {fresh.total_steps}")
+    if problems:
+        raise InputError([*problems, "--resume goes on with the same settings; begin anew in another --output_dir"])
+
+
+def load_adapter_into(folder: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Give a model's adapters the values of a checkpoint, before an engine takes the model."""
+    tensors = load_file(folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def load_into_engine(folder: Path, engine: Engine, state: TrainerState) -> None:
+    """Give an engine the masters, moments, schedule and random state of a checkpoint. Every rank must call this."""
+    moments = load_file(folder / OPTIMIZER_FILE)
+    by_moment = {
+        moment: {name.removeprefix(f"{moment}."): t for name, t in moments.items() if name.startswith(f"{moment}.")}
+        for moment in MOMENTS
+    }
+    engine.restore(load_file(folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS), by_moment, state.step)
+    engine.restore_schedule(state.scheduler)
+    states = load_file(folder / RNG_FILE)
+    if f"{rank()}.cpu" in states:
+        torch.set_rng_state(states[f"{rank()}.cpu"])
+    if torch.cuda.is_available() and f"{rank()}.cuda" in states:
+        torch.cuda.set_rng_state(states[f"{rank()}.cuda"])
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    """This rank's generators, which dropout draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states

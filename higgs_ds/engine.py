@@ -1,0 +1,252 @@
+"""The only user of DeepSpeed: start an engine, run one optimizer step, gather what is trained, put it back.
+
+Adapters' float32 masters and Adam's moments leave and enter here as whole tensors by name, so that what is on disk
+knows nothing of ZeRO stages or the number of ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import nn
+from transformers import get_scheduler
+
+from higgs_ds.config import OptimOptions
+from higgs_ds.data.collate import Batch
+from higgs_ds.distributed import device, rank, sum_over_ranks, world_size
+from higgs_ds.errors import NotFiniteError
+from higgs_ds.loss import LossWeights, target_weights
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state of each parameter, beside its count of steps
+
+
+class Engine:
+    """A DeepSpeed engine around a model whose forward returns (loss, sums)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: dict[str, nn.Parameter],
+        settings: dict[str, Any],
+        options: OptimOptions,
+        total_steps: int,
+        weights: LossWeights,
+    ) -> None:
+        """Start DeepSpeed around `model`.
+
+        Args:
+            trained: the parameters to train, by the names under which they are gathered.
+            settings: DeepSpeed's, without any "auto".
+        """
+        self.trained = trained
+        self.weights = weights
+        self.device = device()
+        _quiet()
+        _without_compiler()
+        optimizer = torch.optim.AdamW(trained.values(), lr=options.lr, weight_decay=options.weight_decay)
+        self.scheduler = get_scheduler(
+            options.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=int(options.warmup_ratio * total_steps),
+            num_training_steps=total_steps,
+        )
+        if settings["zero_optimization"]["stage"] == 3:
+            _spread(model, settings, self.device)
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=self.scheduler, config=settings, dist_init_required=False
+        )
+        self.stage = self.engine.zero_optimization_stage()
+        self._stage0_grad_norm = torch.zeros(())  # DeepSpeed keeps none there
+        if isinstance(self.engine.optimizer, FP16_UnfusedOptimizer):
+            self._undo_step_at_start()
+
+    @torch.no_grad()
+    def _undo_step_at_start(self) -> None:
+        """Forget the step on zero gradients with which DeepSpeed's stage 0 wrapper allocates Adam's state.
+
+        It counts in Adam's bias correction (the first true step is 0.74 times as large as it should be) and decays the
+        weights once.
+        """
+        self._inner.state.clear()
+        for parameter in self.trained.values():
+            self._master_of(parameter).copy_(parameter)
+
+    def train_step(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward and backward over this rank's micro-batches of a window, then one optimizer step.
+
+        Returns the loss sums of this rank, float32 (1 + C,), and the target counts of all ranks, float64 (1 + C,).
+        """
+        self.engine.train()
+        counts = sum_over_ranks(torch.stack([batch.target_counts() for batch in batches]).sum(dim=0).to(self.device))
+        per_target = target_weights(counts, self.weights)
+        sums = torch.zeros(len(counts), device=self.device)
+        for i, batch in enumerate(batches):
+            self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
+            loss, micro_sums = self.engine(**batch.tensors(self.device), target_weights=per_target)
+            # Every target weighs 1 / count of the whole window. DeepSpeed averages gradients over ranks, so that the
+            # loss is multiplied by their number; over micro-batches it is told to sum. A window cut short, or a rank
+            # without targets, therefore changes no target's weight.
+            # The product is also a tensor of its own: at stage 0, DeepSpeed 0.19.8 divides the gradient of the very
+            # tensor that the model returned by the accumulation steps, in spite of scale_wrt_gas=False.
+            self.engine.backward(loss * world_size(), scale_wrt_gas=False)
+            if self.stage == 0 and i == len(batches) - 1:
+                gradients = [p.grad for p in self.trained.values() if p.grad is not None]
+                self._stage0_grad_norm = torch.nn.utils.get_total_norm(gradients)
+            self.engine.step()
+            sums += micro_sums
+        if self.engine.skipped_steps:  # DeepSpeed passes over a gradient that is not finite, and only counts it
+            error = NotFiniteError("a gradient became NaN or infinite; the step was not taken. Lower --lr")
+            error.on_all_ranks = True
+            raise error
+        return sums, counts
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss sums and target counts, float64 (1 + C,), over the micro-batches of all ranks."""
+        self.engine.eval()
+        per_target = torch.ones(1 + len(self.weights.codebooks), device=self.device)
+        sums = torch.zeros(len(per_target), dtype=torch.float64, device=self.device)
+        counts = torch.zeros_like(sums)
+        for batch in batches:
+            _, micro_sums = self.engine(**batch.tensors(self.device), target_weights=per_target)
+            sums += micro_sums
+            counts += batch.target_counts().to(self.device)
+        return sum_over_ranks(sums), sum_over_ranks(counts)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return float(self.scheduler.get_last_lr()[0])
+
+    def restore_schedule(self, state: dict[str, Any]) -> None:
+        """Put the learning rate schedule back where its `state_dict` was taken."""
+        self.scheduler.load_state_dict(state)
+        for group, lr in zip(self._inner.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the last step's gradients over all ranks, before clipping."""
+        return float(self._stage0_grad_norm if self.stage == 0 else self.engine.get_global_grad_norm())
+
+    @torch.no_grad()
+    def gather(self, moment: str | None = None) -> dict[str, torch.Tensor]:
+        """The float32 masters of what is trained, or one of Adam's moments, whole, on the CPU of rank 0.
+
+        Every rank must call this; the others get an empty dict.
+        """
+        gathered = {}
+        for name, parameter in self.trained.items():
+            whole = self._gather_one(parameter, moment)
+            if rank() == 0:
+                gathered[name] = whole.detach().float().cpu()
+        return gathered
+
+    @torch.no_grad()
+    def restore(self, masters: dict[str, torch.Tensor], moments: dict[str, dict[str, torch.Tensor]], step: int) -> None:
+        """Put masters and moments, by name and whole, back where `gather` took them from, on every rank.
+
+        The model's own, lower precision copies must hold the same values already.
+        """
+        for flat in self._flat_masters():
+            # What torch's AdamW makes at its first step, which has not come yet.
+            zeros = {key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in MOMENTS}
+            self._inner.state[flat] = {"step": torch.tensor(float(step)), **zeros}
+        if self.stage in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self.trained.items():
+            self._set_one(parameter, masters[name], None)
+            for moment in MOMENTS:
+                self._set_one(parameter, moments[moment][name], moment)
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        """torch's optimizer under DeepSpeed's wrapper; stage 0 in float32 has no wrapper."""
+        return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+
+    def _flat_masters(self) -> list[torch.Tensor]:
+        if self.stage == 3:
+            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+        return [master for group in self._inner.param_groups for master in group["params"]]
+
+    def _gather_one(self, parameter: Any, moment: str | None) -> torch.Tensor:
+        if self.stage == 3:
+            part = (
+                safe_get_local_optimizer_state(parameter, moment) if moment else safe_get_local_fp32_param(parameter)
+            ).to(self.device)
+            parts = part.new_empty(world_size() * part.numel())
+            dist.all_gather_into_tensor(parts, part.contiguous())
+            return parts[: parameter.ds_numel].view(parameter.ds_shape)
+        if self.stage in (1, 2):
+            return safe_get_full_optimizer_state(parameter, moment) if moment else safe_get_full_fp32_param(parameter)
+        master = self._master_of(parameter)
+        return self._inner.state[master][moment] if moment else master
+
+    def _set_one(self, parameter: Any, value: torch.Tensor, moment: str | None) -> None:
+        if self.stage == 3:
+            # Each rank holds an equal part; the last ones are padded where the parameter does not divide.
+            part = parameter.ds_tensor.ds_numel
+            padded = torch.nn.functional.pad(value.flatten(), (0, part * world_size() - value.numel()))
+            mine = padded[rank() * part : (rank() + 1) * part]
+            if moment:
+                safe_set_local_optimizer_state(parameter, mine, moment)
+            else:
+                safe_set_local_fp32_param(parameter, mine)
+        elif self.stage in (1, 2):
+            if moment:
+                safe_set_full_optimizer_state(parameter, value, moment)
+            else:
+                safe_set_full_fp32_param(parameter, value)
+        else:
+            master = self._master_of(parameter)
+            (self._inner.state[master][moment] if moment else master.data).copy_(value)
+
+    def _master_of(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The float32 master of a parameter at stage 0, which in float32 training is the parameter itself."""
+        wrapper = self.engine.optimizer
+        if not isinstance(wrapper, FP16_UnfusedOptimizer):  # in spite of its name, what stage 0 wraps bf16 in
+            return parameter
+        low = [p for group in wrapper.fp16_groups for p in group]
+        masters = [p for group in wrapper.fp32_groups for p in group]
+        return next(master for p, master in zip(low, masters, strict=True) if p is parameter)
+
+
+def _spread(model: nn.Module, settings: dict[str, Any], device: torch.device) -> None:
+    """Move a model to its device and over the ranks parameter by parameter.
+
+    `deepspeed.initialize` would put all of it on every GPU first, which stage 3 is chosen to avoid. Every rank must
+    hold the same values: DeepSpeed sends rank 0's around only where it moves the model itself.
+    """
+    deepspeed.init_distributed(auto_mpi_discovery=False)
+    deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+
+
+def _quiet() -> None:
+    """DeepSpeed tells its whole configuration at level INFO; warnings and errors stay."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def _without_compiler() -> None:
+    """Keep DeepSpeed from compiling its shared memory collectives, which CPU ranks can do without.
+
+    It would need g++ and ninja, take half a minute the first time, and fail hard where they are missing.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

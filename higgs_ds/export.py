@@ -1,0 +1,104 @@
+"""`lora_adapters/`: written from gathered float32 masters, read back, and only then put in place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from higgs_ds.errors import NotFiniteError, SaveError
+from higgs_ds.files import write_json, write_text
+
+ADAPTER_FOLDER = "lora_adapters"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+
+
+def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """What is trained, by the names that PEFT gives it in a file."""
+    return {
+        name.replace(".default.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], config: LoraConfig, must_have_moved: bool) -> None:
+    """Write an adapter as PEFT reads it, and check what was written.
+
+    Args:
+        folder: an empty one, which takes its final place only if this returns.
+        tensors: by the names of `adapter_parameters`.
+        must_have_moved: after a step with a learning rate above 0, factors that are still all zero are an error.
+
+    Raises NotFiniteError before anything is written; SaveError where what was written reads back otherwise.
+    """
+    check_finite(tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in sorted(tensors.items())},
+        folder / ADAPTER_WEIGHTS,
+        {"format": "pt"},
+    )
+    config.save_pretrained(folder)
+    written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    written |= {"inference_mode": True, "target_modules": sorted(written["target_modules"])}
+    write_json(folder / ADAPTER_CONFIG, dict(sorted(written.items())))
+    write_text(folder / ADAPTER_CARD, _card(config))
+    verify_adapter(folder, tensors, must_have_moved)
+
+
+def check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise NotFiniteError where a trained tensor holds NaN or infinity."""
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise NotFiniteError(
+            f"{len(broken)} of {len(tensors)} trained tensors hold NaN or infinity, for instance {broken[0]}; "
+            "they were not saved. The last checkpoint is as it was; lower --lr"
+        )
+
+
+def verify_adapter(folder: Path, tensors: dict[str, torch.Tensor], must_have_moved: bool) -> None:
+    """Raise SaveError unless the files of an adapter hold exactly `tensors`, and training has changed them."""
+    try:
+        written = load_file(folder / ADAPTER_WEIGHTS)
+        LoraConfig.from_pretrained(folder)
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise SaveError(f"{folder}: does not read back: {error}") from error
+    differing = [
+        name
+        for name in written.keys() | tensors.keys()
+        if name not in written or name not in tensors or not torch.equal(written[name], tensors[name])
+    ]
+    if differing:
+        raise SaveError(f"{folder}: {len(differing)} tensors read back otherwise than written: {sorted(differing)[:3]}")
+    if must_have_moved and not any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
+        raise SaveError(f"{folder}: every lora_B is zero although the model was trained: the adapter would do nothing")
+
+
+def _card(config: LoraConfig) -> str:
+    base = config.base_model_name_or_path
+    return f"""---
+library_name: peft
+base_model: {json.dumps(base)}
+tags: [lora, text-to-speech, higgs-audio-v2]
+---
+
+# LoRA adapter for Higgs Audio v2
+
+Trained with higgs_ds on `{base}`: rank {config.r}, alpha {config.lora_alpha}, float32.
+
+Merge it into its base:
+
+    python launch/merge.py --base_model_path BASE --lora_adapter_path THIS_FOLDER --output_path MERGED
+
+Or load it with PEFT:
+
+    from peft import PeftModel
+    from transformers import HiggsAudioV2ForConditionalGeneration
+    model = PeftModel.from_pretrained(HiggsAudioV2ForConditionalGeneration.from_pretrained("BASE"), "THIS_FOLDER")
+"""

@@ -1,0 +1,55 @@
+"""After the last step: where everything is, and the merge where it was asked for."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from higgs_ds import distributed
+from higgs_ds.errors import HiggsError, MergeError
+from higgs_ds.export import ADAPTER_FOLDER
+from higgs_ds.files import replaced_folder
+from higgs_ds.merge import merge
+from higgs_ds.metrics import say
+from higgs_ds.startup import Run
+
+FINAL_MODEL, ADAPTER_COPY, MERGED_MODEL = "final_model", "adapter", "merged_model"
+
+
+def say_where(run: Run) -> None:
+    """Tell where the adapters are and what to do with them."""
+    adapters = run.output_dir / ADAPTER_FOLDER
+    say(f"LoRA adapters: {adapters}")
+    say(
+        f"Merge them: python launch/merge.py --base_model_path {run.bundle.name} "
+        f"--lora_adapter_path {adapters} --output_path MERGED"
+    )
+    say(f"Give the merger {adapters}, not a checkpoint-N directory: those are for --resume.")
+
+
+def merge_into_folders(run: Run) -> None:
+    """Make final_model/ and adapter/ (the adapter, ready to load) and merged_model/. Every rank must call this.
+
+    Raises MergeError, on every rank, where that fails; training has ended well by then, and its adapter is in place.
+    """
+
+    def make() -> None:
+        try:
+            for name in (FINAL_MODEL, ADAPTER_COPY):
+                _copy_adapter(run, run.output_dir / name)
+            adapter, merged = run.output_dir / ADAPTER_FOLDER, run.output_dir / MERGED_MODEL
+            merge(run.bundle.folder, adapter, merged, overwrite=True)
+        except (HiggsError, OSError) as error:
+            raise MergeError(
+                f"training has ended well and its adapter is in {run.output_dir / ADAPTER_FOLDER}, but merging it "
+                f"failed: {error}"
+            ) from error
+
+    distributed.on_main(make)
+    say(f"Merged model: {run.output_dir / MERGED_MODEL}")
+
+
+def _copy_adapter(run: Run, folder: Path) -> None:
+    with replaced_folder(folder) as temporary:
+        shutil.copytree(run.output_dir / ADAPTER_FOLDER, temporary, dirs_exist_ok=True)
+        run.bundle.tokenizer.save_pretrained(temporary)

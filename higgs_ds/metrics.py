@@ -1,0 +1,152 @@
+"""What a run tells: `metrics.jsonl` first, then the console. Rank 0 only."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from higgs_ds.data.collate import Batch
+from higgs_ds.distributed import is_main, rank, sum_over_ranks, world_size
+from higgs_ds.errors import NotFiniteError
+from higgs_ds.files import saving, write_text
+from higgs_ds.loss import LossWeights, mean_losses
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def say(text: str) -> None:
+    """Print a line on rank 0, above the progress bar where there is one."""
+    if is_main():
+        tqdm.write(text)
+
+
+class Meter:
+    """Sums and counts of the steps since the last log line; reduced over ranks and divided only when asked."""
+
+    def __init__(self, weights: LossWeights, device: torch.device) -> None:
+        self.weights = weights
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self.steps = 0
+        self.sums = torch.zeros(1 + len(self.weights.codebooks), dtype=torch.float64, device=self.device)
+        self.counts = torch.zeros_like(self.sums)
+        self.num_samples = 0
+        self.num_tokens = 0
+        self.started_at = time.perf_counter()
+
+    def add(self, sums: torch.Tensor, counts: torch.Tensor, batches: Sequence[Batch]) -> None:
+        """Add one step: the sums (1 + C,) and batches of this rank, and the target counts (1 + C,) of all ranks."""
+        self.steps += 1
+        self.sums += sums
+        self.counts += counts
+        self.num_samples += sum(batch.num_samples for batch in batches)
+        self.num_tokens += sum(batch.num_tokens for batch in batches)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of a block, which is not training, out of the speed."""
+        paused_at = time.perf_counter()
+        yield
+        self.started_at += time.perf_counter() - paused_at
+
+    def state(self) -> dict[str, Any]:
+        """What this rank has added since the last log line, as JSON values."""
+        sums, counts = self.sums.tolist(), self.counts.tolist()
+        sizes = {"num_samples": self.num_samples, "num_tokens": self.num_tokens, "steps": self.steps}
+        return {"sums": sums, "counts": counts, **sizes}
+
+    def restore(self, states: list[dict[str, Any]]) -> None:
+        """Go on from the `state` of every rank of an earlier run; of another number of ranks, rank 0 takes all."""
+        if not states:
+            return
+        mine = states if len(states) != world_size() else [states[rank()]]
+        if len(states) == world_size() or is_main():
+            self.sums += torch.tensor([state["sums"] for state in mine], dtype=torch.float64).sum(0).to(self.device)
+            self.num_samples += sum(state["num_samples"] for state in mine)
+            self.num_tokens += sum(state["num_tokens"] for state in mine)
+        self.counts += torch.tensor(states[0]["counts"], dtype=torch.float64).to(self.device)
+        self.steps += states[0]["steps"]
+
+    def read(self) -> dict[str, float]:
+        """Mean losses and speed since the last reset, over all ranks. Every rank must call this."""
+        sizes = torch.tensor([self.num_samples, self.num_tokens], dtype=torch.float64, device=self.device)
+        num_samples, num_tokens = sum_over_ranks(sizes).tolist()
+        losses = mean_losses(sum_over_ranks(self.sums), self.counts, self.weights)
+        seconds = time.perf_counter() - self.started_at
+        speed = {
+            "samples_per_s": num_samples / seconds,
+            "tokens_per_s": num_tokens / seconds,
+            "step_time_s": seconds / self.steps,
+        }
+        return losses.metrics("train") | speed
+
+
+class MetricsLog:
+    """`metrics.jsonl` and the progress bar. On resume, lines behind the checkpoint's step are cut off first."""
+
+    def __init__(self, output_dir: Path, first_step: int, total_steps: int) -> None:
+        self.path = output_dir / METRICS_FILE
+        if is_main():
+            _cut(self.path, first_step)
+        # None: no bar where stderr is a file, which log lines are enough for.
+        disable = None if is_main() else True
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, desc="training", unit="step", disable=disable, dynamic_ncols=True
+        )
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        """Append one line, in which the loss of a part without targets is null, and print what matters in it.
+
+        Raises NotFiniteError, behind that, where the total loss is not finite.
+        """
+        line = {"step": step, "epoch": round(epoch, 4), **values, "peak_memory_gib": peak_memory_gib()}
+        if is_main():
+            clean = {key: None if math.isnan(value) else value for key, value in line.items()}
+            with saving(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(clean) + "\n")
+        shown = {key: value for key, value in values.items() if "/cb" not in key}
+        say(f"step {step} (epoch {epoch:.2f}): " + "  ".join(f"{key} {value:.4g}" for key, value in shown.items()))
+        for key in ("train/loss", "val/loss"):
+            if not math.isfinite(values.get(key, 0.0)):
+                error = NotFiniteError(f"{key} is {values[key]} at step {step}; see {self.path}. Lower --lr")
+                error.on_all_ranks = True
+                raise error
+
+
+def peak_memory_gib() -> float:
+    """This rank's peak so far, in GiB: allocated on its GPU, or resident where it has none."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
+
+
+def _cut(path: Path, last_step: int) -> None:
+    """Drop the lines of later steps, and a line that was cut short when the run was killed."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] > last_step:
+                continue
+        except ValueError:
+            continue
+        kept.append(line + "\n")
+    write_text(path, "".join(kept))

@@ -1,0 +1,45 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+
+from higgs_ds.checkpoint import save_checkpoint
+from higgs_ds.config import TrainOptions
+from higgs_ds.finish import merge_into_folders, say_where
+from higgs_ds.metrics import Meter, MetricsLog
+from higgs_ds.startup import Run, start
+from higgs_ds.validate import validate
+
+
+def main(options: TrainOptions, given: set[str]) -> None:
+    """Train as the options say. Every rank must call this, in a process group."""
+    run = start(options, given)
+    train(run)
+    say_where(run)
+    if run.options.run.merge_adapter_with_base:
+        merge_into_folders(run)
+
+
+def train(run: Run) -> None:
+    """Fetch, step, log, validate, save; all three once more at the last step."""
+    state, engine, options = run.state, run.engine, run.options
+    meter = Meter(engine.weights, engine.device)
+    meter.restore(state.meters)
+    with contextlib.closing(MetricsLog(run.output_dir, state.step, state.total_steps)) as log:
+        for window in run.sampler.windows(state.step, state.total_steps):
+            batches = [run.train.batch(indices) for indices in window.micro_batches]
+            lr = engine.lr
+            meter.add(*engine.train_step(batches), batches)
+            state.step += 1
+            state.has_learned |= lr > 0
+            log.advance()
+            last = state.step == state.total_steps
+            if last or state.step % options.run.log_steps == 0:
+                log.write(state.step, state.epoch, meter.read() | {"lr": lr, "grad_norm": engine.grad_norm})
+                meter.reset()
+            with meter.paused():
+                if len(run.val) and (last or state.step % options.run.val_steps == 0):
+                    log.write(state.step, state.epoch, validate(engine, run.val, options.optim.batch_size))
+                if last or state.step % options.run.save_steps == 0:
+                    save_checkpoint(run.output_dir, engine, state, meter, run.lora_config)

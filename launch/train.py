@@ -1,0 +1,13 @@
+"""Train LoRA adapters: deepspeed launch/train.py --deepspeed ds_configs/zero2.json [options]; see --help."""
+
+from higgs_ds.config import parse_train_options
+
+if __name__ == "__main__":
+    options, given = parse_train_options()
+    from higgs_ds.quiet import quiet_libraries
+
+    quiet_libraries()
+    from higgs_ds import distributed
+    from higgs_ds.train import main
+
+    distributed.leave(distributed.run_ranks(lambda: main(options, given)))

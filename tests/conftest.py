@@ -1,0 +1,80 @@
+"""What several tests share: the built-in base, a small mixed manifest, DeepSpeed files for tests."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+SYSTEM = "Generate audio following instruction."
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of its own for each test run: nothing left by an earlier one can help."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["HIGGS_DS_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(cache_dir: Path) -> Path:
+    from higgs_ds.builtin import builtin_base
+
+    return builtin_base(cache_dir)
+
+
+def speech_sample(text: str, clip: str) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": text},
+            {
+                "role": "assistant",
+                "content": {"type": "audio", "audio_url": str(PROJECT / "samples" / "voices" / clip)},
+            },
+        ]
+    }
+
+
+def text_sample(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def write_manifest(path: Path, entries: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def mixed_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine samples, four of them without any audio."""
+    clips = ["anna_00.flac", "ben_00.flac", "carla_00.flac", "ben_04.flac", "anna_04.flac"]
+    entries = [speech_sample(f"Clip {i}.", clip) for i, clip in enumerate(clips)]
+    entries += [text_sample(f"Question {i}?", f"Answer {'indeed ' * i}") for i in range(4)]
+    return write_manifest(tmp_path_factory.mktemp("mixed") / "mixed.jsonl", entries)
+
+
+@pytest.fixture(scope="session")
+def ds_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """A DeepSpeed file for a ZeRO stage; at stage 3 every parameter is spread over the ranks, however small."""
+    folder = tmp_path_factory.mktemp("ds")
+
+    def make(stage: int) -> Path:
+        values = json.loads((PROJECT / "ds_configs" / f"zero{stage}.json").read_text())
+        if stage == 3:
+            values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        path = folder / f"zero{stage}.json"
+        path.write_text(json.dumps(values))
+        return path
+
+    return make
+
+
+def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,97 @@
+"""A run killed and resumed goes on exactly as one that was never interrupted."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT, read_metrics
+from launcher import start_ranks, train_runs
+from safetensors.torch import load_file
+
+SHIPPED = sorted((PROJECT / "ds_configs").glob("*.json"))
+TRAIN = [sys.executable, str(PROJECT / "launch" / "train.py")]
+
+
+def run_options(manifest: Path, ds_json: Path, output_dir: Path, precision: str) -> list[str]:
+    """Six steps with dropout and a warm-up, a checkpoint every second one."""
+    return (
+        f"--deepspeed {ds_json} --output_dir {output_dir} --precision {precision} --train_manifest {manifest} "
+        "--allow_text_targets --batch_size 1 --grad_accum 2 --max_steps 6 --lr 1e-3 --warmup_ratio 0.3 --log_steps 1 "
+        "--val_steps 2 --save_steps 2"
+    ).split()
+
+
+def assert_same_end(expected_run: Path, found_run: Path, logged_at: list[int]) -> None:
+    """Equal to the last bit: every loss, norm and rate, the adapters, Adam's moments."""
+    kept = ("step", "epoch", "lr", "grad_norm")
+    expected, found = (
+        [{key: value for key, value in line.items() if "loss" in key or key in kept} for line in read_metrics(folder)]
+        for folder in (expected_run, found_run)
+    )
+    assert [line["step"] for line in expected] == logged_at
+    assert found == expected
+    for name in ("lora_adapters/adapter_model.safetensors", "checkpoint-6/optimizer.safetensors"):
+        expected_tensors, found_tensors = load_file(expected_run / name), load_file(found_run / name)
+        assert expected_tensors.keys() == found_tensors.keys()
+        assert all(tensor.equal(found_tensors[key]) for key, tensor in expected_tensors.items())
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> None:
+    for rank, process in enumerate(processes):
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, f"rank {rank}:\n{output[-4000:]}"
+
+
+def kill_behind_step(processes: list[subprocess.Popen[str]], run_folder: Path, step: int) -> None:
+    """Wait for the checkpoint of `step` and the log line after it, then kill every rank."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        if (run_folder / f"checkpoint-{step}").is_dir() and read_metrics(run_folder)[-1]["step"] > step:
+            break
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[0][-4000:]
+        time.sleep(0.005)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize(("ranks", "stage", "precision"), [(1, 0, "fp32"), (2, 3, "bf16")])
+def test_killed_and_resumed(
+    tmp_path: Path, mixed_manifest: Path, ds_file: Callable[[int], Path], ranks: int, stage: int, precision: str
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(start_ranks(ranks, TRAIN + run_options(mixed_manifest, ds_file(stage), whole, precision)))
+    options = run_options(mixed_manifest, ds_file(stage), broken, precision)
+    kill_behind_step(start_ranks(ranks, TRAIN + options), broken, step=2)
+    assert not (broken / "checkpoint-6").exists()
+    finish(start_ranks(ranks, [*TRAIN, *options, "--resume", "auto"]))
+    assert_same_end(whole, broken, logged_at=[1, 2, 2, 3, 4, 4, 5, 6, 6])
+
+
+@pytest.fixture(scope="module")
+def resumed_runs(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path) -> Path:
+    """For every shipped DeepSpeed file a whole run, and one that went on from its second step's checkpoint."""
+    root = tmp_path_factory.mktemp("resumed")
+    # A log line over three steps, of which the checkpoint behind the second cuts the first.
+    more = ["--log_steps", "3"]
+    whole = [[*run_options(mixed_manifest, path, root / f"{path.stem}-whole", "bf16"), *more] for path in SHIPPED]
+    train_runs(2, whole)
+    for path in SHIPPED:
+        shutil.copytree(root / f"{path.stem}-whole", root / f"{path.stem}-broken")
+        for step in (4, 6):
+            shutil.rmtree(root / f"{path.stem}-broken" / f"checkpoint-{step}")
+    rest = [run_options(mixed_manifest, path, root / f"{path.stem}-broken", "bf16") for path in SHIPPED]
+    train_runs(2, [[*options, *more, "--resume", "auto"] for options in rest])
+    return root
+
+
+@pytest.mark.parametrize("stem", [path.stem for path in SHIPPED])
+def test_resumed_with_every_shipped_file(resumed_runs: Path, stem: str) -> None:
+    assert_same_end(resumed_runs / f"{stem}-whole", resumed_runs / f"{stem}-broken", logged_at=[2, 3, 4, 6, 6])
