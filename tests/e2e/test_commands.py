@@ -1,0 +1,204 @@
+"""The commands as users run them: through the deepspeed launcher, with their output, files and exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+from conftest import PROJECT, read_metrics, speech_sample, text_sample, write_manifest
+from launcher import train_runs
+
+DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+def train(folder: Path, options: str, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
+    launcher = [DEEPSPEED, *(["--num_gpus", str(ranks)] if ranks else [])]
+    return run([*launcher, str(PROJECT / "launch" / "train.py"), *options.split()], folder)
+
+
+@pytest.fixture(scope="module")
+def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The main job without any option but its DeepSpeed file, run from the project's folder as the README has it."""
+    folder = tmp_path_factory.mktemp("main")
+    for name in ("launch", "ds_configs", "samples"):
+        shutil.copytree(PROJECT / name, folder / name)
+    command = [DEEPSPEED, "launch/train.py", "--deepspeed", "ds_configs/zero2.json"]
+    return folder, run(command, folder)
+
+
+def test_main_job(main_job: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = main_job
+    assert done.returncode == 0, done.stderr[-4000:]
+    (output,) = (folder / "outputs").iterdir()
+    assert sorted(path.name for path in output.iterdir()) == [
+        "checkpoint-4",
+        "lora_adapters",
+        "metrics.jsonl",
+        "settings.json",
+        "trainer_state.json",
+    ]
+    adapters = output.relative_to(folder) / "lora_adapters"
+    assert "LoRA on 20 modules, 204,800 of 6,514,432 parameters (3.14%): audio_mlp.down_proj, " in done.stdout
+    assert f"LoRA adapters: {adapters}" in done.stdout
+    assert f"--lora_adapter_path {adapters} --output_path MERGED" in done.stdout
+    assert f"Give the merger {adapters}, not a checkpoint-N directory" in done.stdout
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert (state["step"], state["total_steps"], state["epoch"], state["finished"]) == (4, 4, 2.0, True)
+    last = read_metrics(output)[-1]
+    assert {"step", "epoch", "val/loss", "val/text_loss", "val/audio_loss", "val/audio_loss/cb7"} <= last.keys()
+
+
+def test_first_run_prints_what_matters(main_job: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    """Beside our own lines there are the launcher's, of its two processes, and none of any library."""
+    _, done = main_job
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    launchers = [line for line in lines if re.search(r"\[(runner|launch|real_accelerator)\.py:", line)]
+    assert sum("real_accelerator.py" in line for line in launchers) <= 2
+    ours = [line.split(" ")[0] for line in lines if line not in launchers]
+    assert ours == ["base:", "model:", "LoRA", "data:", "steps:", "output:", "step", "step", "LoRA", "Merge", "Give"]
+
+
+def test_merge_and_speak(main_job: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    folder, _ = main_job
+    (output,) = (folder / "outputs").iterdir()
+    where = "lora_adapters"
+    for path in (output / where).iterdir():
+        assert path.read_bytes() == (output / "checkpoint-4" / where / path.name).read_bytes()
+    base = json.loads((output / where / "adapter_config.json").read_text())["base_model_name_or_path"]
+    merge = [sys.executable, str(PROJECT / "launch" / "merge.py"), "--base_model_path", base]
+    done = run([*merge, "--lora_adapter_path", str(output / where), "--output_path", "merged"], tmp_path)
+    assert (done.returncode, done.stdout) == (0, "Merged model: merged\n"), done.stderr
+    speak = [sys.executable, str(PROJECT / "launch" / "generate.py"), "--text", "Hello.", "--max_new_tokens", "40"]
+    for options in (["--base_model_path", "merged"], ["--lora_adapter_path", str(output / where)], []):
+        done = run([*speak, "--output", "speech.wav", *options], tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("WAV: speech.wav (")
+        info = soundfile.info(tmp_path / "speech.wav")
+        assert (info.samplerate, info.channels, info.subtype) == (24000, 1, "PCM_16")
+        assert info.duration == pytest.approx(32 / 25)  # 40 rows, less the BOS and the delay
+    voice = PROJECT / "samples" / "voices" / "anna_01.flac"
+    done = run([*speak, "--ref_audio", str(voice), "--ref_text", "The kettle is on.", "--temperature", "0.7"], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_merge_at_the_end_on_two_ranks(tmp_path: Path) -> None:
+    done = train(
+        tmp_path, "--output_dir out --max_steps 1 --batch_size 1 --grad_accum 1 --merge_adapter_with_base", ranks=2
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "Merged model: out/merged_model" in done.stdout
+    for name in ("final_model", "adapter"):
+        assert (tmp_path / "out" / name / "adapter_model.safetensors").read_bytes() == (
+            tmp_path / "out" / "lora_adapters" / "adapter_model.safetensors"
+        ).read_bytes()
+        assert (tmp_path / "out" / name / "tokenizer.json").is_file()
+    assert (tmp_path / "out" / "merged_model" / "audio_tokenizer" / "model.safetensors").is_file()
+
+
+def test_failed_merge_leaves_the_training_done(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "merged_model").touch()  # a file where the folder is to go
+    done = train(tmp_path, "--output_dir out --max_steps 1 --batch_size 1 --grad_accum 1 --merge_adapter_with_base")
+    assert done.returncode == 5, done.stderr[-4000:]
+    assert (
+        "error: training has ended well and its adapter is in out/lora_adapters, but merging it failed" in done.stderr
+    )
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["finished"] is True
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bad_input_all_at_once_before_weights(tmp_path: Path, ranks: int, base: Path) -> None:
+    """One run names every fault, ends with 2, and leaves nothing; the base's weights cannot even be read."""
+    broken_base = tmp_path / "base"
+    shutil.copytree(base, broken_base)
+    manifest = write_manifest(
+        tmp_path / "bad.jsonl",
+        [
+            speech_sample("Good.", "anna_00.flac"),
+            speech_sample("Missing.", "none.flac"),
+            speech_sample(" ", "anna_00.flac"),
+            text_sample("No audio?", "None."),
+            {"messages": [{"role": "narrator", "content": "Once."}]},
+            speech_sample("Unreadable.", str(tmp_path / "noise.wav")),
+        ],
+    )
+    (tmp_path / "noise.wav").write_bytes(b"no audio at all")
+    (tmp_path / "file").touch()
+    ds_json = tmp_path / "ds.json"
+    ds_json.write_text('{\n  "zero_optimization": {\n    "stage": 2,\n    "bucket": 1\n  }\n}\n')
+    (broken_base / "model.safetensors").write_bytes(b"\0" * 1000)
+    done = train(
+        tmp_path,
+        f"--train_manifest {manifest} --base_ckpt {broken_base} --deepspeed {ds_json} --output_dir file/out",
+        ranks,
+    )
+    assert done.returncode == 2, done.stderr[-4000:]
+    error = done.stderr[done.stderr.index("error: ") :]
+    voices = PROJECT / "samples" / "voices"
+    for expected in [
+        f"{ds_json}:4: zero_optimization.bucket: is not an option of this trainer",
+        f"{broken_base}/model.safetensors: is no safetensors file",
+        f"{manifest}:2: {voices}/none.flac: no such file",
+        f"{manifest}:3: messages[1].content: is an empty text",
+        f"{manifest}:4: messages: no target audio",
+        f"{manifest}:5: messages[0].role: 'narrator' is not a role; allowed: system, user, assistant",
+        f"{manifest}:6: {tmp_path}/noise.wav: cannot be read as audio",
+        f"--output_dir file/out: cannot be written to: {tmp_path}/file is a file, not a folder",
+    ]:
+        assert error.count(expected) == 1, (expected, error)
+    assert "8 problems:" in error
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_bad_options_end_with_2(tmp_path: Path) -> None:
+    done = train(tmp_path, "--lr 0 --batch_size -1")
+    assert done.returncode == 2
+    assert "2 problems:" in done.stderr
+    assert "--lr 0.0: must be above 0" in done.stderr
+    done = train(tmp_path, "--no_such_option")
+    assert done.returncode == 2
+    assert "unrecognized arguments: --no_such_option" in done.stderr
+
+
+def test_earlier_run_is_not_overwritten(tmp_path: Path) -> None:
+    options = "--output_dir out --max_steps 1 --batch_size 1 --grad_accum 1"
+    assert train(tmp_path, options).returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    done = train(tmp_path, options)
+    assert done.returncode == 2
+    assert "holds checkpoint-1 of an earlier run; go on with --resume auto" in done.stderr
+    done = train(tmp_path, f"{options} --resume auto --lr 1e-3")
+    assert done.returncode == 2
+    assert "was trained with lr 0.0002, now it is 0.001" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert train(tmp_path, f"{options} --resume auto").returncode == 0  # finished already: nothing more to do
+
+
+def test_every_shipped_ds_config_trains_on_two_ranks(tmp_path: Path) -> None:
+    files = sorted((PROJECT / "ds_configs").glob("*.json"))
+    assert len(files) >= 7
+    train_runs(
+        2,
+        [
+            f"--deepspeed {path} --output_dir {tmp_path}/{path.stem} --max_steps 2 --grad_accum 2 --log_steps 1 "
+            "--lora_dropout 0".split()
+            for path in files
+        ],
+    )
+    losses = {path.stem: [line["train/loss"] for line in read_metrics(tmp_path / path.stem)[:2]] for path in files}
+    for stem, found in losses.items():
+        # In bf16, stages round differently; a wrong scale or a lost step would differ by far more.
+        assert found == pytest.approx(losses["zero2"], abs=5e-3), stem
+        assert (tmp_path / stem / "lora_adapters" / "adapter_model.safetensors").is_file()
