@@ -1,0 +1,45 @@
+# One's own Python may be named: make demo PYTHON=python3.12
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: demo test lint types format install clean
+
+demo: install ## train, save, merge and speak, with the built-in base and sample voices
+	$(BIN)/deepspeed launch/train.py --deepspeed ds_configs/zero2.json --output_dir $(DEMO) \
+	  --batch_size 8 --grad_accum 1 --max_steps 240 --lr 5e-3 --lora_r 32 --lora_alpha 64 --lora_dropout 0 \
+	  --log_steps 40 --merge_adapter_with_base
+	$(BIN)/python launch/generate.py --base_model_path $(DEMO)/merged_model --text "Good morning." \
+	  --output $(DEMO)/speech.wav
+	@echo
+	@echo "Adapters:     $(DEMO)/lora_adapters"
+	@echo "Merged model: $(DEMO)/merged_model"
+	@echo "WAV:          $(DEMO)/speech.wav"
+	@echo "The built-in codec is random: the WAV is noise, of the length that the model has learned."
+
+test: install ## all tests; those that need a GPU or a missing system package are skipped, by name
+	$(BIN)/python -m pytest -ra
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(BIN)/.installed ## .venv in this folder, with everything that is needed
+
+$(BIN)/.installed: requirements.txt requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed, $(PYTHON) is older; name one: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+clean:
+	rm -rf .venv outputs *.egg-info .pytest_cache .ruff_cache .mypy_cache
