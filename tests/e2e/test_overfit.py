@@ -48,7 +48,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[i
         1,
         [
             f"--train_manifest {manifest} --val_split 0 --output_dir {folder}/run --batch_size 4 --grad_accum 1 "
-            "--max_steps 200 --lr 5e-3 --lora_dropout 0 --log_steps 50 --merge_adapter_with_base".split()
+            "--max_steps 200 --lr 5e-3 --lora_dropout 0 --precision fp32 --merge_adapter_with_base".split()
         ],
     )
     command = [sys.executable, "-c", PLAIN_TRANSFORMERS, str(folder / "run" / "merged_model"), SYSTEM, *CLIPS]
