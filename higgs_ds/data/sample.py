@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -11,11 +11,16 @@ ROLES = (SYSTEM, USER, ASSISTANT)
 
 @dataclass(frozen=True)
 class AudioClip:
-    """A stretch of an audio file; `offset_s` and `duration_s` in seconds, the whole file without them."""
+    """A stretch of an audio file; `offset_s` and `duration_s` in seconds, the whole file without them.
+
+    Audio that lies inside a manifest (base64, Parquet) comes along as `data`, the bytes of an audio file; `path` then
+    names the manifest and the place in it.
+    """
 
     path: Path
     offset_s: float = 0.0
     duration_s: float | None = None
+    data: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,17 @@ class Message:
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation. Assistant turns from `start_index` on are learned; `source` is FILE:LINE for messages."""
+    """A conversation. Assistant turns from `start_index` on are learned; `source` is FILE:LINE for messages.
+
+    `text_files` are those that its words were read from, beside the manifest.
+    """
 
     messages: tuple[Message, ...]
     start_index: int
     speaker: str | None
     source: str
+    language: str | None = None
+    text_files: tuple[Path, ...] = ()
 
     @property
     def clips(self) -> list[AudioClip]:
@@ -52,3 +62,12 @@ class Sample:
     @property
     def has_target_audio(self) -> bool:
         return any(message.clips for turn, message in enumerate(self.messages) if self.is_target(turn))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a reader has made of one sample of a manifest: the sample, or what is wrong with it ("field: reason")."""
+
+    source: str
+    sample: Sample | None
+    faults: tuple[str, ...] = ()

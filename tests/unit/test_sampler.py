@@ -2,63 +2,97 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
+from typing import Any
 
+import numpy as np
 import pytest
 
 from higgs_ds.data.sampler import Window, WindowSampler, share_of_rank, split_validation
 
-
-def windows_of(num_samples: int, batch: int, accum: int, ranks: int, steps: int, first: int = 0) -> list[list[Window]]:
-    """The windows of each rank."""
-    samplers = [WindowSampler(num_samples, batch, accum, rank, ranks, seed=3) for rank in range(ranks)]
-    return [list(sampler.windows(first, steps)) for sampler in samplers]
+LAYOUTS = [(1, 4, 1), (1, 2, 2), (2, 1, 2), (3, 2, 4), (1, 1, 1)]
+MODES: list[dict[str, Any]] = [{}, {"bucket_size": 16}, {"bucket_size": 16, "max_tokens": 900}, {"max_tokens": 700}]
 
 
-@pytest.mark.parametrize(("batch", "accum", "ranks"), [(1, 4, 1), (1, 2, 2), (2, 1, 2), (3, 2, 4), (1, 1, 1)])
-@pytest.mark.parametrize("num_samples", [1, 7, 9, 24, 48])
-def test_each_sample_once_an_epoch(num_samples: int, batch: int, accum: int, ranks: int) -> None:
-    per_epoch = WindowSampler(num_samples, batch, accum, 0, ranks, 3).windows_per_epoch
-    by_rank = windows_of(num_samples, batch, accum, ranks, 2 * per_epoch)
-    for epoch in (0, 1):
-        seen = [
-            index
-            for window in itertools.chain(*by_rank)
-            if window.epoch == epoch
-            for micro_batch in window.micro_batches
-            for index in micro_batch
-        ]
-        assert sorted(seen) == list(range(num_samples))
-    for windows in zip(*by_rank, strict=True):
-        assert len({len(window.micro_batches) for window in windows}) == 1  # as many forward passes on every rank
-        assert all(len(micro_batch) <= batch for window in windows for micro_batch in window.micro_batches)
-        assert len(windows[0].micro_batches) <= accum
+def speech_lengths(count: int) -> list[int]:
+    """Tokens of utterances with log-normal durations, 5 s in the middle: 25 rows of codes a second, and the prompt."""
+    draw = random.Random(1)
+    return [60 + round(25 * min(draw.lognormvariate(1.6, 0.6), 25)) for _ in range(count)]
 
 
-def test_same_windows_however_spread() -> None:
+def sampler(num_samples: int, layout: tuple[int, int, int], rank: int = 0, **mode: Any) -> WindowSampler:
+    batch, accum, ranks = layout
+    return WindowSampler(speech_lengths(num_samples), batch, accum, rank, ranks, seed=3, **mode)
+
+
+def by_rank(num_samples: int, layout: tuple[int, int, int], last: int, first: int = 0, **mode: Any) -> list[Any]:
+    """The windows of all ranks, step by step."""
+    ranks = [sampler(num_samples, layout, rank, **mode).windows(first, last) for rank in range(layout[2])]
+    return list(zip(*ranks, strict=True))
+
+
+def indices_of(windows: tuple[Window, ...]) -> list[int]:
+    return [i for window in windows for micro_batch in window.micro_batches for i in micro_batch]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("num_samples", [1, 9, 24, 100])
+def test_each_sample_once_an_epoch(num_samples: int, layout: tuple[int, int, int], mode: dict[str, Any]) -> None:
+    batch, accum, _ = layout
+    steps = sampler(num_samples, layout, **mode).num_steps(2)
+    windows = by_rank(num_samples, layout, steps, **mode)
+    seen: dict[bool, list[int]] = {True: [], False: []}
+    for of_step in windows:
+        assert len({window.epoch for window in of_step}) == 1
+        assert len({len(window.micro_batches) for window in of_step}) == 1  # as many forward passes on every rank
+        assert len(of_step[0].micro_batches) <= accum
+        if "max_tokens" not in mode:
+            assert all(len(micro_batch) <= batch for window in of_step for micro_batch in window.micro_batches)
+        seen[of_step[0].epoch <= 1] += indices_of(of_step)
+    assert windows[-1][0].epoch == 2
+    assert sorted(seen[True]) == sorted(seen[False]) == list(range(num_samples))
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_same_windows_however_spread(mode: dict[str, Any]) -> None:
     def sets(*layout: int) -> list[set[int]]:
-        by_rank = windows_of(9, *layout, steps=6)
-        return [
-            {index for window in windows for micro_batch in window.micro_batches for index in micro_batch}
-            for windows in zip(*by_rank, strict=True)
-        ]
+        return [set(indices_of(windows)) for windows in by_rank(50, layout, 12, **mode)]
 
-    assert sets(1, 4, 1) == sets(1, 2, 2) == sets(2, 1, 2)
+    assert sets(1, 4, 1) == sets(1, 2, 2)
+    if "max_tokens" not in mode:
+        assert sets(1, 4, 1) == sets(2, 1, 2)
 
 
-def test_resumes_at_any_step() -> None:
-    (whole,) = windows_of(9, 2, 1, 1, steps=12)
-    for first in range(12):
-        (rest,) = windows_of(9, 2, 1, 1, steps=12, first=first)
-        assert rest == whole[first:]
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_resumes_at_any_step(mode: dict[str, Any]) -> None:
+    whole = list(sampler(30, (2, 2, 1), **mode).windows(0, 20))
+    for first in range(20):
+        assert list(sampler(30, (2, 2, 1), **mode).windows(first, 20)) == whole[first:]
 
 
-def test_epochs_are_shuffled_differently() -> None:
-    (windows,) = windows_of(24, 24, 1, 1, steps=2)
-    first, second = (window.micro_batches[0] for window in windows)
-    assert first != second
-    assert first != sorted(first)
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_epochs_and_seeds_are_shuffled_differently(mode: dict[str, Any]) -> None:
+    one = sampler(60, (2, 1, 1), **mode)
+    epochs = [one.micro_batches(0), one.micro_batches(1), dataclasses.replace(one, seed=4).micro_batches(0)]
+    orders = [tuple(i for window in epoch for batch in window for i in batch) for epoch in epochs]
+    assert len({*orders, tuple(range(60))}) == 4
+
+
+def test_micro_batches_stay_within_the_tokens() -> None:
+    many = sampler(500, (1, 2, 2), bucket_size=64, max_tokens=1200)
+    batches = [batch for window in many.micro_batches(0) for batch in window if batch]
+    sizes = [len(batch) * max(many.lengths[i] for i in batch) for batch in batches]
+    assert max(sizes) <= 1200
+    assert np.mean(sizes) > 1000
+
+
+@pytest.mark.parametrize("mode", [{}, {"max_tokens": 4096}], ids=str)
+def test_little_padding(mode: dict[str, Any]) -> None:
+    bucketed = sampler(5000, (8, 1, 2), bucket_size=512, **mode)
+    assert bucketed.padding() < 0.05 < dataclasses.replace(bucketed, bucket_size=1, max_tokens=None).padding()
 
 
 def test_shares_cover_everything_once() -> None:
@@ -75,13 +109,22 @@ def test_shares_cover_everything_once() -> None:
     [(100, 0.05, 5), (24, 0.05, 1), (2, 0.05, 1), (1, 0.5, 0), (10, 0, 0), (2, 0.99, 1)],
 )
 def test_split(num_samples: int, fraction: float, expected: int) -> None:
-    train, val = split_validation(num_samples, fraction, seed=1)
+    train, val = split_validation(range(num_samples), fraction, seed=1)
     assert len(val) == expected
-    assert sorted(train + val) == list(range(num_samples))
-    assert split_validation(num_samples, fraction, seed=1) == (train, val)
+    assert sorted([*train, *val]) == list(range(num_samples))
+    again = split_validation(range(num_samples), fraction, seed=1)
+    assert (again[0].tolist(), again[1].tolist()) == (train.tolist(), val.tolist())
 
 
 def test_split_follows_the_seed_not_the_order() -> None:
-    draws = {tuple(split_validation(100, 0.05, seed)[1]) for seed in range(5)}
+    draws = {tuple(split_validation(range(100), 0.05, seed)[1]) for seed in range(5)}
     assert len(draws) == 5
     assert (95, 96, 97, 98, 99) not in draws
+
+
+def test_split_by_group() -> None:
+    speakers = [i % 10 for i in range(200)]
+    for seed in range(5):
+        train, val = split_validation(speakers, 0.2, seed)
+        assert {speakers[i] for i in train}.isdisjoint(speakers[i] for i in val)
+        assert len(val) == 40
