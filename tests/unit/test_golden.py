@@ -13,6 +13,7 @@ from conftest import PROJECT, write_manifest
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
+from higgs_ds.config import DataOptions
 from higgs_ds.data.collate import EncodedSample, collate
 from higgs_ds.data.delay_pattern import (
     IGNORE_INDEX,
@@ -21,7 +22,7 @@ from higgs_ds.data.delay_pattern import (
     delayed_labels,
     revert_delay_pattern,
 )
-from higgs_ds.data.manifest import read_manifest
+from higgs_ds.data.formats.reader import read_entries
 from higgs_ds.data.prompt import AUDIO_DELAY, AUDIO_IN, AUDIO_OUT, Prompt, prompt_of, render
 from higgs_ds.data.sample import Sample
 
@@ -56,8 +57,7 @@ def test_reference_and_target_segments() -> None:
 @pytest.fixture(scope="module")
 def chatml_samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sample]:
     path = write_manifest(tmp_path_factory.mktemp("chatml") / "cases.jsonl", [case["sample"] for case in CHATML])
-    samples, problems = read_manifest(path, allow_text_targets=True)
-    assert problems == []
+    samples = [entry.sample for entry in read_entries(path, DataOptions(allow_text_targets=True)) if entry.sample]
     return dict(zip([case["name"] for case in CHATML], samples, strict=True))
 
 

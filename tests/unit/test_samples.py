@@ -12,14 +12,16 @@ import soundfile
 from conftest import PROJECT
 
 from higgs_ds.builtin import SAMPLE_MANIFEST
-from higgs_ds.data.manifest import read_manifest
+from higgs_ds.config import DataOptions
+from higgs_ds.data.formats.reader import read_entries
 
 VOICES = PROJECT / "samples" / "voices"
 
 
 def test_committed_voices() -> None:
-    samples, problems = read_manifest(SAMPLE_MANIFEST, allow_text_targets=False)
-    assert problems == []
+    entries = list(read_entries(SAMPLE_MANIFEST, DataOptions()))
+    assert [fault for entry in entries for fault in entry.faults] == []
+    samples = [entry.sample for entry in entries if entry.sample]
     assert len(samples) == 24
     assert len({sample.speaker for sample in samples}) == 3
     assert {sample.clips[-1].path for sample in samples} == set(VOICES.iterdir())

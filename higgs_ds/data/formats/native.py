@@ -1,0 +1,97 @@
+"""Conversations as transformers' chat templates take them: JSON Lines or a JSON array.
+
+{"messages": [{"role": "system", "content": [{"type": "text", "text": "Generate audio following instruction."}]},
+              {"role": "scene", "content": [{"type": "text", "text": "Audio is recorded from a quiet room."}]},
+              {"role": "user", "content": [{"type": "text", "text": "Hello."}]},
+              {"role": "assistant", "content": [{"type": "audio", "url": "a.wav"}]}]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from higgs_ds.config import DataOptions
+from higgs_ds.data.formats.chatml import SAMPLE_KEYS, speaker_and_language
+from higgs_ds.data.formats.checks import (
+    LAYOUT_TOKENS,
+    SCENE_TOKENS,
+    Reading,
+    check_keys,
+    path_of,
+    read_items,
+    shown,
+    start_index_of,
+)
+from higgs_ds.data.formats.jsonio import json_items
+from higgs_ds.data.formats.turns import Dialect, messages_of, object_of
+from higgs_ds.data.sample import ROLES, SYSTEM, AudioClip, Entry, Message, Sample
+from higgs_ds.data.templates import joined, scene_block
+
+SCENE = "scene"
+PLACE_KEYS = ("url", "path", "audio")
+AUDIO_KEYS = ("type", *PLACE_KEYS)
+
+
+def read(path: Path, options: DataOptions) -> Iterator[Entry]:
+    """The entries of a file of native conversations."""
+    return read_items(path, json_items(path), options, build)
+
+
+def build(raw: Any, reading: Reading) -> Sample | None:
+    """One sample, from its JSON value."""
+    entry = object_of(raw, reading)
+    if entry is None:
+        return None
+    check_keys(entry, SAMPLE_KEYS, "", reading)
+    written = messages_of(entry.get("messages"), DIALECT, reading)
+    if not written:
+        return None
+    start_index = start_index_of(entry.get("start_index"), len(written), reading)
+    if any(message.recipient for message in written):
+        reading.report("messages", "the native format has no recipient, and its chat template would leave it out")
+    messages, places = _with_scenes(written, reading)
+    speaker, language = speaker_and_language(entry, reading)
+    return Sample(messages, places[start_index], speaker, reading.source, language)
+
+
+def _with_scenes(written: tuple[Message, ...], reading: Reading) -> tuple[tuple[Message, ...], list[int]]:
+    """The messages with each scene put into the system message, as the chat template does; where each has gone to."""
+    messages: list[Message] = []
+    places = []
+    for turn, message in enumerate(written):
+        # The template hands the whole text to the tokenizer at once, so that texts side by side are one text.
+        message = replace(message, parts=joined(message.parts))
+        before = written[turn - 1].role if turn else SYSTEM
+        if message.role != SCENE:
+            messages.append(message)
+        elif before != SYSTEM:
+            reading.report(f"messages[{turn}].role", "a scene must stand first, or directly behind a system message")
+        elif turn == 0:
+            messages.append(Message(SYSTEM, scene_block(message.parts)))
+        else:
+            parts = joined((*messages[-1].parts, "\n\n", *scene_block(message.parts)))
+            messages[-1] = Message(SYSTEM, parts)
+        places.append(len(messages) - (message.role != SCENE or turn == 0))
+    return tuple(messages), [min(place, len(messages) - 1) for place in places]
+
+
+def _clip(raw: dict[str, Any], where: str, reading: Reading) -> AudioClip | None:
+    given = [key for key in PLACE_KEYS if raw.get(key) is not None]
+    if len(given) != 1:
+        foreign = next((key for key in ("audio_url", "raw_audio") if raw.get(key)), None)
+        found = ", ".join(given) or (
+            f"{foreign}, which belongs to the chatml format (see --format)" if foreign else "none"
+        )
+        reading.report(where, f"must name an audio file by one of {', '.join(PLACE_KEYS)}; has {found}")
+        return None
+    if not isinstance(raw[given[0]], str):
+        reading.report(f"{where}.{given[0]}", f"must name an audio file, is {shown(raw[given[0]])}")
+        return None
+    path = path_of(raw[given[0]], f"{where}.{given[0]}", reading)
+    return None if path is None else AudioClip(path)
+
+
+DIALECT = Dialect((*ROLES, SCENE), AUDIO_KEYS, _clip, {SCENE: LAYOUT_TOKENS + SCENE_TOKENS})

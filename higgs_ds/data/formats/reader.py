@@ -1,0 +1,63 @@
+"""The entry point: training data in any of the formats, told from its content, one entry for each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from higgs_ds.config import FORMATS, DataOptions
+from higgs_ds.data.formats import chatml, csv_file, lists, metadata, native, paired, swift, table
+from higgs_ds.data.formats.checks import printable
+from higgs_ds.data.formats.recognition import NO_SAMPLES, recognize
+from higgs_ds.data.sample import Entry
+from higgs_ds.errors import InputError
+
+AUTO = "auto"
+READERS: dict[str, Callable[[Path, DataOptions], Iterator[Entry]]] = {
+    "chatml": chatml.read,
+    "native": native.read,
+    "swift": swift.read,
+    "metadata": metadata.read,
+    "paired": paired.read,
+    "list": lists.read,
+    "csv": csv_file.read,
+    "table": table.read,
+}
+# What a folder must hold to be read in a format. The formats that are in neither of these are single files.
+FOLDER_FILES = {"metadata": metadata.FILE_NAME, "list": csv_file.FILE_NAME, "csv": csv_file.FILE_NAME}
+ANY_FOLDER = ("paired", "table")
+
+
+def read_entries(path: Path, options: DataOptions) -> Iterator[Entry]:
+    """An entry for each sample of a file or folder, in the order of the input: the sample, or what is wrong with it.
+
+    What is wrong with the input as a whole is an entry too, with the path as its source. Only structure and text are
+    checked: audio files are not opened. Memory is bounded by the longest sample (in Parquet: by the largest row group),
+    not by their number.
+    """
+    is_empty = True
+    try:
+        for entry in READERS[_format_of(path, options)](path, options):
+            is_empty = False
+            yield entry
+        fault = NO_SAMPLES if is_empty else ""
+    except InputError as error:
+        fault = str(error)
+    except OSError as error:
+        which = f" ({error.filename})" if error.filename not in (None, str(path)) else ""
+        fault = f"cannot be read: {error.strerror or error}{which}"
+    if fault:
+        yield Entry(printable(path), None, (printable(fault),))
+
+
+def _format_of(path: Path, options: DataOptions) -> str:
+    name = recognize(path) if options.format == AUTO else options.format
+    if name not in READERS:
+        raise InputError(f"format: {name!r} is none; allowed: {', '.join((AUTO, *FORMATS))}")
+    if path.is_dir():
+        if name not in ANY_FOLDER and not (name in FOLDER_FILES and (path / FOLDER_FILES[name]).is_file()):
+            needed = f"a folder with {FOLDER_FILES[name]}" if name in FOLDER_FILES else "a file"
+            raise InputError(f"format: {name} is read from {needed}, this is a folder without (see --format)")
+    elif name == "paired":
+        raise InputError("format: paired is read from a folder, this is a file (see --format)")
+    return name

@@ -1,0 +1,163 @@
+"""Telling the format of training data from its content."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from higgs_ds.config import FORMATS
+from higgs_ds.data.formats import csv_file, jsonio, metadata, native, swift, table
+from higgs_ds.data.formats.checks import printable, shown
+from higgs_ds.data.formats.recordings import AUDIO_SUFFIXES
+from higgs_ds.errors import InputError
+
+HEAD = 64  # samples or lines that are looked at; the reader then checks them all
+NO_SAMPLES = "holds no samples"
+
+
+def recognize(path: Path) -> str:
+    """The format of a file or folder, one of `config.FORMATS`.
+
+    Raises:
+        InputError: it cannot be told, or there is more than one; says what was found and what to do.
+        OSError: it cannot be read.
+    """
+    if path.is_dir():
+        return _only(_formats_of_folder(path), "no audio, Parquet or metadata file")
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
+        return "table"
+    first = jsonio.first_character(path)
+    if not first:
+        raise InputError(NO_SAMPLES)
+    if first in "[{":
+        return _format_of_json(path, first)
+    if b"\0" in head:
+        raise _undecided("binary data that is no Parquet file, or text that is not UTF-8")
+    return _format_of_lines(path)
+
+
+def _formats_of_folder(folder: Path) -> dict[str, str]:
+    """The formats found in a folder, each with the name that tells it."""
+    found = {}
+    if (folder / metadata.FILE_NAME).is_file():
+        found["metadata"] = metadata.FILE_NAME
+    saved = next((name for name in (table.SAVED, table.SAVED_SPLITS) if (folder / name).is_file()), None)
+    if saved:
+        found["table"] = saved
+    if not found and (folder / csv_file.FILE_NAME).is_file():
+        found[recognize(folder / csv_file.FILE_NAME)] = csv_file.FILE_NAME
+    if not found:  # metadata stands beside the files that it describes; without it, these say what they are
+        for _, _, names in os.walk(folder, followlinks=False):
+            for name in names:
+                suffix = "" if name.startswith(".") else Path(name).suffix.lower()
+                found_format = _FORMAT_OF_SUFFIX.get(suffix)
+                if found_format:
+                    found.setdefault(found_format, name)
+    return found
+
+
+def _format_of_json(path: Path, first: str) -> str:
+    if first == "{" and _is_metadata(path):
+        return "metadata"
+    found: dict[str, str] = {}
+    others: list[str] = []
+    num_torn = 0
+    for item in itertools.islice(jsonio.json_items(path), HEAD):
+        format_name = _format_of_value(item.value)
+        if format_name == "metadata" and first == "{":
+            format_name = None  # it has its samples in a list, never line by line
+        if item.fault:
+            num_torn += 1
+        elif format_name:
+            found.setdefault(format_name, f"line {item.line}")
+        else:
+            others.append(_described(item.value))
+    # Conversations in which nothing tells ChatML from the native format read the same in both.
+    may_be_chatml = found.pop(_CHAT, None) or (num_torn and not others)
+    if not found and may_be_chatml:
+        return "chatml"
+    if not found and not others:
+        raise InputError(NO_SAMPLES)
+    return _only(found, others[0] if others else "")
+
+
+def _is_metadata(path: Path) -> bool:
+    """Whether a file is one object with a list of samples. Never reads it as one text: it may hold a million."""
+    try:
+        has_samples, over_lines = jsonio.object_shape(path, "samples")
+    except jsonio.TornJson:
+        return False  # JSON Lines with a bad first one; the reader will say what is wrong with it
+    if over_lines and not has_samples:
+        raise _undecided("one JSON object over several lines; write each sample on one line, or a list of them")
+    return has_samples
+
+
+def _format_of_value(value: Any) -> str | None:
+    """What format a JSON value is a sample of; `_CHAT` where it may be ChatML or native; None where it is no sample."""
+    if not isinstance(value, dict):
+        return None
+    if "audio_file" in value:
+        return "metadata"
+    messages = value.get("messages")
+    if not isinstance(messages, list):
+        return None
+    if value.get("audios") is not None or value.get("audio") is not None:
+        return "swift"
+    for message in messages:
+        if not isinstance(message, dict):
+            continue
+        if message.get("role") == native.SCENE:
+            return "native"
+        content = message.get("content")
+        for part in content if isinstance(content, list) else [content]:
+            if isinstance(part, str) and swift.TAG in part:
+                return "swift"
+            if isinstance(part, dict) and part.get("type") == "audio":
+                if part.get("audio_url") or part.get("raw_audio"):
+                    return "chatml"
+                if any(part.get(key) for key in native.PLACE_KEYS):
+                    return "native"
+    return _CHAT
+
+
+def _format_of_lines(path: Path) -> str:
+    texts = (line.text.strip("\r\n") for line in jsonio.text_lines(path))
+    head = list(itertools.islice(_not_blank(texts), HEAD))
+    if csv_file.header_delimiter(head[0]):
+        return "csv"
+    if 2 * sum("|" in line for line in head) >= len(head):
+        return "list"
+    raise _undecided(
+        f"lines such as {shown(head[0])}, which are no JSON, have no '|', and no header with an audio and a text column"
+    )
+
+
+def _not_blank(texts: Iterator[str]) -> Iterator[str]:
+    return (text for text in texts if text.strip())
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"JSON objects with the keys {', '.join(shown(key) for key in list(value)[:12]) or 'none'}"
+    return f"JSON values such as {shown(value)}"
+
+
+def _only(found: dict[str, str], otherwise: str) -> str:
+    if len(found) == 1:
+        return next(iter(found))
+    if not found:
+        raise _undecided(otherwise)
+    raise _undecided("several formats: " + ", ".join(f"{name} ({printable(where)})" for name, where in found.items()))
+
+
+def _undecided(found: str) -> InputError:
+    return InputError(f"format: cannot be told; found {found}; formats are {', '.join(FORMATS)}: give one by --format")
+
+
+_CHAT = "chat"
+_FORMAT_OF_SUFFIX = {table.PARQUET: "table"} | dict.fromkeys(AUDIO_SUFFIXES, "paired")

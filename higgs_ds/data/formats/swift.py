@@ -1,0 +1,164 @@
+"""Conversations as ms-swift takes them, JSON Lines or a JSON array: each `<audio>` stands for the next of `audios`.
+
+{"messages": [{"role": "user", "content": "Say this."}, {"role": "assistant", "content": "<audio>Good morning."}],
+ "audios": ["a.wav"], "system": "Generate audio following instruction."}
+
+An assistant turn of audio and words becomes the audio alone: both would teach the model to write the words first. The
+words then are what is to be spoken, and belong into the user turn before: where it does not hold them already, they
+take the place of its text (of an instruction such as "Say this."); its audio stays in front of them, as a reference.
+Where there is no user turn before, one is made; a sample without any prompt of its own is a plain recording, and gets
+the system message of one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from higgs_ds.config import DataOptions
+from higgs_ds.data.formats.chatml import speaker_and_language
+from higgs_ds.data.formats.checks import Reading, check_keys, kind_of, path_of, read_items, text_of
+from higgs_ds.data.formats.jsonio import json_items
+from higgs_ds.data.formats.turns import object_of, role_of
+from higgs_ds.data.sample import ASSISTANT, ROLES, SYSTEM, USER, AudioClip, Entry, Message, Sample
+from higgs_ds.data.templates import Recording, system_message
+
+TAG = "<audio>"
+SAMPLE_KEYS = ("messages", "audios", "audio", "system", "speaker", "language", "misc")
+MESSAGE_KEYS = ("role", "content", "loss")
+
+
+class _Turn(NamedTuple):
+    role: str
+    pieces: list[str]  # of the text, around the tags: one more than there are tags
+
+    @property
+    def num_tags(self) -> int:
+        return len(self.pieces) - 1
+
+    @property
+    def words(self) -> str:
+        return " ".join(piece.strip() for piece in self.pieces if piece.strip())
+
+    @property
+    def is_spoken(self) -> bool:
+        """Whether this is speech together with its words."""
+        return self.role == ASSISTANT and self.num_tags > 0 and bool(self.words)
+
+
+def read(path: Path, options: DataOptions) -> Iterator[Entry]:
+    """The entries of an ms-swift file."""
+    return read_items(path, json_items(path), options, build)
+
+
+def build(raw: Any, reading: Reading) -> Sample | None:
+    """One sample, from its JSON value."""
+    entry = object_of(raw, reading)
+    if entry is None:
+        return None
+    check_keys(entry, SAMPLE_KEYS, "", reading)
+    if entry.get("start_index") is not None:
+        reading.report("start_index", "is not part of the swift format, every assistant turn is learned; use chatml")
+    turns = _turns(entry, reading)
+    clips = _clips(entry, reading)
+    speaker, language = speaker_and_language(entry, reading)
+    if reading.faults:
+        return None
+    shares = _shares(turns, clips, reading)
+    if reading.faults:
+        return None
+    messages = _messages(turns, shares)
+    if messages[0].role == ASSISTANT and messages[0].clips:
+        reading.report(
+            "messages[0]", f"is speech without its words; write them behind {TAG}, or into a user turn before"
+        )
+    return Sample(messages, 0, speaker, reading.source, language)
+
+
+def _turns(entry: dict[str, Any], reading: Reading) -> list[_Turn]:
+    raw = entry.get("messages")
+    if not isinstance(raw, list) or not raw:
+        reading.report("messages", f"must be a list of one or more messages, is {kind_of(raw)}")
+        return []
+    turns = [_turn(message, f"messages[{i}]", reading) for i, message in enumerate(raw)]
+    if entry.get("system") is not None:
+        if turns[0].role == SYSTEM:
+            reading.report("system", "is given beside a system message in 'messages'; leave one of them out")
+        turns.insert(0, _Turn(SYSTEM, [text_of(entry["system"], "system", reading) or ""]))
+    return turns
+
+
+def _turn(raw: Any, where: str, reading: Reading) -> _Turn:
+    if not isinstance(raw, dict):
+        reading.report(where, f"must be an object with 'role' and 'content', is {kind_of(raw)}")
+        return _Turn("", [""])
+    check_keys(raw, MESSAGE_KEYS, f"{where}.", reading)
+    if raw.get("loss") in (False, 0):
+        reading.report(f"{where}.loss", "turns that are not learned cannot be marked so here; use chatml's start_index")
+    text = text_of(raw.get("content"), f"{where}.content", reading)
+    return _Turn(role_of(raw, where, ROLES, reading), (text or "").split(TAG))
+
+
+def _clips(entry: dict[str, Any], reading: Reading) -> list[AudioClip]:
+    given = [key for key in ("audios", "audio") if entry.get(key) is not None]
+    if len(given) > 1:
+        reading.report("audio", "is given beside 'audios'; leave one of them out")
+    if not given:
+        return []
+    names = entry[given[0]]
+    if isinstance(names, str):
+        names = [names]
+    if not isinstance(names, list):
+        reading.report(given[0], f"must be a list of audio files, is {kind_of(names)}")
+        return []
+    paths = [path_of(name, f"{given[0]}[{i}]", reading) for i, name in enumerate(names)]
+    return [AudioClip(path) for path in paths if path is not None]
+
+
+def _shares(turns: list[_Turn], clips: list[AudioClip], reading: Reading) -> list[list[AudioClip]]:
+    """The clips of each turn, in the order of the tags."""
+    num_tags = sum(turn.num_tags for turn in turns)
+    skip_users = False
+    if num_tags != len(clips):
+        # A recording with the instruction of another task, as in "<audio> /translate": its tag has no audio, and its
+        # text goes with it once the words take its place.
+        num_spoken = sum(turn.num_tags for turn in turns if turn.role == ASSISTANT)
+        others = [(turn, after) for turn, after in itertools.pairwise(turns) if turn.role != ASSISTANT]
+        replaced = all(not turn.num_tags or (turn.role == USER and after.is_spoken) for turn, after in others)
+        skip_users = num_spoken == len(clips) > 0 and turns[-1].role == ASSISTANT and replaced
+        if not skip_users:
+            reading.report("audios", f"has {len(clips)} files for {num_tags} {TAG} tags; each tag needs its own")
+    rest = iter(clips)
+    counts = [0 if skip_users and turn.role != ASSISTANT else turn.num_tags for turn in turns]
+    return [list(itertools.islice(rest, count)) for count in counts]
+
+
+def _messages(turns: list[_Turn], shares: list[list[AudioClip]]) -> tuple[Message, ...]:
+    messages: list[Message] = []
+    for turn, clips in zip(turns, shares, strict=True):
+        if not turn.is_spoken:
+            messages.append(Message(turn.role, _interleaved(turn.pieces, clips)))
+            continue
+        before = messages.pop() if messages and messages[-1].role == USER else Message(USER, ())
+        is_own = _holds(before, turn.words)
+        if not is_own and not messages:  # no prompt of its own: a plain recording
+            messages.append(system_message(Recording(clips[0], turn.words)))
+        messages.append(before if is_own else Message(USER, (*before.clips, turn.words)))
+        messages.append(Message(ASSISTANT, tuple(clips)))
+    return tuple(messages)
+
+
+def _interleaved(pieces: list[str], clips: list[AudioClip]) -> tuple[str | AudioClip, ...]:
+    parts: list[str | AudioClip] = []
+    for i, piece in enumerate(pieces):
+        parts += [piece] if piece.strip() else []
+        parts += clips[i : i + 1]
+    return tuple(parts)
+
+
+def _holds(message: Message, words: str) -> bool:
+    """Whether a turn's text holds the words, whatever their case and blanks."""
+    texts = (" ".join(part.split()) for part in message.parts if isinstance(part, str))
+    return " ".join(words.split()).casefold() in " ".join(texts).casefold()

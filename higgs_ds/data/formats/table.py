@@ -1,0 +1,158 @@
+"""Tables: a Parquet file, a folder of them, or a dataset saved by Hugging Face `datasets` (`save_to_disk`).
+
+    audio: {"bytes": ..., "path": "a.wav"}    text: "Good morning."    speaker_id: 7
+
+The audio column holds an audio file's bytes, or its path, relative to the table's folder. A table with a `messages`
+column has ChatML conversations in its rows. Read by pyarrow alone: no code that comes with the data is run, and no
+audio is decoded.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from higgs_ds.config import DataOptions
+from higgs_ds.data.formats import chatml
+from higgs_ds.data.formats.checks import Reading, build_entry, kind_of, path_of, printable
+from higgs_ds.data.formats.recordings import Columns, clip_of, columns_of, sample_of_row
+from higgs_ds.data.sample import AudioClip, Entry, Sample
+
+PARQUET, ARROW = ".parquet", ".arrow"
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what `save_to_disk` writes beside a dataset, or several
+BATCH_ROWS = 16  # rows of a Parquet file held at once: they may hold minutes of audio each
+_SPLIT = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)", re.IGNORECASE)
+
+
+def read(path: Path, options: DataOptions) -> Iterator[Entry]:
+    """The entries of a table; `source` counts the rows of each file from 1."""
+    files, fault = table_files(path)
+    if fault:
+        yield Entry(printable(path), None, (fault,))
+    for file in files:
+        yield from _read_file(file, options)
+
+
+def table_files(path: Path) -> tuple[list[Path], str]:
+    """The files that make up a table, in order; and why they cannot be told, where they cannot."""
+    if not path.is_dir():
+        return [path], ""
+    if (path / SAVED_SPLITS).is_file():
+        splits = sorted(file.parent for file in path.glob(f"*/{SAVED}"))
+        if len(splits) != 1:
+            names = ", ".join(split.name for split in splits) or "none"
+            return [], f"folder: holds a dataset of several splits ({names}); give the folder of one of them"
+        path = splits[0]
+    if (path / SAVED).is_file():
+        return _saved_files(path)
+    files = sorted(path.rglob(f"*{PARQUET}"))
+    splits_found = sorted({split for file in files for split in _splits_of(file.relative_to(path))})
+    if len(splits_found) > 1:
+        fault = (
+            f"folder: holds files of several splits ({', '.join(splits_found)}); give a file, or a folder of one split"
+        )
+        return [], fault
+    return files, ""
+
+
+def _splits_of(file: Path) -> list[str]:
+    """The split that a file's name, or else its folder's, tells."""
+    found = next(filter(None, (_SPLIT.search(part.removesuffix(PARQUET)) for part in reversed(file.parts))), None)
+    return [found[1].lower()] if found else []
+
+
+def _saved_files(folder: Path) -> tuple[list[Path], str]:
+    try:
+        state = json.loads((folder / SAVED).read_bytes())
+        names = [entry["filename"] for entry in state["_data_files"]]
+        files = [folder / name for name in names if Path(name).name == name]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        return [], f"{SAVED}: does not list the dataset's files ({type(error).__name__}); save the dataset again"
+    if len(files) != len(names):
+        return [], f"{SAVED}: names files outside of its folder"
+    return files, ""
+
+
+def _read_file(path: Path, options: DataOptions) -> Iterator[Entry]:
+    import pyarrow
+
+    row = 0
+    try:
+        with pyarrow.memory_map(str(path)) as memory:
+            schema, batches = _open(memory)
+            columns, build = _plan(schema)
+            if isinstance(build, str):
+                yield Entry(printable(path), None, (build,))
+                return
+            for batch in batches(columns):
+                for i in range(batch.num_rows):
+                    row += 1
+                    yield _entry(batch, i, Reading(path, f"{printable(path)}:row {row}", options), build)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        what = " ".join(str(error).split())[:200]
+        yield Entry(printable(path), None, (f"table: cannot be read behind row {row}: {printable(what)}",))
+
+
+def _open(memory: Any) -> tuple[Any, Callable[[list[str]], Iterator[Any]]]:
+    """The schema of a file, and its record batches with some of its columns."""
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    if memory.size() >= 4 and memory.read_at(4, 0) == b"PAR1":
+        # Pages are read as the rows come. At worst a page is a whole row group, which is then held twice.
+        file = pyarrow.parquet.ParquetFile(memory, pre_buffer=False)
+        return file.schema_arrow, lambda columns: file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False)
+    stream = pyarrow.ipc.open_stream(memory)
+
+    def batches(columns: list[str]) -> Iterator[Any]:
+        for batch in stream:
+            chosen = batch.select(columns)
+            chosen.validate(full=True)  # offsets are taken on trust otherwise: a damaged file could crash the process
+            yield chosen
+
+    return stream.schema, batches
+
+
+def _plan(schema: Any) -> tuple[list[str], Callable[[Any, Reading], Sample | None] | str]:
+    """Which columns are read, and how a row becomes a sample; or what is wrong with the columns, as a text."""
+    names = [str(name) for name in schema.names]
+    if len(set(names)) < len(names):
+        return [], "columns: two have the same name"
+    if "messages" in names:
+        return [name for name in names if name in (*chatml.SAMPLE_KEYS, "audios")], chatml.build
+    columns = columns_of(names)
+    if isinstance(columns, str):
+        return [], f"columns: {columns}"
+    return [name for name in columns if name is not None], functools.partial(_build, columns)
+
+
+def _entry(batch: Any, i: int, reading: Reading, build: Callable[[Any, Reading], Sample | None]) -> Entry:
+    row = {}
+    for name in batch.schema.names:
+        try:
+            row[name] = batch.column(name)[i].as_py()
+        except (UnicodeDecodeError, OverflowError, ValueError) as error:
+            reading.report(name, f"cannot be read: {error}")
+    return Entry(reading.source, None, tuple(reading.faults)) if reading.faults else build_entry(row, reading, build)
+
+
+def _build(columns: Columns, row: Any, reading: Reading) -> Sample | None:
+    return sample_of_row(row, columns, _clip(row[columns.audio], columns.audio, reading), reading)
+
+
+def _clip(audio: Any, where: str, reading: Reading) -> AudioClip | None:
+    if isinstance(audio, bytes) and audio:
+        return AudioClip(reading.manifest, data=audio)
+    if isinstance(audio, str):
+        return clip_of(path_of(audio, where, reading))
+    if isinstance(audio, dict) and {"bytes", "path"} & audio.keys():
+        if isinstance(audio.get("bytes"), bytes) and audio["bytes"]:
+            return AudioClip(reading.manifest, data=audio["bytes"])
+        return clip_of(path_of(audio.get("path"), f"{where}.path", reading))
+    what = f"an object with {', '.join(map(repr, audio))}" if isinstance(audio, dict) else kind_of(audio)
+    reading.report(where, f"must be a path, an audio file's bytes, or an object with 'bytes' and 'path', is {what}")
+    return None

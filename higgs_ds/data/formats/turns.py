@@ -1,0 +1,91 @@
+"""The messages of a conversation: what the chat formats have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from higgs_ds.data.formats.checks import LAYOUT_TOKENS, Reading, check_keys, kind_of, shown, text_of
+from higgs_ds.data.sample import ASSISTANT, AudioClip, Message
+
+TEXT_KEYS = ("type", "text")
+MESSAGE_KEYS = ("role", "content", "recipient")
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How one format writes its turns: the roles, the keys of an audio part, and the reader of such a part."""
+
+    roles: tuple[str, ...]
+    audio_keys: tuple[str, ...]
+    clip_of: Callable[[dict[str, Any], str, Reading], AudioClip | None]
+    forbidden: dict[str, tuple[str, ...]]  # what a text must not hold, by role, where it is not LAYOUT_TOKENS
+
+
+def messages_of(raw: Any, dialect: Dialect, reading: Reading) -> tuple[Message, ...]:
+    """The messages of a sample, one for each raw one; what is wrong in them is reported."""
+    if not isinstance(raw, list) or not raw:
+        reading.report("messages", f"must be a list of one or more messages, is {kind_of(raw)}")
+        return ()
+    return tuple(_message(message, f"messages[{i}]", dialect, reading) for i, message in enumerate(raw))
+
+
+def object_of(raw: Any, reading: Reading) -> dict[str, Any] | None:
+    """A sample of a chat format, if it is an object at all."""
+    if isinstance(raw, dict):
+        return raw
+    reading.report("sample", f"must be an object with 'messages', is {kind_of(raw)}")
+    return None
+
+
+def role_of(raw: dict[str, Any], where: str, roles: tuple[str, ...], reading: Reading) -> str:
+    role = raw.get("role")
+    if role not in roles:
+        reading.report(f"{where}.role", f"{shown(role)} is not a role; allowed: {', '.join(roles)}")
+    return str(role) if role in roles else ""
+
+
+def _message(raw: Any, where: str, dialect: Dialect, reading: Reading) -> Message:
+    if not isinstance(raw, dict):
+        reading.report(where, f"must be an object with 'role' and 'content', is {kind_of(raw)}")
+        return Message("", ())
+    check_keys(raw, MESSAGE_KEYS, f"{where}.", reading)
+    role = role_of(raw, where, dialect.roles, reading)
+    content = raw.get("content")
+    if content == []:
+        reading.report(f"{where}.content", "is empty")
+    parts = []
+    for i, part in enumerate(content if isinstance(content, list) else [content]):
+        place = f"{where}.content[{i}]" if isinstance(content, list) else f"{where}.content"
+        parts.append(_part(part, place, role, dialect, reading))
+    return Message(role, tuple(part for part in parts if part is not None), _recipient(raw, where, role, reading))
+
+
+def _recipient(raw: dict[str, Any], where: str, role: str, reading: Reading) -> str | None:
+    recipient = raw.get("recipient")
+    if recipient is None:
+        return None
+    if not isinstance(recipient, str) or role != ASSISTANT:
+        what = f"must be a string in an assistant message, is {shown(recipient)} in a {role!r} one"
+        reading.report(f"{where}.recipient", what)
+        return None
+    return text_of(recipient, f"{where}.recipient", reading, may_be_blank=True)
+
+
+def _part(raw: Any, where: str, role: str, dialect: Dialect, reading: Reading) -> str | AudioClip | None:
+    forbidden = dialect.forbidden.get(role, LAYOUT_TOKENS)
+    if isinstance(raw, str):
+        return text_of(raw, where, reading, forbidden)
+    if not isinstance(raw, dict):
+        reading.report(where, f"must be a text, an object with 'type', or a list of these, is {kind_of(raw)}")
+        return None
+    kind = raw.get("type")
+    if kind == "text":
+        check_keys(raw, TEXT_KEYS, f"{where}.", reading)
+        return text_of(raw.get("text"), f"{where}.text", reading, forbidden)
+    if kind == "audio":
+        check_keys(raw, dialect.audio_keys, f"{where}.", reading)
+        return dialect.clip_of(raw, where, reading)
+    reading.report(f"{where}.type", f"{shown(kind)} is not a content type; allowed: text, audio")
+    return None
