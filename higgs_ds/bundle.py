@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer, HiggsAudioV2Config, PreTrainedTokenizerBase
 
 from higgs_ds.builtin import builtin_base
-from higgs_ds.data.codec import find_codec, read_codec_config
+from higgs_ds.data.audio_codes import CodeCache
+from higgs_ds.data.codec import CodecInfo, codec_digest, find_codec, read_codec_info
+from higgs_ds.data.coder import Coder
 from higgs_ds.data.delay_pattern import AudioStream
-from higgs_ds.data.prompt import AUDIO_DELAY, AUDIO_OUT, AUDIO_OUT_BOS, missing_tokens
+from higgs_ds.data.prompt import AUDIO_DELAY, AUDIO_OUT, AUDIO_OUT_BOS, CachedTokenizer, missing_tokens
 from higgs_ds.errors import InputError
 from higgs_ds.files import sha256_of
 from higgs_ds.hub import resolve_folder, weight_files, weight_shapes
@@ -26,9 +29,7 @@ class Bundle:
     folder: Path
     config: HiggsAudioV2Config
     tokenizer: PreTrainedTokenizerBase
-    codec_folder: Path
-    sample_rate: int
-    hop_length: int
+    codec: CodecInfo
 
     @property
     def identity(self) -> str:
@@ -45,6 +46,13 @@ class Bundle:
     def stream(self) -> AudioStream:
         return AudioStream(self.config.num_codebooks, self.config.audio_stream_bos_id, self.config.audio_stream_eos_id)
 
+    def coder(self, cache_dir: Path) -> Coder:
+        """What turns samples into this base's ids and codes."""
+        cache = CodeCache(cache_dir, codec_digest(self.codec.folder))
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        identity = hashlib.sha256(repr((vocabulary, self.stream, cache.codec_digest)).encode()).hexdigest()
+        return Coder(CachedTokenizer(self.tokenizer), self.stream, self.pad_id, self.codec, cache, identity)
+
 
 def open_bundle(name: str | None, revision: str | None, codec_name: str | None, cache_dir: Path) -> Bundle:
     """Find a base, by default the built-in one, and its codec. Raises InputError with all that does not fit."""
@@ -52,25 +60,26 @@ def open_bundle(name: str | None, revision: str | None, codec_name: str | None, 
     config = read_config(folder)
     weight_files(folder)
     codec_folder = find_codec(folder, codec_name)
-    codec = read_codec_config(codec_folder)
+    codec = read_codec_info(codec_folder)
     weight_shapes(weight_files(codec_folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: its tokenizer does not load: {error}") from error
     problems = _tokenizer_problems(folder, config, tokenizer)
-    if codec.num_quantizers != config.num_codebooks:
+    if codec.config.num_quantizers != config.num_codebooks:
         problems.append(
-            f"{codec_folder}: gives {codec.num_quantizers} codebooks, the base {folder} takes {config.num_codebooks}"
+            f"{codec_folder}: gives {codec.config.num_quantizers} codebooks, "
+            f"the base {folder} takes {config.num_codebooks}"
         )
-    if codec.codebook_size != config.audio_stream_bos_id or config.codebook_size <= config.audio_stream_eos_id:
+    if codec.config.codebook_size != config.audio_stream_bos_id or config.codebook_size <= config.audio_stream_eos_id:
         problems.append(
             f"{folder}: codebook_size {config.codebook_size} with stream BOS {config.audio_stream_bos_id} and EOS "
-            f"{config.audio_stream_eos_id} does not fit the codec's {codec.codebook_size} codes"
+            f"{config.audio_stream_eos_id} does not fit the codec's {codec.config.codebook_size} codes"
         )
     if problems:
         raise InputError(problems)
-    return Bundle(name or str(folder), folder, config, tokenizer, codec_folder, codec.sample_rate, codec.hop_length)
+    return Bundle(name or str(folder), folder, config, tokenizer, codec)
 
 
 def _tokenizer_problems(folder: Path, config: HiggsAudioV2Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:

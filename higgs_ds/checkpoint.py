@@ -33,19 +33,15 @@ class TrainerState:
     """Where a run stands. `step` counts optimizer steps; the place in the data follows from it and the settings."""
 
     total_steps: int
-    steps_per_epoch: int
     settings: dict[str, Any]
     step: int = 0
+    epoch: float = 0.0
     has_learned: bool = False  # whether any step so far had a learning rate above 0
     scheduler: dict[str, Any] = field(default_factory=dict)
     meters: list[dict[str, Any]] = field(default_factory=list)  # each rank's, of the steps since the last log line
 
-    @property
-    def epoch(self) -> float:
-        return self.step / self.steps_per_epoch
-
     def to_json(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "finished": self.step >= self.total_steps, **asdict(self)}
+        return {"finished": self.step >= self.total_steps, **asdict(self)}
 
 
 def save_checkpoint(
@@ -123,7 +119,7 @@ def newest_complete(output_dir: Path) -> tuple[Path | None, list[str]]:
 def read_state(folder: Path) -> TrainerState:
     """The state of a complete checkpoint."""
     values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    return TrainerState(**{key: value for key, value in values.items() if key not in ("epoch", "finished")})
+    return TrainerState(**{key: value for key, value in values.items() if key != "finished"})
 
 
 def check_same_run(saved: TrainerState, fresh: TrainerState, folder: Path) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from higgs_ds.errors import InputError
+
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DS_CONFIG = PROJECT_ROOT / "ds_configs" / "zero2.json"
+FORMATS = ("chatml", "native", "swift", "metadata", "paired", "list", "csv", "table")
 LORA_TARGET_GROUPS = ("attention", "text_mlp", "audio_mlp")
 RESUME_NEVER, RESUME_AUTO = "never", "auto"
 
@@ -29,12 +33,27 @@ class DataOptions:
     """Data"""
 
     train_manifest: Path | None = option(
-        None, "ChatML samples, JSONL or a JSON array (without it: the built-in sample voices)", metavar="FILE"
+        None, "training samples, a file or a folder (without it: the built-in sample voices)", metavar="PATH"
     )
-    val_manifest: Path | None = option(None, "validation samples; without it a share is split off", metavar="FILE")
+    val_manifest: Path | None = option(None, "validation samples; without it a share is split off", metavar="PATH")
+    format: str = option("auto", "format of the manifests; auto: told from their content", ("auto", *FORMATS))
     val_split: float = option(0.05, "share of the training samples held out for validation, 0 to below 1")
+    split_by: str = option("sample", "hold out single samples, or whole speakers", ("sample", "speaker"))
+    reference: str = option(
+        "context", "where a recording's reference clips go: turns in front, the system message, or left out",
+        ("context", "system", "none"),
+    )  # fmt: skip
+    normalize_text: bool = option(
+        False, "spell sound tags ([laugh]), units and punctuation in spoken texts as the base's example does"
+    )
     allow_text_targets: bool = option(
         False, "also train samples whose assistant turns hold no audio (speech to text, chat)"
+    )
+    max_clip_s: float = option(600.0, "longest clip, in seconds; a longer one is an error")
+    max_seq_len: int | None = option(None, "leave out samples of more tokens than this (which: dropped_samples.txt)")
+    skip_bad: Path | None = option(None, "leave out bad samples, and write which and why to this file", metavar="FILE")
+    num_workers: int | None = option(
+        None, "threads of each rank that check audio, processes that encode it without a GPU (default: one a core)"
     )
     cache_dir: Path | None = option(
         None, "where encoded audio is kept ($HIGGS_DS_CACHE, or ~/.cache/higgs_ds)", metavar="DIR"
@@ -76,6 +95,10 @@ class OptimOptions:
     """Optimization"""
 
     batch_size: int = option(2, "samples per rank and forward pass")
+    max_tokens_per_batch: int | None = option(
+        None, "fill each forward pass with samples up to so many tokens, padding counted, in place of batch_size"
+    )
+    bucket_size: int = option(1024, "samples that are sorted by length together, for less padding; 1: none are")
     grad_accum: int = option(8, "forward passes per optimizer step")
     epochs: int = option(2, "passes over the training samples")
     max_steps: int | None = option(None, "end after this many optimizer steps, in place of epochs")
@@ -105,6 +128,14 @@ class RunOptions:
     resume: str = option(RESUME_NEVER, "never, auto (the newest checkpoint in output_dir), or a checkpoint folder")
     merge_adapter_with_base: bool = option(False, "merge at the end: final_model/ adapter/ merged_model/")
     deepspeed: Path = option(DEFAULT_DS_CONFIG, "DeepSpeed JSON file", metavar="FILE")
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Preparation"""
+
+    check_only: bool = option(False, "check everything, encode and write nothing")
+    shard: str = option("0/1", "I/N: only the I-th of N parts, from 0, while other processes do the others")
 
 
 @dataclass(frozen=True)
@@ -212,6 +243,31 @@ def parse_train_options(argv: list[str] | None = None) -> tuple[TrainOptions, se
     return TrainOptions().replace(**given), set(given)
 
 
+def parse_prepare_options(argv: list[str] | None = None) -> tuple[DataOptions, ModelOptions, PrepareOptions]:
+    """The options of launch/prepare.py; those of the data and the base are the ones of training."""
+    parser = argparse.ArgumentParser(
+        prog="launch/prepare.py",
+        usage="[deepspeed|python] launch/prepare.py --train_manifest PATH [options]",
+        description="Check manifests, and encode their audio once, ahead of training.",
+        allow_abbrev=False,
+    )
+    groups = (DataOptions, ModelOptions, PrepareOptions)
+    for group_class in groups:
+        add_options(parser, group_class)
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
+    given = _given(parser, argv)
+    made = [group(**{f.name: given[f.name] for f in dataclasses.fields(group) if f.name in given}) for group in groups]
+    return typing.cast(tuple[DataOptions, ModelOptions, PrepareOptions], tuple(made))
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """I and N of I/N. Raises InputError for anything but 0 <= I < N."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise InputError(f"--shard {text}: must be I/N, with I from 0 to N - 1, for instance 0/4")
+    return int(match[1]), int(match[2])
+
+
 def parse_generate_options(argv: list[str] | None = None) -> GenerateOptions:
     """The options of launch/generate.py."""
     parser = argparse.ArgumentParser(
@@ -229,19 +285,35 @@ def _given(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str,
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
+def check_data_options(options: DataOptions) -> list[str]:
+    """Problems of single options of the data."""
+    problems = []
+    if not 0 <= options.val_split < 1:
+        problems.append(f"--val_split {options.val_split}: must be from 0 to below 1")
+    if not 0 < options.max_clip_s < float("inf"):
+        problems.append(f"--max_clip_s {options.max_clip_s}: must be above 0")
+    for name in ("max_seq_len", "num_workers"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name} {value}: must be 1 or more")
+    return problems
+
+
 def check_options(options: TrainOptions) -> list[str]:
     """Problems of single options; empty where there are none."""
     flat = options.flat()
-    problems = []
+    problems = check_data_options(options.data)
 
     def expect(name: str, holds: bool, allowed: str) -> None:
         if not holds:
             problems.append(f"--{name} {flat[name]}: must be {allowed}")
 
-    for name in ("lora_r", "lora_alpha", "batch_size", "grad_accum", "epochs", "log_steps", "val_steps", "save_steps"):
-        expect(name, flat[name] >= 1, "1 or more")
-    expect("max_steps", flat["max_steps"] is None or flat["max_steps"] >= 1, "1 or more")
-    for name in ("val_split", "lora_dropout", "warmup_ratio"):
+    for name in (
+        "lora_r", "lora_alpha", "batch_size", "bucket_size", "grad_accum", "epochs", "log_steps", "val_steps",
+        "save_steps", "max_steps", "max_tokens_per_batch",
+    ):  # fmt: skip
+        expect(name, flat[name] is None or flat[name] >= 1, "1 or more")
+    for name in ("lora_dropout", "warmup_ratio"):
         expect(name, 0 <= flat[name] < 1, "from 0 to below 1")
     for name in ("weight_decay", "max_grad_norm", "text_loss_weight", "audio_loss_weight"):
         expect(name, 0 <= flat[name] < float("inf"), "0 or more")

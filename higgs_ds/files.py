@@ -53,7 +53,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     """
     with _folder_beside(path) as temporary:
         yield temporary
-        _flush(temporary)
+        flush_folder(temporary)
         aside = Path(f"{temporary}.old")
         with contextlib.suppress(FileNotFoundError):
             os.rename(path, aside)
@@ -70,7 +70,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     with _folder_beside(path) as temporary:
         yield temporary
-        _flush(temporary)
+        flush_folder(temporary)
         try:
             os.rename(temporary, path)
         except OSError:
@@ -121,7 +121,7 @@ def _folder_beside(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _flush(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Give everything in a folder, which libraries may have written as private, the usual mode, and sync it."""
     for entry in [*folder.rglob("*"), folder]:
         entry.chmod((0o777 if entry.is_dir() else 0o666) & ~_umask())

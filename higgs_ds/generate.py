@@ -36,9 +36,11 @@ def main(options: GenerateOptions) -> None:
     """Make a WAV file as the options say. Raises InputError before any weight is loaded."""
     bundle = _check(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    codec = Codec(bundle.codec_folder, device)
+    codec = Codec(bundle.codec.folder, device)
     messages = conversation(options)
-    references = [codec.encode(read_audio(clip, bundle.sample_rate)) for m in messages for clip in m.clips]
+    references = [
+        codec.encode(read_audio(clip, codec.sample_rate)[None])[0] for message in messages for clip in message.clips
+    ]
     model = load_for_generation(bundle.folder)
     if options.lora_adapter_path is not None:
         model = PeftModel.from_pretrained(model, options.lora_adapter_path)
@@ -50,9 +52,9 @@ def main(options: GenerateOptions) -> None:
     waveform = codec.decode(speech.codes.clamp(max=bundle.stream.bos_id - 1))
     with saving(options.output):
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_audio(options.output, waveform, bundle.sample_rate)
+        write_audio(options.output, waveform, bundle.codec.sample_rate)
     ending = "stopped by itself" if speech.stopped else "cut off at --max_new_tokens, it did not stop by itself"
-    print(f"WAV: {options.output} ({len(waveform) / bundle.sample_rate:.2f} s, {ending})")
+    print(f"WAV: {options.output} ({len(waveform) / bundle.codec.sample_rate:.2f} s, {ending})")
 
 
 def conversation(options: GenerateOptions) -> list[Message]:

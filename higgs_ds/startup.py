@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
 
@@ -16,34 +17,36 @@ from higgs_ds.builtin import SAMPLE_MANIFEST
 from higgs_ds.bundle import Bundle, open_bundle
 from higgs_ds.checkpoint import TrainerState
 from higgs_ds.config import RESUME_AUTO, RESUME_NEVER, TrainOptions, check_options
-from higgs_ds.data.audio_codes import CodeCache, default_cache_dir, encode_clips, find_keys
-from higgs_ds.data.codec import Codec, codec_digest
+from higgs_ds.data.audio_codes import default_cache_dir
+from higgs_ds.data.coder import Coder
 from higgs_ds.data.dataset import Dataset
-from higgs_ds.data.manifest import read_manifest
-from higgs_ds.data.sample import AudioClip, Sample
+from higgs_ds.data.index import Index
 from higgs_ds.data.sampler import WindowSampler, split_validation
 from higgs_ds.engine import Engine
 from higgs_ds.errors import InputError
 from higgs_ds.export import adapter_parameters
-from higgs_ds.files import saving, why_not_writable, write_json
+from higgs_ds.files import saving, write_json, write_text
 from higgs_ds.loss import LossWeights
 from higgs_ds.metrics import say
 from higgs_ds.model.higgs import DualLossModel, check_text_head, load_base
 from higgs_ds.model.lora import add_lora, describe
+from higgs_ds.prepare import Preparation, check_folders
 
 T = TypeVar("T")
+DROPPED_FILE = "dropped_samples.txt"
 # Options that may differ when a run goes on: they do not change what is trained. Batch size and accumulation may, as
 # long as the number of samples per step stays.
 FREE_ON_RESUME = (
     "output_dir", "resume", "log_steps", "val_steps", "save_steps", "merge_adapter_with_base", "deepspeed", "cache_dir",
     "activation_checkpointing", "batch_size", "grad_accum", "epochs", "max_steps", "train_manifest", "val_manifest",
-    "val_split", "allow_text_targets", "base_ckpt", "base_revision", "codec_ckpt",
+    "val_split", "split_by", "format", "reference", "normalize_text", "allow_text_targets", "max_clip_s", "max_seq_len",
+    "skip_bad", "num_workers", "base_ckpt", "base_revision", "codec_ckpt",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the checks have found good."""
+    """What the checks have found good, with all audio encoded."""
 
     options: TrainOptions
     ds_settings: dict[str, Any]
@@ -51,7 +54,7 @@ class Inputs:
     bundle: Bundle
     train: Dataset
     val: Dataset
-    missing: list[AudioClip]  # clips of this rank's share that are not encoded yet
+    too_long: list[str]  # what --max_seq_len leaves out
     resume_from: Path | None
 
 
@@ -79,12 +82,10 @@ def start(options: TrainOptions, given: set[str]) -> Run:
     Raises InputError, the same on every rank, before any weight of the base is loaded.
     """
     distributed.raise_problems(check_options(options))
-    inputs = _check(options, given)
-    _encode(inputs)
-    return _load(inputs)
+    return _load(_check_and_encode(options, given))
 
 
-def _check(options: TrainOptions, given: set[str]) -> Inputs:
+def _check_and_encode(options: TrainOptions, given: set[str]) -> Inputs:
     problems: list[str] = []
 
     def attempt(action: Callable[[], T]) -> T | None:
@@ -96,25 +97,26 @@ def _check(options: TrainOptions, given: set[str]) -> Inputs:
 
     output_dir = _output_dir(options)
     cache_dir = options.data.cache_dir or default_cache_dir()
-    for name, folder in (("output_dir", output_dir), ("cache_dir", cache_dir)):
-        reason = why_not_writable(folder)
-        if reason:
-            problems.append(f"--{name} {folder}: cannot be written to: {reason}; choose another folder")
-    resolved = attempt(lambda: _resolve_ds_config(options, given))
-    bundle = None if why_not_writable(cache_dir) else attempt(lambda: _open_base(options, cache_dir))
-    resume_from = attempt(lambda: _resume_from(options, output_dir))
-    samples = _read_samples(options, problems)
-    # Without a good base the clips are looked at all the same, so that their problems are not kept for the next try.
-    cache = CodeCache(cache_dir, codec_digest(bundle.codec_folder) if bundle else "")
-    keys, missing = _find_clips(cache, bundle, [*samples[0], *samples[1]], problems)
+    problems += check_folders(options.data, output_dir, cache_dir)
     distributed.raise_problems(problems)
-    assert resolved and bundle  # noqa: PT018 - what is missing would be among the problems
-    settings, options = resolved
-
-    def dataset(its_samples: list[Sample]) -> Dataset:
-        return Dataset(its_samples, keys, cache, bundle.tokenizer, bundle.stream, bundle.pad_id)
-
-    return Inputs(options, settings, output_dir, bundle, dataset(samples[0]), dataset(samples[1]), missing, resume_from)
+    resolved = attempt(lambda: _resolve_ds_config(options, given))
+    bundle = attempt(lambda: _open_base(options, cache_dir))
+    resume_from = attempt(lambda: _resume_from(options, output_dir))
+    if not all(distributed.gather_objects(bundle is not None)):
+        bundle = None
+    # Without a good base the samples are looked at all the same, so that their problems are not kept for the next try.
+    with Preparation(options.data, bundle, cache_dir) as preparation:
+        manifests = [options.data.train_manifest or SAMPLE_MANIFEST, options.data.val_manifest]
+        checked = [preparation.check(path) for path in manifests if path is not None]
+        problems += [problem for manifest in checked for problem in manifest.problems]
+        distributed.raise_problems(problems)
+        assert resolved and bundle and preparation.coder  # noqa: PT018 - what is missing would be among the problems
+        settings, options = resolved
+        for manifest in checked:
+            preparation.encode(manifest, distributed.device())
+        indexes = [preparation.keep(manifest) for manifest in checked]
+    train, val, too_long = _select(options, indexes, preparation.coder)
+    return Inputs(options, settings, output_dir, bundle, train, val, too_long, resume_from)
 
 
 def _resolve_ds_config(options: TrainOptions, given: set[str]) -> tuple[dict[str, Any], TrainOptions]:
@@ -162,54 +164,58 @@ def _resume_from(options: TrainOptions, output_dir: Path) -> Path | None:
     return Path(resume)
 
 
-def _read_samples(options: TrainOptions, problems: list[str]) -> tuple[list[Sample], list[Sample]]:
-    """Training and validation samples; what is wrong with their manifests is added to `problems`."""
-    data = options.data
-    samples, found = read_manifest(data.train_manifest or SAMPLE_MANIFEST, data.allow_text_targets)
-    problems += found
-    if data.val_manifest is not None:
-        val_samples, found = read_manifest(data.val_manifest, data.allow_text_targets)
-        problems += found
-        return samples, val_samples
-    train, val = split_validation(len(samples), data.val_split, options.optim.seed)
-    return [samples[i] for i in train], [samples[i] for i in val]
+def _select(options: TrainOptions, indexes: list[Index], coder: Coder) -> tuple[Dataset, Dataset, list[str]]:
+    """The samples to train on and to validate on, and the lines of those that are left out for their length."""
+    data, seed = options.data, options.optim.seed
+    short = [np.flatnonzero(index.num_tokens <= (data.max_seq_len or np.inf)) for index in indexes]
+    too_long = [
+        f"{source}: {index.num_tokens[row]} tokens"
+        for index, rows in zip(indexes, short, strict=True)
+        for row in np.setdiff1d(np.arange(len(index)), rows)
+        for source in index.sources([row])
+    ]
+    if len(indexes) == 2:
+        train, val = (Dataset(index, rows, coder) for index, rows in zip(indexes, short, strict=True))
+    else:
+        (index,), (rows,) = indexes, short
+        groups = rows if data.split_by == "sample" else _speakers(index, options)[rows]
+        at_train, at_val = split_validation(groups, data.val_split, seed)
+        train, val = Dataset(index, rows[at_train], coder), Dataset(index, rows[at_val], coder)
+    if len(train) == 0:
+        raise InputError(f"--max_seq_len {data.max_seq_len}: every sample is longer; nothing is left to train on")
+    longest = int(max(dataset.index.num_tokens[dataset.rows].max(initial=0) for dataset in (train, val)))
+    if options.optim.max_tokens_per_batch and longest > options.optim.max_tokens_per_batch:
+        raise InputError(
+            f"--max_tokens_per_batch {options.optim.max_tokens_per_batch}: the longest sample has {longest} tokens; "
+            "give at least as many, or leave out the longest with --max_seq_len"
+        )
+    return train, val, too_long
 
 
-def _find_clips(
-    cache: CodeCache, bundle: Bundle | None, samples: list[Sample], problems: list[str]
-) -> tuple[dict[AudioClip, str], list[AudioClip]]:
-    """Keys of all clips, and this rank's share of those to be encoded; every rank looks at a share of the files."""
-    sources: dict[AudioClip, str] = {}
-    for sample in samples:
-        for clip in sample.clips:
-            sources.setdefault(clip, sample.source)
-    share = list(sources.items())[distributed.rank() :: distributed.world_size()]
-    sample_rate, hop_length = (bundle.sample_rate, bundle.hop_length) if bundle else (24000, 960)
-    my_keys, missing, found = find_keys(cache, share, sample_rate, hop_length)
-    problems += found
-    return {clip: key for keys in distributed.gather_objects(my_keys) for clip, key in keys.items()}, missing
-
-
-def _encode(inputs: Inputs) -> None:
-    """Encode this rank's share of the missing clips, and wait for the others'."""
-    if inputs.missing:
-        codec = Codec(inputs.bundle.codec_folder, distributed.device())
-        encode_clips(inputs.train.cache, codec, inputs.missing, inputs.train.keys)
-        del codec
-        torch.cuda.empty_cache()  # give the model the codec's room
-    distributed.barrier()
+def _speakers(index: Index, options: TrainOptions) -> np.ndarray:
+    """The number of each sample's speaker, for a split that parts no speaker's samples."""
+    numbers, names = index.labels("speaker")
+    unnamed = int((numbers < 0).sum())
+    if unnamed or len(names) < 2:
+        raise InputError(
+            f"--split_by speaker: {unnamed} samples name no speaker, the others {len(names)}; all must name one, "
+            "and there must be two or more. Use --split_by sample or --val_manifest"
+        )
+    return numbers
 
 
 def _load(inputs: Inputs) -> Run:
     options, bundle, resume_from = inputs.options, inputs.bundle, inputs.resume_from
     optim = options.optim
     sampler = WindowSampler(
-        num_samples=len(inputs.train),
+        lengths=inputs.train.lengths,
         micro_batch_size=optim.batch_size,
         gradient_accumulation_steps=optim.grad_accum,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         seed=optim.seed,
+        bucket_size=optim.bucket_size,
+        max_tokens=optim.max_tokens_per_batch,
     )
     state = distributed.agreed(lambda: _state(inputs, sampler))
     model = distributed.agreed(lambda: _adapted_model(options, bundle))
@@ -227,6 +233,8 @@ def _load(inputs: Inputs) -> Run:
     if distributed.is_main():
         with saving(inputs.output_dir):
             write_json(inputs.output_dir / "settings.json", options.flat())
+            if inputs.too_long:
+                write_text(inputs.output_dir / DROPPED_FILE, "\n".join(inputs.too_long) + "\n")
     lora_config = model.peft_config["default"]
     return Run(options, inputs.output_dir, bundle, inputs.train, inputs.val, sampler, engine, lora_config, state)
 
@@ -234,8 +242,8 @@ def _load(inputs: Inputs) -> Run:
 def _state(inputs: Inputs, sampler: WindowSampler) -> TrainerState:
     """Where the run begins: at step 0, or where the checkpoint stands, which must be of the same run."""
     optim = inputs.options.optim
-    total_steps = optim.max_steps or optim.epochs * sampler.windows_per_epoch
-    fresh = TrainerState(total_steps, sampler.windows_per_epoch, _training_settings(inputs, sampler))
+    total_steps = optim.max_steps or sampler.num_steps(optim.epochs)
+    fresh = TrainerState(total_steps, _training_settings(inputs, sampler))
     if inputs.resume_from is None:
         return fresh
     saved = checkpoint.read_state(inputs.resume_from)
@@ -248,7 +256,7 @@ def _training_settings(inputs: Inputs, sampler: WindowSampler) -> dict[str, Any]
     settings = {name: value for name, value in inputs.options.flat().items() if name not in FREE_ON_RESUME}
     return {
         **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
-        "samples_per_step": sampler.window_size,
+        "micro_batches_per_step" if sampler.max_tokens else "samples_per_step": sampler.window_size,
         "training_data": inputs.train.digest(),
         "base": inputs.bundle.identity,
     }
@@ -273,12 +281,21 @@ def _report(inputs: Inputs, sampler: WindowSampler, state: TrainerState, adapter
         f"{options.model.precision}, ZeRO stage {inputs.ds_settings['zero_optimization']['stage']}"
     )
     say(adapters)
-    say(f"data: {len(inputs.train)} samples to train on, {len(inputs.val)} to validate on")
+    say(f"data: {len(inputs.train):,} samples to train on, {len(inputs.val):,} to validate on")
+    if inputs.too_long:
+        say(
+            f"left out: {len(inputs.too_long):,} samples longer than --max_seq_len {options.data.max_seq_len}, "
+            f"for instance {inputs.too_long[0]}; all are in {inputs.output_dir / DROPPED_FILE}"
+        )
+    micro_batch = f"{sampler.max_tokens} tokens" if sampler.max_tokens else f"{options.optim.batch_size}"
     say(
-        f"steps: {state.total_steps} of {sampler.window_size} samples ({options.optim.batch_size} per rank x "
-        f"{options.optim.grad_accum} accumulated x {distributed.world_size()} ranks), "
-        f"{sampler.windows_per_epoch} an epoch"
+        f"steps: {state.total_steps}, {sampler.num_steps(1)} in the first epoch, of {sampler.window_size} "
+        f"{'micro-batches' if sampler.max_tokens else 'samples'} ({micro_batch} per rank x "
+        f"{options.optim.grad_accum} accumulated x {distributed.world_size()} ranks), {sampler.padding():.1%} padding"
     )
+    on_cpu = distributed.device().type == "cpu"
+    if on_cpu and options.model.precision == "bf16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        say("note: this CPU has no instructions for bf16; --precision fp32 is much faster here")
     if inputs.resume_from is not None:
         say(f"resumed: {inputs.resume_from}, at step {state.step}")
     say(f"output: {inputs.output_dir}")

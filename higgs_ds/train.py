@@ -31,7 +31,7 @@ def train(run: Run) -> None:
             batches = [run.train.batch(indices) for indices in window.micro_batches]
             lr = engine.lr
             meter.add(*engine.train_step(batches), batches)
-            state.step += 1
+            state.step, state.epoch = state.step + 1, window.epoch
             state.has_learned |= lr > 0
             log.advance()
             last = state.step == state.total_steps

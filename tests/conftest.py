@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,19 @@ def base(cache_dir: Path) -> Path:
     from higgs_ds.builtin import builtin_base
 
     return builtin_base(cache_dir)
+
+
+@pytest.fixture
+def lone_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process as the only rank of a process group."""
+    from launcher import free_port, rank_environment
+
+    from higgs_ds import distributed
+
+    for name, value in rank_environment(0, 1, free_port()).items():
+        monkeypatch.setenv(name, value)
+    with distributed._process_group():
+        yield
 
 
 def speech_sample(text: str, clip: str) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +17,76 @@ from higgs_ds.data.sample import AudioClip
 
 # torchaudio's defaults, spelled out because the cache of codes is keyed by them.
 RESAMPLING: dict[str, Any] = {"lowpass_filter_width": 6, "rolloff": 0.99, "resampling_method": "sinc_interp_hann"}
+SILENCE_PEAK = 1e-3  # -60 dBFS: nothing in such a clip can be heard
+FULL_SCALE = 0.999
+TOLERANCE_S = 0.1  # by which a stretch may reach behind the end of its file: durations in manifests are rounded
 
 
 class AudioError(ValueError):
     """An audio file that cannot be used; the text says why, without the file's name."""
 
 
+@dataclass(frozen=True)
+class AudioFacts:
+    """What is known of a clip once it has been decoded."""
+
+    num_samples: int  # at the rate asked for
+    clipped: float  # share of the samples at full scale
+
+
+def examine(clip: AudioClip, sample_rate: int, max_s: float) -> AudioFacts:
+    """Decode a clip and see whether it can be trained on; it is not resampled.
+
+    Raises AudioError: see `read_audio`; it lasts longer than `max_s` seconds, or is silent.
+    """
+    waveform, source_rate = _decode(clip)
+    seconds = len(waveform) / source_rate
+    if seconds > max_s:
+        raise AudioError(f"lasts {seconds:.1f} s, longer than --max_clip_s {max_s:g}; cut it with offset and duration")
+    magnitude = np.abs(waveform)
+    peak = magnitude.max()
+    if peak < SILENCE_PEAK:
+        raise AudioError(f"is silent: its peak is {20 * math.log10(peak) if peak else -math.inf:.0f} dBFS")
+    # As many samples as torchaudio's resampling gives.
+    num_samples = -(-len(waveform) * sample_rate // source_rate)
+    return AudioFacts(num_samples, float((magnitude >= FULL_SCALE).mean()))
+
+
 def read_audio(clip: AudioClip, sample_rate: int) -> torch.Tensor:
     """Decode a clip (wav, flac, mp3, ogg), mix it down to mono and resample it.
 
     Returns float32 of shape (num_samples,) at `sample_rate` Hz.
-    Raises AudioError: the file is missing, cannot be decoded, or holds no samples or not-a-number in the stretch.
+    Raises AudioError: the file is missing, cannot be decoded, ends before the stretch does, or holds no samples, or NaN
+    or infinite ones in it.
     """
     waveform, source_rate = _decode(clip)
-    if waveform.shape[0] == 0:
-        raise AudioError(f"holds no samples from {clip.offset_s} s on")
-    if not np.isfinite(waveform).all():
-        raise AudioError("holds NaN or infinite samples")
     mono = torch.from_numpy(waveform).mean(dim=1)
     return torchaudio.functional.resample(mono, source_rate, sample_rate, **RESAMPLING)
 
 
 def _decode(clip: AudioClip) -> tuple[np.ndarray, int]:
-    """Float32 samples (num_samples, channels) and their rate."""
-    if not clip.path.is_file():
+    """Float32 samples (num_samples, channels) of a clip's stretch, and their rate."""
+    if clip.data is None and not clip.path.is_file():
         raise AudioError("no such file" if not clip.path.exists() else "is not a file")
     try:
-        with soundfile.SoundFile(clip.path) as file:
+        with soundfile.SoundFile(clip.path if clip.data is None else io.BytesIO(clip.data)) as file:
             start = min(round(clip.offset_s * file.samplerate), file.frames)
             count = -1 if clip.duration_s is None else round(clip.duration_s * file.samplerate)
             file.seek(start)
-            return file.read(count, dtype="float32", always_2d=True), file.samplerate
+            waveform, rate = file.read(count, dtype="float32", always_2d=True), file.samplerate
     except (soundfile.LibsndfileError, OSError) as error:
-        raise AudioError(f"cannot be read as audio: {error}") from error
+        reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
+        raise AudioError(f"cannot be read as audio: {reason}") from error
+    if len(waveform) == 0:
+        raise AudioError(f"holds no samples from {clip.offset_s:g} s on" if clip.offset_s else "holds no samples")
+    if len(waveform) < count - TOLERANCE_S * rate:
+        raise AudioError(
+            f"ends at {(start + len(waveform)) / rate:.2f} s, "
+            f"before the stretch from {clip.offset_s:g} s over {clip.duration_s:g} s does"
+        )
+    if not np.isfinite(waveform).all():
+        raise AudioError("holds NaN or infinite samples")
+    return waveform, rate
 
 
 def write_audio(path: Path, waveform: torch.Tensor, sample_rate: int) -> None:

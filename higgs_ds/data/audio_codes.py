@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from higgs_ds.data.audio import RESAMPLING, AudioError, read_audio
-from higgs_ds.data.codec import Codec
+from higgs_ds.data.audio import RESAMPLING
 from higgs_ds.data.sample import AudioClip
 from higgs_ds.files import replaced_file, sha256_of
+
+KEY_BYTES = 32
+HEADER_BYTES = 1024  # what a file of codes holds beside them, at most
 
 
 def default_cache_dir() -> Path:
@@ -23,71 +26,74 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("HIGGS_DS_CACHE") or Path.home() / ".cache" / "higgs_ds")
 
 
+@dataclass(frozen=True)
+class CachedCodes:
+    """What the cache holds of a clip: codes (C, F), int16, and the share of its samples at full scale."""
+
+    codes: torch.Tensor
+    clipped: float
+
+
 class CodeCache:
-    """One small file per clip, named by the clip's content, its stretch, the resampling and the codec."""
+    """One small file per clip, named by the clip's content, its stretch, the resampling and the codec.
+
+    Safe against several processes that store the same clip, and against being killed. A file that is damaged, or that
+    belongs to another key, counts as not there.
+    """
 
     def __init__(self, folder: Path, codec_digest: str) -> None:
         self.folder = folder / "codes"
         self.codec_digest = codec_digest
-        self._content: dict[Path, str] = {}
 
     def key(self, clip: AudioClip) -> str:
-        """Name of a clip's codes. Raises OSError where the audio file cannot be read."""
-        if clip.path not in self._content:
-            self._content[clip.path] = sha256_of(clip.path)
-        identity = [self._content[clip.path], clip.offset_s, clip.duration_s, RESAMPLING, self.codec_digest]
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        """Name of a clip's codes, in hexadecimal. Raises OSError where the audio file cannot be read."""
+        content = _content_of_file(clip.path, *_stamp(clip.path)) if clip.data is None else _sha256(clip.data)
+        identity = [content, clip.offset_s, clip.duration_s, RESAMPLING, self.codec_digest]
+        return _sha256(json.dumps(identity, sort_keys=True).encode())
 
-    def load(self, key: str) -> torch.Tensor | None:
-        """Codes (C, F), int64, or None where they are not there or the file is damaged."""
+    def load(self, key: str, num_codebooks: int) -> CachedCodes | None:
+        """A clip's codes, or None where they are not there."""
         try:
-            return load_file(self._path(key))["codes"].long()
-        except (FileNotFoundError, SafetensorError, KeyError):
+            with safe_open(self.path(key), framework="pt") as file:
+                metadata = file.metadata() or {}
+                codes = file.get_tensor("codes")
+                if metadata.get("key") != key or codes.ndim != 2 or len(codes) != num_codebooks:
+                    return None
+                return CachedCodes(codes, float(metadata["clipped"]))
+        except (OSError, SafetensorError, KeyError, ValueError):
             return None
 
-    def store(self, key: str, codes: torch.Tensor) -> None:
-        """Keep codes (C, F). Safe against other processes that store the same clip, and against being killed."""
-        with replaced_file(self._path(key)) as temporary:
-            save_file({"codes": codes.to(torch.int16).contiguous()}, temporary)
+    def seems_whole(self, key: str, num_frames: int, num_codebooks: int) -> bool:
+        """Whether there is a file of the right size; cheaper than to read it."""
+        try:
+            size = self.path(key).stat().st_size
+        except OSError:
+            return False
+        return 128 < size - 2 * num_codebooks * num_frames < HEADER_BYTES
 
-    def _path(self, key: str) -> Path:
+    def store(self, key: str, cached: CachedCodes) -> None:
+        """Keep codes (C, F)."""
+        with replaced_file(self.path(key)) as temporary:
+            metadata = {"key": key, "clipped": repr(cached.clipped)}
+            save_file({"codes": cached.codes.to(torch.int16).contiguous()}, temporary, metadata)
+
+    def drop(self, key: str) -> None:
+        """Forget a clip, so that it will be encoded again."""
+        self.path(key).unlink(missing_ok=True)
+
+    def path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 
 
-def find_keys(
-    cache: CodeCache, clips: Iterable[tuple[AudioClip, str]], sample_rate: int, min_samples: int
-) -> tuple[dict[AudioClip, str], list[AudioClip], list[str]]:
-    """Name every clip's codes, and decode those that are not cached once, to see that it can be done.
-
-    Args:
-        clips: each clip with the FILE:LINE that asks for it.
-        sample_rate: the codec's, in Hz; min_samples: its shortest input.
-
-    Returns the key of each good clip, the clips to be encoded, and the problems.
-    """
-    keys: dict[AudioClip, str] = {}
-    missing: list[AudioClip] = []
-    problems = []
-    for clip, source in clips:
-        if clip in keys:
-            continue
-        try:
-            key = cache.key(clip) if clip.path.is_file() else ""
-            if not key or cache.load(key) is None:
-                num_samples = len(read_audio(clip, sample_rate))
-                if num_samples < min_samples:
-                    raise AudioError(
-                        f"lasts {num_samples / sample_rate:.3f} s, "
-                        f"shorter than one frame of the codec ({min_samples / sample_rate:.3f} s)"
-                    )
-                missing.append(clip)
-            keys[clip] = key
-        except (AudioError, OSError) as error:
-            problems.append(f"{source}: {clip.path}: {error}")
-    return keys, missing, problems
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
-def encode_clips(cache: CodeCache, codec: Codec, clips: Sequence[AudioClip], keys: dict[AudioClip, str]) -> None:
-    """Encode clips one by one into the cache."""
-    for clip in clips:
-        cache.store(keys[clip], codec.encode(read_audio(clip, codec.sample_rate)))
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+@lru_cache(maxsize=4096)  # a recording may hold thousands of clips, one behind the other
+def _content_of_file(path: Path, size: int, mtime_ns: int) -> str:
+    return sha256_of(path)

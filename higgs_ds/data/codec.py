@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ MODEL_TYPE = "higgs_audio_v2_tokenizer"
 
 
 class Codec:
-    """Encodes and decodes one clip at a time, as inference does: a clip's codes depend on no other clip."""
+    """Encodes and decodes clips as inference does: a clip's codes depend on no other clip."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.model = HiggsAudioV2TokenizerModel.from_pretrained(folder).to(device).eval()
@@ -26,10 +27,12 @@ class Codec:
         self.sample_rate: int = self.model.config.sample_rate
 
     @torch.inference_mode()
-    def encode(self, waveform: torch.Tensor) -> torch.Tensor:
-        """Codes (C, F), int64 on the CPU, of a mono waveform (num_samples,) at the codec's sample rate."""
-        codes = self.model.encode(waveform.to(self.device)[None, None]).audio_codes
-        return codes[0].cpu()
+    def encode(self, waveforms: torch.Tensor) -> torch.Tensor:
+        """Codes (B, C, F), int64 on the CPU, of mono waveforms (B, num_samples) at the codec's sample rate.
+
+        Waveforms of one batch have one length: padding would change the codes, as the codec normalizes over time.
+        """
+        return self.model.encode(waveforms.to(self.device)[:, None]).audio_codes.cpu()
 
     @torch.inference_mode()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -59,9 +62,37 @@ def find_codec(base_folder: Path, name: str | None) -> Path:
     return folder
 
 
-def read_codec_config(folder: Path) -> HiggsAudioV2TokenizerConfig:
-    """A codec's configuration, without its weights."""
-    return HiggsAudioV2TokenizerConfig.from_pretrained(folder)
+@dataclass(frozen=True)
+class CodecInfo:
+    """A codec without its weights."""
+
+    folder: Path
+    config: HiggsAudioV2TokenizerConfig
+
+    @property
+    def sample_rate(self) -> int:
+        return int(self.config.sample_rate)
+
+    @property
+    def hop_length(self) -> int:
+        """Samples of a frame, which a clip must have at least."""
+        return int(self.config.hop_length)
+
+    def num_frames(self, num_samples: int) -> int:
+        """Frames of codes that a clip of so many samples is encoded to.
+
+        The semantic branch decides it: resampling, padding by 160 at both ends, convolutions, every n-th frame.
+        """
+        semantic = self.config.semantic_model_config
+        length = -(-num_samples * self.config.semantic_sample_rate // self.config.sample_rate) + 2 * 160
+        for kernel, stride in zip(semantic.conv_kernel, semantic.conv_stride, strict=True):
+            length = max(0, (length - kernel) // stride + 1)
+        return -(-length // self.config.semantic_downsample_factor)
+
+
+def read_codec_info(folder: Path) -> CodecInfo:
+    """A codec's properties, from its configuration."""
+    return CodecInfo(folder, HiggsAudioV2TokenizerConfig.from_pretrained(folder))
 
 
 def codec_digest(folder: Path) -> str:

@@ -6,50 +6,51 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
-from higgs_ds.data.audio_codes import CodeCache
+from higgs_ds.data.coder import Coder
 from higgs_ds.data.collate import Batch, EncodedSample, collate
-from higgs_ds.data.delay_pattern import AudioStream
-from higgs_ds.data.prompt import Tokenizer, prompt_of
-from higgs_ds.data.sample import AudioClip, Sample
+from higgs_ds.data.index import Index
+from higgs_ds.data.prompt import prompt_of
+from higgs_ds.errors import InputError
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Checked samples whose clips are all in the cache under `keys`."""
+    """Some rows of an index, whose clips are all in the cache."""
 
-    samples: Sequence[Sample]
-    keys: dict[AudioClip, str]
-    cache: CodeCache
-    tokenizer: Tokenizer
-    stream: AudioStream
-    pad_id: int
+    index: Index
+    rows: np.ndarray
+    coder: Coder
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return self.index.num_tokens[self.rows].tolist()
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """One micro-batch; no indices give one without targets."""
-        return collate([self.encoded(i) for i in indices], self.stream, self.pad_id)
+        return collate([self.encoded(i) for i in indices], self.coder.stream, self.coder.pad_id)
 
     def encoded(self, index: int) -> EncodedSample:
-        sample = self.samples[index]
-        codes = [self._codes(clip) for clip in sample.clips]
-        return EncodedSample(prompt_of(sample, [c.shape[1] for c in codes], self.tokenizer, self.stream), codes)
+        """A sample as ids and codes. Raises InputError where its codes have gone from the cache."""
+        sample, keys, num_frames = self.index.sample(int(self.rows[index]))
+        cache, stream = self.coder.cache, self.coder.stream
+        codes = []
+        for key in keys:
+            cached = cache.load(key, stream.num_codebooks)
+            if cached is None:
+                cache.drop(key)  # so that the next start makes them again
+                raise InputError(
+                    f"{sample.source}: the codes of its audio have gone from {cache.path(key)}, or are damaged; "
+                    "start again, with --resume auto, and they will be made again"
+                )
+            codes.append(cached.codes.long())
+        return EncodedSample(prompt_of(sample, num_frames, self.coder.tokenizer, stream), codes)
 
     def digest(self) -> str:
         """Identity of the data: what is said, by whom, to which audio, whatever the files are called."""
-        digest = hashlib.sha256()
-        for sample in self.samples:
-            for message in sample.messages:
-                parts = [part if isinstance(part, str) else self.keys[part] for part in message.parts]
-                digest.update(repr((message.role, message.recipient, parts)).encode())
-            digest.update(repr(sample.start_index).encode())
-        return digest.hexdigest()
-
-    def _codes(self, clip: AudioClip) -> torch.Tensor:
-        codes = self.cache.load(self.keys[clip])
-        if codes is None:
-            raise FileNotFoundError(f"the codes of {clip.path} have gone from {self.cache.folder} while training")
-        return codes
+        return hashlib.sha256(self.index.digests()[self.rows].tobytes()).hexdigest()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
+from typing import Any, Protocol
 
 from higgs_ds.data.delay_pattern import IGNORE_INDEX, AudioStream
 from higgs_ds.data.sample import ASSISTANT, AudioClip, Message, Sample
@@ -27,6 +28,22 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
     def convert_tokens_to_ids(self, tokens: str) -> int: ...
+
+
+class CachedTokenizer:
+    """A tokenizer that remembers short texts: headers and system prompts come with every sample."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Takes a fast tokenizer of transformers, and asks what is under it: that takes a tenth of the time."""
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        self.convert_tokens_to_ids = tokenizer.convert_tokens_to_ids
+        self._encode = lru_cache(maxsize=4096)(lambda text: backend.encode(text, add_special_tokens=False).ids)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        return self._encode(text)
 
 
 @dataclass(frozen=True)
@@ -113,6 +130,13 @@ def tokenize(
 def prompt_of(sample: Sample, num_frames: Sequence[int], tokenizer: Tokenizer, stream: AudioStream) -> Prompt:
     """Token ids and labels of a sample to learn from."""
     return tokenize(render(sample.messages, sample.start_index), num_frames, tokenizer, stream)
+
+
+def count_tokens(sample: Sample, num_frames: Sequence[int], tokenizer: Tokenizer, stream: AudioStream) -> int:
+    """How many tokens `prompt_of` gives."""
+    texts = (s.text for s in render(sample.messages, sample.start_index) if s.clip is None)
+    num_text = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+    return num_text + sum(stream.num_rows(frames) for frames in num_frames)
 
 
 def missing_tokens(vocabulary: dict[str, int]) -> list[str]:

@@ -64,7 +64,7 @@ def test_torn_manifest(tmp_path: Path) -> None:
 
 
 def test_other_settings_are_named(tmp_path: Path) -> None:
-    saved = TrainerState(total_steps=10, steps_per_epoch=5, settings={"lr": 1e-4, "seed": 1})
+    saved = TrainerState(total_steps=10, settings={"lr": 1e-4, "seed": 1})
     check_same_run(saved, TrainerState(10, 5, {"lr": 1e-4, "seed": 1}), tmp_path)
     with pytest.raises(InputError) as caught:
         check_same_run(saved, TrainerState(20, 5, {"lr": 2e-4, "seed": 1}), tmp_path)

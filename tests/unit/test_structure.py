@@ -15,13 +15,17 @@ ROWS = [
     ["errors"],
     ["config", "files", "quiet", "hub", "loss"],
     ["distributed", "ds_config"],
-    ["data.sample", "data.delay_pattern"],
-    ["data.manifest", "data.audio", "data.codec", "data.prompt", "data.sampler"],
-    ["data.audio_codes", "data.collate", "model.higgs", "model.lora"],
-    ["data.dataset", "builtin", "engine", "export"],
-    ["bundle", "metrics", "validate", "merge"],
-    ["checkpoint"],
-    ["startup", "generate"],
+    ["data.sample", "data.delay_pattern", "data.normalize", "data.formats.jsonio"],
+    ["data.templates", "data.audio", "data.codec", "data.prompt", "data.sampler"],
+    ["data.formats.checks", "data.audio_codes", "data.collate", "model.higgs", "model.lora"],
+    ["data.formats.turns", "data.formats.recordings", "data.coder", "data.encode", "data.index", "builtin"],
+    ["data.formats.chatml", "data.formats.csv_file", "data.formats.metadata", "data.formats.paired"],
+    ["data.formats.native", "data.formats.swift", "data.formats.lists", "data.formats.table"],
+    ["data.formats.recognition"],
+    ["data.formats.reader", "data.summary", "data.dataset", "engine", "export"],
+    ["data.survey", "bundle", "metrics", "validate", "merge"],
+    ["checkpoint", "prepare", "generate"],
+    ["startup"],
     ["finish"],
     ["train"],
 ]
@@ -82,9 +86,9 @@ def test_one_user_of_each_engine() -> None:
     assert users_of("transformers", "HiggsAudioV2TokenizerModel") == {"data.codec", "builtin"}
 
 
-def test_config_and_manifest_import_no_torch() -> None:
+def test_config_and_formats_import_no_torch() -> None:
     code = (
-        "import higgs_ds.config, higgs_ds.ds_config, higgs_ds.data.manifest, sys; "
-        "assert not {'torch', 'transformers', 'deepspeed'} & sys.modules.keys()"
+        "import higgs_ds.config, higgs_ds.ds_config, higgs_ds.data.formats.reader, sys; "
+        "assert not {'torch', 'transformers', 'deepspeed', 'datasets'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

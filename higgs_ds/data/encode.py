@@ -1,0 +1,158 @@
+"""Encode clips into the cache: batched on a GPU, over worker processes on CPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from higgs_ds.data.audio import read_audio
+from higgs_ds.data.audio_codes import CachedCodes, CodeCache
+from higgs_ds.data.codec import Codec
+from higgs_ds.data.sample import AudioClip
+
+WINDOW_CLIPS, WINDOW_BYTES = 4096, 64 << 20  # clips looked at together, and bytes of audio that lie inside manifests
+BATCH_S = 120.0  # seconds of audio encoded together on a GPU
+WORTH_A_WORKER_S = 60.0  # seconds of audio below which a worker process takes longer to start than it saves
+
+
+@dataclass(frozen=True)
+class ClipToEncode:
+    """A clip that is not in the cache yet."""
+
+    clip: AudioClip
+    key: str
+    num_samples: int  # at the codec's rate
+    clipped: float
+
+
+def encode_clips(
+    clips: Iterable[ClipToEncode], count: int, seconds: float, cache: CodeCache, codec_folder: Path,
+    device: torch.device, num_workers: int, show_progress: bool,
+) -> None:  # fmt: skip
+    """Encode `count` clips of `seconds` in all into the cache, with a progress bar.
+
+    Clips are stored as they are done: what an interrupted run has encoded is not encoded again. On CPUs every clip is
+    encoded by itself on one thread, so that its codes do not depend on how many processes there are.
+    """
+    workers = min(num_workers, int(seconds / WORTH_A_WORKER_S))
+    disable = None if show_progress else True  # None: no bar where stderr is a file
+    with tqdm(total=count, desc="encoding", unit="clip", disable=disable, dynamic_ncols=True) as bar:
+        if device.type == "cuda":
+            _encode_batched(clips, cache, Codec(codec_folder, device), num_workers, bar)
+        elif workers > 1:
+            _encode_in_processes(clips, cache, codec_folder, workers, bar)
+        else:
+            with _one_thread():
+                codec = Codec(codec_folder, device)
+                for clip in clips:
+                    _encode_one(clip, cache, codec)
+                    bar.update()
+
+
+def _encode_one(clip: ClipToEncode, cache: CodeCache, codec: Codec) -> None:
+    codes = codec.encode(read_audio(clip.clip, codec.sample_rate)[None])[0]
+    cache.store(clip.key, CachedCodes(codes, clip.clipped))
+
+
+def _encode_batched(clips: Iterable[ClipToEncode], cache: CodeCache, codec: Codec, threads: int, bar: tqdm) -> None:
+    """Clips of one length together, read and resampled ahead by threads."""
+    with ThreadPoolExecutor(threads) as readers:
+        for window in _windows(clips):
+            for batch in _batches(window, codec.sample_rate):
+                waveforms = list(readers.map(lambda clip: read_audio(clip.clip, codec.sample_rate), batch))
+                for clip, codes in zip(batch, codec.encode(torch.stack(waveforms)), strict=True):
+                    cache.store(clip.key, CachedCodes(codes, clip.clipped))
+                bar.update(len(batch))
+
+
+def _windows(clips: Iterable[ClipToEncode]) -> Iterator[list[ClipToEncode]]:
+    window: list[ClipToEncode] = []
+    size = 0
+    for clip in clips:
+        window.append(clip)
+        size += len(clip.clip.data or b"")
+        if len(window) == WINDOW_CLIPS or size > WINDOW_BYTES:
+            yield window
+            window, size = [], 0
+    if window:
+        yield window
+
+
+def _batches(window: list[ClipToEncode], sample_rate: int) -> Iterator[list[ClipToEncode]]:
+    """Clips of exactly one length, up to BATCH_S seconds in all."""
+    batch: list[ClipToEncode] = []
+    for clip in sorted(window, key=lambda clip: clip.num_samples):
+        full = (len(batch) + 1) * clip.num_samples > BATCH_S * sample_rate
+        if batch and (full or clip.num_samples != batch[0].num_samples):
+            yield batch
+            batch = []
+        batch.append(clip)
+    if batch:
+        yield batch
+
+
+def _encode_in_processes(
+    clips: Iterable[ClipToEncode], cache: CodeCache, codec_folder: Path, workers: int, bar: tqdm
+) -> None:
+    """Longest clips first within a window, so that the workers end at about the same time."""
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start_worker, (codec_folder, cache)
+    ) as pool:
+        pending: set[Future[None]] = set()
+        for window in _windows(clips):
+            for clip in sorted(window, key=lambda clip: -clip.num_samples):
+                pending.add(pool.submit(_encode_in_worker, clip))
+                if len(pending) >= 4 * workers:
+                    pending = _collect(pending, bar)
+        while pending:
+            pending = _collect(pending, bar)
+
+
+def _collect(pending: set[Future[None]], bar: tqdm) -> set[Future[None]]:
+    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+    for future in done:
+        future.result()
+        bar.update()
+    return pending
+
+
+_worker: tuple[CodeCache, Codec]  # of a worker process
+
+
+def _start_worker(codec_folder: Path, cache: CodeCache) -> None:
+    from higgs_ds.quiet import quiet_libraries
+
+    quiet_libraries()
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    global _worker
+    _worker = cache, Codec(codec_folder, torch.device("cpu"))
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next clip forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(clip: ClipToEncode) -> None:
+    _encode_one(clip, *_worker)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,221 @@
+"""One pass over a manifest: every sample and clip checked, counted and named, in bounded memory."""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+from higgs_ds.config import DataOptions
+from higgs_ds.data.audio import AudioError, examine
+from higgs_ds.data.coder import Coder
+from higgs_ds.data.encode import ClipToEncode
+from higgs_ds.data.formats.reader import read_entries
+from higgs_ds.data.index import CheckedSample, stamp_of
+from higgs_ds.data.prompt import count_tokens
+from higgs_ds.data.sample import AudioClip, Entry, Sample
+
+CHUNK = 32  # entries that a thread takes at a time
+MAX_SHOWN = 1000  # problems that are kept to be shown
+USUAL_RATE_AND_HOP = 24000, 960
+CLIPPED_SHARE = 1e-3  # of a clip's samples at full scale, from which on it is worth a note
+
+
+@dataclass(frozen=True)
+class Share:
+    """The samples that a process looks at: those whose number leaves `index` when divided by `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, entries: Iterator[Entry]) -> Iterator[tuple[int, Entry]]:
+        return islice(enumerate(entries), self.index, None, self.count)
+
+
+@dataclass
+class Findings:
+    """What one process has found in its share of a manifest. Lines come with the number of their sample."""
+
+    num_entries: int = 0
+    num_bad: int = 0
+    num_problems: int = 0
+    problems: list[tuple[int, str]] = field(default_factory=list)  # the first MAX_SHOWN
+    num_clipped: int = 0
+    clipped: list[tuple[int, str]] = field(default_factory=list)
+
+
+@dataclass
+class Missing:
+    """Clips that are not encoded yet: the samples that they are in, the beginnings of their keys, their seconds."""
+
+    numbers: array[int] = field(default_factory=lambda: array("q"))
+    keys: set[int] = field(default_factory=set)
+    seconds: float = 0.0
+
+    def add(self, number: int, clips: Sequence[ClipFacts], sample_rate: int) -> None:
+        new = {_short(clip.key): clip for clip in clips if not clip.is_cached and _short(clip.key) not in self.keys}
+        if new:
+            self.numbers.append(number)
+            self.keys |= new.keys()
+            self.seconds += sum(clip.num_samples for clip in new.values()) / sample_rate
+
+
+def _short(key: str) -> int:
+    """A key as a number that takes little memory: eight bytes of it tell a million clips apart."""
+    return int(key[:16], 16)
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """A good clip: the name of its codes, how many frames they have, whether they are in the cache."""
+
+    key: str
+    num_frames: int
+    num_samples: int
+    clipped: float
+    is_cached: bool
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What was found out about one sample: its faults, or all that an index holds of it."""
+
+    number: int
+    source: str
+    faults: list[str]
+    checked: CheckedSample | None = None
+    clips: Sequence[ClipFacts] = ()
+
+
+class Checker:
+    """Checks samples against what the base and its codec take."""
+
+    def __init__(self, options: DataOptions, coder: Coder | None) -> None:
+        """Without a coder (the base is no good) clips are only decoded, to name their problems all the same."""
+        self.options = options
+        self.coder = coder
+        self.sample_rate, self.hop_length = (
+            (coder.codec.sample_rate, coder.codec.hop_length) if coder else USUAL_RATE_AND_HOP
+        )
+        self._facts_of_file = lru_cache(maxsize=1 << 14)(self._examine)
+
+    def facts(self, clip: AudioClip) -> ClipFacts:
+        """Raises AudioError or OSError where the clip cannot be used."""
+        return self._facts_of_file(clip) if clip.data is None else self._examine(clip)
+
+    def look_at(self, number: int, entry: Entry) -> Looked:
+        """Check one sample's clips, and count its tokens where there is a coder."""
+        sample, faults = entry.sample, list(entry.faults)
+        stamps = _stamps(sample) if sample else []  # before anything is read, so that a later change shows
+        facts: dict[AudioClip, ClipFacts] = {}
+        for clip in sample.clips if sample else ():
+            try:
+                facts[clip] = facts.get(clip) or self.facts(clip)
+            except (AudioError, OSError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                faults.append(f"{clip.path}: {reason}" if clip.data is None else f"audio: {reason}")
+        if sample is None or faults or self.coder is None:
+            return Looked(number, entry.source, list(dict.fromkeys(faults)))
+        clips = [facts[clip] for clip in sample.clips]
+        num_frames = tuple(clip.num_frames for clip in clips)
+        checked = CheckedSample(
+            number=number,
+            sample=sample,
+            num_tokens=count_tokens(sample, num_frames, self.coder.tokenizer, self.coder.stream),
+            keys=tuple(clip.key for clip in clips),
+            num_frames=num_frames,
+            files=tuple((path, *stamp) for path, stamp in stamps if stamp),
+        )
+        return Looked(number, entry.source, [], checked, clips)
+
+    def _examine(self, clip: AudioClip) -> ClipFacts:
+        max_s, rate, hop = self.options.max_clip_s, self.sample_rate, self.hop_length
+        if clip.data is None and not clip.path.is_file():
+            raise AudioError("no such file" if not clip.path.exists() else "is not a file")
+        key = self.coder.cache.key(clip) if self.coder else ""
+        cached = self.coder.cache.load(key, self.coder.stream.num_codebooks) if self.coder else None
+        if cached is not None and cached.codes.shape[1] * hop <= max_s * rate:
+            num_frames = cached.codes.shape[1]
+            return ClipFacts(key, num_frames, num_frames * hop, cached.clipped, True)
+        facts = examine(clip, rate, max_s)
+        if facts.num_samples < hop:
+            raise AudioError(
+                f"lasts {facts.num_samples / rate:.3f} s, shorter than one frame of the codec ({hop / rate:.3f} s)"
+            )
+        num_frames = self.coder.codec.num_frames(facts.num_samples) if self.coder else 0
+        return ClipFacts(key, num_frames, facts.num_samples, facts.clipped, False)
+
+
+def survey(
+    path: Path,
+    checker: Checker,
+    share: Share,
+    num_threads: int,
+    keep: Callable[[CheckedSample], None],
+    tell_bad: Callable[[int, str], None],
+) -> tuple[Findings, Missing]:
+    """Check a share of a manifest's samples; each good one is given to `keep`, each problem to `tell_bad`."""
+    findings, missing = Findings(), Missing()
+    for looked in _in_threads(path, checker, share, num_threads):
+        findings.num_entries += 1
+        findings.num_bad += bool(looked.faults)
+        for fault in looked.faults:
+            line = f"{looked.source}: {fault}"
+            findings.num_problems += 1
+            tell_bad(looked.number, line)
+            if len(findings.problems) < MAX_SHOWN:
+                findings.problems.append((looked.number, line))
+        if looked.checked is not None:
+            keep(looked.checked)
+            missing.add(looked.number, looked.clips, checker.sample_rate)
+            if any(clip.clipped > CLIPPED_SHARE for clip in looked.clips):
+                findings.num_clipped += 1
+                if len(findings.clipped) < MAX_SHOWN:
+                    findings.clipped.append((looked.number, looked.source))
+    return findings, missing
+
+
+def _in_threads(path: Path, checker: Checker, share: Share, num_threads: int) -> Iterator[Looked]:
+    """Look at a share of the entries by threads, a few chunks ahead; in order."""
+
+    def look_at(chunk: list[tuple[int, Entry]]) -> list[Looked]:
+        return [checker.look_at(number, entry) for number, entry in chunk]
+
+    entries = share.of(read_entries(path, checker.options))
+    ahead: deque[Future[list[Looked]]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        while chunk := list(islice(entries, CHUNK)):
+            ahead.append(pool.submit(look_at, chunk))
+            if len(ahead) > 2 * num_threads:
+                yield from ahead.popleft().result()
+        while ahead:
+            yield from ahead.popleft().result()
+
+
+def _stamps(sample: Sample) -> list[tuple[str, tuple[int, int] | None]]:
+    """Every file that a sample is read from, but its manifest, with its size and time of change."""
+    paths = [*(clip.path for clip in sample.clips if clip.data is None), *sample.text_files]
+    return [(path, stamp_of(path)) for path in dict.fromkeys(map(str, paths))]
+
+
+def missing_clips(path: Path, checker: Checker, missing: Missing) -> Iterator[ClipToEncode]:
+    """Read a manifest once more for the clips that are still to be encoded, each once."""
+    left = set(missing.keys)
+    numbers = iter(missing.numbers)
+    wanted = next(numbers, None)
+    for number, entry in enumerate(read_entries(path, checker.options)):
+        if number != wanted:
+            continue
+        wanted = next(numbers, None)
+        for clip in entry.sample.clips if entry.sample else ():
+            facts = checker.facts(clip)
+            if _short(facts.key) in left:
+                left.remove(_short(facts.key))
+                yield ClipToEncode(clip, facts.key, facts.num_samples, facts.clipped)
+        if wanted is None:
+            return
