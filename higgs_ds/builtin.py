@@ -31,7 +31,7 @@ from higgs_ds.config import PROJECT_ROOT
 from higgs_ds.files import new_folder
 
 BASE_NAME, CODEC_NAME = "tiny-random-base", "tiny-random-codec"
-VERSION = "1"  # part of the folder's name: raise it with every change to what is built
+VERSION = "2"  # part of the folder's name: raise it with every change to what is built
 SAMPLE_MANIFEST = PROJECT_ROOT / "samples" / "voices.jsonl"
 
 # In the order of their ids, from 256 on, behind the bytes.
@@ -88,7 +88,7 @@ def _build_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level, without merges: a token a byte, and the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(

@@ -150,6 +150,7 @@ class Preparation:
                 os.replace(checked.folder, target)
             return target
 
+        checked.index = None  # what is mapped twice is counted twice
         return Index(distributed.on_main(publish))
 
     def describe(self, checked: Checked) -> str:
@@ -233,13 +234,8 @@ class Preparation:
         distributed.on_main(collect)
 
 
-def check_folders(options: DataOptions, output_dir: Path | None, cache_dir: Path) -> list[str]:
-    """Where a run is to write, and could not."""
-    folders = {
-        "output_dir": output_dir,
-        "cache_dir": cache_dir,
-        "skip_bad": options.skip_bad and options.skip_bad.parent,
-    }
+def check_folders(**folders: Path | None) -> list[str]:
+    """Folders, by the options that name them, that a run is to write to and cannot."""
     return [
         f"--{name} {folder}: cannot be written to: {reason}; choose another folder"
         for name, folder in folders.items()
@@ -247,11 +243,17 @@ def check_folders(options: DataOptions, output_dir: Path | None, cache_dir: Path
     ]
 
 
+def scratch_problems(options: DataOptions, cache_dir: Path) -> list[str]:
+    """Why manifests cannot even be looked through."""
+    bad_list = options.skip_bad
+    return check_folders(cache_dir=cache_dir, skip_bad=bad_list.parent if bad_list is not None else None)
+
+
 def main(options: DataOptions, model: ModelOptions, how: PrepareOptions) -> None:
     """Check the manifests of a run to come, and encode their audio. Every rank must call this, in a process group."""
     manifests = [options.train_manifest or SAMPLE_MANIFEST, options.val_manifest]
     cache_dir = options.cache_dir or default_cache_dir()
-    distributed.raise_problems(check_data_options(options) + check_folders(options, None, cache_dir))
+    distributed.raise_problems(check_data_options(options) + scratch_problems(options, cache_dir))
     bundle = distributed.agreed(lambda: open_bundle(model.base_ckpt, model.base_revision, model.codec_ckpt, cache_dir))
     shard = Share(*parse_shard(how.shard))
     with Preparation(options, bundle, cache_dir, shard) as preparation:

@@ -30,7 +30,7 @@ from higgs_ds.loss import LossWeights
 from higgs_ds.metrics import say
 from higgs_ds.model.higgs import DualLossModel, check_text_head, load_base
 from higgs_ds.model.lora import add_lora, describe
-from higgs_ds.prepare import Preparation, check_folders
+from higgs_ds.prepare import Preparation, check_folders, scratch_problems
 
 T = TypeVar("T")
 DROPPED_FILE = "dropped_samples.txt"
@@ -97,11 +97,12 @@ def _check_and_encode(options: TrainOptions, given: set[str]) -> Inputs:
 
     output_dir = _output_dir(options)
     cache_dir = options.data.cache_dir or default_cache_dir()
-    problems += check_folders(options.data, output_dir, cache_dir)
-    distributed.raise_problems(problems)
+    problems += check_folders(output_dir=output_dir)
+    no_scratch = scratch_problems(options.data, cache_dir)
     resolved = attempt(lambda: _resolve_ds_config(options, given))
-    bundle = attempt(lambda: _open_base(options, cache_dir))
+    bundle = None if no_scratch else attempt(lambda: _open_base(options, cache_dir))
     resume_from = attempt(lambda: _resume_from(options, output_dir))
+    distributed.raise_problems(problems + no_scratch if no_scratch else [])
     if not all(distributed.gather_objects(bundle is not None)):
         bundle = None
     # Without a good base the samples are looked at all the same, so that their problems are not kept for the next try.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from higgs_ds.data.sample import AudioClip
 RESAMPLING: dict[str, Any] = {"lowpass_filter_width": 6, "rolloff": 0.99, "resampling_method": "sinc_interp_hann"}
 SILENCE_PEAK = 1e-3  # -60 dBFS: nothing in such a clip can be heard
 FULL_SCALE = 0.999
+MAX_STRETCH_S = 1e6  # longer than any file: keeps the number of samples a number
 TOLERANCE_S = 0.1  # by which a stretch may reach behind the end of its file: durations in manifests are rounded
 
 
@@ -69,11 +71,15 @@ def _decode(clip: AudioClip) -> tuple[np.ndarray, int]:
     if clip.data is None and not clip.path.is_file():
         raise AudioError("no such file" if not clip.path.exists() else "is not a file")
     try:
-        with soundfile.SoundFile(clip.path if clip.data is None else io.BytesIO(clip.data)) as file:
-            start = min(round(clip.offset_s * file.samplerate), file.frames)
-            count = -1 if clip.duration_s is None else round(clip.duration_s * file.samplerate)
+        with contextlib.ExitStack() as stack:
+            # By its number: a file whose name ends in .raw would be taken for samples without a header.
+            source = stack.enter_context(clip.path.open("rb")).fileno() if clip.data is None else io.BytesIO(clip.data)
+            file = stack.enter_context(soundfile.SoundFile(source, closefd=False))
+            rate = file.samplerate
+            start = round(min(clip.offset_s, file.frames / rate) * rate)
+            count = -1 if clip.duration_s is None else round(min(clip.duration_s, MAX_STRETCH_S) * rate)
             file.seek(start)
-            waveform, rate = file.read(count, dtype="float32", always_2d=True), file.samplerate
+            waveform = file.read(count, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
         raise AudioError(f"cannot be read as audio: {reason}") from error

@@ -38,11 +38,12 @@ def describe(index: Index, frame_rate: float, max_seq_len: int | None, clipped: 
 
 
 def histogram(seconds: np.ndarray) -> list[str]:
-    """The lengths of clips, a line for each range that is not beyond the longest."""
+    """The lengths of clips, a line for each range from that of the shortest to that of the longest."""
     counts, _ = np.histogram(seconds, bins=BINS_S)
-    last = int(np.flatnonzero(counts).max(initial=0))
-    lines = ["lengths of the clips:"]
-    for low, high, count in list(zip(BINS_S, BINS_S[1:], counts, strict=False))[: last + 1]:
+    filled = np.flatnonzero(counts)
+    ranges = list(zip(BINS_S, BINS_S[1:], counts, strict=False))
+    lines = ["lengths of the clips:"] if len(filled) else []
+    for low, high, count in ranges[filled[0] : filled[-1] + 1] if len(filled) else []:
         bar = "#" * -(-count * BAR // max(counts.max(), 1))
         upper = f"to {high:>3} s" if high < float("inf") else "s or more"
         lines.append(f"  {low:>3} {upper:<9} {count:>9,} {bar}")

@@ -25,12 +25,12 @@ KILLS = int(os.environ.get("HIGGS_DS_KILLS", "5"))
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Clips of half a second, cut from the sample voices."""
-    entries = []
-    for voice in sorted((PROJECT / "samples" / "voices").iterdir())[:12]:
-        for half in range(2):
-            entry = speech_sample(f"{voice.stem} {half}.", voice.name)
-            entry["messages"][-1]["content"] |= {"offset": half / 2, "duration": 0.5}
-            entries.append(entry)
+    voices = sorted((PROJECT / "samples" / "voices").iterdir())[:12]
+    entries = [
+        speech_sample(f"{voice.stem} {half}.", voice.name, offset=half / 2, duration=0.5)
+        for voice in voices
+        for half in range(2)
+    ]
     return write_manifest(tmp_path_factory.mktemp("prepare") / "m.jsonl", entries)
 
 
@@ -83,6 +83,19 @@ def test_two_ranks_and_then_training(manifest: Path, base: Path, tmp_path: Path)
         for key in line:
             if "loss" in key:
                 assert other[key] == pytest.approx(line[key], abs=1e-5)
+
+
+def test_bad_data_ends_with_2(base: Path, tmp_path: Path) -> None:
+    """Two ranks, one message for each fault, and nothing left behind."""
+    entries = [speech_sample(text, clip) for text, clip in (("Good.", "anna_00.flac"), ("Words.", "x.wav"), ("", "y"))]
+    path = write_manifest(tmp_path / "m.jsonl", entries)
+    options = f"--train_manifest {path} --base_ckpt {base} --cache_dir {tmp_path / 'cache'}".split()
+    ranks = start_ranks(2, [sys.executable, str(PROJECT / "launch" / "prepare.py"), *options])
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], outputs
+    (lines,) = [output.splitlines() for output in outputs if output]
+    assert [line.split(": ")[0].strip() for line in lines] == ["error", f"{path}:2", f"{path}:3", f"{path}:3"]
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
 
 
 def test_workers_end_with_their_parent(manifest: Path, base: Path, tmp_path: Path) -> None:

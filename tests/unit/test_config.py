@@ -5,11 +5,20 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import PROJECT
 
-from higgs_ds.config import TrainOptions, check_options, parse_train_options
+from higgs_ds.config import (
+    PrepareOptions,
+    TrainOptions,
+    check_options,
+    parse_prepare_options,
+    parse_shard,
+    parse_train_options,
+)
+from higgs_ds.errors import InputError
 
 
 def test_defaults_that_users_know() -> None:
@@ -42,6 +51,7 @@ def test_every_option_is_described() -> None:
 def test_all_bad_options_at_once() -> None:
     bad = {
         "lr": -1.0, "batch_size": 0, "lora_dropout": 1.0, "val_split": -0.1, "max_steps": 0, "warmup_ratio": 2.0,
+        "max_seq_len": 0, "max_clip_s": 0.0, "num_workers": 0, "bucket_size": 0, "max_tokens_per_batch": 0,
         "max_grad_norm": float("nan"), "text_loss_weight": 0.0, "audio_loss_weight": 0.0,
         "codebook_weights": (0.0,) * 8,
     }  # fmt: skip
@@ -52,7 +62,7 @@ def test_all_bad_options_at_once() -> None:
     assert check_options(TrainOptions()) == []
 
 
-@pytest.mark.parametrize("script", ["train.py", "merge.py", "generate.py"])
+@pytest.mark.parametrize("script", ["train.py", "prepare.py", "merge.py", "generate.py"])
 def test_help_imports_no_torch(script: str) -> None:
     code = (
         f"import runpy, sys; sys.argv = ['{script}', '--help']\n"
@@ -63,6 +73,19 @@ def test_help_imports_no_torch(script: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--" in done.stdout
+
+
+def test_prepare_takes_the_options_of_training() -> None:
+    data, model, how = parse_prepare_options("--train_manifest m --base_ckpt b --check_only --shard 1/4".split())
+    assert (data.train_manifest, data.val_split, model.base_ckpt) == (Path("m"), 0.05, "b")
+    assert how == PrepareOptions(check_only=True, shard="1/4")
+
+
+@pytest.mark.parametrize("text", ["4/4", "1", "-1/2", "1/2/3", "a/b", "0/0", ""])
+def test_bad_shards(text: str) -> None:
+    assert parse_shard("3/4") == (3, 4)
+    with pytest.raises(InputError, match="must be I/N"):
+        parse_shard(text)
 
 
 def test_unknown_option_ends_with_2() -> None:

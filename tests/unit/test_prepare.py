@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import os
@@ -14,6 +15,8 @@ import pytest
 import soundfile
 import torch
 from conftest import PROJECT, speech_sample, write_manifest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from higgs_ds import prepare
@@ -151,9 +154,8 @@ def audio_faults(folder: Path) -> list[tuple[dict[str, Any], str]]:
     (folder / "cut.flac").write_bytes((VOICES / "anna_00.flac").read_bytes()[:4000])
 
     def clip(name: str, **more: Any) -> dict[str, Any]:
-        sample = speech_sample("Words.", name)
-        sample["messages"][-1]["content"] = {"type": "audio", "audio_url": name, **more}
-        return sample
+        audio = {"type": "audio", "audio_url": name, **more}
+        return {"messages": [{"role": "user", "content": "Words."}, {"role": "assistant", "content": audio}]}
 
     return [
         (clip("none.wav"), "none.wav: no such file"),
@@ -168,8 +170,18 @@ def audio_faults(folder: Path) -> list[tuple[dict[str, Any], str]]:
         (clip("good.wav", offset=5), "good.wav: holds no samples from 5 s on"),
         (clip("good.wav", offset=1, duration=3), "good.wav: ends at 2.00 s, before the stretch from 1 s over 3 s does"),
         (clip("", raw_audio="bm8gYXVkaW8="), "audio: cannot be read as audio: "),
+        (clip("", raw_audio="$$$"), "messages[1].content.raw_audio: '$$$' is not base64: "),
+        (clip("https://a.b/c.wav"), "'https://a.b/c.wav' is not a file; download it"),
+        (clip("good.wav", offset=-1), "messages[1].content.offset: must be seconds, 0 or more, is -1"),
+        (clip("good.wav", duration="2 s"), "messages[1].content.duration: must be seconds, 0 or more, is '2 s'"),
+        (clip("good.wav") | {"start_index": 9}, "start_index: must be from 0 to 1, the index of a message, is 9"),
+        (clip("good.wav") | {"start_indx": 0}, "start_indx: is not a known key; did you mean 'start_index'?"),
+        (clip("good.wav") | {"speaker": 7}, "speaker: must be a string, is a number"),
         (speech_sample(" ", "anna_00.flac"), "messages[1].content: is an empty text"),
-        ({"messages": []}, "messages: "),
+        (speech_sample("<|AUDIO|>", "anna_00.flac"), "messages[1].content: holds <|AUDIO|>, which the prompt layout"),
+        ({"messages": []}, "messages: must be a list of one or more messages, is empty"),
+        ({"messages": [{"role": "bot", "content": "Hi"}]}, "messages[0].role: 'bot' is not a role; allowed: system, "),
+        ({"messages": [{"role": "assistant", "content": "Hi"}]}, "messages: no target audio: "),
     ]
 
 
@@ -321,3 +333,38 @@ def test_problems_of_a_bad_base_and_bad_samples_together(tmp_path: Path) -> None
         _check_and_encode(options, set())
     assert any("is no model folder" in problem for problem in caught.value.problems)
     assert any("none.flac: no such file" in problem for problem in caught.value.problems)
+
+
+GOOD_AUDIO = (VOICES / "anna_00.flac").read_bytes()
+
+
+@st.composite
+def audio_parts(draw: st.DrawFn) -> dict[str, Any]:
+    """An audio part with a name, a stretch or bytes that somebody might get wrong."""
+    part: dict[str, Any] = {"type": "audio"}
+    if draw(st.booleans()):
+        data = bytearray(GOOD_AUDIO)
+        for at, value in draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), max_size=8)):
+            data[at] = value
+        part["raw_audio"] = base64.b64encode(data[: draw(st.integers(0, len(data)))]).decode()
+    else:
+        names = ["anna_00.flac", "ben_00.flac", "a.raw", "x" * 300, ".", "/dev/null", "/proc/self/mem"]
+        part["audio_url"] = draw(st.sampled_from(names) | st.text(max_size=8))
+    numbers = st.floats(0, allow_infinity=False) | st.floats(0, 2) | st.none()
+    return part | {"offset": draw(numbers), "duration": draw(numbers)}
+
+
+@settings(
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(parts=st.lists(audio_parts(), min_size=1, max_size=4))
+def test_any_audio_is_used_or_named(bundle: Bundle, tmp_path: Path, parts: list[dict[str, Any]]) -> None:
+    (tmp_path / "a.raw").write_bytes(b"\0" * 100)
+    entries = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": p}]} for p in parts]
+    path = write_manifest(tmp_path / "m.jsonl", entries)
+    good: list[int] = []
+    bad: list[int] = []
+    checker = survey.Checker(DataOptions(), bundle.coder(tmp_path))
+    survey.survey(path, checker, Share(), 2, lambda one: good.append(one.number), lambda number, _: bad.append(number))
+    assert sorted({*good, *bad}) == list(range(len(parts)))
+    assert not {*good} & {*bad}
