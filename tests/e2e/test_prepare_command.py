@@ -87,14 +87,16 @@ def test_two_ranks_and_then_training(manifest: Path, base: Path, tmp_path: Path)
 
 def test_bad_data_ends_with_2(base: Path, tmp_path: Path) -> None:
     """Two ranks, one message for each fault, and nothing left behind."""
-    entries = [speech_sample(text, clip) for text, clip in (("Good.", "anna_00.flac"), ("Words.", "x.wav"), ("", "y"))]
+    entries = [
+        speech_sample(text, clip) for text, clip in (("Good.", "anna_00.flac"), ("Words.", "x.wav"), ("", "y.wav"))
+    ]
     path = write_manifest(tmp_path / "m.jsonl", entries)
     options = f"--train_manifest {path} --base_ckpt {base} --cache_dir {tmp_path / 'cache'}".split()
     ranks = start_ranks(2, [sys.executable, str(PROJECT / "launch" / "prepare.py"), *options])
     outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], outputs
     (lines,) = [output.splitlines() for output in outputs if output]
-    assert [line.split(": ")[0].strip() for line in lines] == ["error", f"{path}:2", f"{path}:3", f"{path}:3"]
+    assert [line.split(": ")[0].strip() for line in lines] == ["error", f"{path}:2", f"{path}:3"]
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
 
 
