@@ -36,8 +36,8 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def contents(cache: Path, base: Path) -> list[tuple[list[int], list[list[list[int]]]]]:
     """What training reads: token ids and codes of every sample, through the index and the cache."""
-    (folder,) = [path for path in (cache / "index").iterdir() if (path / "index.json").is_file()]
-    index = Index(folder)
+    # A run that was killed behind its end has left its index; the number in the name is the time.
+    index = Index(max(path.parent for path in (cache / "index").glob("*/index.json")))
     dataset = Dataset(index, np.arange(len(index)), open_bundle(str(base), None, None, cache).coder(cache))
     samples = [dataset.encoded(i) for i in range(len(dataset))]
     return [(sample.prompt.input_ids, [codes.tolist() for codes in sample.codes]) for sample in samples]
