@@ -5,7 +5,7 @@ DEMO := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: demo test lint types format install clean
 
-# In float32, because bf16 is thirty times slower on a CPU without instructions for it.
+# In float32, because bf16 matmuls take thirty times as long on a CPU without instructions for them.
 demo: install ## train, save, merge and speak, with the built-in base and sample voices
 	$(BIN)/deepspeed launch/train.py --deepspeed ds_configs/zero2.json --output_dir $(DEMO) \
 	  --batch_size 8 --grad_accum 1 --max_steps 240 --lr 5e-3 --lora_r 32 --lora_alpha 64 --lora_dropout 0 \
