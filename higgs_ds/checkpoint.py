@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from higgs_ds.distributed import gather_objects, on_main, rank
 from higgs_ds.engine import MOMENTS, Engine
 from higgs_ds.errors import InputError
-from higgs_ds.export import ADAPTER_FOLDER, ADAPTER_WEIGHTS, write_adapter
+from higgs_ds.export import ADAPTER_FOLDER, ADAPTER_WEIGHTS, AdapterFormat, write_adapter
 from higgs_ds.files import replaced_folder, saving, sha256_of, write_json
 from higgs_ds.metrics import Meter
 
@@ -44,9 +43,7 @@ class TrainerState:
         return {"finished": self.step >= self.total_steps, **asdict(self)}
 
 
-def save_checkpoint(
-    output_dir: Path, engine: Engine, state: TrainerState, meter: Meter, lora_config: LoraConfig
-) -> None:
+def save_checkpoint(output_dir: Path, engine: Engine, state: TrainerState, meter: Meter, form: AdapterFormat) -> None:
     """Write `checkpoint-N/` and renew `lora_adapters/` and `trainer_state.json` beside it. Every rank must call this.
 
     Raises, on every rank, SaveError where it cannot be written and NotFiniteError where training has gone astray; what
@@ -61,7 +58,7 @@ def save_checkpoint(
 
     def write() -> None:
         with saving(target), replaced_folder(target) as folder:
-            write_adapter(folder / ADAPTER_FOLDER, masters, lora_config, state.has_learned)
+            write_adapter(folder / ADAPTER_FOLDER, masters, form, state.has_learned)
             named = {f"{moment}.{name}": tensor for moment in MOMENTS for name, tensor in moments[moment].items()}
             save_file(named, folder / OPTIMIZER_FILE)
             by_rank = {f"{r}.{kind}": tensor for r, states in enumerate(rng_states) for kind, tensor in states.items()}

@@ -17,6 +17,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DS_CONFIG = PROJECT_ROOT / "ds_configs" / "zero2.json"
 FORMATS = ("chatml", "native", "swift", "metadata", "paired", "list", "csv", "table")
 LORA_TARGET_GROUPS = ("attention", "text_mlp", "audio_mlp")
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 RESUME_NEVER, RESUME_AUTO = "never", "auto"
 
 
@@ -70,6 +71,10 @@ class ModelOptions:
     base_revision: str | None = option(None, "commit or tag of a base_ckpt on the hub", metavar="REV")
     codec_ckpt: str | None = option(None, "audio codec, a folder or a hub id (default: named by the base)")
     precision: str = option("bf16", "bf16 with float32 master weights, or float32 throughout", ("bf16", "fp32"))
+    load_in_4bit: bool = option(
+        False, "hold the decoder's linear layers in 4 bits (NF4, double quantization): QLoRA; the rest in --precision"
+    )
+    offload_embeddings: bool = option(False, "hold the embeddings in host memory and look them up there")
     activation_checkpointing: str = option(
         "none", "recompute every layer in the backward pass to save memory, or none", ("none", "every_layer")
     )
@@ -88,6 +93,9 @@ class LoraOptions:
         LORA_TARGET_GROUPS,
         "GROUP",
     )
+    use_rslora: bool = option(False, "scale by lora_alpha / sqrt(lora_r) instead (rank-stabilized LoRA)")
+    use_dora: bool = option(False, "train each weight's row norms as well (DoRA); slower, not at ZeRO stage 3")
+    lora_bias: bool = option(False, "give the adapters a bias; only for a base whose linear layers have one")
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,10 @@ class OptimOptions:
     grad_accum: int = option(8, "forward passes per optimizer step")
     epochs: int = option(2, "passes over the training samples")
     max_steps: int | None = option(None, "end after this many optimizer steps, in place of epochs")
+    optim: str = option(
+        "adamw", "AdamW with its state in float32 or in 8 bits; paged: may move to host memory when the GPU is full",
+        OPTIMIZERS,
+    )  # fmt: skip
     lr: float = option(2e-4, "peak learning rate of AdamW")
     lr_scheduler_type: str = option(
         "cosine", "learning rate schedule", ("cosine", "linear", "constant", "constant_with_warmup")
@@ -127,6 +139,11 @@ class RunOptions:
     save_steps: int = option(1000, "optimizer steps between checkpoints")
     resume: str = option(RESUME_NEVER, "never, auto (the newest checkpoint in output_dir), or a checkpoint folder")
     merge_adapter_with_base: bool = option(False, "merge at the end: final_model/ adapter/ merged_model/")
+    dry_run: bool = option(False, "only print how much memory each part will take, from the base's config.json alone")
+    device_memory_gib: float | None = option(
+        None, "memory of a GPU, in GiB, that a --dry_run plans for (default: that of the GPU here)"
+    )
+    plan_ranks: int | None = option(None, "number of ranks that a --dry_run plans for (default: those started)")
     deepspeed: Path = option(DEFAULT_DS_CONFIG, "DeepSpeed JSON file", metavar="FILE")
 
 

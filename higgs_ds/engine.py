@@ -32,6 +32,7 @@ from higgs_ds.data.collate import Batch
 from higgs_ds.distributed import device, rank, sum_over_ranks, world_size
 from higgs_ds.errors import NotFiniteError
 from higgs_ds.loss import LossWeights, target_weights
+from higgs_ds.model.nf4 import move_statistics
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state of each parameter, beside its count of steps
 
@@ -237,6 +238,7 @@ def _spread(model: nn.Module, settings: dict[str, Any], device: torch.device) ->
     deepspeed.zero.Init(module=model, config_dict_or_path=settings)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
+    move_statistics(model, device)
 
 
 def _quiet() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,21 +14,35 @@ from torch import nn
 
 from higgs_ds.errors import NotFiniteError, SaveError
 from higgs_ds.files import write_json, write_text
+from higgs_ds.model.nf4 import BaseQuantization
 
 ADAPTER_FOLDER = "lora_adapters"
+QUANTIZATION_KEY = "base_quantization"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     """What is trained, by the names that PEFT gives it in a file."""
-    return {
-        name.replace(".default.", "."): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    return {_name_in_file(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], config: LoraConfig, must_have_moved: bool) -> None:
+def _name_in_file(name: str) -> str:
+    return name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector").replace(".default.", ".")
+
+
+@dataclass(frozen=True)
+class AdapterFormat:
+    """What an adapter's files tell beside its tensors: PEFT's configuration, and how its base was quantized."""
+
+    config: LoraConfig
+    quantization: BaseQuantization | None = None
+
+    def metadata(self) -> dict[str, str]:
+        """The header of the tensors' file."""
+        return {"format": "pt"} | ({QUANTIZATION_KEY: self.quantization.to_json()} if self.quantization else {})
+
+
+def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], form: AdapterFormat, must_have_moved: bool) -> None:
     """Write an adapter as PEFT reads it, and check what was written.
 
     Args:
@@ -42,13 +57,13 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], config: LoraCo
     save_file(
         {name: tensor.contiguous() for name, tensor in sorted(tensors.items())},
         folder / ADAPTER_WEIGHTS,
-        {"format": "pt"},
+        form.metadata(),
     )
-    config.save_pretrained(folder)
+    form.config.save_pretrained(folder)
     written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     written |= {"inference_mode": True, "target_modules": sorted(written["target_modules"])}
     write_json(folder / ADAPTER_CONFIG, dict(sorted(written.items())))
-    write_text(folder / ADAPTER_CARD, _card(config))
+    write_text(folder / ADAPTER_CARD, _card(form))
     verify_adapter(folder, tensors, must_have_moved)
 
 
@@ -80,8 +95,10 @@ def verify_adapter(folder: Path, tensors: dict[str, torch.Tensor], must_have_mov
         raise SaveError(f"{folder}: every lora_B is zero although the model was trained: the adapter would do nothing")
 
 
-def _card(config: LoraConfig) -> str:
+def _card(form: AdapterFormat) -> str:
+    config = form.config
     base = config.base_model_name_or_path
+    on = f"`{base}`" + (", whose decoder was held in 4 bits (NF4)" if form.quantization else "")
     return f"""---
 library_name: peft
 base_model: {json.dumps(base)}
@@ -90,7 +107,7 @@ tags: [lora, text-to-speech, higgs-audio-v2]
 
 # LoRA adapter for Higgs Audio v2
 
-Trained with higgs_ds on `{base}`: rank {config.r}, alpha {config.lora_alpha}, float32.
+Trained with higgs_ds on {on}: rank {config.r}, alpha {config.lora_alpha}, float32.
 
 Merge it into its base:
 

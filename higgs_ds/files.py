@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -86,6 +87,16 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def release_freed_memory() -> None:
+    """Give memory that was freed back to the system, where the C library can.
+
+    glibc keeps it, and small objects that outlive large tensors part it into pieces that the next ones do not fit in:
+    passing over a model of 2 GiB tensor by tensor left 1.2 GiB behind.
+    """
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def why_not_writable(folder: Path) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 
 from higgs_ds import checkpoint, distributed, ds_config
 from higgs_ds.builtin import SAMPLE_MANIFEST
@@ -24,12 +24,13 @@ from higgs_ds.data.index import Index
 from higgs_ds.data.sampler import WindowSampler, split_validation
 from higgs_ds.engine import Engine
 from higgs_ds.errors import InputError
-from higgs_ds.export import adapter_parameters
+from higgs_ds.export import AdapterFormat, adapter_parameters
 from higgs_ds.files import saving, write_json, write_text
 from higgs_ds.loss import LossWeights
 from higgs_ds.metrics import say
-from higgs_ds.model.higgs import DualLossModel, check_text_head, load_base
+from higgs_ds.model.higgs import DualLossModel, check_text_head, load_base, load_base_in_4bit, offload_embeddings
 from higgs_ds.model.lora import add_lora, describe
+from higgs_ds.model.nf4 import BaseQuantization
 from higgs_ds.prepare import Preparation, check_folders, scratch_problems
 
 T = TypeVar("T")
@@ -38,9 +39,10 @@ DROPPED_FILE = "dropped_samples.txt"
 # long as the number of samples per step stays.
 FREE_ON_RESUME = (
     "output_dir", "resume", "log_steps", "val_steps", "save_steps", "merge_adapter_with_base", "deepspeed", "cache_dir",
-    "activation_checkpointing", "batch_size", "grad_accum", "epochs", "max_steps", "train_manifest", "val_manifest",
-    "val_split", "split_by", "format", "reference", "normalize_text", "allow_text_targets", "max_clip_s", "max_seq_len",
-    "skip_bad", "num_workers", "base_ckpt", "base_revision", "codec_ckpt",
+    "activation_checkpointing", "offload_embeddings", "batch_size", "grad_accum", "epochs", "max_steps",
+    "train_manifest", "val_manifest", "val_split", "split_by", "format", "reference", "normalize_text",
+    "allow_text_targets", "max_clip_s", "max_seq_len", "skip_bad", "num_workers", "base_ckpt", "base_revision",
+    "codec_ckpt", "dry_run", "device_memory_gib", "plan_ranks",
 )  # fmt: skip
 
 
@@ -69,7 +71,7 @@ class Run:
     val: Dataset
     sampler: WindowSampler
     engine: Engine
-    lora_config: LoraConfig
+    adapter_format: AdapterFormat
     state: TrainerState
 
 
@@ -219,7 +221,7 @@ def _load(inputs: Inputs) -> Run:
         max_tokens=optim.max_tokens_per_batch,
     )
     state = distributed.agreed(lambda: _state(inputs, sampler))
-    model = distributed.agreed(lambda: _adapted_model(options, bundle))
+    model, quantization = distributed.agreed(lambda: _adapted_model(inputs))
     trained = adapter_parameters(model)
     _report(inputs, sampler, state, describe(model))
     if resume_from is not None:
@@ -236,8 +238,8 @@ def _load(inputs: Inputs) -> Run:
             write_json(inputs.output_dir / "settings.json", options.flat())
             if inputs.too_long:
                 write_text(inputs.output_dir / DROPPED_FILE, "\n".join(inputs.too_long) + "\n")
-    lora_config = model.peft_config["default"]
-    return Run(options, inputs.output_dir, bundle, inputs.train, inputs.val, sampler, engine, lora_config, state)
+    form = AdapterFormat(model.peft_config["default"], quantization)
+    return Run(options, inputs.output_dir, bundle, inputs.train, inputs.val, sampler, engine, form, state)
 
 
 def _state(inputs: Inputs, sampler: WindowSampler) -> TrainerState:
@@ -263,23 +265,34 @@ def _training_settings(inputs: Inputs, sampler: WindowSampler) -> dict[str, Any]
     }
 
 
-def _adapted_model(options: TrainOptions, bundle: Bundle) -> PeftModel:
+def _adapted_model(inputs: Inputs) -> tuple[PeftModel, BaseQuantization | None]:
+    options, bundle = inputs.options, inputs.bundle
     dtype = torch.bfloat16 if options.model.precision == "bf16" else torch.float32
-    model = load_base(bundle.folder, dtype)
+    quantization = None
+    if options.model.load_in_4bit:
+        here = distributed.device()
+        # Stage 3 takes the weights to the GPUs itself, each rank its share.
+        sharded = inputs.ds_settings["zero_optimization"]["stage"] == 3
+        model, quantization = load_base_in_4bit(bundle.folder, dtype, here, torch.device("cpu") if sharded else here)
+    else:
+        model = load_base(bundle.folder, dtype)
+    if options.model.offload_embeddings:
+        offload_embeddings(model)
     if options.model.activation_checkpointing == "every_layer":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.manual_seed(options.optim.seed)  # the same adapters on every rank
-    return add_lora(model, options.lora, bundle.name)
+    return add_lora(model, options.lora, bundle.name, dtype), quantization
 
 
 def _report(inputs: Inputs, sampler: WindowSampler, state: TrainerState, adapters: str) -> None:
     """Say what is about to be trained, on what, and where it will be."""
     options, config = inputs.options, inputs.bundle.config
     built_in = "" if options.model.base_ckpt else " (built in, random: for trying out, it speaks noise)"
+    four_bit = "NF4 in " if options.model.load_in_4bit else ""
     say(f"base: {inputs.bundle.name}{built_in}")
     say(
         f"model: {config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_codebooks} codebooks, "
-        f"{options.model.precision}, ZeRO stage {inputs.ds_settings['zero_optimization']['stage']}"
+        f"{four_bit}{options.model.precision}, ZeRO stage {inputs.ds_settings['zero_optimization']['stage']}"
     )
     say(adapters)
     say(f"data: {len(inputs.train):,} samples to train on, {len(inputs.val):,} to validate on")

@@ -42,4 +42,4 @@ def train(run: Run) -> None:
                 if len(run.val) and (last or state.step % options.run.val_steps == 0):
                     log.write(state.step, state.epoch, validate(engine, run.val, options.optim.batch_size))
                 if last or state.step % options.run.save_steps == 0:
-                    save_checkpoint(run.output_dir, engine, state, meter, run.lora_config)
+                    save_checkpoint(run.output_dir, engine, state, meter, run.adapter_format)

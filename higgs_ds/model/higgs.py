@@ -6,13 +6,18 @@ import json
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftModel
+from safetensors import safe_open
 from torch import nn
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from higgs_ds.errors import InputError
+from higgs_ds.files import release_freed_memory
 from higgs_ds.hub import weight_files, weight_shapes
 from higgs_ds.loss import loss_sums
+from higgs_ds.model import nf4
+from higgs_ds.model.nf4 import BaseQuantization
 
 MODEL_TYPE = "higgs_audio_v2"
 ORIGINAL_MODEL_TYPE = "higgs_audio"
@@ -61,9 +66,81 @@ def load_base(folder: Path, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGen
     return model.requires_grad_(False)
 
 
+def load_base_in_4bit(
+    folder: Path, dtype: torch.dtype, quantize_on: torch.device, keep_on: torch.device
+) -> tuple[HiggsAudioV2ForConditionalGeneration, BaseQuantization]:
+    """Load a base with its decoder's linear layers in NF4 and all else in `dtype`, one tensor at a time, frozen.
+
+    transformers' own loader keeps every file that it has read mapped until the end: 1.4 GiB more than the 4-bit model
+    for a base of 2 GiB.
+
+    Args:
+        quantize_on: where weights are quantized; keep_on: where they stay.
+
+    Raises InputError where the files and the configuration do not agree.
+    """
+    files = {name: path for path in weight_files(folder) for name in weight_shapes([path])}
+    config = read_config(folder)
+    config.dtype = dtype
+    with init_empty_weights():
+        model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    _check_shapes(folder, expected, weight_shapes(sorted(set(files.values()))))
+    nf4.replace_linears(model, dtype)
+    quantized = {}
+    for name, path in files.items():
+        layer, _, leaf = name.rpartition(".")
+        # Opened anew for each tensor, so that its file does not stay in memory.
+        with safe_open(path, framework="pt") as file:
+            tensor = file.get_tensor(name)
+        if nf4.is_quantized_weight(name):
+            weight = nf4.quantize(tensor.to(quantize_on), dtype)
+            quantized[name] = weight
+            nf4.fill(model.get_submodule(layer), weight)
+            release_freed_memory()
+        else:
+            setattr(model.get_submodule(layer), leaf, nn.Parameter(tensor.to(keep_on, dtype), requires_grad=False))
+    record = nf4.describe(quantized, dtype)
+    for weight in quantized.values():
+        weight.data = weight.data.to(keep_on)
+    return model.requires_grad_(False), record
+
+
+def _check_shapes(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    problems = {
+        "missing keys": sorted(expected.keys() - found.keys()),
+        "unexpected keys": sorted(found.keys() - expected.keys()),
+        "mismatched keys": [name for name in expected.keys() & found.keys() if expected[name] != found[name]],
+    }
+    if any(problems.values()):
+        raise InputError(
+            [f"{folder}: {kind} in its weights: {', '.join(names[:5])}" for kind, names in problems.items() if names]
+        )
+
+
 def load_for_generation(folder: Path) -> HiggsAudioV2ForConditionalGeneration:
     """Load a model as its users do: in the dtype of its files, without the text head, which speaking does not need."""
     return HiggsAudioV2ForConditionalGeneration.from_pretrained(folder, dtype="auto")
+
+
+class OnHost(nn.Module):
+    """A module without gradients that stays in host memory, and takes and gives tensors of any device.
+
+    It is no submodule: nothing that walks the model moves, parts or saves its weights.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["on_host"] = module
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.__dict__["on_host"](ids.cpu()).to(ids.device)
+
+
+def offload_embeddings(higgs: HiggsAudioV2ForConditionalGeneration) -> None:
+    """Keep the embeddings of text and codes in host memory: of each, a step needs a few rows."""
+    higgs.model.embed_tokens = OnHost(higgs.model.embed_tokens.cpu())
+    higgs.model.embed_audio_tokens = OnHost(higgs.model.embed_audio_tokens.cpu())
 
 
 class DualLossModel(nn.Module):

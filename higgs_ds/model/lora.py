@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -53,8 +54,8 @@ def discover_targets(model: nn.Module, groups: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
-def add_lora(model: nn.Module, options: LoraOptions, base_name: str) -> PeftModel:
-    """Wrap a frozen model with adapters of its own dtype. The second factor starts at 0: nothing changes at first.
+def add_lora(model: nn.Module, options: LoraOptions, base_name: str, dtype: torch.dtype) -> PeftModel:
+    """Wrap a frozen model with adapters of `dtype`. The second factor starts at 0: nothing changes at first.
 
     No task type is given: PEFT would pass `labels` into a forward of another meaning. The adapters are not upcast
     (PEFT's default): the engine keeps float32 master weights of them.
@@ -65,8 +66,14 @@ def add_lora(model: nn.Module, options: LoraOptions, base_name: str) -> PeftMode
         lora_dropout=options.lora_dropout,
         target_modules=discover_targets(model, options.lora_targets),
         bias="none",
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
+        lora_bias=options.lora_bias,
     )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)  # PEFT takes float32 beside 4-bit weights
     config.base_model_name_or_path = base_name  # PEFT takes the folder, which for a hub id is this machine's own
     return adapted
 

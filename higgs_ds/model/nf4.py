@@ -1,0 +1,137 @@
+"""A 4-bit base: NF4 with double quantization (Dettmers et al. 2023, arXiv 2305.14314), by bitsandbytes.
+
+Only the decoder's linear layers are quantized. The heads and the embeddings stay as they are: they are what the loss
+and the codes are read from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import nn
+
+QUANT_TYPE = "nf4"
+BLOCK_SIZE = 64
+_DECODER_LINEAR = re.compile(r"model\.layers\.\d+\.\w+\.\w+_proj\.weight$")
+
+
+@dataclass(frozen=True)
+class BaseQuantization:
+    """How a base was quantized, kept with each adapter that was trained on it.
+
+    `digests` holds 64 bits of each quantized weight's SHA-256, by its name in the base.
+    """
+
+    compute_dtype: str
+    bitsandbytes: str
+    device: str
+    digests: dict[str, str]
+    quant_type: str = QUANT_TYPE
+    block_size: int = BLOCK_SIZE
+    double_quant: bool = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the quantized weights were multiplied in."""
+        return getattr(torch, self.compute_dtype)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> BaseQuantization:
+        """Raises ValueError, TypeError: it was written by another version, in another form."""
+        record = cls(**json.loads(text))
+        if (record.quant_type, record.block_size, record.double_quant) != (QUANT_TYPE, BLOCK_SIZE, True):
+            raise ValueError(f"{record.quant_type} in blocks of {record.block_size} is not known here")
+        return record
+
+
+def is_quantized_weight(name: str) -> bool:
+    """Whether a base's tensor of this name is held in 4 bits."""
+    return _DECODER_LINEAR.match(name) is not None
+
+
+def quantize(weight: torch.Tensor, compute_dtype: torch.dtype) -> Params4bit:
+    """A weight (out, in) in 4 bits, on its device; forward and backward, it is dequantized to `compute_dtype`."""
+    packed, state = quantize_4bit(
+        weight.to(compute_dtype).contiguous(),
+        blocksize=BLOCK_SIZE,
+        compress_statistics=True,
+        quant_type=QUANT_TYPE,
+        quant_storage=torch.uint8,
+    )
+    return Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=BLOCK_SIZE,
+        compress_statistics=True,
+        quant_type=QUANT_TYPE,
+        quant_storage=torch.uint8,
+        bnb_quantized=True,
+    )
+
+
+def replace_linears(model: nn.Module, compute_dtype: torch.dtype) -> None:
+    """Put an empty 4-bit layer in place of each of the decoder's linear layers, to be filled with `quantize`."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and is_quantized_weight(f"{name}.weight"):
+            layer = Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=module.bias is not None,
+                compute_dtype=compute_dtype,
+                quant_type=QUANT_TYPE,
+                device="meta",
+            )
+            # bitsandbytes would repack the weights in place at the first validation, and ZeRO-3 could not part them.
+            layer.support_avx512bf16_for_cpu = False
+            model.set_submodule(name, layer)
+    setattr(model, "is_loaded_in_4bit", True)  # noqa: B010 - what PEFT looks at; the class does not declare it
+
+
+def fill(layer: Linear4bit, weight: Params4bit) -> None:
+    """Give a layer of `replace_linears` its weight."""
+    layer.weight = weight
+    layer.quant_state = weight.quant_state
+    weight.module = layer
+
+
+def dequantize(weight: Params4bit) -> torch.Tensor:
+    """A weight (out, in) as the forward pass multiplies it, in the dtype that it was quantized for."""
+    return dequantize_4bit(weight.data, weight.quant_state)
+
+
+def digest(weight: Params4bit) -> str:
+    """64 bits, in hexadecimal, of the SHA-256 over everything that `dequantize` works from."""
+    state: QuantState = weight.quant_state
+    hashed = hashlib.sha256()
+    for part in (weight.data, state.absmax, state.state2.absmax, state.offset):
+        hashed.update(part.contiguous().cpu().numpy().tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def describe(weights: dict[str, Params4bit], compute_dtype: torch.dtype) -> BaseQuantization:
+    """The record of a quantized base, before anything has moved or parted its weights."""
+    device = next(iter(weights.values())).device
+    return BaseQuantization(
+        compute_dtype=str(compute_dtype).removeprefix("torch."),
+        bitsandbytes=version("bitsandbytes"),
+        device=device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        digests={name: digest(weight) for name, weight in weights.items()},
+    )
+
+
+def move_statistics(model: nn.Module, device: torch.device) -> None:
+    """Bring the scales of quantized weights to a device; they are no parameters, and nothing else moves them."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit) and module.quant_state is not None:
+            module.quant_state.to(device)
