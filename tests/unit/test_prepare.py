@@ -105,10 +105,11 @@ def test_nothing_is_looked_at_twice(
     shutil.copy(VOICES / "ben_02.flac", voice)
     os.utime(voice, ns=(1, 1))
     assert (surveyed(), surveyed()) == (1, 0)
-    codes = sorted(files_below(cache / "codes"))[0]
-    codes.write_bytes(codes.read_bytes()[:50])
+    for codes in files_below(cache / "codes"):  # those of the first voice.flac, which nothing asks for, among them
+        codes.write_bytes(codes.read_bytes()[:50])
     assert (surveyed(), surveyed()) == (1, 0)
-    codes.unlink()
+    for codes in files_below(cache / "codes"):
+        codes.unlink()
     assert (surveyed(), surveyed()) == (1, 0)
 
 
