@@ -18,9 +18,11 @@ DEFAULT_DS_CONFIG = PROJECT_ROOT / "ds_configs" / "zero2.json"
 FORMATS = ("chatml", "native", "swift", "metadata", "paired", "list", "csv", "table")
 LORA_TARGET_GROUPS = ("attention", "text_mlp", "audio_mlp")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
+MERGE_DEQUANTIZED, MERGE_ORIGINAL = "dequantized", "original"
 RESUME_NEVER, RESUME_AUTO = "never", "auto"
 
 
+REQUIRED = dataclasses.MISSING  # the default of an option without one
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
@@ -156,6 +158,22 @@ class PrepareOptions:
 
 
 @dataclass(frozen=True)
+class MergeOptions:
+    """Merging"""
+
+    base_model_path: str = option(REQUIRED, "the base, a folder or a hub id", metavar="BASE")
+    lora_adapter_path: Path = option(REQUIRED, "lora_adapters/, not a checkpoint-N/", metavar="DIR")
+    output_path: Path = option(REQUIRED, "a new folder for the result", metavar="DIR")
+    merge_base: str | None = option(
+        None,
+        "merge into the weights as a 4-bit base holds them, which is what a QLoRA adapter was trained on, or into the "
+        "original ones (default: what the adapter was trained on)",
+        (MERGE_DEQUANTIZED, MERGE_ORIGINAL),
+    )
+    no_verify: bool = option(False, "do not compare the merged model's logits with the adapter's beside its base")
+
+
+@dataclass(frozen=True)
 class GenerateOptions:
     """Generation"""
 
@@ -223,7 +241,9 @@ def add_options(parser: argparse.ArgumentParser, group_class: type) -> None:
             kwargs.update(type=value_type, choices=meta["choices"], metavar=metavar)
             if many:
                 kwargs["nargs"] = "+"
-            if default is not None:
+            if default is REQUIRED:
+                kwargs["required"] = True
+            elif default is not None:
                 shown = " ".join(map(str, default)) if many else _shown_default(default)
                 kwargs["help"] += f" [{shown}]"
         group.add_argument(f"--{option_field.name}", **kwargs)
@@ -283,6 +303,18 @@ def parse_shard(text: str) -> tuple[int, int]:
     if match is None or not int(match[1]) < int(match[2]):
         raise InputError(f"--shard {text}: must be I/N, with I from 0 to N - 1, for instance 0/4")
     return int(match[1]), int(match[2])
+
+
+def parse_merge_options(argv: list[str] | None = None) -> MergeOptions:
+    """The options of launch/merge.py."""
+    parser = argparse.ArgumentParser(
+        prog="launch/merge.py",
+        usage="python launch/merge.py --base_model_path BASE --lora_adapter_path DIR --output_path DIR [options]",
+        description="Merge a LoRA adapter into its base, in float32, tensor by tensor; the result loads by itself.",
+        allow_abbrev=False,
+    )
+    add_options(parser, MergeOptions)
+    return MergeOptions(**_given(parser, argv))
 
 
 def parse_generate_options(argv: list[str] | None = None) -> GenerateOptions:

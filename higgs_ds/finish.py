@@ -9,7 +9,7 @@ from higgs_ds import distributed
 from higgs_ds.errors import HiggsError, MergeError
 from higgs_ds.export import ADAPTER_FOLDER
 from higgs_ds.files import replaced_folder
-from higgs_ds.merge import merge
+from higgs_ds.merge import MergeReport, merge
 from higgs_ds.metrics import say
 from higgs_ds.startup import Run
 
@@ -33,19 +33,20 @@ def merge_into_folders(run: Run) -> None:
     Raises MergeError, on every rank, where that fails; training has ended well by then, and its adapter is in place.
     """
 
-    def make() -> None:
+    def make() -> MergeReport:
         try:
             for name in (FINAL_MODEL, ADAPTER_COPY):
                 _copy_adapter(run, run.output_dir / name)
             adapter, merged = run.output_dir / ADAPTER_FOLDER, run.output_dir / MERGED_MODEL
-            merge(run.bundle.folder, adapter, merged, overwrite=True)
+            return merge(run.bundle.folder, adapter, merged, overwrite=True)
         except (HiggsError, OSError) as error:
             raise MergeError(
                 f"training has ended well and its adapter is in {run.output_dir / ADAPTER_FOLDER}, but merging it "
                 f"failed: {error}"
             ) from error
 
-    distributed.on_main(make)
+    for line in distributed.on_main(make).lines():
+        say(line)
     say(f"Merged model: {run.output_dir / MERGED_MODEL}")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 
+from higgs_ds.adapter import read_adapter
 from higgs_ds.bundle import Bundle, open_bundle
 from higgs_ds.config import GenerateOptions
 from higgs_ds.data.audio import AudioError, read_audio, write_audio
@@ -20,7 +21,6 @@ from higgs_ds.data.sample import ASSISTANT, SYSTEM, USER, AudioClip, Message
 from higgs_ds.errors import InputError
 from higgs_ds.export import ADAPTER_CONFIG
 from higgs_ds.files import saving, why_not_writable
-from higgs_ds.merge import read_adapter
 from higgs_ds.model.higgs import load_for_generation
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -40,6 +41,40 @@ def weight_files(folder: Path) -> list[Path]:
     if missing:
         raise InputError(f"{folder}: lacks {', '.join(missing)}")
     return [folder / name for name in names]
+
+
+def weight_places(folder: Path) -> dict[str, Path]:
+    """The file of every tensor of a model. Raises InputError where a file is missing or damaged."""
+    return {name: path for path in weight_files(folder) for name in weight_shapes([path])}
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """One tensor of a file, which is opened for it alone: what is read of a file stays in memory until it is closed."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def read_rows(path: Path, name: str, start: int, stop: int) -> torch.Tensor:
+    """Rows of one tensor of a file."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_slice(name)[start:stop]
+
+
+def byte_ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """Where in a safetensors file each tensor's bytes begin and end, to write them in place.
+
+    The format (huggingface.co/docs/safetensors): 8 bytes with the header's length, little-endian; a header in JSON with
+    offsets behind it; the data.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    start = 8 + length
+    return {
+        name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def weight_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:

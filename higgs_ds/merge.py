@@ -1,122 +1,123 @@
-"""Merge an adapter into its base: each weight in float32, shard by shard, without building either model."""
+"""Merge an adapter into its base: each weight in float32, tensor by tensor, without building either model."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
+from higgs_ds.adapter import Adapter, BaseWeights, read_adapter
+from higgs_ds.config import MERGE_DEQUANTIZED, MERGE_ORIGINAL, MergeOptions
 from higgs_ds.data.codec import CODEC_SUBFOLDER
 from higgs_ds.errors import InputError, SaveError
-from higgs_ds.export import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
-from higgs_ds.files import new_folder, replaced_folder, saving, why_not_writable, write_json
-from higgs_ds.hub import weight_files, weight_shapes
+from higgs_ds.files import new_folder, release_freed_memory, replaced_folder, saving, why_not_writable, write_json
+from higgs_ds.hub import byte_ranges, read_tensor, resolve_folder, weight_files, weight_shapes
 from higgs_ds.model.higgs import read_config
+from higgs_ds.verify import Agreement, compare_merged
 
-PEFT_PREFIX = "base_model.model."
+LARGEST_DIFFERENCE = 0.1  # of the logits, root mean square; rounding the weights to bf16 makes about a hundredth
 PROCESSOR_CONFIG = "processor_config.json"
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """LoRA factors (A (r, in), B (out, r)) by the name of the base's weight that they add to."""
+@dataclass
+class MergeReport:
+    """What a merge was made from. `differing`: weights that are quantized otherwise here than they were in training."""
 
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    scaling: float
+    merge_base: str
+    quantized: int = 0
+    differing: list[str] = field(default_factory=list)
+    agreement: Agreement | None = None
 
-    def delta(self, name: str) -> torch.Tensor:
-        """What is added to a weight, float32 (out, in): scaling x B A (Hu et al. 2021, arXiv 2106.09685)."""
-        a, b = self.factors[name]
-        return self.scaling * (b.float() @ a.float())
+    def lines(self) -> list[str]:
+        """What a user should know, a line each."""
+        lines = [f"Merged into: the {self.merge_base} weights" if self.quantized else "Merged into: the base's weights"]
+        if self.differing:
+            lines.append(
+                f"warning: {len(self.differing)} of {self.quantized} weights quantize otherwise here than in training "
+                f"(for instance {self.differing[0]}): another base, device or version of bitsandbytes. The merged "
+                "model is close to, but not exactly, what was trained"
+            )
+        if self.agreement is not None:
+            lines.append(f"Self-check: {self.agreement}")
+        return lines
 
 
-def merge(base_folder: Path, adapter_folder: Path, output_folder: Path, overwrite: bool = False) -> None:
+def main(options: MergeOptions) -> None:
+    """Merge as the options say, and print what from and where to."""
+    base = resolve_folder(options.base_model_path, "--base_model_path")
+    report = merge(
+        base, options.lora_adapter_path, options.output_path, options.merge_base, verify=not options.no_verify
+    )
+    print("\n".join([*report.lines(), f"Merged model: {options.output_path}"]))
+
+
+def merge(
+    base_folder: Path,
+    adapter_folder: Path,
+    output_folder: Path,
+    merge_base: str | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+) -> MergeReport:
     """Write the merged model, with tokenizer, template, codec reference and generation settings, to a new folder.
 
-    Peak memory is about one shard of the base. Raises InputError: one of the folders is not what it should be, they do
-    not fit together, or the output is there already; SaveError where writing fails. Nothing is left behind then, and a
-    folder that was to be overwritten is as it was.
+    Peak memory is about the largest tensor of the base, in float32.
+
+    Args:
+        merge_base: "dequantized", into the weights as a 4-bit base holds them, which is the function that QLoRA has
+            trained, or "original"; None for what the adapter was trained on.
+        verify: compare the result's logits with those of the adapter beside the base.
+
+    Raises InputError: one of the folders is not what it should be, they do not fit together, or the output is there
+    already; SaveError where writing or the comparison fails. Nothing is left behind then, and a folder that was to be
+    overwritten is as it was.
     """
     read_config(base_folder)
     adapter = read_adapter(adapter_folder)
+    if merge_base is None:
+        merge_base = MERGE_ORIGINAL if adapter.quantization is None else MERGE_DEQUANTIZED
     shards = weight_files(base_folder)
-    _check_fit(adapter, shards, adapter_folder, base_folder)
+    shapes = weight_shapes(shards)
+    _check_fit(adapter, shapes, adapter_folder, base_folder)
     _check_output(output_folder, sum(path.stat().st_size for path in shards), overwrite)
+    base = BaseWeights(adapter.quantization, merge_base == MERGE_DEQUANTIZED)
+    changed = {name for name in shapes if name in adapter.factors or base.is_quantized(name)}
+    changed |= {name.removesuffix("weight") + "bias" for name in adapter.factors if adapter.bias(name) is not None}
     with saving(output_folder), (replaced_folder if overwrite else new_folder)(output_folder) as folder:
         _copy_companions(base_folder, folder, output_folder)
-        merged = sum(_merge_shard(shard, adapter, folder / shard.name) for shard in shards)
-        if merged != len(adapter.factors):
-            raise SaveError(f"{output_folder}: {merged} of {len(adapter.factors)} adapted weights were merged")
+        for shard in shards:
+            _merge_shard(shard, folder / shard.name, changed, adapter, base)
+        report = MergeReport(merge_base, base.quantized, base.differing)
+        if verify:
+            report.agreement = _verified(base_folder, folder, adapter, merge_base)
+    return report
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter of plain LoRA. Raises InputError where the folder is something else, and says what to give."""
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise InputError(_no_adapter(folder))
-    try:
-        config = LoraConfig.from_pretrained(folder)
-        tensors = load_file(folder / ADAPTER_WEIGHTS)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise InputError(f"{folder}: its adapter cannot be read: {error}") from error
-    problems = [
-        f"{folder}: {name} is {getattr(config, name)!r}, which cannot be merged here; plain LoRA can"
-        for name, plain in (("use_dora", False), ("bias", "none"), ("fan_in_fan_out", False), ("rank_pattern", {}),
-                            ("alpha_pattern", {}), ("modules_to_save", None), ("lora_bias", False))
-        if getattr(config, name) != plain
-    ]  # fmt: skip
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for name in sorted(tensors):
-        if not name.endswith(".lora_A.weight"):
-            if not name.endswith(".lora_B.weight") or name.replace(".lora_B.", ".lora_A.") not in tensors:
-                problems.append(f"{folder}: {name} is no part of a plain LoRA pair")
-            continue
-        b = tensors.get(name.replace(".lora_A.", ".lora_B."))
-        if b is None:
-            problems.append(f"{folder}: {name} has no lora_B beside it")
-        else:
-            target = name.removeprefix(PEFT_PREFIX).replace(".lora_A.weight", ".weight")
-            factors[target] = (tensors[name], b)
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    problems += [f"{folder}: {name} holds NaN or infinity" for name in broken]
-    if not factors:
-        problems.append(f"{folder}: {ADAPTER_WEIGHTS} holds no LoRA tensors")
-    if problems:
-        raise InputError(problems)
-    return Adapter(factors, config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
+def _verified(base_folder: Path, merged_folder: Path, adapter: Adapter, merge_base: str) -> Agreement:
+    as_trained = adapter.quantization is not None or merge_base == MERGE_DEQUANTIZED
+    agreement = compare_merged(base_folder, merged_folder, adapter, BaseWeights(adapter.quantization, as_trained))
+    if merge_base == MERGE_ORIGINAL and as_trained:
+        agreement.note = "the adapter was trained on 4-bit weights and merged into the original ones"
+    elif agreement.relative > LARGEST_DIFFERENCE:
+        raise SaveError(f"{merged_folder}: the merged model is not what was trained: {agreement}")
+    return agreement
 
 
-def _no_adapter(folder: Path) -> str:
-    near = sorted({path.parent for parent in (folder, folder.parent) for path in _adapters_below(parent)})
-    where = "; adapters nearby: " + ", ".join(map(str, near)) if near else ""
-    if folder.name.startswith("checkpoint-"):
-        return (
-            f"{folder}: is a checkpoint directory, for going on with training (--resume), and no adapter; give the "
-            f"adapter directory, {folder / ADAPTER_FOLDER}{where}"
-        )
-    return f"{folder}: is no adapter: it holds no {ADAPTER_CONFIG}{where}"
-
-
-def _adapters_below(folder: Path) -> Iterable[Path]:
-    return [*folder.glob(ADAPTER_CONFIG), *folder.glob(f"*/{ADAPTER_CONFIG}")]
-
-
-def _check_fit(adapter: Adapter, shards: list[Path], adapter_folder: Path, base_folder: Path) -> None:
-    shapes = weight_shapes(shards)
+def _check_fit(adapter: Adapter, shapes: dict[str, tuple[int, ...]], adapter_folder: Path, base_folder: Path) -> None:
     problems = []
-    for name, (a, b) in adapter.factors.items():
+    for name, factors in adapter.factors.items():
+        a, b = factors.a, factors.b
         if name not in shapes:
             problems.append(f"{adapter_folder}: adapts {name}, which the base {base_folder} has not")
         elif (b.shape[0], a.shape[1]) != shapes[name] or a.shape[0] != b.shape[1]:
             problems.append(
                 f"{adapter_folder}: adapts {name} as {b.shape[0]} x {a.shape[1]}, in the base it is {shapes[name]}"
             )
+        elif factors.bias is not None and name.removesuffix("weight") + "bias" not in shapes:
+            problems.append(f"{adapter_folder}: gives {name} a bias, and the base's layer has none")
     if problems:
         raise InputError(problems)
 
@@ -135,25 +136,31 @@ def _check_output(folder: Path, needed_bytes: int, overwrite: bool) -> None:
         )
 
 
-def _merge_shard(source: Path, adapter: Adapter, target: Path) -> int:
-    """Copy one file of weights with the adapter added to those it adapts; returns how many these were."""
-    tensors, merged = {}, 0
-    with safe_open(source, framework="pt") as file:
-        metadata = file.metadata() or {"format": "pt"}
-        for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            tensor = file.get_tensor(name)
-            if name in adapter.factors:
-                tensor = (tensor.float() + adapter.delta(name)).to(tensor.dtype)
-                merged += 1
-                if not tensor.isfinite().all():
-                    raise SaveError(f"{source}: {name} is not finite once merged")
-            tensors[name] = tensor
-    save_file(tensors, target, metadata)
-    with safe_open(target, framework="pt") as file:
-        for name, tensor in tensors.items():
-            if not torch.equal(file.get_tensor(name), tensor):
-                raise SaveError(f"{target}: {name} reads back otherwise than written")
-    return merged
+def _merge_shard(source: Path, target: Path, changed: set[str], adapter: Adapter, base: BaseWeights) -> None:
+    """Copy one file of weights, and write those that change over the copies, which they equal in type and size."""
+    shutil.copyfile(source, target)
+    for name, (start, stop) in byte_ranges(target).items():
+        if name not in changed:
+            continue
+        tensor = read_tensor(source, name)
+        merged = _merged(name, tensor, adapter, base).to(tensor.dtype).contiguous()
+        if not merged.isfinite().all():
+            raise SaveError(f"{source}: {name} is not finite once merged")
+        with target.open("r+b") as file:
+            file.seek(start)
+            written = file.write(merged.flatten().view(torch.uint8).numpy().data)
+        if written != stop - start or not torch.equal(read_tensor(target, name), merged):
+            raise SaveError(f"{target}: {name} reads back otherwise than written")
+        release_freed_memory()
+
+
+def _merged(name: str, tensor: torch.Tensor, adapter: Adapter, base: BaseWeights) -> torch.Tensor:
+    if name.endswith(".bias"):
+        added = adapter.bias(name.removesuffix("bias") + "weight")
+        assert added is not None
+        return tensor.float() + added
+    weight = base.as_trained(name, tensor)
+    return adapter.merged(name, weight) if name in adapter.factors else weight
 
 
 def _copy_companions(base_folder: Path, folder: Path, final_folder: Path) -> None:

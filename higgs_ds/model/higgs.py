@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from accelerate import init_empty_weights
 from peft import PeftModel
-from safetensors import safe_open
 from torch import nn
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from higgs_ds.errors import InputError
 from higgs_ds.files import release_freed_memory
-from higgs_ds.hub import weight_files, weight_shapes
+from higgs_ds.hub import read_tensor, weight_files, weight_places, weight_shapes
 from higgs_ds.loss import loss_sums
 from higgs_ds.model import nf4
 from higgs_ds.model.nf4 import BaseQuantization
@@ -30,7 +31,8 @@ def read_config(folder: Path) -> HiggsAudioV2Config:
     if not path.is_file():
         raise InputError(f"{folder}: is no model folder: it has no config.json")
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        model_type = config.get("model_type")
     except (ValueError, AttributeError) as error:
         raise InputError(f"{path}: is not a JSON object: {error}") from error
     if model_type == ORIGINAL_MODEL_TYPE:
@@ -40,6 +42,8 @@ def read_config(folder: Path) -> HiggsAudioV2Config:
         )
     if model_type != MODEL_TYPE:
         raise InputError(f"{path}: model_type is {model_type!r}; a Higgs Audio v2 base has '{MODEL_TYPE}'")
+    if "quantization_config" in config:
+        raise InputError(f"{path}: its weights are quantized; give the base they were made from (--load_in_4bit)")
     return HiggsAudioV2Config.from_pretrained(folder)
 
 
@@ -79,20 +83,18 @@ def load_base_in_4bit(
 
     Raises InputError where the files and the configuration do not agree.
     """
-    files = {name: path for path in weight_files(folder) for name in weight_shapes([path])}
+    places = weight_places(folder)
     config = read_config(folder)
     config.dtype = dtype
     with init_empty_weights():
         model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
     expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    _check_shapes(folder, expected, weight_shapes(sorted(set(files.values()))))
+    _check_shapes(folder, expected, weight_shapes(weight_files(folder)))
     nf4.replace_linears(model, dtype)
     quantized = {}
-    for name, path in files.items():
+    for name, path in places.items():
         layer, _, leaf = name.rpartition(".")
-        # Opened anew for each tensor, so that its file does not stay in memory.
-        with safe_open(path, framework="pt") as file:
-            tensor = file.get_tensor(name)
+        tensor = read_tensor(path, name)
         if nf4.is_quantized_weight(name):
             weight = nf4.quantize(tensor.to(quantize_on), dtype)
             quantized[name] = weight
@@ -121,6 +123,56 @@ def _check_shapes(folder: Path, expected: dict[str, tuple[int, ...]], found: dic
 def load_for_generation(folder: Path) -> HiggsAudioV2ForConditionalGeneration:
     """Load a model as its users do: in the dtype of its files, without the text head, which speaking does not need."""
     return HiggsAudioV2ForConditionalGeneration.from_pretrained(folder, dtype="auto")
+
+
+class WeightSource(Protocol):
+    """Where `streamed` takes weights from, when they are needed and only as long."""
+
+    def linear(self, layer: str, x: torch.Tensor) -> torch.Tensor:
+        """What a linear layer makes of x (..., in), float32 (..., out)."""
+
+    def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        """The rows of an embedding for ids (...), float32 (..., hidden)."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A small weight, float32."""
+
+
+class _Streamed(nn.Module):
+    """A linear layer or embedding whose weights lie elsewhere."""
+
+    def __init__(self, function: Callable[[str, torch.Tensor], torch.Tensor], name: str) -> None:
+        super().__init__()
+        self.function, self.name = function, name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self.name, x)
+
+
+def streamed(folder: Path, source: WeightSource) -> HiggsAudioV2ForConditionalGeneration:
+    """A model of a folder's configuration, in float32, that never holds more than the weights it works with."""
+    config = read_config(folder)
+    config.dtype = torch.float32
+    with init_empty_weights():
+        model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, _Streamed(source.linear, name))
+        elif isinstance(module, nn.Embedding):
+            model.set_submodule(name, _Streamed(source.rows, f"{name}.weight"))
+        else:
+            for leaf in dict(module.named_parameters(recurse=False)):
+                setattr(module, leaf, nn.Parameter(source.tensor(f"{name}.{leaf}"), requires_grad=False))
+    return model.eval()
+
+
+@torch.no_grad()
+def all_logits(
+    model: HiggsAudioV2ForConditionalGeneration, input_ids: torch.Tensor, audio_input_ids: torch.Tensor
+) -> torch.Tensor:
+    """Text and audio logits of every position of one sequence, as one vector per position (N, V + C x S)."""
+    hidden = model.model(input_ids=input_ids, audio_input_ids=audio_input_ids, use_cache=False).last_hidden_state[0]
+    return torch.cat([model.text_lm_head(hidden), model.audio_lm_head(hidden)], dim=-1)
 
 
 class OnHost(nn.Module):

@@ -11,8 +11,9 @@ import torch
 from conftest import PROJECT
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
+from transformers import AutoProcessor, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
+from higgs_ds.adapter import Adapter
 from higgs_ds.config import LoraOptions
 from higgs_ds.errors import InputError, SaveError
 from higgs_ds.merge import merge
@@ -66,14 +67,81 @@ def test_equals_pefts_merge(float_base: Path, adapter: Path, tmp_path: Path) -> 
     ]
 
 
+def made_adapter(base: Path, folder: Path, **options: object) -> Path:
+    """An adapter on every target whose every part has random numbers, written by PEFT."""
+    torch.manual_seed(4)
+    model = load(base)
+    targets = discover_targets(model, LoraOptions().lora_targets)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, target_modules=targets, **options))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "magnitude" in name:
+                parameter *= 1 + 0.2 * torch.rand(parameter.shape)
+            elif parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def biased_base(float_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose linear layers have biases, which the released ones lack."""
+    folder = tmp_path_factory.mktemp("biased") / "base"
+    shutil.copytree(float_base, folder, ignore=shutil.ignore_patterns("model*"))
+    config = HiggsAudioV2Config.from_pretrained(float_base, attention_bias=True, mlp_bias=True)
+    torch.manual_seed(5)
+    model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"use_dora": True, "use_rslora": True}])
+def test_other_kinds_of_lora(float_base: Path, tmp_path: Path, options: dict[str, bool]) -> None:
+    adapter = made_adapter(float_base, tmp_path / "adapter", **options)
+    report = merge(float_base, adapter, tmp_path / "merged")
+    expected = PeftModel.from_pretrained(load(float_base), adapter).merge_and_unload().state_dict()
+    found = load(tmp_path / "merged").state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-6)
+    assert report.agreement.relative < 1e-5
+
+
+def test_biases(biased_base: Path, float_base: Path, tmp_path: Path) -> None:
+    adapter = made_adapter(biased_base, tmp_path / "adapter", lora_bias=True)
+    report = merge(biased_base, adapter, tmp_path / "merged")
+    expected = PeftModel.from_pretrained(load(biased_base), adapter).merge_and_unload().state_dict()
+    found = load(tmp_path / "merged").state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-6)
+    assert report.agreement.relative < 1e-5
+    message = refusal(float_base, adapter, tmp_path / "out")
+    assert message.startswith("20 problems:")
+    assert "a bias, and the base's layer has none" in message
+
+
+def test_self_check_sees_a_wrong_merge(
+    float_base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Adapter.merged
+    monkeypatch.setattr(Adapter, "merged", lambda self, name, weight: 2 * real(self, name, weight) - weight)
+    with pytest.raises(SaveError, match="the merged model is not what was trained"):
+        merge(float_base, adapter, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+    merge(float_base, adapter, tmp_path / "merged", verify=False)
+
+
 def test_bf16_base_is_rounded_once(base: Path, adapter: Path, tmp_path: Path) -> None:
-    """The sum is made in float32: each weight is the bf16 number next to it."""
+    """The sum is made in float32: each weight is at most one step of bf16 away, where PEFT adds in another order."""
     merge(base, adapter, tmp_path / "merged")
     expected = PeftModel.from_pretrained(load(base), adapter).merge_and_unload().state_dict()
     found = load_file(tmp_path / "merged" / "model.safetensors")
     for name, tensor in expected.items():
         assert found[name].dtype == torch.bfloat16
-        torch.testing.assert_close(found[name].float(), tensor.bfloat16().float(), rtol=2**-8, atol=1e-6)
+        torch.testing.assert_close(found[name].float(), tensor.bfloat16().float(), rtol=2**-7, atol=1e-6)
 
 
 def test_merged_model_is_complete(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -126,9 +194,9 @@ def test_refuses_what_is_no_adapter(base: Path, adapter: Path, tmp_path: Path) -
 
 
 def test_refuses_what_it_cannot_merge(base: Path, adapter: Path, tmp_path: Path) -> None:
-    dora = changed_adapter(adapter, tmp_path / "dora", use_dora=True, bias="all")
-    message = refusal(base, dora, tmp_path / "out")
-    assert "use_dora is True" in message
+    other = changed_adapter(adapter, tmp_path / "other", fan_in_fan_out=True, bias="all")
+    message = refusal(base, other, tmp_path / "out")
+    assert "fan_in_fan_out is True" in message
     assert "bias is 'all'" in message
 
     broken = changed_adapter(adapter, tmp_path / "broken")
@@ -169,7 +237,7 @@ def test_failing_write_leaves_nothing(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("higgs_ds.merge.save_file", full)
+    monkeypatch.setattr("higgs_ds.merge.shutil.copyfile", full)
     with pytest.raises(SaveError, match="No space left on device"):
         merge(base, adapter, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from conftest import PROJECT
 # From the bottom up: a module may import those of lower rows, and `may_share` of its own row.
 ROWS = [
     ["errors"],
-    ["config", "files", "quiet", "hub", "loss"],
+    ["config", "files", "quiet", "hub", "loss", "model.nf4"],
     ["distributed", "ds_config"],
     ["data.sample", "data.delay_pattern", "data.normalize", "data.formats.jsonio"],
     ["data.templates", "data.audio", "data.codec", "data.prompt", "data.sampler"],
@@ -23,8 +23,9 @@ ROWS = [
     ["data.formats.native", "data.formats.swift", "data.formats.lists", "data.formats.table"],
     ["data.formats.recognition"],
     ["data.formats.reader", "data.summary", "data.dataset", "engine", "export"],
-    ["data.survey", "bundle", "metrics", "validate", "merge"],
-    ["checkpoint", "prepare", "generate"],
+    ["data.survey", "bundle", "metrics", "validate", "adapter"],
+    ["checkpoint", "prepare", "generate", "verify"],
+    ["merge"],
     ["startup"],
     ["finish"],
     ["train"],
@@ -82,6 +83,7 @@ def users_of(library: str, name: str | None = None) -> set[str]:
 
 def test_one_user_of_each_engine() -> None:
     assert users_of("deepspeed") == {"engine"}
+    assert users_of("bitsandbytes") == {"model.nf4"}
     assert users_of("transformers", "HiggsAudioV2ForConditionalGeneration") == {"model.higgs", "builtin"}
     assert users_of("transformers", "HiggsAudioV2TokenizerModel") == {"data.codec", "builtin"}
 

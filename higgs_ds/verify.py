@@ -1,0 +1,104 @@
+"""A merged model against the adapter beside its base, layer by layer from their files: neither is ever in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from higgs_ds.adapter import Adapter, BaseWeights
+from higgs_ds.files import release_freed_memory
+from higgs_ds.hub import read_rows, read_tensor, weight_places, weight_shapes
+from higgs_ds.model.higgs import all_logits, read_config, streamed
+
+NUM_TEXT, NUM_FRAMES = 12, 16  # positions of the sequence that both are given
+ROWS_AT_ONCE = 2**22  # numbers of a weight that are in memory together
+
+
+@dataclass
+class Agreement:
+    """How far two models' logits are apart. `relative`: root mean square of the difference over that of the logits."""
+
+    max_difference: float
+    largest_logit: float
+    relative: float
+    note: str = ""
+
+    def __str__(self) -> str:
+        note = f" ({self.note})" if self.note else ""
+        return (
+            f"merged and adapted logits differ by {self.max_difference:.2g} at most, {self.relative:.2%} on average, "
+            f"with logits of up to {self.largest_logit:.3g}{note}"
+        )
+
+
+def compare_merged(base_folder: Path, merged_folder: Path, adapter: Adapter, base: BaseWeights) -> Agreement:
+    """Text and audio logits, in float32, of a random sequence of text and frames, by both models."""
+    expected = _probe(base_folder, AdaptedFiles(base_folder, adapter, base))
+    found = _probe(merged_folder, Files(merged_folder))
+    difference = found - expected
+    return Agreement(
+        max_difference=float(difference.abs().max()),
+        largest_logit=float(expected.abs().max()),
+        relative=float(difference.square().mean().sqrt() / expected.square().mean().sqrt()),
+    )
+
+
+class Files:
+    """The weights of a model's files, as `model.higgs.streamed` takes them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.places = weight_places(folder)
+        self.shapes = weight_shapes(sorted(set(self.places.values())))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return read_tensor(self.places[name], name).float()
+
+    def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        path = self.places[name]
+        return torch.stack([read_rows(path, name, i, i + 1)[0].float() for i in ids.flatten().tolist()]).view(
+            *ids.shape, -1
+        )
+
+    def linear(self, layer: str, x: torch.Tensor) -> torch.Tensor:
+        name = f"{layer}.weight"
+        out_features, in_features = self.shapes[name]
+        step = max(1, ROWS_AT_ONCE // in_features)
+        parts = [
+            F.linear(x, read_rows(self.places[name], name, start, min(start + step, out_features)).float())
+            for start in range(0, out_features, step)
+        ]
+        return self.biased(layer, torch.cat(parts, dim=-1))
+
+    def biased(self, layer: str, y: torch.Tensor) -> torch.Tensor:
+        """y with the layer's own bias, where it has one."""
+        release_freed_memory()
+        return y + self.tensor(f"{layer}.bias") if f"{layer}.bias" in self.places else y
+
+
+class AdaptedFiles(Files):
+    """The same with an adapter beside them."""
+
+    def __init__(self, folder: Path, adapter: Adapter, base: BaseWeights) -> None:
+        super().__init__(folder)
+        self.adapter, self.base = adapter, base
+
+    def linear(self, layer: str, x: torch.Tensor) -> torch.Tensor:
+        name = f"{layer}.weight"
+        if name not in self.adapter.factors and not self.base.is_quantized(name):
+            return super().linear(layer, x)
+        weight = self.base.as_trained(name, read_tensor(self.places[name], name))
+        adapted = name in self.adapter.factors
+        return self.biased(layer, self.adapter.forward(name, weight, x) if adapted else F.linear(x, weight))
+
+
+def _probe(folder: Path, source: Files) -> torch.Tensor:
+    config = read_config(folder)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(config.vocab_size, (NUM_TEXT,), generator=generator)
+    text[(text == config.audio_token_id) | (text == config.audio_delay_token_id)] = 0
+    frames = torch.full((NUM_FRAMES,), config.audio_token_id)
+    codes = torch.randint(config.codebook_size, (1, NUM_FRAMES, config.num_codebooks), generator=generator)
+    return all_logits(streamed(folder, source), torch.cat([text, frames])[None], codes)
