@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from higgs_ds.distributed import gather_objects, on_main, rank
-from higgs_ds.engine import MOMENTS, Engine
+from higgs_ds.engine import Engine
 from higgs_ds.errors import InputError
 from higgs_ds.export import ADAPTER_FOLDER, ADAPTER_WEIGHTS, AdapterFormat, write_adapter
 from higgs_ds.files import replaced_folder, saving, sha256_of, write_json
 from higgs_ds.metrics import Meter
+from higgs_ds.optimizers import MOMENTS
 
 STATE_FILE, MANIFEST_FILE = "trainer_state.json", "manifest.json"
 OPTIMIZER_FILE, RNG_FILE = "optimizer.safetensors", "rng_state.safetensors"

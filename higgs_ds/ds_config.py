@@ -233,6 +233,7 @@ def resolve(
         # torch's AdamW steps the offloaded states too: DeepSpeed's own CPU optimizer needs a compiler, and an
         # adapter's states are small.
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,  # DeepSpeed's list lacks bitsandbytes' AdamW, the tests here do not
     }
     if options.model.precision != "bf16" or settings["zero_optimization"]["stage"] == 0:
         settings.pop("data_types", None)  # float32 accumulates in float32 anyway; stage 0 knows no other type

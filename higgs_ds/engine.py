@@ -6,8 +6,9 @@ knows nothing of ZeRO stages or the number of ranks.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import deepspeed
@@ -33,8 +34,7 @@ from higgs_ds.distributed import device, rank, sum_over_ranks, world_size
 from higgs_ds.errors import NotFiniteError
 from higgs_ds.loss import LossWeights, target_weights
 from higgs_ds.model.nf4 import move_statistics
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state of each parameter, beside its count of steps
+from higgs_ds.optimizers import MOMENTS, float_moments, make_optimizer, start_moments
 
 
 class Engine:
@@ -60,7 +60,7 @@ class Engine:
         self.device = device()
         _quiet()
         _without_compiler()
-        optimizer = torch.optim.AdamW(trained.values(), lr=options.lr, weight_decay=options.weight_decay)
+        optimizer = make_optimizer(options, trained.values())
         self.scheduler = get_scheduler(
             options.lr_scheduler_type,
             optimizer,
@@ -153,10 +153,11 @@ class Engine:
         Every rank must call this; the others get an empty dict.
         """
         gathered = {}
-        for name, parameter in self.trained.items():
-            whole = self._gather_one(parameter, moment)
-            if rank() == 0:
-                gathered[name] = whole.detach().float().cpu()
+        with self._float_moments() if moment else contextlib.nullcontext():
+            for name, parameter in self.trained.items():
+                whole = self._gather_one(parameter, moment)
+                if rank() == 0:
+                    gathered[name] = whole.detach().float().cpu()
         return gathered
 
     @torch.no_grad()
@@ -166,15 +167,22 @@ class Engine:
         The model's own, lower precision copies must hold the same values already.
         """
         for flat in self._flat_masters():
-            # What torch's AdamW makes at its first step, which has not come yet.
-            zeros = {key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in MOMENTS}
-            self._inner.state[flat] = {"step": torch.tensor(float(step)), **zeros}
-        if self.stage in (1, 2):
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
-        for name, parameter in self.trained.items():
-            self._set_one(parameter, masters[name], None)
-            for moment in MOMENTS:
-                self._set_one(parameter, moments[moment][name], moment)
+            start_moments(self._inner, flat, step)
+        with self._float_moments():
+            for name, parameter in self.trained.items():
+                self._set_one(parameter, masters[name], None)
+                for moment in MOMENTS:
+                    self._set_one(parameter, moments[moment][name], moment)
+
+    @contextlib.contextmanager
+    def _float_moments(self) -> Iterator[None]:
+        """While the block runs, DeepSpeed finds Adam's moments under torch's names, in float32."""
+        with float_moments(self._inner, self._flat_masters()):
+            if self.stage in (1, 2):
+                # It keeps views of the state; those of another state than the present one would be stale.
+                self.engine.optimizer._hp_optimizer_states_linked = False
+                self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+            yield
 
     @property
     def _inner(self) -> torch.optim.Optimizer:

@@ -29,9 +29,10 @@ from higgs_ds.files import saving, write_json, write_text
 from higgs_ds.loss import LossWeights
 from higgs_ds.metrics import say
 from higgs_ds.model.higgs import DualLossModel, check_text_head, load_base, load_base_in_4bit, offload_embeddings
-from higgs_ds.model.lora import add_lora, describe
+from higgs_ds.model.lora import add_lora, check_biases, describe
 from higgs_ds.model.nf4 import BaseQuantization
 from higgs_ds.prepare import Preparation, check_folders, scratch_problems
+from higgs_ds.support import unsupported
 
 T = TypeVar("T")
 DROPPED_FILE = "dropped_samples.txt"
@@ -124,13 +125,18 @@ def _check_and_encode(options: TrainOptions, given: set[str]) -> Inputs:
 
 def _resolve_ds_config(options: TrainOptions, given: set[str]) -> tuple[dict[str, Any], TrainOptions]:
     config = ds_config.read_ds_config(options.run.deepspeed)
-    return ds_config.resolve(config, options, given, distributed.world_size())
+    settings, options = ds_config.resolve(config, options, given, distributed.world_size())
+    problems = unsupported(options, settings, distributed.device().type == "cuda")
+    if problems:
+        raise InputError(problems)
+    return settings, options
 
 
 def _open_base(options: TrainOptions, cache_dir: Path) -> Bundle:
     model = options.model
     bundle = open_bundle(model.base_ckpt, model.base_revision, model.codec_ckpt, cache_dir)
     check_text_head(bundle.folder)
+    check_biases(bundle.config, options.lora)
     weights = options.optim.codebook_weights
     if weights is not None and len(weights) != bundle.config.num_codebooks:
         raise InputError(

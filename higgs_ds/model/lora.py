@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import PreTrainedConfig
 
 from higgs_ds.config import LoraOptions
 from higgs_ds.errors import InputError
@@ -52,6 +53,20 @@ def discover_targets(model: nn.Module, groups: Sequence[str]) -> list[str]:
     if problems:
         raise InputError(problems)
     return sorted(found)
+
+
+def check_biases(config: PreTrainedConfig, options: LoraOptions) -> None:
+    """Raise InputError where adapters are to have biases and their layers have none that these could be merged into."""
+    without = [
+        group
+        for group in options.lora_targets
+        if not (config.attention_bias if group == "attention" else config.mlp_bias)
+    ]
+    if options.lora_bias and without:
+        raise InputError(
+            f"--lora_bias: the base's layers in {', '.join(without)} have no bias, so that such an adapter could not "
+            "be merged into them; leave it out"
+        )
 
 
 def add_lora(model: nn.Module, options: LoraOptions, base_name: str, dtype: torch.dtype) -> PeftModel:

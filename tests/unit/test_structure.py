@@ -14,7 +14,7 @@ from conftest import PROJECT
 ROWS = [
     ["errors"],
     ["config", "files", "quiet", "hub", "loss", "model.nf4"],
-    ["distributed", "ds_config"],
+    ["distributed", "ds_config", "optimizers", "support"],
     ["data.sample", "data.delay_pattern", "data.normalize", "data.formats.jsonio"],
     ["data.templates", "data.audio", "data.codec", "data.prompt", "data.sampler"],
     ["data.formats.checks", "data.audio_codes", "data.collate", "model.higgs", "model.lora"],
@@ -83,7 +83,7 @@ def users_of(library: str, name: str | None = None) -> set[str]:
 
 def test_one_user_of_each_engine() -> None:
     assert users_of("deepspeed") == {"engine"}
-    assert users_of("bitsandbytes") == {"model.nf4"}
+    assert users_of("bitsandbytes") == {"model.nf4", "optimizers"}
     assert users_of("transformers", "HiggsAudioV2ForConditionalGeneration") == {"model.higgs", "builtin"}
     assert users_of("transformers", "HiggsAudioV2TokenizerModel") == {"data.codec", "builtin"}
 

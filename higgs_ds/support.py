@@ -1,0 +1,33 @@
+"""Pairs of options that do not work together, refused before anything is loaded, with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from higgs_ds.config import TrainOptions
+
+
+def unsupported(options: TrainOptions, ds_settings: dict[str, Any], on_gpu: bool) -> list[str]:
+    """What cannot be trained with these options and DeepSpeed settings; empty where all can.
+
+    The table in the README says the same; the tests run every pair that is not named here.
+    """
+    zero = ds_settings["zero_optimization"]
+    offloads = zero.get("offload_optimizer", {}).get("device") == "cpu"
+    lora, optim = options.lora, options.optim.optim
+    problems = []
+    if lora.use_dora and zero["stage"] == 3:
+        problems.append(
+            "--use_dora: not at ZeRO stage 3: it needs whole weights outside of their layers' forward, where stage 3 "
+            "has parted them; take ds_configs/zero2.json, with --load_in_4bit where memory is short"
+        )
+    if lora.use_dora and lora.lora_bias:
+        problems.append("--use_dora and --lora_bias: PEFT takes the bias for a part of the weight; give one of them")
+    if optim.startswith("paged") and not on_gpu:
+        problems.append(f"--optim {optim}: pages a GPU's memory, and there is no GPU here; take adamw or adamw_8bit")
+    if optim != "adamw" and offloads:
+        problems.append(
+            f"--optim {optim}: saves GPU memory, but offload_optimizer keeps the state in host memory already; "
+            "leave out one of them"
+        )
+    return problems
