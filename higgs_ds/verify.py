@@ -66,11 +66,12 @@ class Files:
         name = f"{layer}.weight"
         out_features, in_features = self.shapes[name]
         step = max(1, ROWS_AT_ONCE // in_features)
-        parts = [
-            F.linear(x, read_rows(self.places[name], name, start, min(start + step, out_features)).float())
-            for start in range(0, out_features, step)
-        ]
-        return self.biased(layer, torch.cat(parts, dim=-1))
+        y = x.new_empty(*x.shape[:-1], out_features)
+        for start in range(0, out_features, step):
+            stop = min(start + step, out_features)
+            y[..., start:stop] = F.linear(x, read_rows(self.places[name], name, start, stop).float())
+            release_freed_memory()
+        return self.biased(layer, y)
 
     def biased(self, layer: str, y: torch.Tensor) -> torch.Tensor:
         """y with the layer's own bias, where it has one."""

@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig, HiggsAudioV2ForConditionalGeneratio
 from higgs_ds.merge import merge
 
 LAYOUTS = {"1 rank": (1, 2, 2), "ZeRO-2 x 2": (2, 2, 1), "ZeRO-3 x 2": (2, 3, 1)}  # ranks, stage, accumulation
+OTHERS = {"bf16": "--precision bf16", "DoRA": "--use_dora --use_rslora", "8-bit AdamW": "--optim adamw_8bit"}
 STEPS = 6
 
 
@@ -30,7 +31,7 @@ def options(manifest: Path, ds_json: Path, folder: Path, grad_accum: int, more: 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, ds_file: Callable[[int], Path]) -> Path:
-    """Finished runs by layout, NAME; and NAME-again, gone on with from the middle of a copy; bf16 on one rank."""
+    """Finished runs by layout, NAME; and NAME-again, gone on with from the middle of a copy; OTHERS on one rank."""
     root = tmp_path_factory.mktemp("qlora")
     for world_size in (1, 2):
         layouts = {name: layout for name, layout in LAYOUTS.items() if layout[0] == world_size}
@@ -39,14 +40,19 @@ def results(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, ds_f
             for name, (_, stage, accum) in layouts.items()
         ]
         if world_size == 1:
-            runs.append(options(mixed_manifest, ds_file(2), folder_of(root, "bf16"), 2, "--precision bf16"))
+            runs += [
+                options(mixed_manifest, ds_file(2), folder_of(root, name), 2, more) for name, more in OTHERS.items()
+            ]
         train_runs(world_size, runs)
+        if world_size == 1:
+            layouts["8-bit AdamW"] = (1, 2, 2)
         again = []
         for name, (_, stage, accum) in layouts.items():
             folder = folder_of(root, f"{name}-again")
             shutil.copytree(folder_of(root, name), folder)
             shutil.rmtree(folder / f"checkpoint-{STEPS}")
-            again.append(options(mixed_manifest, ds_file(stage), folder, accum, "--resume auto"))
+            more = f"--resume auto {OTHERS.get(name, '')}"
+            again.append(options(mixed_manifest, ds_file(stage), folder, accum, more))
         train_runs(world_size, again)
     return root
 
@@ -59,11 +65,11 @@ def losses(folder: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if "loss" in key} for line in read_metrics(folder)]
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, "bf16"])
+@pytest.mark.parametrize("name", [*LAYOUTS, "bf16", "8-bit AdamW"])
 def test_same_losses(results: Path, name: str) -> None:
     expected, found = losses(folder_of(results, "1 rank")), losses(folder_of(results, name))
     assert len(expected) == len(found) == STEPS + 2
-    tolerance = 0.03 if name == "bf16" else 1e-3
+    tolerance = 1e-3 if name in LAYOUTS else 0.03
     for expected_line, found_line in zip(expected, found, strict=True):
         assert found_line == pytest.approx(expected_line, abs=tolerance)
     assert expected[-1]["val/loss"] < expected[2]["train/loss"] - 0.5  # it learns
@@ -77,6 +83,17 @@ def test_resume_is_exact(results: Path, name: str) -> None:
         expected, found = load_file(whole / file), load_file(again / file)
         assert expected.keys() == found.keys()
         assert all(tensor.equal(found[key]) for key, tensor in expected.items())
+
+
+def test_8_bit_state_is_kept_to_its_last_step(results: Path) -> None:
+    """A checkpoint holds it in float32; going on rounds it to 8 bits once more."""
+    whole, again = folder_of(results, "8-bit AdamW"), folder_of(results, "8-bit AdamW-again")
+    for expected, found in zip(losses(whole), losses(again), strict=True):
+        assert found == pytest.approx(expected, abs=5e-3)
+    moments = load_file(again / f"checkpoint-{STEPS}" / "optimizer.safetensors")
+    for key, expected in load_file(whole / f"checkpoint-{STEPS}" / "optimizer.safetensors").items():
+        assert (moments[key] - expected).abs().max() <= 0.05 * expected.abs().max()
+        assert len(expected.unique()) > 1
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -136,7 +153,7 @@ def test_adapters_load_on_both_bases(results: Path, base: Path, name: str) -> No
     assert (logits(on_16bit) - logits(plain(base))).abs().max() > 1
 
 
-@pytest.mark.parametrize("name", ["1 rank", "ZeRO-3 x 2", "bf16"])
+@pytest.mark.parametrize("name", ["1 rank", "ZeRO-3 x 2", "bf16", "DoRA"])
 def test_merge_is_what_was_trained(results: Path, base: Path, tmp_path: Path, name: str) -> None:
     """Against PEFT on transformers' 4-bit base; merging into the original weights is far from it."""
     adapter = folder_of(results, name) / "lora_adapters"

@@ -29,7 +29,10 @@ def float_base(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[(1, 0), (1, 2), (2, 2), (2, 3)], ids=lambda p: f"{p[0]} ranks, ZeRO-{p[1]}")
+RUNS = [(1, 0, ""), (1, 2, ""), (2, 2, "--use_dora"), (2, 2, "--use_rslora"), (2, 3, "")]
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=lambda p: f"{p[0]} ranks, ZeRO-{p[1]}{p[2]}")
 def run(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
@@ -38,12 +41,12 @@ def run(
     ds_file: Callable[[int], Path],
 ) -> Path:
     """A finished run, with what its heads gave for one batch in the training process itself (logits.safetensors)."""
-    ranks, stage = request.param
+    ranks, stage, more = request.param
     folder = tmp_path_factory.mktemp("run") / "run"
     options = (
         f"--deepspeed {ds_file(stage)} --output_dir {folder} --base_ckpt {float_base} --precision fp32 "
         f"--train_manifest {mixed_manifest} --val_split 0 --allow_text_targets --batch_size 1 --grad_accum 2 "
-        f"--max_steps 8 --lr 5e-3 --lora_dropout 0 --dump_logits {folder}/logits.safetensors"
+        f"--max_steps 8 --lr 5e-3 --lora_dropout 0 {more} --dump_logits {folder}/logits.safetensors"
     )
     train_runs(ranks, [options.split()])
     return folder

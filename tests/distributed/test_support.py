@@ -1,0 +1,87 @@
+"""The support table of the README: every pair that it says yes to is trained here, every other is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT, read_metrics
+from launcher import start_ranks, train_runs
+
+BASES = {"bf16": "", "fp32": "--precision fp32", "nf4": "--load_in_4bit"}
+DS_CONFIGS = sorted(path.stem for path in (PROJECT / "ds_configs").glob("*.json"))
+CHECKPOINTING = ("none", "every_layer")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path) -> Path:
+    """Two steps of every pair on two ranks, in folders BASE-FILE-CHECKPOINTING; at stage 3 everything is parted."""
+    root = tmp_path_factory.mktemp("support")
+    runs = []
+    for name in DS_CONFIGS:
+        values = json.loads((PROJECT / "ds_configs" / f"{name}.json").read_text())
+        if values["zero_optimization"]["stage"] == 3:
+            values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        (root / f"{name}.json").write_text(json.dumps(values))
+        for base, option in BASES.items():
+            for checkpointing in CHECKPOINTING:
+                where = "--offload_embeddings" if checkpointing == "every_layer" else ""
+                runs.append(
+                    f"--deepspeed {root}/{name}.json --output_dir {root}/{base}-{name}-{checkpointing} {option} {where} "
+                    f"--train_manifest {mixed_manifest} --val_split 0 --allow_text_targets --batch_size 1 "
+                    "--grad_accum 1 --max_steps 2 --lr 5e-3 --lora_dropout 0 --log_steps 1 "
+                    f"--activation_checkpointing {checkpointing}".split()
+                )
+    train_runs(2, runs)
+    return root
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("name", DS_CONFIGS)
+@pytest.mark.parametrize("base", BASES)
+def test_supported(results: Path, base: str, name: str, checkpointing: str) -> None:
+    expected, found = (
+        [line["train/loss"] for line in read_metrics(results / run)]
+        for run in (f"{base}-zero2-none", f"{base}-{name}-{checkpointing}")
+    )
+    assert len(found) == 2
+    assert found == pytest.approx(expected, abs=1e-5 if base == "fp32" else 0.02)
+    assert found[1] != found[0]
+
+
+def test_table_in_the_readme() -> None:
+    """It names every DeepSpeed file, and says yes to each of its pairs with a base and with checkpointing."""
+    rows = re.findall(r"^\| `(\w+)\.json` \|((?: yes \|)+)$", (PROJECT / "README.md").read_text(), re.MULTILINE)
+    assert sorted(name for name, _ in rows) == DS_CONFIGS
+    assert {cells.count("yes") for _, cells in rows} == {len(BASES) * len(CHECKPOINTING)}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--use_dora --deepspeed {root}/zero3.json", "--use_dora: not at ZeRO stage 3"),
+        ("--use_dora --lora_bias --load_in_4bit", "--use_dora and --lora_bias: PEFT takes the bias for a part"),
+        ("--lora_bias", "--lora_bias: the base's layers in attention, text_mlp, audio_mlp have no bias"),
+        (
+            "--optim adamw_8bit --deepspeed {root}/zero2_offload.json",
+            "offload_optimizer keeps the state in host memory",
+        ),
+        pytest.param(
+            "--optim paged_adamw",
+            "--optim paged_adamw: pages a GPU's memory, and there is no GPU here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_refused(tmp_path: Path, options: str, reason: str) -> None:
+    command = f"{PROJECT}/launch/train.py --output_dir {tmp_path}/out {options.format(root=PROJECT / 'ds_configs')}"
+    (process,) = start_ranks(1, [sys.executable, *command.split()])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert reason in output
+    assert "base:" not in output  # nothing was loaded
+    assert not (tmp_path / "out").exists()
