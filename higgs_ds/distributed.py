@@ -83,6 +83,8 @@ def _process_group() -> Iterator[None]:
         os.environ["MASTER_PORT"] = str(_free_port())
     here = device()
     if here.type == "cuda":
+        # Lengths differ from step to step; with segments that grow, what one leaves behind serves the next.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(here)
     dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
@@ -13,6 +14,8 @@ def quiet_libraries() -> None:
     if not torch.cuda.is_available():
         # DeepSpeed warns that it takes the CPU for want of a GPU, once per process, unless it is told to.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # On CPUs with bf16 instructions, bitsandbytes misses a kernel for inference that nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import transformers
 
     # Progress bars over the tensors of a model; errors and warnings stay.

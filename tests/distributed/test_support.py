@@ -29,9 +29,9 @@ def results(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path) -> P
         (root / f"{name}.json").write_text(json.dumps(values))
         for base, option in BASES.items():
             for checkpointing in CHECKPOINTING:
-                where = "--offload_embeddings" if checkpointing == "every_layer" else ""
+                more = "--offload_embeddings" if checkpointing == "every_layer" else ""
                 runs.append(
-                    f"--deepspeed {root}/{name}.json --output_dir {root}/{base}-{name}-{checkpointing} {option} {where} "
+                    f"--deepspeed {root}/{name}.json --output_dir {root}/{base}-{name}-{checkpointing} {option} {more} "
                     f"--train_manifest {mixed_manifest} --val_split 0 --allow_text_targets --batch_size 1 "
                     "--grad_accum 1 --max_steps 2 --lr 5e-3 --lora_dropout 0 --log_steps 1 "
                     f"--activation_checkpointing {checkpointing}".split()

@@ -81,7 +81,10 @@ def test_merge_and_speak(main_job: tuple[Path, subprocess.CompletedProcess[str]]
     base = json.loads((output / where / "adapter_config.json").read_text())["base_model_name_or_path"]
     merge = [sys.executable, str(PROJECT / "launch" / "merge.py"), "--base_model_path", base]
     done = run([*merge, "--lora_adapter_path", str(output / where), "--output_path", "merged"], tmp_path)
-    assert (done.returncode, done.stdout) == (0, "Merged model: merged\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    first, check, last = done.stdout.splitlines()
+    assert (first, last) == ("Merged into: the base's weights", "Merged model: merged")
+    assert re.fullmatch(r"Self-check: merged and adapted logits differ by \S+ at most, 0\.\d+% on average, .*", check)
     speak = [sys.executable, str(PROJECT / "launch" / "generate.py"), "--text", "Hello.", "--max_new_tokens", "40"]
     for options in (["--base_model_path", "merged"], ["--lora_adapter_path", str(output / where)], []):
         done = run([*speak, "--output", "speech.wav", *options], tmp_path)
@@ -97,9 +100,14 @@ def test_merge_and_speak(main_job: tuple[Path, subprocess.CompletedProcess[str]]
 
 def test_merge_at_the_end_on_two_ranks(tmp_path: Path) -> None:
     done = train(
-        tmp_path, "--output_dir out --max_steps 1 --batch_size 1 --grad_accum 1 --merge_adapter_with_base", ranks=2
+        tmp_path,
+        "--output_dir out --max_steps 1 --batch_size 1 --grad_accum 1 --merge_adapter_with_base --load_in_4bit",
+        ranks=2,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "NF4 in bf16, ZeRO stage 2" in done.stdout
+    assert "Merged into: the dequantized weights" in done.stdout
+    assert "Self-check: merged and adapted logits differ by " in done.stdout
     assert "Merged model: out/merged_model" in done.stdout
     for name in ("final_model", "adapter"):
         assert (tmp_path / "out" / name / "adapter_model.safetensors").read_bytes() == (

@@ -21,11 +21,11 @@ from higgs_ds.checkpoint import (
     why_incomplete,
 )
 from higgs_ds.errors import InputError, NotFiniteError, SaveError
-from higgs_ds.export import ADAPTER_WEIGHTS, verify_adapter, write_adapter
+from higgs_ds.export import ADAPTER_WEIGHTS, AdapterFormat, verify_adapter, write_adapter
 from higgs_ds.files import new_folder, replaced_file, replaced_folder, write_json
 from higgs_ds.metrics import MetricsLog
 
-CONFIG = LoraConfig(r=2, target_modules=["self_attn.q_proj"], base_model_name_or_path="base")
+FORM = AdapterFormat(LoraConfig(r=2, target_modules=["self_attn.q_proj"], base_model_name_or_path="base"))
 A, B = "base_model.model.m.lora_A.weight", "base_model.model.m.lora_B.weight"
 
 
@@ -75,7 +75,7 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
 
 def test_adapter_is_verified(tmp_path: Path) -> None:
     tensors = {A: torch.randn(2, 8), B: torch.randn(8, 2)}
-    write_adapter(tmp_path / "good", tensors, CONFIG, must_have_moved=True)
+    write_adapter(tmp_path / "good", tensors, FORM, must_have_moved=True)
     assert sorted(path.name for path in (tmp_path / "good").iterdir()) == [
         "README.md",
         "adapter_config.json",
@@ -86,12 +86,12 @@ def test_adapter_is_verified(tmp_path: Path) -> None:
     assert load_file(tmp_path / "good" / ADAPTER_WEIGHTS).keys() == tensors.keys()
 
     with pytest.raises(NotFiniteError, match="1 of 2 trained tensors"):
-        write_adapter(tmp_path / "nan", tensors | {A: torch.full((2, 8), float("nan"))}, CONFIG, True)
+        write_adapter(tmp_path / "nan", tensors | {A: torch.full((2, 8), float("nan"))}, FORM, True)
     assert not (tmp_path / "nan").exists()
     untouched = tensors | {B: torch.zeros(8, 2)}
     with pytest.raises(SaveError, match="every lora_B is zero"):
-        write_adapter(tmp_path / "zero", untouched, CONFIG, must_have_moved=True)
-    write_adapter(tmp_path / "warming up", untouched, CONFIG, must_have_moved=False)
+        write_adapter(tmp_path / "zero", untouched, FORM, must_have_moved=True)
+    write_adapter(tmp_path / "warming up", untouched, FORM, must_have_moved=False)
     with pytest.raises(SaveError, match="1 tensors read back otherwise"):
         verify_adapter(tmp_path / "good", tensors | {A: tensors[A] + 1}, True)
     (tmp_path / "good" / ADAPTER_WEIGHTS).write_bytes(b"torn")
