@@ -87,7 +87,7 @@ def describe(setting: Setting, made: Plan) -> list[str]:
     recompute = "recomputed in every layer" if options.model.activation_checkpointing == "every_layer" else "kept"
     guess = " (a guess: give --max_seq_len)" if assumed else ""
     four_bit = "NF4 in " if options.model.load_in_4bit else ""
-    offloaded = [f"{what} offloaded, " for what for what in ("optimizer", "param") if setting.offloads(what)]
+    offloaded = [f"{what} offloaded, " for what in ("optimizer", "param") if setting.offloads(what)]
     rows = {
         **{f"weights, {group}": size_bytes for group, size_bytes in made.weights.items()},
         "weights, scales of 4 bits": made.quantization,
@@ -196,5 +196,3 @@ def _changes(setting: Setting, given: set[str]) -> Iterator[Change]:
 def _change(setting: Setting, values: dict[str, Any]) -> Change:
     text = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in values.items())
     return Change(text, replace(setting, options=setting.options.replace(**values)))
-
-
