@@ -137,30 +137,33 @@ class Change:
 
 
 def _advice(setting: Setting, given: set[str], made: Plan, device_gib: float) -> list[str]:
-    """Lines: changes that help, what costs least first, and all those to options together."""
+    """Lines: changes that help, what costs least first, and as many of the options together as it takes to fit."""
     lines = ["", "what would help, each by itself:"]
-    together = setting
+    together, at_best, names = setting, made, list[str]()
     for change in _changes(setting, given):
         changed = plan(change.setting)
-        saved_gib = (made.total - changed.total) / GIB
-        if saved_gib < 0.005:
+        if (made.total - changed.total) / GIB < 0.005:
             continue
-        lines.append(f"  {change.text:<40}{_saving(made, changed, device_gib)}")
-        if change.setting.ds_settings is setting.ds_settings:
-            together = _merged(together, change.setting, setting)
-    if together is not setting:
-        lines.append(f"  {'all of these options together':<40}{_saving(made, plan(together), device_gib)}")
+        lines.append(f"  {change.text:<46}{_saving(made, changed, device_gib)}")
+        is_option = change.setting.ds_settings is setting.ds_settings
+        if is_option and at_best.total / GIB + CONTEXT_GIB > device_gib:
+            wider = _merged(together, change.setting, setting)
+            if plan(wider).total < at_best.total:
+                together, at_best = wider, plan(wider)
+                names.append(change.text)
+    if len(names) > 1:
+        lines.append(f"together: {' '.join(names)}\n  {_saving(made, at_best, device_gib)}")
     return lines
 
 
 def _saving(made: Plan, changed: Plan, device_gib: float) -> str:
     needed_gib = changed.total / GIB + CONTEXT_GIB
-    verdict = "fits" if needed_gib <= device_gib else "does not fit alone"
+    verdict = "fits" if needed_gib <= device_gib else "does not fit"
     return f"saves {(made.total - changed.total) / GIB:>6.2f} GiB: {needed_gib:>6.2f} GiB, {verdict}"
 
 
 def _merged(one: Setting, other: Setting, plain: Setting) -> Setting:
-    """The first with those options that the second has changed."""
+    """The first with those options that the second has changed against `plain`."""
     before, after = plain.options.flat(), other.options.flat()
     return replace(one, options=one.options.replace(**{k: v for k, v in after.items() if v != before[k]}))
 
