@@ -35,7 +35,7 @@ def main(options: TrainOptions, given: set[str]) -> None:
         return
     setting = make_setting(options, given)
     made = plan(setting)
-    print("\n".join(describe(setting, made)))
+    print("\n".join(describe(setting, made)), flush=True)
     device_gib = options.run.device_memory_gib or _device_gib()
     if device_gib is None:
         print("\nno GPU here: give --device_memory_gib N to see whether it fits")
