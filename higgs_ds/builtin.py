@@ -100,10 +100,15 @@ def _build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _build_model(tokenizer: PreTrainedTokenizerFast) -> HiggsAudioV2ForConditionalGeneration:
-    """Two dual-FFN layers of width 256, with weights large enough that adapters alone can learn clips by heart."""
+def builtin_config() -> HiggsAudioV2Config:
+    """The configuration of the built-in base, which need not be built for it."""
+    return _config(_build_tokenizer())
+
+
+def _config(tokenizer: PreTrainedTokenizerFast) -> HiggsAudioV2Config:
+    """Two dual-FFN layers of width 256."""
     token = tokenizer.convert_tokens_to_ids
-    config = HiggsAudioV2Config(
+    return HiggsAudioV2Config(
         vocab_size=len(tokenizer),
         hidden_size=256,
         intermediate_size=512,
@@ -122,6 +127,11 @@ def _build_model(tokenizer: PreTrainedTokenizerFast) -> HiggsAudioV2ForCondition
         audio_stream_bos_id=CODEBOOK_SIZE,
         audio_stream_eos_id=CODEBOOK_SIZE + 1,
     )
+
+
+def _build_model(tokenizer: PreTrainedTokenizerFast) -> HiggsAudioV2ForConditionalGeneration:
+    """Weights large enough that adapters alone can learn clips by heart."""
+    config = _config(tokenizer)
     model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -367,6 +367,11 @@ def check_options(options: TrainOptions) -> list[str]:
     for name in ("weight_decay", "max_grad_norm", "text_loss_weight", "audio_loss_weight"):
         expect(name, 0 <= flat[name] < float("inf"), "0 or more")
     expect("lr", 0 < flat["lr"] < float("inf"), "above 0")
+    for name in ("device_memory_gib", "plan_ranks"):
+        if flat[name] is not None:
+            expect(name, 0 < flat[name] < float("inf"), "above 0")
+            if not flat["dry_run"]:
+                problems.append(f"--{name}: is for a --dry_run only")
     if flat["resume"] == RESUME_AUTO and flat["output_dir"] is None:
         problems.append("--resume auto: needs --output_dir, the folder of the run to go on with")
     if flat["text_loss_weight"] == flat["audio_loss_weight"] == 0:

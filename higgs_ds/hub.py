@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
@@ -18,13 +19,22 @@ def resolve_folder(name: str, asked_by: str, revision: str | None = None) -> Pat
 
     Raises InputError, beginning with `asked_by`: there is neither such a folder nor such a repository.
     """
+    return _resolve(name, asked_by, lambda: Path(snapshot_download(name, revision=revision)))
+
+
+def resolve_config_folder(name: str, asked_by: str, revision: str | None = None) -> Path:
+    """As `resolve_folder`, but of a hub id only config.json is downloaded."""
+    return _resolve(name, asked_by, lambda: Path(hf_hub_download(name, "config.json", revision=revision)).parent)
+
+
+def _resolve(name: str, asked_by: str, download: Callable[[], Path]) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()
     if name.count("/") != 1 or name[0] in "./~":
         raise InputError(f"{asked_by} {name}: no such folder (a hub id has the form OWNER/NAME)")
     try:
-        return Path(snapshot_download(name, revision=revision))
+        return download()
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{asked_by} {name}: neither a folder here nor to be had from the hub: {reason}") from error

@@ -22,3 +22,5 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     # PEFT 0.21 asks transformers 5 for a property under its former name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # transformers 5.23 has a new name for this too; its older versions know only this one.
+    warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)

@@ -8,6 +8,11 @@ if __name__ == "__main__":
 
     quiet_libraries()
     from higgs_ds import distributed
+
+    if options.run.dry_run:
+        from higgs_ds import dry_run, errors
+
+        distributed.leave(errors.exit_code_of(lambda: dry_run.main(options, given)))
     from higgs_ds.train import main
 
     distributed.leave(distributed.run_ranks(lambda: main(options, given)))

@@ -70,6 +70,14 @@ def load_base(folder: Path, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGen
     return model.requires_grad_(False)
 
 
+def empty_model(config: HiggsAudioV2Config, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGeneration:
+    """A frozen model with its text head whose weights have shapes, but neither values nor memory."""
+    config.dtype = dtype
+    with init_empty_weights(include_buffers=True):
+        model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+    return model.to(dtype).requires_grad_(False)
+
+
 def load_base_in_4bit(
     folder: Path, dtype: torch.dtype, quantize_on: torch.device, keep_on: torch.device
 ) -> tuple[HiggsAudioV2ForConditionalGeneration, BaseQuantization]:

@@ -1,0 +1,276 @@
+"""What a forward and backward pass keeps and takes, counted in bytes without weights and without computing anything.
+
+The adapted model itself runs, with two and with three of its layers, on tensors that have shapes but no values (torch's
+meta device), while every allocation and release is counted. A layer's cost is the difference, and the same for each.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, HiggsAudioV2Config
+
+from higgs_ds.config import LoraOptions
+from higgs_ds.model.higgs import DualLossModel, empty_model
+from higgs_ds.model.lora import add_lora
+from higgs_ds.model.nf4 import BLOCK_SIZE, is_quantized_weight
+
+TEXT_POSITIONS = 64  # of a speech sample: the prompt; all others are audio
+TEXT_TARGETS = 3  # of a speech sample: where its audio begins, where it ends, the end of the turn
+ATTENTION = "shapes_only"  # the name under which transformers finds the attention below
+META = torch.device("meta")
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """All that a pass's memory depends on, beside the base's configuration.
+
+    `on_gpu`: dropout keeps a mask of a byte an element, on a CPU a number of the activations' dtype.
+    `keeps_inputs`: linear layers keep their inputs although they are frozen, as under ZeRO-3.
+    """
+
+    dtype: torch.dtype
+    four_bit: bool
+    recompute: bool
+    lora: LoraOptions
+    batch_size: int
+    length: int
+    on_gpu: bool
+    keeps_inputs: bool
+
+    @property
+    def text_positions(self) -> int:
+        """Text positions of each sample."""
+        return min(TEXT_POSITIONS, (self.length + 1) // 2)
+
+
+@dataclass(frozen=True)
+class PassMemory:
+    """Bytes of one pass. Parameters and their gradients are not among them.
+
+    `activations`: kept by the decoder for the backward pass; `logits`: by heads and loss; `working`: beyond these, at
+    the peak.
+    """
+
+    activations: int
+    logits: int
+    working: int
+
+
+def measure_pass(config: HiggsAudioV2Config, settings: PassSettings) -> PassMemory:
+    """Bytes of a forward and backward pass over a batch of speech."""
+    return _measure_pass(config.to_json_string(use_diff=False), settings)
+
+
+@functools.lru_cache(maxsize=64)
+def _measure_pass(config_json: str, settings: PassSettings) -> PassMemory:
+    values = json.loads(config_json)
+    few, more = (_run(HiggsAudioV2Config.from_dict(values | {"num_hidden_layers": n}), settings) for n in (2, 3))
+    further = values["num_hidden_layers"] - 2
+    kept, logits, peak = (two + further * (three - two) for two, three in zip(few, more, strict=True))
+    return PassMemory(kept, logits, peak - kept - logits)
+
+
+def _run(config: HiggsAudioV2Config, settings: PassSettings) -> tuple[int, int, int]:
+    """Bytes kept by the decoder, bytes kept by heads and loss, bytes at the peak."""
+    model = _model(config, settings)
+    batch = _batch(config, settings)
+    tensors = [*model.parameters(), *model.buffers(), *batch.values()]
+    count = _Count(settings.batch_size * settings.text_positions, len(batch["audio_positions"]), tensors)
+    kept: dict[int, int] = {}
+    decoder_end = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in count.outside:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    model.higgs.model.register_forward_hook(lambda *_: decoder_end.append(sum(kept.values())))
+    with count:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss, _ = model(**batch)
+        loss.backward()
+    return decoder_end[0], sum(kept.values()) - decoder_end[0], count.peak_bytes
+
+
+def _model(config: HiggsAudioV2Config, settings: PassSettings) -> DualLossModel:
+    higgs = empty_model(config, settings.dtype)
+    higgs.set_attn_implementation(ATTENTION)
+    for name, module in list(higgs.named_modules()):
+        if isinstance(module, nn.Linear):
+            four_bit = settings.four_bit and is_quantized_weight(f"{name}.weight")
+            if four_bit or settings.keeps_inputs:
+                higgs.set_submodule(name, _FrozenLinear(module, four_bit))
+    if settings.recompute:
+        higgs.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    adapted = add_lora(higgs, settings.lora, "", settings.dtype).to(META)
+    if settings.on_gpu:
+        for name, module in list(adapted.named_modules()):
+            if isinstance(module, nn.Dropout):
+                adapted.set_submodule(name, _FusedDropout(module.p))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # gradients are planned by themselves
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    return DualLossModel(adapted).train()
+
+
+def _batch(config: HiggsAudioV2Config, settings: PassSettings) -> dict[str, torch.Tensor]:
+    """Shapes of a batch of speech, as `data.collate.Batch` describes it; all its audio is learned."""
+    size, books = settings.batch_size, config.num_codebooks
+    rows = settings.length - settings.text_positions
+
+    def ids(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.long, device=META)
+
+    return {
+        "input_ids": ids(size, settings.length),
+        "audio_input_ids": ids(size, rows, books),
+        "audio_input_ids_mask": torch.empty(size, rows, dtype=torch.bool, device=META),
+        "text_positions": ids(size * TEXT_TARGETS),
+        "text_targets": ids(size * TEXT_TARGETS),
+        "audio_positions": ids(size * rows),
+        "audio_targets": ids(size * rows, books),
+        "target_weights": torch.empty(1 + books, device=META),
+    }
+
+
+class _Count(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive at once, but those that were there before.
+
+    What depends on values is answered as for a batch of `num_text` text and `num_audio` audio positions.
+    """
+
+    def __init__(self, num_text: int, num_audio: int, tensors: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.num_text, self.num_audio = num_text, num_audio
+        self.live_bytes = self.peak_bytes = 0
+        self.outside = {tensor.untyped_storage()._cdata for tensor in tensors}
+        self._alive: set[int] = set()
+        self._text_masks: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten.index.Tensor and args[1][0].dtype is torch.bool:
+            source, mask = args[0], args[1][0]
+            rows = self.num_text if mask.untyped_storage()._cdata in self._text_masks else self.num_audio
+            result = source.new_empty(rows, *source.shape[mask.ndim :])
+        elif func in (aten.index_put_.default, aten._index_put_impl_.default):
+            result = args[0]
+        elif func is aten._local_scalar_dense.default:
+            result = True  # transformers asks whether each row is one sequence; its rows here are
+        else:
+            result = func(*args, **(kwargs or {}))
+        if func is aten.bitwise_not.default:  # the model's mask of text is what its mask of audio is not
+            self._text_masks[result.untyped_storage()._cdata] = result
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive or key in self.outside:
+            return
+        self._alive.add(key)
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._forget, key, size).atexit = False
+
+    def _forget(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.live_bytes -= size
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Attention as the fused kernels of CPUs and GPUs do it: without a matrix of scores. There is none for meta.
+
+    Queries (B, H, T, D), keys and values (B, G, T, D); keeps these, its output and a float32 a query.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, output.new_empty(query.shape[:3], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    return _FusedAttention.apply(query, key, value).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+class _FrozenLinear(nn.Linear):
+    """A frozen linear layer that allocates as one in 4 bits does (`four_bit`), or as one under ZeRO-3, or both."""
+
+    def __init__(self, linear: nn.Linear, four_bit: bool) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, META, linear.weight.dtype)
+        self.requires_grad_(False)
+        self.four_bit = four_bit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.four_bit:
+            return _KeepsInput.apply(x, self.weight)
+        result = _Dequantized.apply(x, self.weight)
+        return result.clone()  # PEFT's
+
+
+class _KeepsInput(torch.autograd.Function):
+    """x W^T that keeps x, as DeepSpeed's linear function under ZeRO-3."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.matmul(weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        _, weight = ctx.saved_tensors
+        return grads[0].matmul(weight), None
+
+
+class _Dequantized(torch.autograd.Function):
+    """x W^T whose W is made anew, forward and backward, from its 4 bits and their scales."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.weight = weight
+        return x.matmul(_dequantize(weight).t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0].matmul(_dequantize(ctx.weight)), None
+
+
+def _dequantize(weight: torch.Tensor) -> torch.Tensor:
+    scales = torch.empty(weight.numel() // BLOCK_SIZE, device=META)
+    result = torch.empty_like(weight)
+    del scales  # alive until here
+    return result
+
+
+class _FusedDropout(nn.Module):
+    """Dropout as on a GPU."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(x, self.p, self.training)[0]

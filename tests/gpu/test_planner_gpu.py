@@ -1,0 +1,85 @@
+"""The planned total against the most memory that was allocated on a GPU. Skipped where there is no GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT
+from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+
+from higgs_ds.activations import TEXT_TARGETS
+from higgs_ds.config import parse_train_options
+from higgs_ds.data.collate import Batch
+from higgs_ds.dry_run import make_setting
+from higgs_ds.engine import Engine
+from higgs_ds.export import adapter_parameters
+from higgs_ds.loss import LossWeights
+from higgs_ds.model.higgs import DualLossModel, read_config
+from higgs_ds.model.lora import add_lora
+from higgs_ds.planner import Setting, plan
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+TOLERANCE = 0.05
+
+
+def base_config() -> HiggsAudioV2Config:
+    """Large enough that activations and weights, a GiB or so each, outweigh what libraries allocate."""
+    return HiggsAudioV2Config(
+        hidden_size=1536, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=12, num_key_value_heads=4,
+        head_dim=128, vocab_size=32000, codebook_size=1026, num_codebooks=8, pad_token_id=0, audio_token_id=270,
+        audio_delay_token_id=268,
+    )  # fmt: skip
+
+
+def speech(setting: Setting) -> Batch:
+    (size, length), text, books = setting.batch_shape(), 64, setting.config.num_codebooks
+    ids = torch.full((size, length), setting.config.audio_token_id)
+    ids[:, :text] = 5
+    codes = torch.randint(0, 1024, (size, length - text, books))
+    some_text = torch.arange(size * TEXT_TARGETS)
+    return Batch(
+        input_ids=ids,
+        audio_input_ids=codes,
+        audio_input_ids_mask=torch.ones(size, length - text, dtype=torch.bool),
+        text_positions=some_text,
+        text_targets=some_text,
+        audio_positions=(ids == setting.config.audio_token_id).flatten().nonzero()[:, 0] - 1,
+        audio_targets=codes.flatten(0, 1),
+        num_samples=size,
+        num_tokens=size * length,
+    )
+
+
+@pytest.mark.parametrize("recompute", ["none", "every_layer"])
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.usefixtures("lone_rank")
+def test_total_against_allocated_memory(tmp_path: Path, stage: int, recompute: str) -> None:
+    base_config().save_pretrained(tmp_path)
+    options = (
+        f"--dry_run --base_ckpt {tmp_path} --deepspeed {PROJECT}/ds_configs/zero{stage}.json --batch_size 2 "
+        f"--grad_accum 2 --max_seq_len 1024 --activation_checkpointing {recompute}"
+    )
+    setting = make_setting(*parse_train_options(options.split()))
+    higgs = HiggsAudioV2ForConditionalGeneration(read_config(tmp_path), use_text_head=True).to(setting.dtype)
+    higgs.requires_grad_(False)
+    if recompute == "every_layer":
+        higgs.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    adapted = add_lora(higgs, setting.options.lora, "", setting.dtype)
+    earlier = torch.cuda.memory_allocated()
+    engine = Engine(
+        DualLossModel(adapted),
+        adapter_parameters(adapted),
+        setting.ds_settings,
+        setting.options.optim,
+        10,
+        LossWeights.of(1, 1, 8, None),
+    )
+    batch = speech(setting)
+    engine.train_step([batch, batch])  # after it Adam's state is there
+    torch.cuda.reset_peak_memory_stats()
+    engine.train_step([batch, batch])
+    made = plan(setting)
+    print(made, torch.cuda.max_memory_allocated() - earlier)
+    assert made.total == pytest.approx(torch.cuda.max_memory_allocated() - earlier, rel=TOLERANCE)

@@ -1,0 +1,140 @@
+"""One rank of tests/distributed/test_planner_ranks.py: bytes of the tensors of real runs, by part, as JSON on rank 0.
+
+Called with a JSON list of command lines and the file to write to.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from higgs_ds.quiet import quiet_libraries
+
+quiet_libraries()
+
+import torch  # noqa: E402
+
+from higgs_ds import distributed  # noqa: E402
+from higgs_ds.builtin import builtin_base  # noqa: E402
+from higgs_ds.config import parse_train_options  # noqa: E402
+from higgs_ds.data.audio_codes import default_cache_dir  # noqa: E402
+from higgs_ds.data.collate import Batch  # noqa: E402
+from higgs_ds.ds_config import read_ds_config, resolve  # noqa: E402
+from higgs_ds.engine import Engine  # noqa: E402
+from higgs_ds.export import adapter_parameters  # noqa: E402
+from higgs_ds.loss import LossWeights  # noqa: E402
+from higgs_ds.model.higgs import DualLossModel, load_base, load_base_in_4bit, offload_embeddings  # noqa: E402
+from higgs_ds.model.lora import add_lora  # noqa: E402
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Bytes by storage."""
+    found = {}
+    for tensor in tensors:
+        if tensor.device.type != "meta":
+            found[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+    return found
+
+
+def all_tensors() -> list[torch.Tensor]:
+    """Every tensor that Python knows, and all gradients, but 4-bit weights: ZeRO-3 makes some whole for a while."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.dtype != torch.uint8]
+        return found + [o.grad for o in found if o.is_leaf and o.grad is not None]
+
+
+def in_model(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
+    """What the model consists of on this rank: its parameters or their parts, scales of 4-bit weights."""
+    parts: dict[str, list[torch.Tensor]] = {"frozen": [], "lora": [], "quantization": [], "host": []}
+    for parameter in model.parameters():
+        part = getattr(parameter, "ds_tensor", parameter)
+        parts["lora" if parameter.requires_grad else "frozen"].append(part)
+    for module in model.modules():
+        state = getattr(module, "quant_state", None)
+        if state is not None:
+            parts["quantization"] += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+        if "on_host" in vars(module):
+            parts["host"] += vars(module)["on_host"].parameters()
+    return parts
+
+
+def optimizer_tensors(engine: Engine) -> list[torch.Tensor]:
+    """float32 masters and Adam's state."""
+    states = [t for state in engine._inner.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    return states + engine._flat_masters()
+
+
+def bucket_tensors(engine: Engine) -> list[torch.Tensor]:
+    buffers: list[Any] = [bucket.buffer for bucket in getattr(engine.engine.optimizer, "ipg_buckets", {}).values()]
+    return [t for held in buffers if held is not None for t in (held if isinstance(held, list) else [held])]
+
+
+def count(argv: list[str]) -> dict[str, int]:
+    """Bytes by part in a run of one optimizer step of two micro-batches."""
+    options, given = parse_train_options(argv)
+    settings, options = resolve(read_ds_config(options.run.deepspeed), options, given, distributed.world_size())
+    folder = builtin_base(default_cache_dir())
+    here, dtype = torch.device("cpu"), getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[options.model.precision])
+    four_bit = options.model.load_in_4bit
+    higgs = load_base_in_4bit(folder, dtype, here, here)[0] if four_bit else load_base(folder, dtype)
+    if options.model.offload_embeddings:
+        offload_embeddings(higgs)
+    adapted = add_lora(higgs, options.lora, "", dtype)
+    batch = speech(higgs.config)
+    earlier = all_tensors()  # kept, so that no new storage takes the place of an old one
+    engine = Engine(
+        DualLossModel(adapted), adapter_parameters(adapted), settings, options.optim, 10, LossWeights.of(1, 1, 8, None)
+    )
+    parts = {name: storages(tensors) for name, tensors in in_model(engine.engine.module).items()}
+    gradients = []
+    step = engine.engine.step
+
+    def counted_step() -> None:
+        others = storages([*earlier, *optimizer_tensors(engine), *bucket_tensors(engine)])
+        others |= {key: size for sizes in parts.values() for key, size in sizes.items()}
+        gradients.append(sum(size for key, size in storages(all_tensors()).items() if key not in others))
+        step()
+
+    engine.engine.step = counted_step
+    engine.train_step([batch, batch])
+    own = {key: size for key, size in storages(optimizer_tensors(engine)).items() if key not in parts["lora"]}
+    return {
+        **{name: sum(sizes.values()) for name, sizes in parts.items()},
+        "gradients": max(gradients),
+        "optimizer": sum(own.values()),
+    }
+
+
+def speech(config: Any) -> Batch:
+    """A sample of 8 text and 8 audio positions."""
+    ids = torch.full((1, 16), config.audio_token_id)
+    ids[:, :8] = 0
+    codes = torch.zeros(1, 8, config.num_codebooks, dtype=torch.long)
+    return Batch(
+        input_ids=ids,
+        audio_input_ids=codes,
+        audio_input_ids_mask=torch.ones(1, 8, dtype=torch.bool),
+        text_positions=torch.tensor([6]),
+        text_targets=torch.tensor([0]),
+        audio_positions=torch.arange(7, 15),
+        audio_targets=codes[0],
+        num_samples=1,
+        num_tokens=16,
+    )
+
+
+def main() -> None:
+    counted = [count(argv) for argv in json.loads(sys.argv[1])]
+    if distributed.is_main():
+        Path(sys.argv[2]).write_text(json.dumps(counted))
+
+
+if __name__ == "__main__":
+    distributed.leave(distributed.run_ranks(main))

@@ -1,0 +1,223 @@
+"""The plan of a training's memory: activations against counted bytes, what is printed, what is proposed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT
+from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+
+from higgs_ds import dry_run
+from higgs_ds.activations import TEXT_TARGETS, PassSettings, measure_pass
+from higgs_ds.config import LoraOptions, check_options, parse_train_options
+from higgs_ds.errors import InputError
+from higgs_ds.model import nf4
+from higgs_ds.model.higgs import DualLossModel, read_config
+from higgs_ds.model.lora import add_lora
+from higgs_ds.planner import GROUPS, LORA, model_weights, plan
+
+BIG = PROJECT / "benchmarks" / "3b"
+TOLERANCE = 0.15
+
+
+def small_config() -> HiggsAudioV2Config:
+    """Five layers of width 128: not the number that the plan counts with."""
+    return HiggsAudioV2Config(
+        hidden_size=128, intermediate_size=320, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, vocab_size=300, codebook_size=66, num_codebooks=8, pad_token_id=0, audio_token_id=270,
+        audio_delay_token_id=268,
+    )  # fmt: skip
+
+
+def real_model(settings: PassSettings) -> DualLossModel:
+    higgs = HiggsAudioV2ForConditionalGeneration(small_config(), use_text_head=True).to(settings.dtype)
+    higgs.requires_grad_(False)
+    if settings.four_bit:
+        weights = {name: p.data for name, p in higgs.named_parameters() if nf4.is_quantized_weight(name)}
+        nf4.replace_linears(higgs, settings.dtype)
+        for name, weight in weights.items():
+            nf4.fill(higgs.get_submodule(name.rpartition(".")[0]), nf4.quantize(weight, settings.dtype))
+    if settings.recompute:
+        higgs.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return DualLossModel(add_lora(higgs, settings.lora, "", settings.dtype)).train()
+
+
+def real_batch(settings: PassSettings) -> dict[str, torch.Tensor]:
+    size, text = settings.batch_size, settings.text_positions
+    rows = settings.length - text
+    ids = torch.full((size, settings.length), 270)
+    ids[:, :text] = 5
+    codes = torch.randint(0, 64, (size, rows, 8))
+    some_text = torch.arange(size * TEXT_TARGETS)
+    return {
+        "input_ids": ids,
+        "audio_input_ids": codes,
+        "audio_input_ids_mask": torch.ones(size, rows, dtype=torch.bool),
+        "text_positions": some_text,
+        "text_targets": some_text,
+        "audio_positions": (ids == 270).flatten().nonzero()[:, 0] - 1,
+        "audio_targets": codes.flatten(0, 1),
+        "target_weights": torch.ones(9),
+    }
+
+
+def settings_of(kind: str, recompute: bool, length: int) -> PassSettings:
+    return PassSettings(
+        dtype=torch.float32 if kind == "fp32" else torch.bfloat16,
+        four_bit=kind == "nf4",
+        recompute=recompute,
+        lora=LoraOptions(lora_r=4),
+        batch_size=2,
+        length=length,
+        on_gpu=False,
+        keeps_inputs=False,
+    )
+
+
+@pytest.mark.parametrize("length", [30, 90])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4"])
+def test_activations_against_a_real_forward(kind: str, recompute: bool, length: int) -> None:
+    settings = settings_of(kind, recompute, length)
+    model, batch = real_model(settings), real_batch(settings)
+    outside = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), *batch.values()]}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in outside:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, _ = model(**batch)
+    del loss
+    planned = measure_pass(small_config(), settings)
+    print(planned.activations + planned.logits, sum(kept.values()))
+    assert planned.activations + planned.logits == pytest.approx(sum(kept.values()), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_peak_against_torchs_allocator(recompute: bool) -> None:
+    settings = settings_of("fp32", recompute, 90)
+    model, batch = real_model(settings), real_batch(settings)
+    model(**batch)[0].backward()  # what is allocated once, and the gradients, are there now
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        model(**batch)[0].backward()
+    events = profile.profiler.kineto_results.events()
+    alive = peak = 0
+    for _, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        alive += size
+        peak = max(peak, alive)
+    planned = measure_pass(small_config(), settings)
+    total = planned.activations + planned.logits + planned.working
+    print(total, peak)
+    assert total == pytest.approx(peak, rel=TOLERANCE)
+
+
+def test_released_geometry_has_the_released_size() -> None:
+    options = parse_train_options(f"--dry_run --base_ckpt {BIG} --deepspeed {PROJECT}/ds_configs/zero0.json".split())
+    setting = dry_run.make_setting(*options)
+    weights = model_weights(setting)
+    assert sum(weight.numel * weight.count for weight in weights if weight.group != LORA) == 5_771_283_456
+    assert sum(weight.numel * weight.count for weight in weights if weight.group == LORA) == 39_452_672
+    assert {weight.group for weight in weights} == {*GROUPS, LORA}
+    assert read_config(BIG).codebook_size == 1026
+
+
+def run_dry(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(PROJECT / "launch" / "train.py"), "--dry_run", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def printed(capsys: pytest.CaptureFixture[str], options: str) -> list[str]:
+    dry_run.main(*parse_train_options(["--dry_run", *options.split()]))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_command_plans_the_released_geometry_without_weights() -> None:
+    done = run_dry(
+        *f"--base_ckpt {BIG} --load_in_4bit --activation_checkpointing every_layer --batch_size 1 "
+        "--offload_embeddings --device_memory_gib 24".split()
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1].startswith("fits: ")
+    assert any("LoRA: rank 16 on attention, text_mlp, audio_mlp" in line for line in lines)
+    assert any("(a guess: give --max_seq_len)" in line for line in lines)
+    assert any(line.startswith("embeddings ") for line in lines)  # in host memory
+    total_gib = float(next(line for line in lines if line.startswith("total")).split()[-2])
+    assert 3.5 < total_gib < 6
+
+
+def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert printed(capsys, "") == []
+
+
+def test_bad_input_is_exit_code_2(tmp_path: Path) -> None:
+    done = run_dry("--base_ckpt", str(tmp_path), "--device_memory_gib", "-1")
+    assert done.returncode == 2
+    assert "--device_memory_gib -1.0: must be above 0" in done.stderr
+    assert "has no config.json" in done.stderr
+
+
+def test_what_does_not_fit_comes_with_advice(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, f"--base_ckpt {BIG} --device_memory_gib 8 --plan_ranks 1")
+    assert lines[-1].startswith("does not fit: ")
+    start = next(i for i, line in enumerate(lines) if line.startswith("what would help"))
+    proposed = [line.split(" saves")[0].strip() for line in lines[start + 1 :] if " saves" in line]
+    assert proposed[:4] == [
+        "--activation_checkpointing every_layer", "--batch_size 1", "--load_in_4bit", "--offload_embeddings",
+    ]  # fmt: skip
+    assert "--deepspeed ds_configs/zero3.json on 4 GPUs" in proposed
+    together = next(i for i, line in enumerate(lines) if line.startswith("together: "))
+    assert lines[together] == "together: --activation_checkpointing every_layer --batch_size 1 --load_in_4bit"
+    assert lines[together + 1].endswith(", fits")
+
+
+def test_each_option_saves_what_it_is_for() -> None:
+    def planned(options: str) -> int:
+        argv = f"--dry_run --base_ckpt {BIG} --max_seq_len 512 {options}".split()
+        return plan(dry_run.make_setting(*parse_train_options(argv))).total
+
+    plain = planned("")
+    for cheaper in ("--load_in_4bit", "--offload_embeddings", "--optim adamw_8bit", "--batch_size 1"):
+        assert planned(cheaper) < plain, cheaper
+    sharded = f"--deepspeed {PROJECT}/ds_configs/zero3.json --plan_ranks"
+    assert planned(f"{sharded} 4") < planned(f"{sharded} 2") < plain
+
+
+def test_tokens_per_batch_set_the_batch() -> None:
+    options = "--dry_run --max_tokens_per_batch 1000 --max_seq_len 300 --plan_ranks 3"
+    setting = dry_run.make_setting(*parse_train_options(options.split()))
+    assert (setting.batch_shape(), setting.ranks) == ((3, 300), 3)
+
+
+def test_bad_options() -> None:
+    options, _ = parse_train_options("--plan_ranks 0 --device_memory_gib 8".split())
+    assert check_options(options) == [
+        "--device_memory_gib: is for a --dry_run only",
+        "--plan_ranks 0: must be above 0",
+        "--plan_ranks: is for a --dry_run only",
+    ]
+
+
+def test_base_on_an_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("higgs_ds.hub.hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
+    with pytest.raises(InputError, match="neither a folder here nor to be had from the hub"):
+        dry_run.make_setting(*parse_train_options("--dry_run --base_ckpt some/base".split()))
+
+
+def test_all_faults_at_once(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"no_such_key": 1}))
+    with pytest.raises(InputError) as caught:
+        dry_run.make_setting(
+            *parse_train_options(f"--dry_run --lora_r 0 --base_ckpt {tmp_path} --deepspeed {tmp_path}/ds.json".split())
+        )
+    assert len(caught.value.problems) == 3
