@@ -17,6 +17,7 @@ from higgs_ds.errors import InputError
 from higgs_ds.hub import resolve_config_folder
 from higgs_ds.model.higgs import read_config
 from higgs_ds.planner import Plan, Setting, plan
+from higgs_ds.support import unsupported
 
 GIB = 2**30
 CONTEXT_GIB = 0.5  # what a CUDA process takes before its first tensor: an assumption
@@ -54,6 +55,7 @@ def make_setting(options: TrainOptions, given: set[str]) -> Setting:
     settings, config = None, None
     try:
         settings, options = ds_config.resolve(ds_config.read_ds_config(options.run.deepspeed), options, given, ranks)
+        problems += unsupported(options, settings, on_gpu=True)
     except InputError as error:
         problems += error.problems
     try:

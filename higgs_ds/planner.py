@@ -239,9 +239,7 @@ def _gathered_bytes(setting: Setting, weights: list[Weight]) -> int:
         passed += numel
     ahead = setting.zero["stage3_prefetch_bucket_size"] * (1 if setting.options.model.load_in_4bit else element_bytes)
     everything = sum(math.prod(weight.stored(element_bytes)) for weight in used)
-    # bitsandbytes hangs each weight that it has multiplied by on the graph, where ZeRO-3 cannot let go of it.
-    held = sum(math.prod(weight.stored(element_bytes)) for weight in used if weight.four_bit)
-    return max(held, min(persistent + reused + ahead, everything))
+    return min(persistent + reused + ahead, everything)
 
 
 def _with_training_state(setting: Setting, known: Plan, trained: list[Weight]) -> Plan:

@@ -80,6 +80,9 @@ def count(argv: list[str]) -> dict[str, int]:
     """Bytes by part in a run of one optimizer step of two micro-batches."""
     options, given = parse_train_options(argv)
     settings, options = resolve(read_ds_config(options.run.deepspeed), options, given, distributed.world_size())
+    # Stage 3 is to let go of every weight that it has gathered as soon as a layer has passed.
+    settings["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
+    earlier_packed = all_packed()  # of the runs before; kept, so that no new storage takes the place of an old one
     folder = builtin_base(default_cache_dir())
     here, dtype = torch.device("cpu"), getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[options.model.precision])
     four_bit = options.model.load_in_4bit
@@ -88,7 +91,7 @@ def count(argv: list[str]) -> dict[str, int]:
         offload_embeddings(higgs)
     adapted = add_lora(higgs, options.lora, "", dtype)
     batch = speech(higgs.config)
-    earlier = all_tensors()  # kept, so that no new storage takes the place of an old one
+    earlier = all_tensors()
     engine = Engine(
         DualLossModel(adapted), adapter_parameters(adapted), settings, options.optim, 10, LossWeights.of(1, 1, 8, None)
     )
@@ -109,7 +112,23 @@ def count(argv: list[str]) -> dict[str, int]:
         **{name: sum(sizes.values()) for name, sizes in parts.items()},
         "gradients": max(gradients),
         "optimizer": sum(own.values()),
+        **whole_after_forward(engine, batch, earlier_packed),
     }
+
+
+def whole_after_forward(engine: Engine, batch: Batch, earlier: list[torch.Tensor]) -> dict[str, int]:
+    """Bytes of 4-bit weights that this rank keeps: its own, and others while the graph of a forward pass is there."""
+    packed = [p for p in engine.engine.module.parameters() if p.dtype == torch.uint8]
+    own = storages(getattr(p, "ds_tensor", p) for p in packed)
+    known = own | storages([*in_model(engine.engine.module)["quantization"], *earlier])
+    loss, _ = engine.engine(**batch.tensors(torch.device("cpu")), target_weights=torch.ones(9))
+    others = sum(size for key, size in storages(all_packed()).items() if key not in known)
+    return {"own_packed": sum(own.values()), "other_packed": others if loss.requires_grad else -1}
+
+
+def all_packed() -> list[torch.Tensor]:
+    gc.collect()
+    return [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.dtype == torch.uint8]
 
 
 def speech(config: Any) -> Batch:

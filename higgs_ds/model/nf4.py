@@ -11,8 +11,10 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from typing import Any
 
 import torch
+from bitsandbytes import matmul_4bit
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
@@ -80,11 +82,37 @@ def quantize(weight: torch.Tensor, compute_dtype: torch.dtype) -> Params4bit:
     )
 
 
+class NF4Linear(Linear4bit):
+    """A 4-bit layer that asks for its weight anew in the backward pass.
+
+    bitsandbytes' own keeps hold of what it has multiplied by, which under ZeRO-3 is the whole weight that the ranks
+    have gathered: after a forward pass, each would have all of them.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = _Multiply.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class _Multiply(torch.autograd.Function):
+    """x W^T, for x (..., in), by a frozen 4-bit weight (out, in)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: NF4Linear) -> torch.Tensor:
+        ctx.layer = layer
+        assert layer.quant_state is not None  # `fill` has given it
+        return matmul_4bit(x, layer.weight, quant_state=layer.quant_state)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0] @ dequantize(ctx.layer.weight).to(gradients[0].dtype), None
+
+
 def replace_linears(model: nn.Module, compute_dtype: torch.dtype) -> None:
     """Put an empty 4-bit layer in place of each of the decoder's linear layers, to be filled with `quantize`."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_quantized_weight(f"{name}.weight"):
-            layer = Linear4bit(
+            layer = NF4Linear(
                 module.in_features,
                 module.out_features,
                 bias=module.bias is not None,
@@ -92,13 +120,11 @@ def replace_linears(model: nn.Module, compute_dtype: torch.dtype) -> None:
                 quant_type=QUANT_TYPE,
                 device="meta",
             )
-            # bitsandbytes would repack the weights in place at the first validation, and ZeRO-3 could not part them.
-            layer.support_avx512bf16_for_cpu = False
             model.set_submodule(name, layer)
     setattr(model, "is_loaded_in_4bit", True)  # noqa: B010 - what PEFT looks at; the class does not declare it
 
 
-def fill(layer: Linear4bit, weight: Params4bit) -> None:
+def fill(layer: NF4Linear, weight: Params4bit) -> None:
     """Give a layer of `replace_linears` its weight."""
     layer.weight = weight
     layer.quant_state = weight.quant_state
@@ -133,5 +159,5 @@ def describe(weights: dict[str, Params4bit], compute_dtype: torch.dtype) -> Base
 def move_statistics(model: nn.Module, device: torch.device) -> None:
     """Bring the scales of quantized weights to a device; they are no parameters, and nothing else moves them."""
     for module in model.modules():
-        if isinstance(module, Linear4bit) and module.quant_state is not None:
+        if isinstance(module, NF4Linear) and module.quant_state is not None:
             module.quant_state.to(device)

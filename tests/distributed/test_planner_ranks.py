@@ -78,5 +78,11 @@ def test_plan_against_counted_bytes(
     }
     found = counted[setting]
     print({name: (planned[name], found[name]) for name in planned})
+    assert found["other_packed"] == 0  # under ZeRO-3, no rank keeps what it has gathered
     for name, size in planned.items():
         assert size == pytest.approx(found[name], rel=TOLERANCE), name
+
+
+def test_4bit_storage_is_sharded(counted: dict[tuple[int, int, str], dict[str, int]]) -> None:
+    whole, half = counted[1, 1, "--load_in_4bit"], counted[SETTINGS[-1]]
+    assert half["own_packed"] == whole["own_packed"] / 2 > 0
