@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -250,8 +251,9 @@ def _spread(model: nn.Module, settings: dict[str, Any], device: torch.device) ->
 
 
 def _quiet() -> None:
-    """DeepSpeed tells its whole configuration at level INFO; warnings and errors stay."""
+    """DeepSpeed tells its whole configuration at level INFO, and its bf16 optimizer prints memory; warnings stay."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
 
 def _without_compiler() -> None:

@@ -28,7 +28,14 @@ from higgs_ds.export import AdapterFormat, adapter_parameters
 from higgs_ds.files import saving, write_json, write_text
 from higgs_ds.loss import LossWeights
 from higgs_ds.metrics import say
-from higgs_ds.model.higgs import DualLossModel, check_text_head, load_base, load_base_in_4bit, offload_embeddings
+from higgs_ds.model.higgs import (
+    DualLossModel,
+    check_text_head,
+    load_base,
+    load_base_in_4bit,
+    num_parameters,
+    offload_embeddings,
+)
 from higgs_ds.model.lora import add_lora, check_biases, describe
 from higgs_ds.model.nf4 import BaseQuantization
 from higgs_ds.prepare import Preparation, check_folders, scratch_problems
@@ -229,7 +236,7 @@ def _load(inputs: Inputs) -> Run:
     state = distributed.agreed(lambda: _state(inputs, sampler))
     model, quantization = distributed.agreed(lambda: _adapted_model(inputs))
     trained = adapter_parameters(model)
-    _report(inputs, sampler, state, describe(model))
+    _report(inputs, sampler, state, describe(model, num_parameters(bundle.folder)))
     if resume_from is not None:
         checkpoint.load_adapter_into(resume_from, trained)
     weights = LossWeights.of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -53,6 +54,11 @@ def check_text_head(folder: Path) -> None:
         raise InputError(
             f"{folder}: holds no {TEXT_HEAD}, which the text loss needs; use a base saved with its text head"
         )
+
+
+def num_parameters(folder: Path) -> int:
+    """Parameters of a base, by the headers of its files."""
+    return sum(math.prod(shape) for shape in weight_shapes(weight_files(folder)).values())
 
 
 def load_base(folder: Path, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGeneration:

@@ -93,10 +93,10 @@ def add_lora(model: nn.Module, options: LoraOptions, base_name: str, dtype: torc
     return adapted
 
 
-def describe(model: PeftModel) -> str:
-    """One line on what is trained: modules, parameters, share."""
+def describe(model: PeftModel, base_parameters: int) -> str:
+    """One line on what is trained: modules, parameters, share of these and the base's."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    whole = sum(p.numel() for p in model.parameters())
+    whole = trained + base_parameters
     modules = sum(1 for name, _ in model.named_modules() if name.endswith(".lora_A.default"))
     targets = ", ".join(sorted(model.peft_config["default"].target_modules))
     return f"LoRA on {modules} modules, {trained:,} of {whole:,} parameters ({trained / whole:.2%}): {targets}"
