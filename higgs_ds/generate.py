@@ -41,11 +41,13 @@ def main(options: GenerateOptions) -> None:
     references = [
         codec.encode(read_audio(clip, codec.sample_rate)[None])[0] for message in messages for clip in message.clips
     ]
-    model = load_for_generation(bundle.folder)
-    if options.lora_adapter_path is not None:
-        model = PeftModel.from_pretrained(model, options.lora_adapter_path)
+    adapter = options.lora_adapter_path
+    quantization = read_adapter(adapter).quantization if adapter else None
+    model = load_for_generation(bundle.folder, quantization, device)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
     torch.manual_seed(options.seed)
-    speech = speak(model.to(device).eval(), bundle, messages, references, _generation_settings(options))
+    speech = speak(model.eval(), bundle, messages, references, _generation_settings(options))
     if speech.codes.shape[1] == 0:
         raise InputError("the model stopped before its first frame: there is nothing to write; is it trained?")
     # A model without training may put the stream's own tokens between the codes; the codec has no sound for them.

@@ -12,7 +12,8 @@ import torch
 from accelerate import init_empty_weights
 from peft import PeftModel
 from torch import nn
-from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+from transformers import GenerationConfig, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from higgs_ds.errors import InputError
 from higgs_ds.files import release_freed_memory
@@ -134,9 +135,16 @@ def _check_shapes(folder: Path, expected: dict[str, tuple[int, ...]], found: dic
         )
 
 
-def load_for_generation(folder: Path) -> HiggsAudioV2ForConditionalGeneration:
-    """Load a model as its users do: in the dtype of its files, without the text head, which speaking does not need."""
-    return HiggsAudioV2ForConditionalGeneration.from_pretrained(folder, dtype="auto")
+def load_for_generation(
+    folder: Path, quantization: BaseQuantization | None, device: torch.device
+) -> HiggsAudioV2ForConditionalGeneration:
+    """Load a model as its users do, in the dtype of its files; or in 4 bits, for an adapter trained on such a base."""
+    if quantization is not None:
+        model, _ = load_base_in_4bit(folder, quantization.dtype, device, device)
+        if (folder / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
+    return HiggsAudioV2ForConditionalGeneration.from_pretrained(folder, dtype="auto").to(device)
 
 
 class WeightSource(Protocol):

@@ -118,6 +118,11 @@ def test_merge_at_the_end_on_two_ranks(tmp_path: Path) -> None:
         ).read_bytes()
         assert (tmp_path / "out" / name / "tokenizer.json").is_file()
     assert (tmp_path / "out" / "merged_model" / "audio_tokenizer" / "model.safetensors").is_file()
+    speak = [sys.executable, str(PROJECT / "launch" / "generate.py"), "--text", "Hello.", "--max_new_tokens", "20"]
+    done = run(
+        [*speak, "--lora_adapter_path", "out/lora_adapters"], tmp_path
+    )  # on the base in 4 bits, as it was trained
+    assert (done.returncode, done.stdout.split(" (")[0]) == (0, "WAV: speech.wav"), done.stderr
 
 
 def test_failed_merge_leaves_the_training_done(tmp_path: Path) -> None:

@@ -13,15 +13,16 @@ from launcher import train_runs
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
+@pytest.mark.parametrize("more", ["", "--load_in_4bit", "--load_in_4bit --offload_embeddings"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_same_losses_as_on_the_cpu(
-    tmp_path: Path, mixed_manifest: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+    tmp_path: Path, mixed_manifest: Path, monkeypatch: pytest.MonkeyPatch, stage: int, more: str
 ) -> None:
     def options(name: str) -> list[str]:
         return (
             f"--deepspeed {PROJECT}/ds_configs/zero{stage}.json --output_dir {tmp_path}/{name} --precision fp32 "
             f"--train_manifest {mixed_manifest} --val_split 0 --allow_text_targets --grad_accum 2 --max_steps 4 "
-            "--lora_dropout 0 --log_steps 1"
+            f"--lora_dropout 0 --log_steps 1 {more}"
         ).split()
 
     train_runs(1, [options("gpu")])
