@@ -25,7 +25,7 @@ CLIP = AudioClip(Path("x.wav"))
 @pytest.fixture(scope="module")
 def model(base: Path) -> DualLossModel:
     torch.manual_seed(0)
-    adapted = add_lora(load_base(base, torch.float32), LoraOptions(lora_dropout=0.0), "base")
+    adapted = add_lora(load_base(base, torch.float32), LoraOptions(lora_dropout=0.0), "base", torch.float32)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
