@@ -27,7 +27,6 @@ TEXT_POSITIONS = 64  # of a speech sample: the prompt; all others are audio
 TEXT_TARGETS = 3  # of a speech sample: where its audio begins, where it ends, the end of the turn
 ATTENTION = "shapes_only"  # the name under which transformers finds the attention below
 META = torch.device("meta")
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def _run(config: HiggsAudioV2Config, settings: PassSettings) -> tuple[int, int, 
     model = _model(config, settings)
     batch = _batch(config, settings)
     tensors = [*model.parameters(), *model.buffers(), *batch.values()]
-    count = _Count(settings.batch_size * settings.text_positions, len(batch["audio_positions"]), tensors)
+    count = _Count(tensors)
     kept: dict[int, int] = {}
     decoder_end = []
 
@@ -95,7 +94,7 @@ def _run(config: HiggsAudioV2Config, settings: PassSettings) -> tuple[int, int, 
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    model.higgs.model.register_forward_hook(lambda *_: decoder_end.append(sum(kept.values())))
+    model.higgs.model.norm.register_forward_pre_hook(lambda *_: decoder_end.append(sum(kept.values())))
     with count:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss, _ = model(**batch)
@@ -133,44 +132,29 @@ def _batch(config: HiggsAudioV2Config, settings: PassSettings) -> dict[str, torc
         return torch.empty(*shape, dtype=torch.long, device=META)
 
     return {
-        "input_ids": ids(size, settings.length),
-        "audio_input_ids": ids(size, rows, books),
-        "audio_input_ids_mask": torch.empty(size, rows, dtype=torch.bool, device=META),
-        "text_positions": ids(size * TEXT_TARGETS),
+        "text_ids": ids(size * settings.text_positions),
+        "codes": ids(size * rows, books),
+        "positions": ids(size * settings.length),
+        "places": ids(size, settings.length),
+        "text_places": ids(size * TEXT_TARGETS),
         "text_targets": ids(size * TEXT_TARGETS),
-        "audio_positions": ids(size * rows),
+        "audio_places": ids(size * rows),
         "audio_targets": ids(size * rows, books),
         "target_weights": torch.empty(1 + books, device=META),
     }
 
 
 class _Count(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive at once, but those that were there before.
+    """Counts the bytes of all tensors that are alive at once, but those that were there before."""
 
-    What depends on values is answered as for a batch of `num_text` text and `num_audio` audio positions.
-    """
-
-    def __init__(self, num_text: int, num_audio: int, tensors: list[torch.Tensor]) -> None:
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
         super().__init__()
-        self.num_text, self.num_audio = num_text, num_audio
         self.live_bytes = self.peak_bytes = 0
         self.outside = {tensor.untyped_storage()._cdata for tensor in tensors}
         self._alive: set[int] = set()
-        self._text_masks: dict[int, torch.Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is aten.index.Tensor and args[1][0].dtype is torch.bool:
-            source, mask = args[0], args[1][0]
-            rows = self.num_text if mask.untyped_storage()._cdata in self._text_masks else self.num_audio
-            result = source.new_empty(rows, *source.shape[mask.ndim :])
-        elif func in (aten.index_put_.default, aten._index_put_impl_.default):
-            result = args[0]
-        elif func is aten._local_scalar_dense.default:
-            result = True  # transformers asks whether each row is one sequence; its rows here are
-        else:
-            result = func(*args, **(kwargs or {}))
-        if func is aten.bitwise_not.default:  # the model's mask of text is what its mask of audio is not
-            self._text_masks[result.untyped_storage()._cdata] = result
+        result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor.untyped_storage())

@@ -8,23 +8,62 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+IGNORED = -100  # torch's own ignore_index
 
-def loss_sums(
-    text_logits: torch.Tensor, text_targets: torch.Tensor, audio_logits: torch.Tensor, audio_targets: torch.Tensor
-) -> torch.Tensor:
-    """Summed cross entropies, float32 (1 + C,): text, then each codebook.
+
+LOGITS_AT_ONCE = 2**24  # numbers that are in memory together, 64 MiB in float32
+
+
+def head_loss(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy of a frozen head's logits, in chunks: logits of all rows never are in memory together.
+
+    The gradient of `hidden` is made chunk by chunk in the forward pass, while the logits are there (as in Liger Kernel,
+    Hsu et al. 2024, arXiv 2410.10989); nothing else is kept for the backward pass.
 
     Args:
-        text_logits: (M, V); text_targets: (M,).
-        audio_logits: (K, C, S) over the S codes of each codebook; audio_targets: (K, C), -100 for none.
+        hidden: (K, H); head: (P x S, H), for P parts of S classes each.
+        targets: (K, P), -100 for none; target_weights: float32 (P,), what one target of each part weighs.
+
+    Returns the weighted loss, a float32 scalar, and the detached sums of each part, float32 (P,).
     """
-    text = F.cross_entropy(text_logits.float(), text_targets, reduction="sum")
-    audio = F.cross_entropy(audio_logits.float().transpose(1, 2), audio_targets, reduction="none")
-    return torch.cat([text[None], audio.sum(dim=0)])
+    return _HeadLoss.apply(hidden, head, targets, target_weights)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        num_parts = targets.shape[1]
+        sums = torch.zeros(num_parts, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        step = max(1, LOGITS_AT_ONCE // len(head))
+        for start in range(0, len(hidden), step):
+            rows, wanted = hidden[start : start + step], targets[start : start + step]
+            logits = F.linear(rows, head).float().view(len(rows), num_parts, -1)
+            sums += F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").sum(dim=0)
+            if gradient is not None:
+                # Of a cross entropy by its logits: the probabilities, less 1 at the target.
+                there = wanted != IGNORED
+                slope = logits.softmax(dim=-1)
+                slope.scatter_add_(2, wanted.clamp(min=0)[..., None], -torch.ones_like(slope[..., :1]))
+                slope *= (target_weights * there)[..., None]
+                gradient[start : start + step] = slope.flatten(1).to(head.dtype) @ head
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(sums)
+        return (sums * target_weights).sum(), sums
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0], None, None, None
 
 
 @dataclass(frozen=True)
@@ -42,7 +81,7 @@ class LossWeights:
         return cls(text, audio, tuple(weight / sum(raw) for weight in raw))
 
     def tensor(self) -> torch.Tensor:
-        """Float64 (1 + C,), in the order of `loss_sums`."""
+        """Float64 (1 + C,), text, then each codebook."""
         return torch.tensor([self.text, *(self.audio * weight for weight in self.codebooks)], dtype=torch.float64)
 
 

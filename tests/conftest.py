@@ -87,5 +87,45 @@ def ds_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     return make
 
 
+def speech_batch(size: int, length: int, num_text: int, num_codebooks: int, num_codes: int) -> Any:
+    """A `data.collate.Batch` of `size` samples: `num_text` text positions, then audio, all of it learned."""
+    import torch
+
+    from higgs_ds.data.collate import Batch
+
+    columns = torch.arange(size * length) % length
+    positions = torch.cat([(columns < num_text).nonzero()[:, 0], (columns >= num_text).nonzero()[:, 0]])
+    places = torch.empty_like(positions)
+    places[positions] = torch.arange(len(positions))
+    num_rows = size * (length - num_text)
+    codes = torch.randint(num_codes, (num_rows, num_codebooks), generator=torch.Generator().manual_seed(0))
+    return Batch(
+        text_ids=torch.full((size * num_text,), 5),
+        codes=codes,
+        positions=positions,
+        places=places.view(size, length),
+        text_places=places[: 3 * size],
+        text_targets=torch.zeros(3 * size, dtype=torch.long),
+        audio_places=places[positions[size * num_text :] - 1],
+        audio_targets=codes,
+        num_samples=size,
+        num_tokens=size * length,
+    )
+
+
+def native_inputs(batch: Any, audio_token_id: int) -> dict[str, Any]:
+    """A `data.collate.Batch` as transformers' own forward takes it."""
+    import torch
+
+    num_text, num_rows = len(batch.text_ids), len(batch.codes)
+    ids = torch.full((num_text + num_rows,), audio_token_id)
+    ids[batch.positions[:num_text]] = batch.text_ids
+    return {
+        "input_ids": ids.view_as(batch.places),
+        "audio_input_ids": batch.codes[None],
+        "audio_input_ids_mask": torch.ones(1, num_rows, dtype=torch.bool),
+    }
+
+
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]

@@ -18,6 +18,7 @@ from higgs_ds.quiet import quiet_libraries
 quiet_libraries()
 
 import torch  # noqa: E402
+from conftest import speech_batch  # noqa: E402
 
 from higgs_ds import distributed  # noqa: E402
 from higgs_ds.builtin import builtin_base  # noqa: E402
@@ -90,7 +91,7 @@ def count(argv: list[str]) -> dict[str, int]:
     if options.model.offload_embeddings:
         offload_embeddings(higgs)
     adapted = add_lora(higgs, options.lora, "", dtype)
-    batch = speech(higgs.config)
+    batch = speech_batch(1, 16, 8, higgs.config.num_codebooks, 1024)
     earlier = all_tensors()
     engine = Engine(
         DualLossModel(adapted), adapter_parameters(adapted), settings, options.optim, 10, LossWeights.of(1, 1, 8, None)
@@ -129,24 +130,6 @@ def whole_after_forward(engine: Engine, batch: Batch, earlier: list[torch.Tensor
 def all_packed() -> list[torch.Tensor]:
     gc.collect()
     return [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.dtype == torch.uint8]
-
-
-def speech(config: Any) -> Batch:
-    """A sample of 8 text and 8 audio positions."""
-    ids = torch.full((1, 16), config.audio_token_id)
-    ids[:, :8] = 0
-    codes = torch.zeros(1, 8, config.num_codebooks, dtype=torch.long)
-    return Batch(
-        input_ids=ids,
-        audio_input_ids=codes,
-        audio_input_ids_mask=torch.ones(1, 8, dtype=torch.bool),
-        text_positions=torch.tensor([6]),
-        text_targets=torch.tensor([0]),
-        audio_positions=torch.arange(7, 15),
-        audio_targets=codes[0],
-        num_samples=1,
-        num_tokens=16,
-    )
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ from higgs_ds.quiet import quiet_libraries
 
 quiet_libraries()
 
-import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from conftest import native_inputs  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from higgs_ds import distributed  # noqa: E402
@@ -20,16 +21,20 @@ from higgs_ds.train import main, train  # noqa: E402
 
 
 def dump_logits(run: Run, path: Path) -> None:
-    """What the heads of the trained model give for the first samples, with what went in."""
+    """What the heads of the trained model give for the first samples, with what went in, as transformers takes it."""
     batch = run.train.batch(range(6))
     caught = {}
     higgs = run.engine.engine.module.higgs
     for name in ("text", "audio"):
         head = getattr(higgs, f"{name}_lm_head")
-        head.register_forward_hook(lambda _, __, output, name=name: caught.update({f"{name}_logits": output.detach()}))
+        head.register_forward_pre_hook(
+            lambda head, args, name=name: caught.update({f"{name}_logits": F.linear(args[0], head.weight).detach()})
+        )
     run.engine.evaluate([batch])
     if distributed.is_main():
-        save_file(batch.tensors(torch.device("cpu")) | {k: v.contiguous() for k, v in caught.items()}, path)
+        where = {f"{name}_positions": batch.positions[getattr(batch, f"{name}_places")] for name in ("text", "audio")}
+        inputs = native_inputs(batch, higgs.config.audio_token_id)
+        save_file(inputs | where | {name: logits.contiguous() for name, logits in caught.items()}, path)
 
 
 def train_all() -> None:

@@ -21,19 +21,22 @@ class EncodedSample:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of B rows of T positions with R rows of audio codes; C codebooks. All int64 but the mask.
+    """One micro-batch of B rows of T positions, M of text and A of audio; C codebooks. All tensors are int64.
 
-    Targets stand with the flat position (row * T + column) whose output predicts them: the one before their own.
-    Rows are padded on the right, where causal attention keeps the padding out of everything that is predicted; no
+    Positions are counted through the batch (row * T + column). The model works on all text positions first and then on
+    all audio positions, so that each of its two FFNs finds what is its own in one piece; `positions` and `places` lead
+    from one order to the other. A target stands with the place whose output predicts it: that of the position before.
+    Rows are padded with text on the right, where causal attention keeps it out of everything that is predicted; no
     attention mask is needed.
     """
 
-    input_ids: torch.Tensor  # (B, T)
-    audio_input_ids: torch.Tensor  # (B, R, C)
-    audio_input_ids_mask: torch.Tensor  # (B, R), bool: False where a row of codes is padding
-    text_positions: torch.Tensor  # (M,)
-    text_targets: torch.Tensor  # (M,)
-    audio_positions: torch.Tensor  # (K,)
+    text_ids: torch.Tensor  # (M,)
+    codes: torch.Tensor  # (A, C), delayed
+    positions: torch.Tensor  # (M + A,): the position of each place, text first
+    places: torch.Tensor  # (B, T): the place of each position
+    text_places: torch.Tensor  # (L,): whose outputs predict text
+    text_targets: torch.Tensor  # (L,)
+    audio_places: torch.Tensor  # (K,): whose outputs predict audio
     audio_targets: torch.Tensor  # (K, C), IGNORE_INDEX where a codebook has no target
     num_samples: int
     num_tokens: int  # positions that are not padding
@@ -52,41 +55,43 @@ class Batch:
 def collate(samples: Sequence[EncodedSample], stream: AudioStream, pad_id: int) -> Batch:
     """Put samples into one batch. None at all give a batch of one padding token that holds no target.
 
-    A batch without audio still carries codes, in no rows: every rank must run through every module, or a model whose
+    A batch without audio still carries codes, none of them: every rank must run through every module, or a model whose
     weights are spread over the ranks (ZeRO-3) waits for a rank that does not come.
     """
     width = max((len(sample.prompt.input_ids) for sample in samples), default=1)
-    input_ids = torch.full((max(len(samples), 1), width), pad_id)
-    rows: list[torch.Tensor] = []
-    text_positions, text_targets, audio_positions, audio_targets = [], [], [], []
+    ids = torch.full((max(len(samples), 1), width), pad_id)
+    nothing = torch.zeros(0, dtype=torch.long)
+    codes, audio_targets = [nothing.view(0, 1).expand(0, stream.num_codebooks)], []
+    audio_positions, text_sources, text_targets, audio_sources = [nothing], [nothing], [nothing], [nothing]
     for i, sample in enumerate(samples):
-        ids, labels = torch.tensor(sample.prompt.input_ids), torch.tensor(sample.prompt.labels)
-        input_ids[i, : len(ids)] = ids
+        start = i * width
+        row, labels = torch.tensor(sample.prompt.input_ids), torch.tensor(sample.prompt.labels)
+        ids[i, : len(row)] = row
         columns = (labels != IGNORE_INDEX).nonzero()[:, 0]
-        text_positions.append(i * width + columns - 1)
+        text_sources.append(start + columns - 1)
         text_targets.append(labels[columns])
 
-        delayed, row_labels = _delayed(sample, stream)
-        rows.append(delayed)
+        delayed, delayed_targets = _delayed(sample, stream)
+        codes.append(delayed)
         columns = torch.tensor(sample.prompt.audio_columns, dtype=torch.long)
-        has_target = (row_labels != IGNORE_INDEX).any(dim=1)
-        audio_positions.append(i * width + columns[has_target] - 1)
-        audio_targets.append(row_labels[has_target])
-    num_rows = max((len(delayed) for delayed in rows), default=0)
-    audio_input_ids = torch.full((len(input_ids), num_rows, stream.num_codebooks), stream.eos_id)
-    mask = torch.zeros(len(input_ids), num_rows, dtype=torch.bool)
-    for i, delayed in enumerate(rows):
-        audio_input_ids[i, : len(delayed)] = delayed
-        mask[i, : len(delayed)] = True
-    nothing = torch.zeros(0, dtype=torch.long)
+        audio_positions.append(start + columns)
+        has_target = (delayed_targets != IGNORE_INDEX).any(dim=1)
+        audio_sources.append(start + columns[has_target] - 1)
+        audio_targets.append(delayed_targets[has_target])
+    is_text = torch.ones(ids.numel(), dtype=torch.bool)
+    is_text[torch.cat(audio_positions)] = False
+    positions = torch.cat([is_text.nonzero()[:, 0], *audio_positions])
+    places = torch.empty_like(positions)
+    places[positions] = torch.arange(len(positions))
     return Batch(
-        input_ids=input_ids,
-        audio_input_ids=audio_input_ids,
-        audio_input_ids_mask=mask,
-        text_positions=torch.cat([nothing, *text_positions]),
-        text_targets=torch.cat([nothing, *text_targets]),
-        audio_positions=torch.cat([nothing, *audio_positions]),
-        audio_targets=torch.cat([nothing.view(0, 1).expand(0, stream.num_codebooks), *audio_targets]),
+        text_ids=ids.flatten()[is_text],
+        codes=torch.cat(codes),
+        positions=positions,
+        places=places.view_as(ids),
+        text_places=places[torch.cat(text_sources)],
+        text_targets=torch.cat(text_targets),
+        audio_places=places[torch.cat(audio_sources)],
+        audio_targets=torch.cat([codes[0], *audio_targets]),
         num_samples=len(samples),
         num_tokens=sum(len(sample.prompt.input_ids) for sample in samples),
     )

@@ -18,9 +18,9 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from higgs_ds.errors import InputError
 from higgs_ds.files import release_freed_memory
 from higgs_ds.hub import read_tensor, weight_files, weight_places, weight_shapes
-from higgs_ds.loss import loss_sums
 from higgs_ds.model import nf4
 from higgs_ds.model.nf4 import BaseQuantization
+from higgs_ds.model.routed import LossHead, RoutedLayer, Routing
 
 MODEL_TYPE = "higgs_audio_v2"
 ORIGINAL_MODEL_TYPE = "higgs_audio"
@@ -220,13 +220,16 @@ def offload_embeddings(higgs: HiggsAudioV2ForConditionalGeneration) -> None:
 class DualLossModel(nn.Module):
     """The adapted model and its loss in one forward, with the heads applied only where there is a target.
 
-    The loss is computed in here because ZeRO-3 gathers a head's weights around the calls of its module. Both heads
-    are called in every forward, on no rows if need be, so that all ranks run the same collectives.
+    Both heads are called in every forward, on no rows if need be, so that all ranks run the same collectives.
     """
 
     def __init__(self, adapted: PeftModel) -> None:
         super().__init__()
         self.adapted = adapted
+        for layer in self.higgs.model.layers:
+            layer.__class__ = RoutedLayer
+        self.higgs.text_lm_head.__class__ = LossHead
+        self.higgs.audio_lm_head.__class__ = LossHead
 
     @property
     def higgs(self) -> HiggsAudioV2ForConditionalGeneration:
@@ -234,12 +237,13 @@ class DualLossModel(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        audio_input_ids: torch.Tensor,
-        audio_input_ids_mask: torch.Tensor,
-        text_positions: torch.Tensor,
+        text_ids: torch.Tensor,
+        codes: torch.Tensor,
+        positions: torch.Tensor,
+        places: torch.Tensor,
+        text_places: torch.Tensor,
         text_targets: torch.Tensor,
-        audio_positions: torch.Tensor,
+        audio_places: torch.Tensor,
         audio_targets: torch.Tensor,
         target_weights: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,15 +254,21 @@ class DualLossModel(nn.Module):
 
         Returns the weighted loss, a float32 scalar, and the detached sums, float32 (1 + C,).
         """
-        higgs = self.higgs
-        hidden = higgs.model(
-            input_ids=input_ids,
-            audio_input_ids=audio_input_ids,
-            audio_input_ids_mask=audio_input_ids_mask,
-            use_cache=False,
-        ).last_hidden_state.flatten(0, 1)
-        text_logits = higgs.text_lm_head(hidden[text_positions])
-        audio_logits = higgs.audio_lm_head(hidden[audio_positions])
-        audio_logits = audio_logits.view(len(audio_positions), higgs.config.num_codebooks, higgs.config.codebook_size)
-        sums = loss_sums(text_logits, text_targets, audio_logits, audio_targets)
-        return (sums * target_weights).sum(), sums.detach()
+        hidden = self.decode(text_ids, codes, positions, places)
+        predicting = self.higgs.model.norm(hidden[torch.cat([text_places, audio_places])])
+        text, audio = predicting.split([len(text_places), len(audio_places)])
+        text_loss, text_sum = self.higgs.text_lm_head(text, text_targets[:, None], target_weights[:1])
+        audio_loss, audio_sums = self.higgs.audio_lm_head(audio, audio_targets, target_weights[1:])
+        return text_loss + audio_loss, torch.cat([text_sum, audio_sums])
+
+    def decode(
+        self, text_ids: torch.Tensor, codes: torch.Tensor, positions: torch.Tensor, places: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states (M + A, hidden) of all places, behind the last layer and before the last norm."""
+        model = self.higgs.model
+        hidden = torch.cat([model.embed_tokens(text_ids), model.embed_audio_tokens(codes)])
+        position_embeddings = model.rotary_emb(hidden, torch.arange(places.shape[1], device=places.device)[None])
+        routing = Routing(len(text_ids), positions, places)
+        for layer in model.layers:
+            hidden = layer(hidden, routing, position_embeddings)
+        return hidden

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT
+from conftest import PROJECT, speech_batch
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-from higgs_ds.activations import TEXT_TARGETS
+from higgs_ds.activations import TEXT_POSITIONS
 from higgs_ds.config import parse_train_options
 from higgs_ds.data.collate import Batch
 from higgs_ds.dry_run import make_setting
@@ -34,22 +34,8 @@ def base_config() -> HiggsAudioV2Config:
 
 
 def speech(setting: Setting) -> Batch:
-    (size, length), text, books = setting.batch_shape(), 64, setting.config.num_codebooks
-    ids = torch.full((size, length), setting.config.audio_token_id)
-    ids[:, :text] = 5
-    codes = torch.randint(0, 1024, (size, length - text, books))
-    some_text = torch.arange(size * TEXT_TARGETS)
-    return Batch(
-        input_ids=ids,
-        audio_input_ids=codes,
-        audio_input_ids_mask=torch.ones(size, length - text, dtype=torch.bool),
-        text_positions=some_text,
-        text_targets=some_text,
-        audio_positions=(ids == setting.config.audio_token_id).flatten().nonzero()[:, 0] - 1,
-        audio_targets=codes.flatten(0, 1),
-        num_samples=size,
-        num_tokens=size * length,
-    )
+    size, length = setting.batch_shape()
+    return speech_batch(size, length, TEXT_POSITIONS, setting.config.num_codebooks, 1024)
 
 
 @pytest.mark.parametrize("recompute", ["none", "every_layer"])

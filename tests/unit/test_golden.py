@@ -48,9 +48,10 @@ def test_reference_and_target_segments() -> None:
     # Every position but the first is an audio token: the batch then holds all rows, one position late.
     prompt = Prompt([0] * (1 + num_rows), [IGNORE_INDEX] * (1 + num_rows), list(range(1, 1 + num_rows)), [False, True])
     batch = collate([EncodedSample(prompt, codes)], STREAM, pad_id=0)
-    assert batch.audio_input_ids[0].tolist() == case["audio_input_ids"]
+    assert batch.codes.tolist() == case["audio_input_ids"]
     labels = torch.full((num_rows, 8), IGNORE_INDEX)
-    labels[batch.audio_positions] = batch.audio_targets  # row r is predicted at position r, the one before its own
+    # Row r is predicted at position r, the one before its own.
+    labels[batch.positions[batch.audio_places]] = batch.audio_targets
     assert labels.tolist() == case["audio_labels"]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 
 from higgs_ds.config import LoraOptions
@@ -24,13 +25,23 @@ CLIP = AudioClip(Path("x.wav"))
 
 @pytest.fixture(scope="module")
 def model(base: Path) -> DualLossModel:
+    return DualLossModel(adapted_model(base))
+
+
+@pytest.fixture(scope="module")
+def native(base: Path) -> HiggsAudioV2ForConditionalGeneration:
+    """The same with transformers' own layers and heads."""
+    return adapted_model(base).get_base_model()
+
+
+def adapted_model(base: Path) -> PeftModel:
     torch.manual_seed(0)
     adapted = add_lora(load_base(base, torch.float32), LoraOptions(lora_dropout=0.0), "base", torch.float32)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
-    return DualLossModel(adapted)
+    return adapted
 
 
 def samples(tokenizer: object, stream: AudioStream) -> list[EncodedSample]:
@@ -95,6 +106,7 @@ def naive_means(
 @pytest.mark.parametrize("micro_batches", [[[0, 1, 2, 3]], [[1, 2], [0, 3]], [[2], [3], [], [1, 0]]], ids=str)
 def test_equals_naive_cross_entropy(
     model: DualLossModel,
+    native: HiggsAudioV2ForConditionalGeneration,
     base: Path,
     micro_batches: list[list[int]],
     weights: tuple[float, float, tuple[float, ...] | None],
@@ -110,7 +122,7 @@ def test_equals_naive_cross_entropy(
     losses = mean_losses(torch.stack([sums for _, sums in results]).sum(dim=0), counts, loss_weights)
 
     with torch.no_grad():
-        expected = naive_means(model.higgs, encoded, stream)
+        expected = naive_means(native, encoded, stream)
     share = torch.tensor(weights[2] or [1.0] * 8)
     audio = (expected[1:] * share / share.sum()).sum()
     total = weights[0] * expected[0] + weights[1] * audio
@@ -121,14 +133,14 @@ def test_equals_naive_cross_entropy(
     assert sum(loss.item() for loss, _ in results) == pytest.approx(float(total), abs=1e-5)
 
 
-def test_mean_of_means_is_another_loss(model: DualLossModel, base: Path) -> None:
+def test_mean_of_means_is_another_loss(native: HiggsAudioV2ForConditionalGeneration, base: Path) -> None:
     """The naive way, a mean per micro-batch and then their mean, differs: what this module is written against."""
-    config = model.higgs.config
+    config = native.config
     stream = AudioStream(config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id)
     encoded = samples(AutoTokenizer.from_pretrained(base), stream)
     with torch.no_grad():
-        whole = naive_means(model.higgs, encoded, stream)
-        halves = (naive_means(model.higgs, encoded[:1], stream) + naive_means(model.higgs, encoded[1:2], stream)) / 2
+        whole = naive_means(native, encoded, stream)
+        halves = (naive_means(native, encoded[:1], stream) + naive_means(native, encoded[1:2], stream)) / 2
     assert (whole[1:] - halves[1:]).abs().max() > 1e-3
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT
+from conftest import PROJECT, speech_batch
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from higgs_ds import dry_run
-from higgs_ds.activations import TEXT_TARGETS, PassSettings, measure_pass
+from higgs_ds.activations import PassSettings, measure_pass
 from higgs_ds.config import LoraOptions, check_options, parse_train_options
 from higgs_ds.errors import InputError
 from higgs_ds.model import nf4
@@ -48,22 +48,8 @@ def real_model(settings: PassSettings) -> DualLossModel:
 
 
 def real_batch(settings: PassSettings) -> dict[str, torch.Tensor]:
-    size, text = settings.batch_size, settings.text_positions
-    rows = settings.length - text
-    ids = torch.full((size, settings.length), 270)
-    ids[:, :text] = 5
-    codes = torch.randint(0, 64, (size, rows, 8))
-    some_text = torch.arange(size * TEXT_TARGETS)
-    return {
-        "input_ids": ids,
-        "audio_input_ids": codes,
-        "audio_input_ids_mask": torch.ones(size, rows, dtype=torch.bool),
-        "text_positions": some_text,
-        "text_targets": some_text,
-        "audio_positions": (ids == 270).flatten().nonzero()[:, 0] - 1,
-        "audio_targets": codes.flatten(0, 1),
-        "target_weights": torch.ones(9),
-    }
+    batch = speech_batch(settings.batch_size, settings.length, settings.text_positions, 8, 64)
+    return batch.tensors(torch.device("cpu")) | {"target_weights": torch.ones(9)}
 
 
 def settings_of(kind: str, recompute: bool, length: int) -> PassSettings:

@@ -14,6 +14,7 @@ from conftest import PROJECT
 ROWS = [
     ["errors"],
     ["config", "files", "quiet", "hub", "loss", "model.nf4"],
+    ["model.routed"],
     ["distributed", "ds_config", "optimizers", "support"],
     ["data.sample", "data.delay_pattern", "data.normalize", "data.formats.jsonio"],
     ["data.templates", "data.audio", "data.codec", "data.prompt", "data.sampler"],

@@ -1,0 +1,78 @@
+"""The decoder's layers on text and audio that each lie in one piece, and heads that know their loss.
+
+transformers' layer finds text and audio by a mask, in each layer anew, and each time a GPU has to wait for the answer.
+Here a batch comes in an order (`data.collate.Batch`) that all layers share. The numbers are the same to the bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2DecoderLayer
+
+from higgs_ds.loss import head_loss
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where each position of a batch is: `positions` (N,) of the places, `places` (B, T) of the positions."""
+
+    num_text: int
+    positions: torch.Tensor
+    places: torch.Tensor
+
+    def to_sequences(self, x: torch.Tensor) -> torch.Tensor:
+        """From places (N, H) to positions (B, T, H)."""
+        return _Permute.apply(x, self.places.flatten(), self.positions).view(*self.places.shape, -1)
+
+    def to_places(self, x: torch.Tensor) -> torch.Tensor:
+        """From positions (B, T, H) to places (N, H)."""
+        return _Permute.apply(x.flatten(0, 1), self.positions, self.places.flatten())
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order; backward takes them back by the inverse order, where torch would add into zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.inverse = inverse
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradients[0].index_select(0, ctx.inverse), None, None
+
+
+class RoutedLayer(HiggsAudioV2DecoderLayer):
+    """A decoder layer for places (N, H). A loaded layer becomes one by its class, and keeps its weights and names.
+
+    It must be a subclass: with its `forward` replaced, transformers' activation checkpointing would be gone.
+    """
+
+    def forward(
+        self, hidden: torch.Tensor, routing: Routing, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        text, audio = hidden[: routing.num_text], hidden[routing.num_text :]
+        normed = torch.cat([self.input_layernorm(text), self.audio_input_layernorm(audio)])
+        attended, _ = self.self_attn(routing.to_sequences(normed), position_embeddings=position_embeddings)
+        hidden = hidden + routing.to_places(attended)
+        text, audio = hidden[: routing.num_text], hidden[routing.num_text :]
+        text = text + self.mlp(self.post_attention_layernorm(text))
+        audio = audio + self.audio_mlp(self.audio_post_attention_layernorm(audio))
+        return torch.cat([text, audio])
+
+
+class LossHead(nn.Linear):
+    """A frozen head that gives its loss. A loaded head becomes one by its class.
+
+    The loss is made in here because ZeRO-3 gathers a head's weight around the calls of its module.
+    """
+
+    def forward(  # type: ignore[override]
+        self, hidden: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`loss.head_loss` of hidden states (K, H) and targets (K, P)."""
+        return head_loss(hidden, self.weight, targets, target_weights)
