@@ -6,6 +6,7 @@ import contextlib
 
 from higgs_ds.checkpoint import save_checkpoint
 from higgs_ds.config import TrainOptions
+from higgs_ds.data.prefetch import prefetched
 from higgs_ds.finish import merge_into_folders, say_where
 from higgs_ds.metrics import Meter, MetricsLog
 from higgs_ds.startup import Run, start
@@ -27,8 +28,8 @@ def train(run: Run) -> None:
     meter = Meter(engine.weights, engine.device)
     meter.restore(state.meters)
     with contextlib.closing(MetricsLog(run.output_dir, state.step, state.total_steps)) as log:
-        for window in run.sampler.windows(state.step, state.total_steps):
-            batches = [run.train.batch(indices) for indices in window.micro_batches]
+        windows = run.sampler.windows(state.step, state.total_steps)
+        for window, batches in prefetched(windows, lambda window: run.train.batches(window.micro_batches)):
             lr = engine.lr
             meter.add(*engine.train_step(batches), batches)
             state.step, state.epoch = state.step + 1, window.epoch

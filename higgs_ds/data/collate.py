@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -45,6 +46,12 @@ class Batch:
         """The tensors by name, as the model's forward takes them."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: v.to(device, non_blocking=True) for name, v in values.items() if isinstance(v, torch.Tensor)}
+
+    def pinned(self) -> Batch:
+        """The same in page-locked memory, from which a GPU fetches while it computes."""
+        tensors = self.tensors(torch.device("cpu"))
+        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return replace(self, **pinned)
 
     def target_counts(self) -> torch.Tensor:
         """Number of targets, float64 (1 + C,): text, then each codebook."""

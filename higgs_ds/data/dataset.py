@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.collate import Batch, EncodedSample, collate
@@ -30,6 +31,11 @@ class Dataset:
     def lengths(self) -> list[int]:
         """Tokens of each sample."""
         return self.index.num_tokens[self.rows].tolist()
+
+    def batches(self, micro_batches: Sequence[Sequence[int]]) -> list[Batch]:
+        """Several micro-batches, in memory that a GPU can read from where there is one."""
+        batches = [self.batch(indices) for indices in micro_batches]
+        return [batch.pinned() for batch in batches] if torch.cuda.is_available() else batches
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """One micro-batch; no indices give one without targets."""

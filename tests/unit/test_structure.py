@@ -17,7 +17,7 @@ ROWS = [
     ["model.routed"],
     ["distributed", "ds_config", "optimizers", "support"],
     ["data.sample", "data.delay_pattern", "data.normalize", "data.formats.jsonio"],
-    ["data.templates", "data.audio", "data.codec", "data.prompt", "data.sampler"],
+    ["data.templates", "data.audio", "data.codec", "data.prompt", "data.sampler", "data.prefetch"],
     ["data.formats.checks", "data.audio_codes", "data.collate", "model.higgs", "model.lora"],
     ["data.formats.turns", "data.formats.recordings", "data.coder", "data.encode", "data.index", "builtin"],
     ["data.formats.chatml", "data.formats.csv_file", "data.formats.metadata", "data.formats.paired"],

@@ -1,0 +1,276 @@
+"""A training step here against what a user would write: transformers' Trainer and PEFT on the native model.
+
+    python benchmarks/train_step.py [--precision bf16|fp32] [--load_in_4bit] [--pairs 3] [--steps 3] [--json]
+
+Same random weights, LoRA (rank 16 on all targets), data (2 samples of 512 positions, 300 frames of audio each) and
+batch. The two take turns, each in a process of its own: a step to warm up, then `--steps` timed ones. Memory is the
+peak of the process above what it held when the weights were loaded, as Linux tells it: optimizer and engine count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+BATCH_SIZE, LENGTH, NUM_FRAMES, LORA_R, LR = 2, 512, 300, 16, 1e-4
+OURS, TRAINER = "ours", "trainer"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--load_in_4bit", action="store_true", help="NF4 in both")
+    parser.add_argument("--pairs", type=int, default=3, help="how often each of the two runs")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each run")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=128256)
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--part", choices=(OURS, TRAINER), help=argparse.SUPPRESS)  # what a child process is to do
+    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        print(json.dumps({OURS: run_ours, TRAINER: run_trainer}[args.part](args)))
+        return
+    result = compare(args)
+    for name, value in result.items():
+        print(f"{name:<36}{value:>12.3f}" if isinstance(value, float) else f"{name:<36}{value!s:>12}")
+    if args.json:
+        print(json.dumps(result))
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Medians over pairs: speeds, memory, and their ratios without and with activation checkpointing."""
+    result: dict[str, Any] = {
+        name: getattr(args, name) for name in ("precision", "load_in_4bit", "hidden", "layers", "vocab")
+    }
+    for suffix, checkpointing in (("", False), ("_checkpointing", True)):
+        runs: dict[str, list[dict[str, float]]] = {OURS: [], TRAINER: []}
+        for _ in range(args.pairs):
+            for part, measured in runs.items():
+                measured.append(child(part, args, checkpointing))
+        for part, measured in runs.items():
+            for name in ("step_s", "peak_mib"):
+                result[f"{part}_{name}{suffix}"] = statistics.median(run[name] for run in measured)
+            result[f"{part}_tokens_per_s{suffix}"] = BATCH_SIZE * LENGTH / result[f"{part}_step_s{suffix}"]
+        pairs = list(zip(runs[OURS], runs[TRAINER], strict=True))
+        result[f"speed_ratio{suffix}"] = statistics.median(theirs["step_s"] / ours["step_s"] for ours, theirs in pairs)
+        result[f"memory_ratio{suffix}"] = statistics.median(
+            ours["peak_mib"] / theirs["peak_mib"] for ours, theirs in pairs
+        )
+    return result
+
+
+def child(part: str, args: argparse.Namespace, checkpointing: bool) -> dict[str, float]:
+    options = [f"--{name}={getattr(args, name)}" for name in ("precision", "steps", "hidden", "layers", "vocab")]
+    options += ["--load_in_4bit"] * args.load_in_4bit + ["--checkpointing"] * checkpointing
+    done = subprocess.run(
+        [sys.executable, __file__, "--part", part, *options], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def make_base(args: argparse.Namespace, folder: Path) -> None:
+    """A random native base on disk, which both load as they do."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+
+    config = HiggsAudioV2Config(
+        hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3 // 64 * 64, num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64, num_key_value_heads=max(1, args.hidden // 192), head_dim=64,
+        vocab_size=args.vocab, num_codebooks=8, codebook_size=1026, audio_token_id=16, audio_delay_token_id=14,
+        audio_bos_token_id=13, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True).to(dtype)
+    config.architectures, config.dtype = [type(model).__name__], dtype
+    config.save_pretrained(folder)
+    save_file(
+        {name: t.contiguous() for name, t in model.state_dict().items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
+def samples() -> list[Any]:
+    """Two samples of speech: a prompt, 300 frames, an end; what a user's own collator and ours are given."""
+    import torch
+
+    from higgs_ds.data.collate import EncodedSample
+    from higgs_ds.data.delay_pattern import IGNORE_INDEX, AudioStream
+    from higgs_ds.data.prompt import Prompt
+
+    stream, draw = AudioStream(8, 1024, 1025), torch.Generator().manual_seed(1)
+    rows = stream.num_rows(NUM_FRAMES)
+    before = LENGTH - rows - 2
+    made = []
+    for _ in range(BATCH_SIZE):
+        text = torch.randint(100, 1000, (before - 1,), generator=draw).tolist()
+        ids = [*text, 13, *[16] * (NUM_FRAMES + 2), *[14] * 7, 12, 9]
+        labels = [IGNORE_INDEX] * (before - 1) + [13] + [IGNORE_INDEX] * rows + [12, 9]
+        codes = torch.randint(1024, (8, NUM_FRAMES), generator=draw)
+        made.append(EncodedSample(Prompt(ids, labels, list(range(before, before + rows)), [True]), [codes]))
+    return made
+
+
+class Clock:
+    """Time of steps after the first, and the peak of memory above what there was when the weights were loaded."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        self.before_kib = self._status("VmRSS")
+        self.ends: list[float] = []
+
+    @staticmethod
+    def _status(key: str) -> int:
+        return int(Path(f"/proc/{os.getpid()}/status").read_text().split(f"{key}:")[1].split()[0])
+
+    def tick(self) -> None:
+        self.ends.append(time.perf_counter())
+
+    def read(self) -> dict[str, float]:
+        seconds = [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
+        return {"step_s": statistics.median(seconds), "peak_mib": (self._status("VmHWM") - self.before_kib) / 2**10}
+
+
+def run_ours(args: argparse.Namespace) -> dict[str, float]:
+    """This project's engine on one process, with ds_configs/zero2.json."""
+    from higgs_ds.quiet import quiet_libraries
+
+    quiet_libraries()
+    from higgs_ds import distributed
+
+    result: dict[str, float] = {}
+    distributed.run_ranks(lambda: result.update(_ours(args)))
+    return result
+
+
+def _ours(args: argparse.Namespace) -> dict[str, float]:
+    import torch
+
+    from higgs_ds.config import parse_train_options
+    from higgs_ds.data.collate import collate
+    from higgs_ds.data.delay_pattern import AudioStream
+    from higgs_ds.ds_config import read_ds_config, resolve
+    from higgs_ds.engine import Engine
+    from higgs_ds.export import adapter_parameters
+    from higgs_ds.loss import LossWeights
+    from higgs_ds.model.higgs import DualLossModel, load_base, load_base_in_4bit
+    from higgs_ds.model.lora import add_lora
+
+    argv = f"--precision {args.precision} --lr {LR} --lora_r {LORA_R} --lora_dropout 0 --grad_accum 1"
+    options, given = parse_train_options(argv.split())
+    settings, options = resolve(read_ds_config(options.run.deepspeed), options, given, 1)
+    dtype, cpu = torch.bfloat16 if args.precision == "bf16" else torch.float32, torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        make_base(args, Path(folder))
+        base = (
+            load_base_in_4bit(Path(folder), dtype, cpu, cpu)[0] if args.load_in_4bit else load_base(Path(folder), dtype)
+        )
+        touch(base)
+        clock = Clock()
+        if args.checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model = add_lora(base, options.lora, "", dtype)
+        engine = Engine(
+            DualLossModel(model), adapter_parameters(model), settings, options.optim, 100, LossWeights.of(1, 1, 8, None)
+        )
+        for _ in range(1 + args.steps + 1):
+            engine.train_step([collate(samples(), AudioStream(8, 1024, 1025), 1)])
+            clock.tick()
+    return clock.read()
+
+
+def run_trainer(args: argparse.Namespace) -> dict[str, float]:
+    """transformers' Trainer and PEFT with its defaults; labels as the native forward takes them."""
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+    from transformers import (
+        BitsAndBytesConfig,
+        HiggsAudioV2ForConditionalGeneration,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    from higgs_ds.config import LORA_TARGET_GROUPS
+    from higgs_ds.model.lora import discover_targets
+
+    transformers.utils.logging.disable_progress_bar()
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["audio_lm_head", "text_lm_head"],
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        make_base(args, Path(folder) / "base")
+        model = HiggsAudioV2ForConditionalGeneration.from_pretrained(
+            Path(folder) / "base", use_text_head=True, dtype=dtype,
+            **({"quantization_config": four_bit, "device_map": "cpu"} if args.load_in_4bit else {}),
+        )  # fmt: skip
+        touch(model)
+        clock = Clock()
+        targets = discover_targets(model, LORA_TARGET_GROUPS)
+        model = get_peft_model(model, LoraConfig(r=LORA_R, lora_alpha=32, target_modules=targets))
+        model.enable_input_require_grads()
+
+        class Tick(TrainerCallback):
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                clock.tick()
+
+        arguments = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=BATCH_SIZE, max_steps=1 + args.steps + 1, learning_rate=LR,
+            report_to=[], save_strategy="no", logging_strategy="no", use_cpu=True, remove_unused_columns=False,
+            gradient_checkpointing=args.checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
+            disable_tqdm=True,
+        )  # fmt: skip
+        inputs = native_samples()
+        trainer = Trainer(
+            model, arguments, train_dataset=inputs * arguments.max_steps, data_collator=stack, callbacks=[Tick()]
+        )
+        trainer.train()
+    return clock.read()
+
+
+def touch(model: Any) -> None:
+    """Have all weights in memory, which a loader may have mapped from their files only."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def native_samples() -> list[dict[str, Any]]:
+    """The same samples as the native forward takes them, labels unshifted."""
+    import torch
+
+    from higgs_ds.data.delay_pattern import AudioStream, apply_delay_pattern, delayed_labels
+
+    stream = AudioStream(8, 1024, 1025)
+    return [
+        {
+            "input_ids": torch.tensor(sample.prompt.input_ids),
+            "labels": torch.tensor(sample.prompt.labels),
+            "audio_input_ids": apply_delay_pattern(sample.codes[0], stream),
+            "audio_labels": delayed_labels(sample.codes[0], stream),
+            "audio_input_ids_mask": torch.ones(stream.num_rows(NUM_FRAMES), dtype=torch.bool),
+        }
+        for sample in samples()
+    ]
+
+
+def stack(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+if __name__ == "__main__":
+    main()
