@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, HiggsAudioV2Config
 
 from higgs_ds.config import LoraOptions
-from higgs_ds.model.higgs import DualLossModel, empty_model
+from higgs_ds.model.higgs import DualLossModel, checkpoint_layers, empty_model
 from higgs_ds.model.lora import add_lora
 from higgs_ds.model.nf4 import BLOCK_SIZE, is_quantized_weight
 
@@ -33,13 +34,14 @@ META = torch.device("meta")
 class PassSettings:
     """All that a pass's memory depends on, beside the base's configuration.
 
+    `recompute_every`: one layer of so many keeps its input alone.
     `on_gpu`: dropout keeps a mask of a byte an element, on a CPU a number of the activations' dtype.
     `keeps_inputs`: linear layers keep their inputs although they are frozen, as under ZeRO-3.
     """
 
     dtype: torch.dtype
     four_bit: bool
-    recompute: bool
+    recompute_every: int | None
     lora: LoraOptions
     batch_size: int
     length: int
@@ -67,7 +69,13 @@ class PassMemory:
 
 def measure_pass(config: HiggsAudioV2Config, settings: PassSettings) -> PassMemory:
     """Bytes of a forward and backward pass over a batch of speech."""
-    return _measure_pass(config.to_json_string(use_diff=False), settings)
+    config_json, every = config.to_json_string(use_diff=False), settings.recompute_every
+    if every is None or every == 1:
+        return _measure_pass(config_json, settings)
+    all_kept, none_kept = (_measure_pass(config_json, replace(settings, recompute_every=n)) for n in (None, 1))
+    recomputed = math.ceil(config.num_hidden_layers / every) / config.num_hidden_layers
+    kept = recomputed * none_kept.activations + (1 - recomputed) * all_kept.activations
+    return PassMemory(round(kept), none_kept.logits, max(all_kept.working, none_kept.working))
 
 
 @functools.lru_cache(maxsize=64)
@@ -110,8 +118,8 @@ def _model(config: HiggsAudioV2Config, settings: PassSettings) -> DualLossModel:
             four_bit = settings.four_bit and is_quantized_weight(f"{name}.weight")
             if four_bit or settings.keeps_inputs:
                 higgs.set_submodule(name, _FrozenLinear(module, four_bit))
-    if settings.recompute:
-        higgs.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.recompute_every is not None:
+        checkpoint_layers(higgs, settings.recompute_every)
     adapted = add_lora(higgs, settings.lora, "", settings.dtype).to(META)
     if settings.on_gpu:
         for name, module in list(adapted.named_modules()):

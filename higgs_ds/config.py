@@ -78,7 +78,10 @@ class ModelOptions:
     )
     offload_embeddings: bool = option(False, "hold the embeddings in host memory and look them up there")
     activation_checkpointing: str = option(
-        "none", "recompute every layer in the backward pass to save memory, or none", ("none", "every_layer")
+        "none",
+        "recompute layers in the backward pass to save memory: none, every_layer, N for every N-th layer, or auto for "
+        "as few as the GPU's memory asks for",
+        metavar="none|every_layer|N|auto",
     )
 
 
@@ -348,6 +351,12 @@ def check_data_options(options: DataOptions) -> list[str]:
     return problems
 
 
+def recompute_every(options: ModelOptions) -> int | None:
+    """Every how many layers one is recomputed; None for none. `auto` must have been decided."""
+    value = options.activation_checkpointing
+    return {"none": None, "every_layer": 1}[value] if value in ("none", "every_layer") else int(value)
+
+
 def check_options(options: TrainOptions) -> list[str]:
     """Problems of single options; empty where there are none."""
     flat = options.flat()
@@ -366,6 +375,13 @@ def check_options(options: TrainOptions) -> list[str]:
         expect(name, 0 <= flat[name] < 1, "from 0 to below 1")
     for name in ("weight_decay", "max_grad_norm", "text_loss_weight", "audio_loss_weight"):
         expect(name, 0 <= flat[name] < float("inf"), "0 or more")
+    checkpointing = flat["activation_checkpointing"]
+    named = ("none", "every_layer", "auto")
+    expect(
+        "activation_checkpointing",
+        checkpointing in named or (checkpointing.isdecimal() and int(checkpointing) >= 1),
+        "none, every_layer, auto, or a number N of layers, 1 or more",
+    )
     expect("lr", 0 < flat["lr"] < float("inf"), "above 0")
     for name in ("device_memory_gib", "plan_ranks"):
         if flat[name] is not None:

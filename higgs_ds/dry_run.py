@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,15 +13,15 @@ from transformers import HiggsAudioV2Config
 from higgs_ds import distributed, ds_config
 from higgs_ds.activations import TEXT_POSITIONS
 from higgs_ds.builtin import builtin_config
-from higgs_ds.config import DEFAULT_DS_CONFIG, TrainOptions, check_options
+from higgs_ds.config import DEFAULT_DS_CONFIG, TrainOptions, check_options, recompute_every
 from higgs_ds.errors import InputError
 from higgs_ds.hub import resolve_config_folder
 from higgs_ds.model.higgs import read_config
-from higgs_ds.planner import Plan, Setting, plan
+from higgs_ds.planner import CONTEXT_BYTES, Plan, Setting, plan, with_checkpointing
 from higgs_ds.support import unsupported
 
 GIB = 2**30
-CONTEXT_GIB = 0.5  # what a CUDA process takes before its first tensor: an assumption
+CONTEXT_GIB = CONTEXT_BYTES / GIB
 SHARDED_RANKS = 4  # number of GPUs that ZeRO-3 is proposed for where one is planned for
 
 
@@ -35,9 +36,11 @@ def main(options: TrainOptions, given: set[str]) -> None:
     if not distributed.is_main():
         return
     setting = make_setting(options, given)
+    device_gib = options.run.device_memory_gib or _device_gib()
+    if options.model.activation_checkpointing == "auto":
+        setting = with_checkpointing(setting, math.inf if device_gib is None else device_gib * GIB)
     made = plan(setting)
     print("\n".join(describe(setting, made)), flush=True)
-    device_gib = options.run.device_memory_gib or _device_gib()
     if device_gib is None:
         print("\nno GPU here: give --device_memory_gib N to see whether it fits")
         return
@@ -86,7 +89,8 @@ def describe(setting: Setting, made: Plan) -> list[str]:
     assumed = data.max_seq_len is None and optim.max_tokens_per_batch is None
     text = min(TEXT_POSITIONS, (length + 1) // 2)
     base = options.model.base_ckpt or "built in"
-    recompute = "recomputed in every layer" if options.model.activation_checkpointing == "every_layer" else "kept"
+    every = recompute_every(options.model)
+    recompute = "kept" if every is None else f"recomputed in {'every layer' if every == 1 else f'1 layer of {every}'}"
     guess = " (a guess: give --max_seq_len)" if assumed else ""
     four_bit = "NF4 in " if options.model.load_in_4bit else ""
     offloaded = [f"{what} offloaded, " for what in ("optimizer", "param") if setting.offloads(what)]

@@ -75,8 +75,8 @@ FIXED_SETTINGS = {
 }
 # DeepSpeed allocates the reduce bucket in full, 1 GB with its default of 5e8 elements. An adapter needs far less.
 AUTO_ZERO_SETTINGS = {
-    "allgather_bucket_size": 20_000_000,
-    "reduce_bucket_size": 20_000_000,
+    "allgather_bucket_size": 5_000_000,
+    "reduce_bucket_size": 5_000_000,
     "stage3_param_persistence_threshold": 100_000,
     "stage3_prefetch_bucket_size": 20_000_000,
 }

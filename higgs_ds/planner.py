@@ -14,11 +14,13 @@ import torch
 from transformers import HiggsAudioV2Config
 
 from higgs_ds.activations import PassSettings, measure_pass
-from higgs_ds.config import TrainOptions
+from higgs_ds.config import TrainOptions, recompute_every
 from higgs_ds.model.higgs import empty_model
 from higgs_ds.model.lora import add_lora
 from higgs_ds.model.nf4 import BLOCK_SIZE, is_quantized_weight
 
+CONTEXT_BYTES = 2**29  # what a CUDA process takes before its first tensor: an assumption
+AUTO_CHECKPOINTING = ("none", "4", "3", "2", "every_layer")  # from the fastest to the smallest
 DEFAULT_LENGTH = 2048  # positions, where no option says how long samples may be
 GROUPS = ("attention", "text FFN", "audio FFN", "norms", "embeddings", "heads")
 LORA = "LoRA"
@@ -144,7 +146,7 @@ def plan(setting: Setting) -> Plan:
         PassSettings(
             dtype=setting.dtype,
             four_bit=setting.options.model.load_in_4bit,
-            recompute=setting.options.model.activation_checkpointing == "every_layer",
+            recompute_every=recompute_every(setting.options.model),
             lora=setting.options.lora,
             batch_size=size,
             length=length,
@@ -167,6 +169,15 @@ def plan(setting: Setting) -> Plan:
         host=on_host,
     )
     return _with_training_state(setting, partial, trained)
+
+
+def with_checkpointing(setting: Setting, device_bytes: float) -> Setting:
+    """`--activation_checkpointing auto` decided: as few layers as it takes to fit; all, where that does not suffice."""
+    for choice in AUTO_CHECKPOINTING:
+        decided = replace(setting, options=setting.options.replace(activation_checkpointing=choice))
+        if plan(decided).total + CONTEXT_BYTES <= device_bytes:
+            break
+    return decided
 
 
 def model_weights(setting: Setting) -> list[Weight]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from higgs_ds import checkpoint, distributed, ds_config
 from higgs_ds.builtin import SAMPLE_MANIFEST
 from higgs_ds.bundle import Bundle, open_bundle
 from higgs_ds.checkpoint import TrainerState
-from higgs_ds.config import RESUME_AUTO, RESUME_NEVER, TrainOptions, check_options
+from higgs_ds.config import RESUME_AUTO, RESUME_NEVER, TrainOptions, check_options, recompute_every
 from higgs_ds.data.audio_codes import default_cache_dir
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.dataset import Dataset
@@ -31,6 +31,7 @@ from higgs_ds.metrics import say
 from higgs_ds.model.higgs import (
     DualLossModel,
     check_text_head,
+    checkpoint_layers,
     load_base,
     load_base_in_4bit,
     num_parameters,
@@ -38,6 +39,7 @@ from higgs_ds.model.higgs import (
 )
 from higgs_ds.model.lora import add_lora, check_biases, describe
 from higgs_ds.model.nf4 import BaseQuantization
+from higgs_ds.planner import Setting, with_checkpointing
 from higgs_ds.prepare import Preparation, check_folders, scratch_problems
 from higgs_ds.support import unsupported
 
@@ -220,7 +222,22 @@ def _speakers(index: Index, options: TrainOptions) -> np.ndarray:
     return numbers
 
 
+def _with_checkpointing(inputs: Inputs) -> Inputs:
+    """Decide `--activation_checkpointing auto` for the longest sample, alike on all ranks; on a CPU, it is none."""
+    if inputs.options.model.activation_checkpointing != "auto":
+        return inputs
+    choice, here = "none", distributed.device()
+    if here.type == "cuda":
+        asked = inputs.options.replace(max_seq_len=max(inputs.train.lengths))
+        setting = Setting(inputs.bundle.config, asked, inputs.ds_settings, distributed.world_size())
+        decided = with_checkpointing(setting, torch.cuda.get_device_properties(here).total_memory)
+        choice = distributed.broadcast_object(decided.options.model.activation_checkpointing)
+    say(f"--activation_checkpointing auto: {choice}")
+    return replace(inputs, options=inputs.options.replace(activation_checkpointing=choice))
+
+
 def _load(inputs: Inputs) -> Run:
+    inputs = _with_checkpointing(inputs)
     options, bundle, resume_from = inputs.options, inputs.bundle, inputs.resume_from
     optim = options.optim
     sampler = WindowSampler(
@@ -291,8 +308,9 @@ def _adapted_model(inputs: Inputs) -> tuple[PeftModel, BaseQuantization | None]:
         model = load_base(bundle.folder, dtype)
     if options.model.offload_embeddings:
         offload_embeddings(model)
-    if options.model.activation_checkpointing == "every_layer":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    every = recompute_every(options.model)
+    if every is not None:
+        checkpoint_layers(model, every)
     torch.manual_seed(options.optim.seed)  # the same adapters on every rank
     return add_lora(model, options.lora, bundle.name, dtype), quantization
 

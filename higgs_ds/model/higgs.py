@@ -57,6 +57,13 @@ def check_text_head(folder: Path) -> None:
         )
 
 
+def checkpoint_layers(higgs: HiggsAudioV2ForConditionalGeneration, every: int) -> None:
+    """Have every `every`-th decoder layer, from the first, keep its input alone, and run again in the backward pass."""
+    higgs.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for i, layer in enumerate(higgs.model.layers):
+        layer.gradient_checkpointing = i % every == 0
+
+
 def num_parameters(folder: Path) -> int:
     """Parameters of a base, by the headers of its files."""
     return sum(math.prod(shape) for shape in weight_shapes(weight_files(folder)).values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,9 @@ from higgs_ds.activations import PassSettings, measure_pass
 from higgs_ds.config import LoraOptions, check_options, parse_train_options
 from higgs_ds.errors import InputError
 from higgs_ds.model import nf4
-from higgs_ds.model.higgs import DualLossModel, read_config
+from higgs_ds.model.higgs import DualLossModel, checkpoint_layers, read_config
 from higgs_ds.model.lora import add_lora
-from higgs_ds.planner import GROUPS, LORA, model_weights, plan
+from higgs_ds.planner import AUTO_CHECKPOINTING, CONTEXT_BYTES, GROUPS, LORA, model_weights, plan, with_checkpointing
 
 BIG = PROJECT / "benchmarks" / "3b"
 TOLERANCE = 0.15
@@ -42,8 +43,8 @@ def real_model(settings: PassSettings) -> DualLossModel:
         nf4.replace_linears(higgs, settings.dtype)
         for name, weight in weights.items():
             nf4.fill(higgs.get_submodule(name.rpartition(".")[0]), nf4.quantize(weight, settings.dtype))
-    if settings.recompute:
-        higgs.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.recompute_every is not None:
+        checkpoint_layers(higgs, settings.recompute_every)
     return DualLossModel(add_lora(higgs, settings.lora, "", settings.dtype)).train()
 
 
@@ -52,11 +53,11 @@ def real_batch(settings: PassSettings) -> dict[str, torch.Tensor]:
     return batch.tensors(torch.device("cpu")) | {"target_weights": torch.ones(9)}
 
 
-def settings_of(kind: str, recompute: bool, length: int) -> PassSettings:
+def settings_of(kind: str, recompute: int | None, length: int) -> PassSettings:
     return PassSettings(
         dtype=torch.float32 if kind == "fp32" else torch.bfloat16,
         four_bit=kind == "nf4",
-        recompute=recompute,
+        recompute_every=recompute,
         lora=LoraOptions(lora_r=4),
         batch_size=2,
         length=length,
@@ -66,9 +67,9 @@ def settings_of(kind: str, recompute: bool, length: int) -> PassSettings:
 
 
 @pytest.mark.parametrize("length", [30, 90])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [None, 1, 2])
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4"])
-def test_activations_against_a_real_forward(kind: str, recompute: bool, length: int) -> None:
+def test_activations_against_a_real_forward(kind: str, recompute: int | None, length: int) -> None:
     settings = settings_of(kind, recompute, length)
     model, batch = real_model(settings), real_batch(settings)
     outside = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), *batch.values()]}
@@ -88,8 +89,8 @@ def test_activations_against_a_real_forward(kind: str, recompute: bool, length: 
     assert planned.activations + planned.logits == pytest.approx(sum(kept.values()), rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_peak_against_torchs_allocator(recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", [None, 1, 2])
+def test_peak_against_torchs_allocator(recompute: int | None) -> None:
     settings = settings_of("fp32", recompute, 90)
     model, batch = real_model(settings), real_batch(settings)
     model(**batch)[0].backward()  # what is allocated once, and the gradients, are there now
@@ -207,3 +208,26 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
             *parse_train_options(f"--dry_run --lora_r 0 --base_ckpt {tmp_path} --deepspeed {tmp_path}/ds.json".split())
         )
     assert len(caught.value.problems) == 3
+
+
+def test_auto_recomputes_as_little_as_it_takes() -> None:
+    argv = f"--dry_run --base_ckpt {BIG} --load_in_4bit --batch_size 2 --activation_checkpointing auto"
+    setting = dry_run.make_setting(*parse_train_options(argv.split()))
+    totals = {
+        choice: plan(replace(setting, options=setting.options.replace(activation_checkpointing=choice))).total
+        for choice in AUTO_CHECKPOINTING
+    }
+    assert sorted(totals.values(), reverse=True) == list(totals.values())
+    for choice, total in totals.items():
+        decided = with_checkpointing(setting, total + CONTEXT_BYTES)
+        assert decided.options.model.activation_checkpointing == choice
+    assert with_checkpointing(setting, 0).options.model.activation_checkpointing == "every_layer"
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "some", "1.5"])
+def test_bad_checkpointing(value: str) -> None:
+    options, _ = parse_train_options(["--activation_checkpointing", value])
+    (problem,) = check_options(options)
+    assert problem == (
+        f"--activation_checkpointing {value}: must be none, every_layer, auto, or a number N of layers, 1 or more"
+    )
