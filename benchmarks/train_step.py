@@ -3,15 +3,15 @@
     python benchmarks/train_step.py [--precision bf16|fp32] [--load_in_4bit] [--pairs 3] [--steps 3] [--json]
 
 Same random weights, LoRA (rank 16 on all targets), data (2 samples of 512 positions, 300 frames of audio each) and
-batch. The two take turns, each in a process of its own: a step to warm up, then `--steps` timed ones. Memory is the
-peak of the process above what it held when the weights were loaded, as Linux tells it: optimizer and engine count.
+batch. The two take turns, each in a process of its own: two steps to warm up, then `--steps` timed ones. Memory is the
+peak of what torch has allocated since the weights were loaded, in runs of their own: engine and optimizer count.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--part", choices=(OURS, TRAINER), help=argparse.SUPPRESS)  # what a child process is to do
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
         print(json.dumps({OURS: run_ours, TRAINER: run_trainer}[args.part](args)))
@@ -53,25 +54,21 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         name: getattr(args, name) for name in ("precision", "load_in_4bit", "hidden", "layers", "vocab")
     }
     for suffix, checkpointing in (("", False), ("_checkpointing", True)):
-        runs: dict[str, list[dict[str, float]]] = {OURS: [], TRAINER: []}
-        for _ in range(args.pairs):
-            for part, measured in runs.items():
-                measured.append(child(part, args, checkpointing))
-        for part, measured in runs.items():
-            for name in ("step_s", "peak_mib"):
-                result[f"{part}_{name}{suffix}"] = statistics.median(run[name] for run in measured)
-            result[f"{part}_tokens_per_s{suffix}"] = BATCH_SIZE * LENGTH / result[f"{part}_step_s{suffix}"]
-        pairs = list(zip(runs[OURS], runs[TRAINER], strict=True))
-        result[f"speed_ratio{suffix}"] = statistics.median(theirs["step_s"] / ours["step_s"] for ours, theirs in pairs)
-        result[f"memory_ratio{suffix}"] = statistics.median(
-            ours["peak_mib"] / theirs["peak_mib"] for ours, theirs in pairs
-        )
+        pairs = [[child(part, args, checkpointing)["step_s"] for part in (OURS, TRAINER)] for _ in range(args.pairs)]
+        peaks = [child(part, args, checkpointing, memory=True)["peak_mib"] for part in (OURS, TRAINER)]
+        for i, part in enumerate((OURS, TRAINER)):
+            step_s = statistics.median(pair[i] for pair in pairs)
+            result[f"{part}_tokens_per_s{suffix}"] = BATCH_SIZE * LENGTH / step_s
+            result[f"{part}_peak_mib{suffix}"] = peaks[i]
+        result[f"speed_ratio{suffix}"] = statistics.median(theirs / ours for ours, theirs in pairs)
+        result[f"memory_ratio{suffix}"] = peaks[0] / peaks[1]
     return result
 
 
-def child(part: str, args: argparse.Namespace, checkpointing: bool) -> dict[str, float]:
-    options = [f"--{name}={getattr(args, name)}" for name in ("precision", "steps", "hidden", "layers", "vocab")]
-    options += ["--load_in_4bit"] * args.load_in_4bit + ["--checkpointing"] * checkpointing
+def child(part: str, args: argparse.Namespace, checkpointing: bool, memory: bool = False) -> dict[str, float]:
+    options = [f"--{name}={getattr(args, name)}" for name in ("precision", "hidden", "layers", "vocab")]
+    options += ["--load_in_4bit"] * args.load_in_4bit + ["--checkpointing"] * checkpointing + ["--memory"] * memory
+    options.append(f"--steps={0 if memory else args.steps}")
     done = subprocess.run(
         [sys.executable, __file__, "--part", part, *options], check=True, stdout=subprocess.PIPE, text=True
     )
@@ -121,24 +118,32 @@ def samples() -> list[Any]:
     return made
 
 
-class Clock:
-    """Time of steps after the first, and the peak of memory above what there was when the weights were loaded."""
+class Meter:
+    """Seconds of each step after the first two; or, where memory is asked for, the peak of what torch allocates.
 
-    def __init__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        self.before_kib = self._status("VmRSS")
+    Not both in one run: the profiler, which sees each allocation, takes time.
+    """
+
+    def __init__(self, memory: bool) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if memory else None
         self.ends: list[float] = []
-
-    @staticmethod
-    def _status(key: str) -> int:
-        return int(Path(f"/proc/{os.getpid()}/status").read_text().split(f"{key}:")[1].split()[0])
+        if self.profile:
+            self.profile.start()
 
     def tick(self) -> None:
         self.ends.append(time.perf_counter())
 
     def read(self) -> dict[str, float]:
-        seconds = [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
-        return {"step_s": statistics.median(seconds), "peak_mib": (self._status("VmHWM") - self.before_kib) / 2**10}
+        if self.profile is None:
+            seconds = [end - start for start, end in zip(self.ends[1:], self.ends[2:], strict=False)]
+            return {"step_s": statistics.median(seconds)}
+        self.profile.stop()
+        events = self.profile.profiler.kineto_results.events()
+        sizes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+        alive = list(itertools.accumulate(size for _, size in sorted(sizes)))
+        return {"peak_mib": max(alive) / 2**20}
 
 
 def run_ours(args: argparse.Namespace) -> dict[str, float]:
@@ -176,17 +181,17 @@ def _ours(args: argparse.Namespace) -> dict[str, float]:
             load_base_in_4bit(Path(folder), dtype, cpu, cpu)[0] if args.load_in_4bit else load_base(Path(folder), dtype)
         )
         touch(base)
-        clock = Clock()
+        meter = Meter(args.memory)
         if args.checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model = add_lora(base, options.lora, "", dtype)
         engine = Engine(
             DualLossModel(model), adapter_parameters(model), settings, options.optim, 100, LossWeights.of(1, 1, 8, None)
         )
-        for _ in range(1 + args.steps + 1):
+        for _ in range(2 + args.steps):
             engine.train_step([collate(samples(), AudioStream(8, 1024, 1025), 1)])
-            clock.tick()
-    return clock.read()
+            meter.tick()
+    return meter.read()
 
 
 def run_trainer(args: argparse.Namespace) -> dict[str, float]:
@@ -218,17 +223,17 @@ def run_trainer(args: argparse.Namespace) -> dict[str, float]:
             **({"quantization_config": four_bit, "device_map": "cpu"} if args.load_in_4bit else {}),
         )  # fmt: skip
         touch(model)
-        clock = Clock()
+        meter = Meter(args.memory)
         targets = discover_targets(model, LORA_TARGET_GROUPS)
         model = get_peft_model(model, LoraConfig(r=LORA_R, lora_alpha=32, target_modules=targets))
         model.enable_input_require_grads()
 
         class Tick(TrainerCallback):
             def on_step_end(self, *_: Any, **__: Any) -> None:
-                clock.tick()
+                meter.tick()
 
         arguments = TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=BATCH_SIZE, max_steps=1 + args.steps + 1, learning_rate=LR,
+            output_dir=folder, per_device_train_batch_size=BATCH_SIZE, max_steps=2 + args.steps, learning_rate=LR,
             report_to=[], save_strategy="no", logging_strategy="no", use_cpu=True, remove_unused_columns=False,
             gradient_checkpointing=args.checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
             disable_tqdm=True,
@@ -238,7 +243,7 @@ def run_trainer(args: argparse.Namespace) -> dict[str, float]:
             model, arguments, train_dataset=inputs * arguments.max_steps, data_collator=stack, callbacks=[Tick()]
         )
         trainer.train()
-    return clock.read()
+    return meter.read()
 
 
 def touch(model: Any) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 IGNORED = -100  # torch's own ignore_index
 
 
-LOGITS_AT_ONCE = 2**22  # numbers that are in memory together, 16 MiB in float32
+LOGITS_AT_ONCE = 2**20  # numbers that are in memory together, 4 MiB in float32
 
 
 def head_loss(

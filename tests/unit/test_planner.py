@@ -94,7 +94,9 @@ def test_peak_against_torchs_allocator(recompute: int | None) -> None:
     settings = settings_of("fp32", recompute, 90)
     model, batch = real_model(settings), real_batch(settings)
     model(**batch)[0].backward()  # what is allocated once, and the gradients, are there now
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
         model(**batch)[0].backward()
     events = profile.profiler.kineto_results.events()
     alive = peak = 0

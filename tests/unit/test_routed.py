@@ -120,7 +120,7 @@ def waits(num_layers: int) -> int:
     higgs = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True).requires_grad_(False)
     model = DualLossModel(add_lora(higgs, LoraOptions(), "", torch.float32)).train()
     batch = speech_batch(2, 40, 10, 8, 64).tensors(CPU)
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
         model(**batch, target_weights=torch.ones(9))[0].backward()
     counts = {event.key: event.count for event in seen.key_averages()}
     assert counts["aten::index_select"] > num_layers  # the profiler has seen the layers
