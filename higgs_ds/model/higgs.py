@@ -150,7 +150,7 @@ def load_for_generation(
         model, _ = load_base_in_4bit(folder, quantization.dtype, device, device)
         if (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-        return model
+        return model.to(device)  # its buffers, too
     return HiggsAudioV2ForConditionalGeneration.from_pretrained(folder, dtype="auto").to(device)
 
 
