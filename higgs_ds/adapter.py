@@ -45,17 +45,16 @@ class Adapter:
 
         With DoRA, each row is scaled to its trained norm (Liu et al. 2024, arXiv 2402.09353).
         """
-        merged = self._sum(name, weight)
-        scale = self._row_scale(name, merged)
-        return merged if scale is None else merged * scale[:, None]
+        merged, magnitude = self._sum(name, weight), self.factors[name].magnitude
+        return merged if magnitude is None else merged * self._row_scale(magnitude, merged)[:, None]
 
     def _sum(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         factors = self.factors[name]
         return torch.addmm(weight.float(), factors.b.float(), factors.a.float(), alpha=self.scaling)
 
-    def _row_scale(self, name: str, summed: torch.Tensor) -> torch.Tensor | None:
-        magnitude = self.factors[name].magnitude
-        return None if magnitude is None else magnitude.float() / torch.linalg.norm(summed, dim=1)
+    @staticmethod
+    def _row_scale(magnitude: torch.Tensor, summed: torch.Tensor) -> torch.Tensor:
+        return magnitude.float() / torch.linalg.norm(summed, dim=1)
 
     def bias(self, name: str) -> torch.Tensor | None:
         """What is added to the bias of an adapted layer, float32 (out,)."""
@@ -66,8 +65,8 @@ class Adapter:
         """What an adapted layer without its bias makes of x (..., in), float32: the adapter beside the weight."""
         factors = self.factors[name]
         y = F.linear(x, weight.float()) + F.linear(F.linear(x, factors.a.float()), factors.b.float()) * self.scaling
-        scale = self._row_scale(name, self._sum(name, weight)) if factors.magnitude is not None else None
-        y = y if scale is None else y * scale
+        if factors.magnitude is not None:
+            y *= self._row_scale(factors.magnitude, self._sum(name, weight))
         bias = self.bias(name)
         return y if bias is None else y + bias
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from higgs_ds.errors import InputError
 
+T = typing.TypeVar("T")
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DS_CONFIG = PROJECT_ROOT / "ds_configs" / "zero2.json"
 FORMATS = ("chatml", "native", "swift", "metadata", "paired", "list", "csv", "table")
@@ -310,26 +311,31 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 def parse_merge_options(argv: list[str] | None = None) -> MergeOptions:
     """The options of launch/merge.py."""
-    parser = argparse.ArgumentParser(
+    return _parse_group(
+        MergeOptions,
+        argv,
         prog="launch/merge.py",
         usage="python launch/merge.py --base_model_path BASE --lora_adapter_path DIR --output_path DIR [options]",
         description="Merge a LoRA adapter into its base, in float32, tensor by tensor; the result loads by itself.",
-        allow_abbrev=False,
     )
-    add_options(parser, MergeOptions)
-    return MergeOptions(**_given(parser, argv))
 
 
 def parse_generate_options(argv: list[str] | None = None) -> GenerateOptions:
     """The options of launch/generate.py."""
-    parser = argparse.ArgumentParser(
+    return _parse_group(
+        GenerateOptions,
+        argv,
         prog="launch/generate.py",
         usage="python launch/generate.py --text TEXT [options]",
         description="Speak a text with a base, an adapter or a merged model.",
-        allow_abbrev=False,
     )
-    add_options(parser, GenerateOptions)
-    return GenerateOptions(**_given(parser, argv))
+
+
+def _parse_group(group_class: type[T], argv: list[str] | None, **shown: Any) -> T:
+    """One group of options, which is all that a command has."""
+    parser = argparse.ArgumentParser(**shown, allow_abbrev=False)
+    add_options(parser, group_class)
+    return group_class(**_given(parser, argv))
 
 
 def _given(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, Any]:

@@ -179,11 +179,15 @@ class Engine:
     def _float_moments(self) -> Iterator[None]:
         """While the block runs, DeepSpeed finds Adam's moments under torch's names, in float32."""
         with float_moments(self._inner, self._flat_masters()):
-            if self.stage in (1, 2):
-                # It keeps views of the state; those of another state than the present one would be stale.
-                self.engine.optimizer._hp_optimizer_states_linked = False
-                self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+            self._link_state()
             yield
+        self._link_state()
+
+    def _link_state(self) -> None:
+        """Have DeepSpeed see the optimizer state as it is: views of an older one are stale, and hold memory."""
+        if self.stage in (1, 2):
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     @property
     def _inner(self) -> torch.optim.Optimizer:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 
-from higgs_ds.adapter import read_adapter
+from higgs_ds.adapter import Adapter, read_adapter
 from higgs_ds.bundle import Bundle, open_bundle
 from higgs_ds.config import GenerateOptions
 from higgs_ds.data.audio import AudioError, read_audio, write_audio
@@ -34,18 +34,16 @@ class Speech:
 
 def main(options: GenerateOptions) -> None:
     """Make a WAV file as the options say. Raises InputError before any weight is loaded."""
-    bundle = _check(options)
+    bundle, adapter = _check(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec = Codec(bundle.codec.folder, device)
     messages = conversation(options)
     references = [
         codec.encode(read_audio(clip, codec.sample_rate)[None])[0] for message in messages for clip in message.clips
     ]
-    adapter = options.lora_adapter_path
-    quantization = read_adapter(adapter).quantization if adapter else None
-    model = load_for_generation(bundle.folder, quantization, device)
+    model = load_for_generation(bundle.folder, adapter.quantization if adapter else None, device)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
+        model = PeftModel.from_pretrained(model, options.lora_adapter_path)
     torch.manual_seed(options.seed)
     speech = speak(model.eval(), bundle, messages, references, _generation_settings(options))
     if speech.codes.shape[1] == 0:
@@ -92,8 +90,9 @@ def speak(
     return Speech(revert_delay_pattern(new_rows, stream), bool((new_rows[-1] == stream.eos_id).all()))
 
 
-def _check(options: GenerateOptions) -> Bundle:
+def _check(options: GenerateOptions) -> tuple[Bundle, Adapter | None]:
     problems = []
+    adapter = None
     if not options.text.strip():
         problems.append("--text: give the text to be spoken")
     if (options.ref_audio is None) != (options.ref_text is None):
@@ -104,7 +103,7 @@ def _check(options: GenerateOptions) -> Bundle:
     name = options.base_model_path
     try:
         if options.lora_adapter_path is not None:
-            read_adapter(options.lora_adapter_path)
+            adapter = read_adapter(options.lora_adapter_path)
             name = name or PeftConfig.from_pretrained(options.lora_adapter_path).base_model_name_or_path
         elif name and (Path(name) / ADAPTER_CONFIG).is_file():
             problems.append(f"--base_model_path {name}: is an adapter; give it as --lora_adapter_path")
@@ -118,7 +117,7 @@ def _check(options: GenerateOptions) -> Bundle:
             problems.append(f"--ref_audio {options.ref_audio}: {error}")
     if problems or bundle is None:
         raise InputError(problems)
-    return bundle
+    return bundle, adapter
 
 
 def _generation_settings(options: GenerateOptions) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-IGNORED = -100  # torch's own ignore_index
+IGNORE_INDEX = -100  # the ignore_index of torch's cross entropy
 
 
 LOGITS_AT_ONCE = 2**20  # numbers that are in memory together, 4 MiB in float32
@@ -51,7 +51,7 @@ class _HeadLoss(torch.autograd.Function):
             sums += F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").sum(dim=0)
             if gradient is not None:
                 # Of a cross entropy by its logits: the probabilities, less 1 at the target.
-                there = wanted != IGNORED
+                there = wanted != IGNORE_INDEX
                 slope = logits.softmax(dim=-1)
                 slope.scatter_add_(2, wanted.clamp(min=0)[..., None], -torch.ones_like(slope[..., :1]))
                 slope *= (target_weights * there)[..., None]

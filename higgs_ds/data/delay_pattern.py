@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-IGNORE_INDEX = -100  # the ignore_index of torch's cross entropy
+from higgs_ds.loss import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,13 @@ def made_adapter(base: Path, folder: Path, **options: object) -> Path:
     return folder
 
 
+def assert_as_peft_merges(base: Path, adapter: Path, merged: Path) -> None:
+    expected = PeftModel.from_pretrained(load(base), adapter).merge_and_unload().state_dict()
+    found = load(merged).state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-6)
+
+
 @pytest.fixture(scope="module")
 def biased_base(float_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base whose linear layers have biases, which the released ones lack."""
@@ -103,23 +110,16 @@ def biased_base(float_base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_other_kinds_of_lora(float_base: Path, tmp_path: Path, options: dict[str, bool]) -> None:
     adapter = made_adapter(float_base, tmp_path / "adapter", **options)
     report = merge(float_base, adapter, tmp_path / "merged")
-    expected = PeftModel.from_pretrained(load(float_base), adapter).merge_and_unload().state_dict()
-    found = load(tmp_path / "merged").state_dict()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-6)
+    assert_as_peft_merges(float_base, adapter, tmp_path / "merged")
     assert report.agreement.relative < 1e-5
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Adapter 'default'. 20 LoRA tensor:UserWarning"
-)  # PEFT takes biases for empty shards
+# PEFT takes the biases for the empty shards of ZeRO-3.
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. 20 LoRA tensor:UserWarning")
 def test_biases(biased_base: Path, float_base: Path, tmp_path: Path) -> None:
     adapter = made_adapter(biased_base, tmp_path / "adapter", lora_bias=True)
     report = merge(biased_base, adapter, tmp_path / "merged")
-    expected = PeftModel.from_pretrained(load(biased_base), adapter).merge_and_unload().state_dict()
-    found = load(tmp_path / "merged").state_dict()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-6)
+    assert_as_peft_merges(biased_base, adapter, tmp_path / "merged")
     assert report.agreement.relative < 1e-5
     message = refusal(float_base, adapter, tmp_path / "out")
     assert message.startswith("20 problems:")
