@@ -236,7 +236,7 @@ def run_trainer(args: argparse.Namespace) -> dict[str, float]:
             output_dir=folder, per_device_train_batch_size=BATCH_SIZE, max_steps=2 + args.steps, learning_rate=LR,
             report_to=[], save_strategy="no", logging_strategy="no", use_cpu=True, remove_unused_columns=False,
             gradient_checkpointing=args.checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
-            disable_tqdm=True,
+            disable_tqdm=True, bf16=args.precision == "bf16",
         )  # fmt: skip
         inputs = native_samples()
         trainer = Trainer(

@@ -20,7 +20,7 @@ from higgs_ds.files import release_freed_memory
 from higgs_ds.hub import read_tensor, weight_files, weight_places, weight_shapes
 from higgs_ds.model import nf4
 from higgs_ds.model.nf4 import BaseQuantization
-from higgs_ds.model.routed import LossHead, RoutedLayer, Routing
+from higgs_ds.model.routed import TRAINED_AS, LossHead, Routing
 
 MODEL_TYPE = "higgs_audio_v2"
 ORIGINAL_MODEL_TYPE = "higgs_audio"
@@ -233,8 +233,9 @@ class DualLossModel(nn.Module):
     def __init__(self, adapted: PeftModel) -> None:
         super().__init__()
         self.adapted = adapted
-        for layer in self.higgs.model.layers:
-            layer.__class__ = RoutedLayer
+        for module in self.higgs.model.modules():
+            if type(module) in TRAINED_AS:
+                module.__class__ = TRAINED_AS[type(module)]
         self.higgs.text_lm_head.__class__ = LossHead
         self.higgs.audio_lm_head.__class__ = LossHead
 

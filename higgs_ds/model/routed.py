@@ -6,12 +6,17 @@ Here a batch comes in an order (`data.collate.Batch`) that all layers share. The
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2DecoderLayer
+from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
+    HiggsAudioV2DecoderLayer,
+    HiggsAudioV2MLP,
+    HiggsAudioV2RMSNorm,
+)
 
 from higgs_ds.loss import head_loss
 
@@ -46,11 +51,42 @@ class _Permute(torch.autograd.Function):
         return gradients[0].index_select(0, ctx.inverse), None, None
 
 
-class RoutedLayer(HiggsAudioV2DecoderLayer):
-    """A decoder layer for places (N, H). A loaded layer becomes one by its class, and keeps its weights and names.
+class _Again(torch.autograd.Function):
+    """A cheap function of activations, run again in the backward pass: its inputs are kept, none of its steps."""
 
-    It must be a subclass: with its `forward` replaced, transformers' activation checkpointing would be gone.
-    """
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        with torch.enable_grad():
+            inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            output = ctx.function(*inputs)
+        return None, *torch.autograd.grad(output, inputs, gradients)
+
+
+class LeanNorm(HiggsAudioV2RMSNorm):
+    """A norm that keeps its input alone. transformers' keeps float32 copies, too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Again.apply(super().forward, x)
+
+
+class LeanMLP(HiggsAudioV2MLP):
+    """An FFN that does not keep its activation function's output, which costs nothing to make again."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(_Again.apply(self._gated, self.gate_proj(x), self.up_proj(x)))
+
+    def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return self.act_fn(gate) * up
+
+
+class RoutedLayer(HiggsAudioV2DecoderLayer):
+    """A decoder layer for places (N, H)."""
 
     def forward(
         self, hidden: torch.Tensor, routing: Routing, position_embeddings: tuple[torch.Tensor, torch.Tensor]
@@ -63,6 +99,15 @@ class RoutedLayer(HiggsAudioV2DecoderLayer):
         text = text + self.mlp(self.post_attention_layernorm(text))
         audio = audio + self.audio_mlp(self.audio_post_attention_layernorm(audio))
         return torch.cat([text, audio])
+
+
+# What the decoder's modules are trained as. They are subclasses: a loaded module becomes one by its class alone, keeps its
+# weights and names, and is still found by transformers' activation checkpointing, which a replaced `forward` is not.
+TRAINED_AS: dict[type[nn.Module], type[nn.Module]] = {
+    HiggsAudioV2DecoderLayer: RoutedLayer,
+    HiggsAudioV2MLP: LeanMLP,
+    HiggsAudioV2RMSNorm: LeanNorm,
+}
 
 
 class LossHead(nn.Linear):
