@@ -65,7 +65,7 @@ def measure(folder: Path) -> dict[str, object]:
     return results
 
 
-def write_base(folder: Path) -> dict[str, object]:
+def write_base(folder: Path, layers: int = GEOMETRY["num_hidden_layers"]) -> dict[str, object]:
     """Random bf16 weights of a native base, a shard at a time."""
     import torch
     from accelerate import init_empty_weights
@@ -73,7 +73,7 @@ def write_base(folder: Path) -> dict[str, object]:
     from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
     folder.mkdir()
-    config = HiggsAudioV2Config(**GEOMETRY, dtype="bfloat16")
+    config = HiggsAudioV2Config(**GEOMETRY | {"num_hidden_layers": layers}, dtype="bfloat16")
     with init_empty_weights():
         model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
     config.architectures = [type(model).__name__]
@@ -98,8 +98,8 @@ def write_base(folder: Path) -> dict[str, object]:
     return {"base_gib": 2 * sum(map(math.prod, shapes.values())) / 2**30, "shards": len(shards)}
 
 
-def write_adapter(base: Path, folder: Path) -> None:
-    """An adapter of rank 16 on all targets, as a run on this base in 4 bits would have left it."""
+def write_adapter(base: Path, folder: Path, load_in_4bit: bool = True) -> None:
+    """An adapter of rank 16 on all targets, as a run on this base, in 4 bits or in 16, would have left it."""
     import torch
     from peft import LoraConfig
 
@@ -113,7 +113,7 @@ def write_adapter(base: Path, folder: Path) -> None:
         layer = "base_model.model." + name.removesuffix(".weight")
         factors[f"{layer}.lora_A.weight"] = torch.randn(16, columns) / math.sqrt(columns)
         factors[f"{layer}.lora_B.weight"] = torch.randn(rows, 16) * 0.02
-    record = nf4.BaseQuantization("bfloat16", "-", "cpu", {})
+    record = nf4.BaseQuantization("bfloat16", "-", "cpu", {}) if load_in_4bit else None
     targets = sorted({name.split(".", 3)[3].removesuffix(".weight") for name in shapes})
     write_adapter(folder, factors, AdapterFormat(LoraConfig(r=16, target_modules=targets), record), False)
 

@@ -1,0 +1,138 @@
+"""Merging an adapter into its base here, against what a user would write with transformers and PEFT.
+
+    python benchmarks/merge.py [--repeats 3] [--layers 16] [--folder DIR] [--json]
+
+The base is random, in bf16 and in shards of 256 MiB; the adapter has rank 16 on all targets. Each merge has a process
+of its own, and all take turns: ours with its self-check, without it, and into the base as 4 bits hold it, for which
+PEFT has no counterpart; and PEFT's `merge_and_unload` between `from_pretrained` and `save_pretrained`. Seconds count
+from after the libraries' import; ours, unlike `save_pretrained`, end when the result is on the disk. Memory is the peak
+of what is resident (VmHWM), with libraries and mapped files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from base_in_4bit import GEOMETRY, peak_gib, write_adapter, write_base
+from record import parser_of, report
+from sides import child
+
+OURS, UNVERIFIED, DEQUANTIZED, PEFT = "ours", "ours_unverified", "ours_dequantized", "peft"
+PARTS = (OURS, UNVERIFIED, DEQUANTIZED, PEFT)
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--repeats", type=int, default=3, help="how often each of them merges")
+    parser.add_argument("--layers", type=int, default=GEOMETRY["num_hidden_layers"], help="fewer for a quick try")
+    parser.add_argument("--folder", type=Path, help="where 11 GiB are written (default: a temporary one)")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # what a child process is to do
+    args = parser.parse_args()
+    if args.part:
+        print(json.dumps(run_part(args.part, args.folder)))
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        result = compare(Path(folder), args.layers, args.repeats)
+    for name, value in result.items():
+        print(f"{name:<30}{value:>12.4g}" if isinstance(value, float) else f"{name:<30}{value:>12}")
+    report(args, "merge", result)
+
+
+def compare(folder: Path, layers: int, repeats: int) -> dict[str, Any]:
+    """Medians over the repeats, their ratios, and how far the two results are apart."""
+    result: dict[str, Any] = {"layers": layers, "repeats": repeats, **write_base(folder / "base", layers)}
+    write_adapter(folder / "base", folder / "adapter", load_in_4bit=False)
+    runs = [{part: fresh(part, folder) for part in PARTS} for _ in range(repeats)]
+    for part in PARTS:
+        for name in ("seconds", "peak_gib", "libraries_gib"):
+            result[f"{part}_{name}"] = statistics.median(run[part][name] for run in runs)
+    for suffix, part in (("", OURS), ("_unverified", UNVERIFIED)):
+        result[f"time_ratio{suffix}"] = statistics.median(run[PEFT]["seconds"] / run[part]["seconds"] for run in runs)
+        result[f"memory_ratio{suffix}"] = statistics.median(
+            run[part]["peak_gib"] / run[PEFT]["peak_gib"] for run in runs
+        )
+    return result | differences(folder / OURS, folder / PEFT)
+
+
+def fresh(part: str, folder: Path) -> dict[str, float]:
+    """One merge, while nothing that another one has written is still on its way to the disk."""
+    shutil.rmtree(folder / part, ignore_errors=True)
+    os.sync()
+    return child(__file__, [f"--part={part}", f"--folder={folder}"])
+
+
+def run_part(part: str, folder: Path) -> dict[str, float]:
+    """One merge in this process."""
+    work = with_peft(folder) if part == PEFT else with_ours(part, folder)
+    result = {"libraries_gib": peak_gib()}
+    started = time.perf_counter()
+    work()
+    return result | {"seconds": time.perf_counter() - started, "peak_gib": peak_gib()}
+
+
+def with_ours(part: str, folder: Path) -> Callable[[], object]:
+    from higgs_ds.quiet import quiet_libraries
+
+    quiet_libraries()
+    from higgs_ds.config import MERGE_DEQUANTIZED
+    from higgs_ds.merge import merge
+
+    merge_base = MERGE_DEQUANTIZED if part == DEQUANTIZED else None
+    return lambda: merge(
+        folder / "base", folder / "adapter", folder / part, merge_base, verify=part in (OURS, DEQUANTIZED)
+    )
+
+
+def with_peft(folder: Path) -> Callable[[], object]:
+    from higgs_ds.quiet import quiet_libraries
+
+    quiet_libraries()
+    import torch
+    from peft import PeftModel
+    from transformers import HiggsAudioV2ForConditionalGeneration
+
+    def work() -> None:
+        base = HiggsAudioV2ForConditionalGeneration.from_pretrained(
+            folder / "base",
+            dtype=torch.bfloat16,
+            use_text_head=True,  # without it, the text head is not read, and is lost
+        )
+        PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().save_pretrained(folder / PEFT)
+
+    return work
+
+
+def differences(ours: Path, theirs: Path) -> dict[str, Any]:
+    """All tensors of two models, a pair at a time."""
+    from higgs_ds.hub import read_tensor, weight_places
+
+    places, their_places = weight_places(ours), weight_places(theirs)
+    if places.keys() != their_places.keys():
+        raise SystemExit(f"not the same tensors: {sorted(places.keys() ^ their_places.keys())[:3]}")
+    numbers = differing = 0
+    largest = 0.0
+    for name, place in places.items():
+        a, b = read_tensor(place, name), read_tensor(their_places[name], name)
+        if a.dtype != b.dtype or a.shape != b.shape:
+            raise SystemExit(f"{name}: {a.dtype} {tuple(a.shape)} here, {b.dtype} {tuple(b.shape)} there")
+        difference = (a.float() - b.float()).abs()
+        numbers, differing = numbers + a.numel(), differing + int(difference.count_nonzero())
+        largest = max(largest, float(difference.max()))
+    return {
+        "tensors": len(places),
+        "largest_difference": largest,
+        "share_differing": differing / numbers,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""The two that are compared: this project's engine, and what a user would write with transformers' Trainer and PEFT.
+
+Both get the same random weights, LoRA (rank 16 on all targets, no dropout), samples, precision and batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+LORA_R, LORA_ALPHA, LR = 16, 32, 1e-4
+OURS, TRAINER = "ours", "trainer"
+NUM_CODEBOOKS, CODEBOOK_SIZE, PAD_ID = 8, 1026, 1
+AUDIO_BOS, AUDIO_DELAY, AUDIO, AUDIO_EOS, TURN_END = 13, 14, 16, 12, 9  # any ids will do
+SHARD_BYTES = 2**30
+
+
+def add_geometry(parser: argparse.ArgumentParser) -> None:
+    """Options of the random base."""
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=128256)
+
+
+def geometry(args: argparse.Namespace) -> dict[str, Any]:
+    """A base's configuration: heads of 64, and an FFN of 8/3 of the hidden size."""
+    return {
+        "hidden_size": args.hidden, "intermediate_size": args.hidden * 8 // 3 // 64 * 64,
+        "num_hidden_layers": args.layers, "num_attention_heads": args.hidden // 64,
+        "num_key_value_heads": max(1, args.hidden // 192), "head_dim": 64, "vocab_size": args.vocab,
+    }  # fmt: skip
+
+
+def write_base(folder: Path, values: dict[str, Any], precision: str) -> None:
+    """Random weights of a native base, in shards, on the GPU if there is one. `values` may be a whole config.json."""
+    import torch
+    from accelerate import init_empty_weights
+    from safetensors.torch import save_file
+    from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+
+    own = {
+        "num_codebooks": NUM_CODEBOOKS, "codebook_size": CODEBOOK_SIZE, "audio_token_id": AUDIO,
+        "audio_delay_token_id": AUDIO_DELAY, "audio_bos_token_id": AUDIO_BOS, "pad_token_id": PAD_ID,
+    }  # fmt: skip
+    config = HiggsAudioV2Config.from_dict(values | own)
+    dtype = torch_dtype(precision)
+    with init_empty_weights():
+        model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+    config.architectures, config.dtype = [type(model).__name__], dtype
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    draw = torch.Generator(device).manual_seed(0)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for name, parameter in model.state_dict().items():
+        shape = parameter.shape
+        if len(shape) > 1:
+            tensor = torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02, generator=draw).cpu()
+        else:
+            tensor = torch.ones(shape, dtype=dtype)
+        if sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = tensor
+    places = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}.safetensors"
+        save_file(shard, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(shard, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def torch_dtype(precision: str) -> Any:
+    import torch
+
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
+def speech(num_text: int, num_frames: int, seed: int) -> Any:
+    """An encoded sample: a prompt of so many tokens, so many frames of codes, and an end."""
+    import torch
+
+    from higgs_ds.data.collate import EncodedSample
+    from higgs_ds.data.delay_pattern import IGNORE_INDEX
+    from higgs_ds.data.prompt import Prompt
+
+    draw = torch.Generator().manual_seed(seed)
+    rows = stream().num_rows(num_frames)
+    text = torch.randint(100, 1000, (num_text,), generator=draw).tolist()
+    delayed = NUM_CODEBOOKS - 1
+    ids = [*text, AUDIO_BOS, *[AUDIO] * (rows - delayed), *[AUDIO_DELAY] * delayed, AUDIO_EOS, TURN_END]
+    labels = [IGNORE_INDEX] * num_text + [AUDIO_BOS] + [IGNORE_INDEX] * rows + [AUDIO_EOS, TURN_END]
+    codes = torch.randint(CODEBOOK_SIZE - 2, (NUM_CODEBOOKS, num_frames), generator=draw)
+    return EncodedSample(Prompt(ids, labels, list(range(num_text + 1, num_text + 1 + rows)), [True]), [codes])
+
+
+def stream() -> Any:
+    from higgs_ds.data.delay_pattern import AudioStream
+
+    return AudioStream(NUM_CODEBOOKS, CODEBOOK_SIZE - 2, CODEBOOK_SIZE - 1)
+
+
+def our_engine(folder: Path, precision: str, four_bit: bool, every: int | None, batch_size: int, meter: Meter) -> Any:
+    """This project's engine with ds_configs/zero2.json, as launch/train.py starts it; `every` n-th layer recomputed."""
+    from higgs_ds.config import parse_train_options
+    from higgs_ds.distributed import device, world_size
+    from higgs_ds.ds_config import read_ds_config, resolve
+    from higgs_ds.engine import Engine
+    from higgs_ds.export import adapter_parameters
+    from higgs_ds.loss import LossWeights
+    from higgs_ds.model.higgs import DualLossModel, checkpoint_layers, load_base, load_base_in_4bit
+    from higgs_ds.model.lora import add_lora
+
+    argv = f"--precision {precision} --lr {LR} --lora_r {LORA_R} --lora_alpha {LORA_ALPHA} --lora_dropout 0"
+    options, given = parse_train_options([*argv.split(), "--grad_accum=1", f"--batch_size={batch_size}"])
+    settings, options = resolve(read_ds_config(options.run.deepspeed), options, given, world_size())
+    dtype = torch_dtype(precision)
+    base = load_base_in_4bit(folder, dtype, device(), device())[0] if four_bit else load_base(folder, dtype)
+    base.to(device())
+    touch(base)
+    if every:
+        checkpoint_layers(base, every)
+    meter.weights_are_there()
+    model = DualLossModel(add_lora(base, options.lora, "", dtype))
+    weights = LossWeights.of(1, 1, NUM_CODEBOOKS, None)
+    return Engine(model, adapter_parameters(model.adapted), settings, options.optim, 1000, weights)
+
+
+def native_trainer(
+    folder: Path, output: Path, precision: str, four_bit: bool, checkpointing: bool, meter: Meter, **arguments: Any
+) -> Any:
+    """transformers' Trainer with PEFT and its defaults on the native model; give it `train_dataset` and train."""
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+    from transformers import (
+        BitsAndBytesConfig,
+        HiggsAudioV2ForConditionalGeneration,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    from higgs_ds.config import LORA_TARGET_GROUPS
+    from higgs_ds.model.lora import discover_targets
+
+    transformers.utils.logging.disable_progress_bar()
+    dtype, cpu = torch_dtype(precision), not torch.cuda.is_available()
+    quantized: dict[str, Any] = {}
+    if four_bit:
+        quantized["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["audio_lm_head", "text_lm_head"],
+        )  # fmt: skip
+    model = HiggsAudioV2ForConditionalGeneration.from_pretrained(
+        folder, use_text_head=True, dtype=dtype, device_map="cpu" if cpu else "cuda:0", **quantized
+    )
+    touch(model)
+    meter.weights_are_there()
+    targets = discover_targets(model, LORA_TARGET_GROUPS)
+    model = get_peft_model(model, LoraConfig(r=LORA_R, lora_alpha=LORA_ALPHA, target_modules=targets))
+    model.enable_input_require_grads()
+
+    class Tick(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            meter.step_begins()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            meter.step_ends()
+
+    samples = arguments.pop("train_dataset")
+    training = TrainingArguments(
+        output_dir=str(output), learning_rate=LR, report_to=[], save_strategy="no", logging_strategy="no", use_cpu=cpu,
+        bf16=precision == "bf16", remove_unused_columns=False, gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False}, disable_tqdm=True, **arguments,
+    )  # fmt: skip
+    return Trainer(model, training, train_dataset=samples, data_collator=pad, callbacks=[Tick()])
+
+
+def touch(model: Any) -> None:
+    """Have all weights in memory, which a loader may have mapped from their files only."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+
+
+def native_sample(sample: Any) -> dict[str, Any]:
+    """An encoded sample as the native forward takes it, labels unshifted."""
+    import torch
+
+    from higgs_ds.data.delay_pattern import apply_delay_pattern, delayed_labels
+
+    codes = apply_delay_pattern(sample.codes[0], stream())
+    return {
+        "input_ids": torch.tensor(sample.prompt.input_ids),
+        "attention_mask": torch.ones(len(sample.prompt.input_ids), dtype=torch.long),
+        "labels": torch.tensor(sample.prompt.labels),
+        "audio_input_ids": codes,
+        "audio_labels": delayed_labels(sample.codes[0], stream()),
+        "audio_input_ids_mask": torch.ones(len(codes), dtype=torch.bool),
+    }
+
+
+PADDING = {"input_ids": PAD_ID, "labels": -100, "audio_labels": -100}
+
+
+def pad(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Native samples of a batch, each tensor padded on the right to the longest."""
+    from torch.nn.utils.rnn import pad_sequence
+
+    return {
+        name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=PADDING.get(name, 0))
+        for name in rows[0]
+    }
+
+
+class Meter:
+    """Seconds of each step after the first ones, or, where memory is asked for, the peak above the weights.
+
+    On CPUs not both in one run: the profiler, which sees each of torch's allocations, takes time. Resident memory would
+    say little, as the C library keeps what is freed in small pieces.
+    """
+
+    def __init__(self, memory: bool, warmup: int) -> None:
+        self.memory, self.warmup = memory, warmup
+        self.begun, self.seconds = 0.0, list[float]()
+        self.profile: Any = None
+        self.weights = 0
+
+    def weights_are_there(self) -> None:
+        """To be called when the base is loaded and nothing else."""
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        if torch.cuda.is_available():
+            self.weights = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        elif self.memory:
+            self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+            self.profile.start()
+
+    def step_begins(self) -> None:
+        self.begun = _now()
+
+    def step_ends(self) -> None:
+        self.seconds.append(_now() - self.begun)
+
+    def read(self) -> dict[str, float]:
+        """`step_s`, the median second; `peak_mib`."""
+        import torch
+
+        result = {}
+        if torch.cuda.is_available():
+            result["peak_mib"] = (torch.cuda.max_memory_allocated() - self.weights) / 2**20
+        elif self.profile is not None:
+            self.profile.stop()
+            events = self.profile.profiler.kineto_results.events()
+            sizes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+            result["peak_mib"] = max(itertools.accumulate(size for _, size in sorted(sizes))) / 2**20
+        if len(self.seconds) > self.warmup:
+            result["step_s"] = statistics.median(self.seconds[self.warmup :])
+        return result
+
+
+def _now() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def child(script: str, options: Sequence[str], ranks: int = 1) -> dict[str, float]:
+    """Run a script in a process of its own, or in one for each rank, and read its last line."""
+    command = [sys.executable, script]
+    if ranks > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", script]
+    done = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def matmul_peak(precision: str, size: int) -> float:
+    """Operations a second of a square matmul on this device, the best of several."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    a, b = (torch.randn(size, size, device=device).to(torch_dtype(precision)) for _ in range(2))
+    best = math.inf
+    for _ in range(10):
+        begun = _now()
+        a @ b.T
+        best = min(best, _now() - begun)
+    return 2 * size**3 / best
