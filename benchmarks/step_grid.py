@@ -41,9 +41,6 @@ def main() -> None:
     parser.add_argument("--trainer", action="store_true", help="also transformers' Trainer, on one rank")
     parser.add_argument("--warmup", type=int, default=2, help="steps of each run that are not timed")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each run")
-    parser.add_argument(
-        "--repeats", type=int, default=1, help="runs of each cell, which take turns; the fastest counts"
-    )
     sides.add_geometry(parser)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # where a child process finds the base
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)  # what it is to do
@@ -63,10 +60,8 @@ def main() -> None:
 def measure(args: argparse.Namespace, values: dict[str, Any]) -> list[dict[str, Any]]:
     """One row for each cell, printed as it comes."""
     rows = []
-    peaks = {
-        kind: sides.matmul_peak(kind, 4096 if has_gpu() else 1024)
-        for kind in {PRECISIONS[p][0] for p in args.precisions}
-    }
+    kinds = {PRECISIONS[precision][0] for precision in args.precisions}
+    peaks = {kind: sides.matmul_peak(kind, 8192 if has_gpu() else 1024) for kind in kinds}
     print(" ".join(f"{axis:>13}" for axis in AXES), f"{'tokens/s':>10} {'peak MiB':>10} {'of matmul':>10}")
     vocabs = args.vocabs or [values["vocab_size"]]
     for vocab, precision in itertools.product(vocabs, args.precisions):
@@ -98,9 +93,8 @@ def run(args: argparse.Namespace, cell: dict[str, Any], folder: str) -> dict[str
     timed = [*options, f"--warmup={args.warmup}", f"--steps={args.steps}"]
     result = sides.child(__file__, timed, cell["ranks"])
     if not has_gpu():
-        result["peak_mib"] = sides.child(__file__, [*options, "--memory", "--warmup=0", "--steps=2"], cell["ranks"])[
-            "peak_mib"
-        ]
+        counted = sides.child(__file__, [*options, "--memory", "--warmup=0", "--steps=2"], cell["ranks"])
+        result["peak_mib"] = counted["peak_mib"]
     return result
 
 
