@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from record import parser_of, report
+
 PARTS = ("libraries", "load", "merge", "merge_original", "merge_unverified")
 GEOMETRY = {
     "vocab_size": 128256,
@@ -32,8 +34,7 @@ SHARD_BYTES = 256 * 2**20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser = parser_of(__doc__)
     parser.add_argument("--folder", type=Path, help="where 9 GiB are written (default: a temporary one)")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # what a child process is to do
     args = parser.parse_args()
@@ -45,8 +46,7 @@ def main() -> None:
     print(f"base: {results['base_gib']:.2f} GiB in {results['shards']} files, {results['nf4_gib']:.2f} GiB in 4 bits")
     for part in PARTS:
         print(f"{part:17s} peak {results[part]['peak_gib']:.3f} GiB  {results[part]['seconds']:6.1f} s")
-    if args.json:
-        print(json.dumps(results))
+    report(args, "base_in_4bit", results)
 
 
 def measure(folder: Path) -> dict[str, object]:

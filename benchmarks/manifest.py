@@ -8,7 +8,6 @@ which are encoded before the clock starts.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import subprocess
@@ -16,6 +15,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from record import parser_of, report
 
 PROJECT = Path(__file__).resolve().parent.parent
 WORDS = "the small boats came back before storm and every light on pier was red blue green for a while".split()
@@ -54,10 +55,9 @@ def prepare(manifest: Path, cache: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--lines", type=int, default=1_000_000)
     parser.add_argument("--stretches", type=int, default=24, help="different stretches of audio among them")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         manifest, small, cache = Path(folder, "m.jsonl"), Path(folder, "small.jsonl"), Path(folder, "cache")
@@ -81,8 +81,7 @@ def main() -> None:
         }
     for name, value in result.items():
         print(f"{name:<18} {value}")
-    if args.json:
-        print(json.dumps(result))
+    report(args, "manifest", result)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ codes a second, 9 more for the delay, and a prompt of 80 tokens.
 
 from __future__ import annotations
 
-import argparse
-import json
-
 import numpy as np
+from record import parser_of, report
 
 from higgs_ds.config import OptimOptions
 from higgs_ds.data.sampler import WindowSampler
@@ -26,9 +24,8 @@ def lengths_of_speech(count: int) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--samples", type=int, default=20_000)
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
     lengths, bucket_size = lengths_of_speech(args.samples), OptimOptions().bucket_size
     result = {}
@@ -48,8 +45,7 @@ def main() -> None:
         result[f"up to {tokens} tokens"] = {"shuffled": round(filled(1), 4), "by_length": round(filled(bucket_size), 4)}
     for name, values in result.items():
         print(f"{name:<42} {values['shuffled']:>9.1%} {values['by_length']:>10.1%}")
-    if args.json:
-        print(json.dumps({"samples": args.samples, "bucket_size": bucket_size, "padding": result}))
+    report(args, "padding", {"samples": args.samples, "bucket_size": bucket_size, "padding": result})
 
 
 if __name__ == "__main__":

@@ -169,11 +169,11 @@ def operations(values: dict[str, Any], length: int, batch: int) -> float:
     frozen = sum(a * b for a, b in shapes)
     lora = sum(sides.LORA_R * (a + b) for a, b in shapes)
     attention = length / 2 * 2 * heads * dim  # of a position: half the keys, scores and values
-    positions = length * batch
-    decoder = positions * layers * (2 * 2 * frozen + 3 * 2 * lora + 3 * 2 * attention)
+    decoder = layers * (2 * 2 * frozen + 3 * 2 * lora + 3 * 2 * attention)
     codes = sides.NUM_CODEBOOKS * sides.CODEBOOK_SIZE
-    targets = batch * (3 * values["vocab_size"] + (length - NUM_TEXT - 3) * codes)
-    return decoder + 2 * 2 * hidden * targets
+    targets = 3 * values["vocab_size"] + (length - NUM_TEXT - 4) * codes  # none for the first row of codes
+    embedded = sum(hidden * (out + sides.LORA_R) for _, out in shapes[:3])  # what comes in first wants no gradient
+    return batch * (length * (decoder - 2 * embedded) + 2 * 2 * hidden * targets)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from record import parser_of, report
 from sides import OURS, TRAINER
 
 BATCH_SIZE, LENGTH, NUM_FRAMES = 2, 512, 300
+MEASURES = ("speed", "memory")
+RECOMPUTE = {"none": ("", False), "every_layer": ("_checkpointing", True)}  # suffix of the result's names, whether
 GEOMETRY = ("hidden", "layers", "vocab")
 
 
@@ -29,6 +31,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--load_in_4bit", action="store_true", help="NF4 in both")
     parser.add_argument("--pairs", type=int, default=3, help="how often each of the two runs")
+    parser.add_argument("--measure", nargs="+", choices=MEASURES, default=list(MEASURES))
+    parser.add_argument("--recompute", nargs="+", choices=RECOMPUTE, default=list(RECOMPUTE), help="layers, in both")
     parser.add_argument("--warmup", type=int, default=2, help="steps of each run that are not timed")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each run")
     sides.add_geometry(parser)
@@ -42,7 +46,8 @@ def main() -> None:
     result = compare(args)
     for name, value in result.items():
         print(f"{name:<36}{value:>12.3f}" if isinstance(value, float) else f"{name:<36}{value!s:>12}")
-    report(args, f"train_step-{'nf4-' * args.load_in_4bit}{args.precision}", result)
+    only = "".join(f"-{name}" for name in args.measure + args.recompute if len(args.measure + args.recompute) < 4)
+    report(args, f"train_step-{'nf4-' * args.load_in_4bit}{args.precision}{only}", result)
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -50,15 +55,16 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         name: getattr(args, name) for name in ("precision", "load_in_4bit", "hidden", "layers", "vocab")
     }
-    variants = (("", False), ("_checkpointing", True))
-    for suffix, checkpointing in variants:
+    variants = [RECOMPUTE[name] for name in args.recompute]
+    for suffix, checkpointing in variants if "speed" in args.measure else []:
         pairs = [[child(part, args, checkpointing)["step_s"] for part in (OURS, TRAINER)] for _ in range(args.pairs)]
+        result[f"step_s_of_pairs{suffix}"] = pairs
         for i, part in enumerate((OURS, TRAINER)):
             step_s = statistics.median(pair[i] for pair in pairs)
             result[f"{part}_tokens_per_s{suffix}"] = BATCH_SIZE * LENGTH / step_s
             result[f"{part}_samples_per_s{suffix}"] = BATCH_SIZE / step_s
         result[f"speed_ratio{suffix}"] = statistics.median(theirs / ours for ours, theirs in pairs)
-    for suffix, checkpointing in variants:
+    for suffix, checkpointing in variants if "memory" in args.measure else []:
         ours, theirs = (child(part, args, checkpointing, memory=True)["peak_mib"] for part in (OURS, TRAINER))
         result |= {f"{OURS}_peak_mib{suffix}": ours, f"{TRAINER}_peak_mib{suffix}": theirs}
         result[f"memory_ratio{suffix}"] = ours / theirs

@@ -18,6 +18,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DS_CONFIG = PROJECT_ROOT / "ds_configs" / "zero2.json"
 FORMATS = ("chatml", "native", "swift", "metadata", "paired", "list", "csv", "table")
 LORA_TARGET_GROUPS = ("attention", "text_mlp", "audio_mlp")
+ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 MERGE_DEQUANTIZED, MERGE_ORIGINAL = "dequantized", "original"
 RESUME_NEVER, RESUME_AUTO = "never", "auto"
@@ -84,6 +85,13 @@ class ModelOptions:
         "as few as the GPU's memory asks for",
         metavar="none|every_layer|N|auto",
     )
+    offload_checkpoints: bool = option(
+        False, "hold the inputs of recomputed layers in host memory until the backward pass asks for them"
+    )
+    attn_implementation: str = option(
+        "sdpa", "torch's attention, or that of the package flash-attn (a GPU, bf16), causal without a mask either way",
+        ATTENTION,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -388,6 +396,11 @@ def check_options(options: TrainOptions) -> list[str]:
         checkpointing in named or (checkpointing.isdecimal() and int(checkpointing) >= 1),
         "none, every_layer, auto, or a number N of layers, 1 or more",
     )
+    if flat["offload_checkpoints"] and checkpointing == "none":
+        problems.append(
+            "--offload_checkpoints: there are no checkpoints with --activation_checkpointing none; give every_layer, "
+            "a number N, or auto"
+        )
     expect("lr", 0 < flat["lr"] < float("inf"), "above 0")
     for name in ("device_memory_gib", "plan_ranks"):
         if flat[name] is not None:

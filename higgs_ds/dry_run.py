@@ -91,6 +91,7 @@ def describe(setting: Setting, made: Plan) -> list[str]:
     base = options.model.base_ckpt or "built in"
     every = recompute_every(options.model)
     recompute = "kept" if every is None else f"recomputed in {'every layer' if every == 1 else f'1 layer of {every}'}"
+    recompute += " from host memory" if options.model.offload_checkpoints and every else ""
     guess = " (a guess: give --max_seq_len)" if assumed else ""
     four_bit = "NF4 in " if options.model.load_in_4bit else ""
     offloaded = [f"{what} offloaded, " for what in ("optimizer", "param") if setting.offloads(what)]
@@ -187,6 +188,8 @@ def _changes(setting: Setting, given: set[str]) -> Iterator[Change]:
         {"offload_embeddings": True},
         {"optim": "adamw_8bit"},
     ]
+    if recompute_every(setting.options.model) is not None:
+        candidates.append({"offload_checkpoints": True})
     flat = setting.options.flat()
     for values in candidates:
         if any(flat[name] != value for name, value in values.items()):

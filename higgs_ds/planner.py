@@ -154,6 +154,7 @@ def plan(setting: Setting) -> Plan:
             keeps_inputs=setting.stage == 3,
         ),
     )
+    checkpoints, one_checkpoint = _offloaded_checkpoints(setting, size * length)
     partial = Plan(
         weights=on_device,
         quantization=sum(weight.statistics_bytes * weight.count for weight in weights),
@@ -161,14 +162,23 @@ def plan(setting: Setting) -> Plan:
         gradients=0,
         optimizer=0,
         buckets=0,
-        activations=taken.activations,
+        activations=taken.activations - checkpoints,
         logits=taken.logits,
-        working=taken.working + (MATRIX_WORKSPACE_BYTES if setting.on_gpu else 0),
+        working=taken.working + one_checkpoint + (MATRIX_WORKSPACE_BYTES if setting.on_gpu else 0),
         gathered=_gathered_bytes(setting, weights) if setting.stage == 3 else 0,
         step=0,
-        host=on_host,
+        host=on_host | ({"checkpoints": checkpoints} if checkpoints else {}),
     )
     return _with_training_state(setting, partial, trained)
+
+
+def _offloaded_checkpoints(setting: Setting, positions: int) -> tuple[int, int]:
+    """Bytes of layers' inputs that wait in host memory, and of the one that is back at a time."""
+    every = recompute_every(setting.options.model)
+    if not setting.options.model.offload_checkpoints or every is None:
+        return 0, 0
+    one = positions * setting.config.hidden_size * setting.dtype.itemsize
+    return math.ceil(setting.config.num_hidden_layers / every) * one, one
 
 
 def with_checkpointing(setting: Setting, device_bytes: float) -> Setting:

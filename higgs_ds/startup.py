@@ -49,7 +49,8 @@ DROPPED_FILE = "dropped_samples.txt"
 # long as the number of samples per step stays.
 FREE_ON_RESUME = (
     "output_dir", "resume", "log_steps", "val_steps", "save_steps", "merge_adapter_with_base", "deepspeed", "cache_dir",
-    "activation_checkpointing", "offload_embeddings", "batch_size", "grad_accum", "epochs", "max_steps",
+    "activation_checkpointing", "offload_embeddings", "offload_checkpoints", "attn_implementation",
+    "batch_size", "grad_accum", "epochs", "max_steps",
     "train_manifest", "val_manifest", "val_split", "split_by", "format", "reference", "normalize_text",
     "allow_text_targets", "max_clip_s", "max_seq_len", "skip_bad", "num_workers", "base_ckpt", "base_revision",
     "codec_ckpt", "dry_run", "device_memory_gib", "plan_ranks",
@@ -259,7 +260,8 @@ def _load(inputs: Inputs) -> Run:
     weights = LossWeights.of(
         optim.text_loss_weight, optim.audio_loss_weight, bundle.config.num_codebooks, optim.codebook_weights
     )
-    engine = Engine(DualLossModel(model), trained, inputs.ds_settings, optim, state.total_steps, weights)
+    dual = DualLossModel(model, options.model.offload_checkpoints)
+    engine = Engine(dual, trained, inputs.ds_settings, optim, state.total_steps, weights)
     torch.manual_seed(optim.seed + 1 + distributed.rank())  # dropout of its own on every rank
     if resume_from is not None:
         checkpoint.load_into_engine(resume_from, engine, state)
@@ -306,6 +308,7 @@ def _adapted_model(inputs: Inputs) -> tuple[PeftModel, BaseQuantization | None]:
         model, quantization = load_base_in_4bit(bundle.folder, dtype, here, torch.device("cpu") if sharded else here)
     else:
         model = load_base(bundle.folder, dtype)
+    model.set_attn_implementation(options.model.attn_implementation)
     if options.model.offload_embeddings:
         offload_embeddings(model)
     every = recompute_every(options.model)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from higgs_ds.config import TrainOptions
+
+ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
 def unsupported(options: TrainOptions, ds_settings: dict[str, Any], on_gpu: bool) -> list[str]:
@@ -15,7 +18,14 @@ def unsupported(options: TrainOptions, ds_settings: dict[str, Any], on_gpu: bool
     zero = ds_settings["zero_optimization"]
     offloads = zero.get("offload_optimizer", {}).get("device") == "cpu"
     lora, optim = options.lora, options.optim.optim
+    attention, package = options.model.attn_implementation, ATTENTION_PACKAGES.get(options.model.attn_implementation)
     problems = []
+    if package and importlib.util.find_spec(package) is None:
+        problems.append(f"--attn_implementation {attention}: the package {package} is not installed; leave it at sdpa")
+    if package and not on_gpu:
+        problems.append(f"--attn_implementation {attention}: is for GPUs, and there is none here; leave it at sdpa")
+    if package and options.model.precision != "bf16":
+        problems.append(f"--attn_implementation {attention}: knows no float32; leave it at sdpa, or train in bf16")
     if lora.use_dora and zero["stage"] == 3:
         problems.append(
             "--use_dora: not at ZeRO stage 3: it needs whole weights outside of their layers' forward, where stage 3 "

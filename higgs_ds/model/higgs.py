@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from higgs_ds.files import release_freed_memory
 from higgs_ds.hub import read_tensor, weight_files, weight_places, weight_shapes
 from higgs_ds.model import nf4
 from higgs_ds.model.nf4 import BaseQuantization
+from higgs_ds.model.offload import OnHost, kept_on_host
 from higgs_ds.model.routed import TRAINED_AS, LossHead, Routing
 
 MODEL_TYPE = "higgs_audio_v2"
@@ -204,20 +206,6 @@ def all_logits(
     return torch.cat([model.text_lm_head(hidden), model.audio_lm_head(hidden)], dim=-1)
 
 
-class OnHost(nn.Module):
-    """A module without gradients that stays in host memory, and takes and gives tensors of any device.
-
-    It is no submodule: nothing that walks the model moves, parts or saves its weights.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["on_host"] = module
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.__dict__["on_host"](ids.cpu()).to(ids.device)
-
-
 def offload_embeddings(higgs: HiggsAudioV2ForConditionalGeneration) -> None:
     """Keep the embeddings of text and codes in host memory: of each, a step needs a few rows."""
     higgs.model.embed_tokens = OnHost(higgs.model.embed_tokens.cpu())
@@ -230,9 +218,11 @@ class DualLossModel(nn.Module):
     Both heads are called in every forward, on no rows if need be, so that all ranks run the same collectives.
     """
 
-    def __init__(self, adapted: PeftModel) -> None:
+    def __init__(self, adapted: PeftModel, offload_checkpoints: bool = False) -> None:
+        """`offload_checkpoints`: the inputs of recomputed layers wait in host memory for the backward pass."""
         super().__init__()
         self.adapted = adapted
+        self.offload_checkpoints = offload_checkpoints
         for module in self.higgs.model.modules():
             if type(module) in TRAINED_AS:
                 module.__class__ = TRAINED_AS[type(module)]
@@ -278,5 +268,7 @@ class DualLossModel(nn.Module):
         position_embeddings = model.rotary_emb(hidden, torch.arange(places.shape[1], device=places.device)[None])
         routing = Routing(len(text_ids), positions, places)
         for layer in model.layers:
-            hidden = layer(hidden, routing, position_embeddings)
+            offloaded = self.offload_checkpoints and layer.gradient_checkpointing
+            with kept_on_host() if offloaded else contextlib.nullcontext():
+                hidden = layer(hidden, routing, position_embeddings)
         return hidden

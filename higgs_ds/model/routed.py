@@ -101,8 +101,8 @@ class RoutedLayer(HiggsAudioV2DecoderLayer):
         return torch.cat([text, audio])
 
 
-# What the decoder's modules are trained as. They are subclasses: a loaded module becomes one by its class alone, keeps its
-# weights and names, and is still found by transformers' activation checkpointing, which a replaced `forward` is not.
+# What the decoder's modules are trained as. They are subclasses: a loaded module becomes one by its class alone, keeps
+# its weights and names, and is found by transformers' activation checkpointing, as a replaced `forward` would not be.
 TRAINED_AS: dict[type[nn.Module], type[nn.Module]] = {
     HiggsAudioV2DecoderLayer: RoutedLayer,
     HiggsAudioV2MLP: LeanMLP,

@@ -29,7 +29,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path) -> P
         (root / f"{name}.json").write_text(json.dumps(values))
         for base, option in BASES.items():
             for checkpointing in CHECKPOINTING:
-                more = "--offload_embeddings" if checkpointing == "every_layer" else ""
+                more = "--offload_embeddings --offload_checkpoints" if checkpointing == "every_layer" else ""
                 runs.append(
                     f"--deepspeed {root}/{name}.json --output_dir {root}/{base}-{name}-{checkpointing} {option} {more} "
                     f"--train_manifest {mixed_manifest} --val_split 0 --allow_text_targets --batch_size 1 "
@@ -69,6 +69,15 @@ def test_table_in_the_readme() -> None:
         (
             "--optim adamw_8bit --deepspeed {root}/zero2_offload.json",
             "offload_optimizer keeps the state in host memory",
+        ),
+        pytest.param(
+            "--attn_implementation flash_attention_2 --precision fp32",
+            "--attn_implementation flash_attention_2: is for GPUs, and there is none here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+        (
+            "--offload_checkpoints",
+            "--offload_checkpoints: there are no checkpoints with --activation_checkpointing none",
         ),
         pytest.param(
             "--optim paged_adamw",
