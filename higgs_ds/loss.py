@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 
 IGNORE_INDEX = -100  # the ignore_index of torch's cross entropy
-
-
 LOGITS_AT_ONCE = 2**20  # numbers that are in memory together, 4 MiB in float32
+CLASSES_AT_ONCE = 2**13  # of a text head: rows of its weight that a processor's cache may hold
 
 
 def head_loss(
@@ -25,7 +24,8 @@ def head_loss(
     """Cross entropy of a frozen head's logits, in chunks: logits of all rows never are in memory together.
 
     The gradient of `hidden` is made chunk by chunk in the forward pass, while the logits are there (as in Liger Kernel,
-    Hsu et al. 2024, arXiv 2410.10989); nothing else is kept for the backward pass.
+    Hsu et al. 2024, arXiv 2410.10989); nothing else is kept for the backward pass. A head of one part, the text's, also
+    goes class by class, so that its weight is read once and the vocabulary's size costs no memory.
 
     Args:
         hidden: (K, H); head: (P x S, H), for P parts of S classes each.
@@ -43,19 +43,15 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_parts = targets.shape[1]
         sums = torch.zeros(num_parts, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        step = max(1, LOGITS_AT_ONCE // len(head))
+        gradient = torch.empty_like(hidden)
+        of_chunk, classes = (_class_by_class, CLASSES_AT_ONCE) if num_parts == 1 else (_all_classes, len(head))
+        step = max(1, LOGITS_AT_ONCE // min(len(head), classes))
         for start in range(0, len(hidden), step):
             rows, wanted = hidden[start : start + step], targets[start : start + step]
-            logits = F.linear(rows, head).float().view(len(rows), num_parts, -1)
-            sums += F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").sum(dim=0)
-            if gradient is not None:
-                # Of a cross entropy by its logits: the probabilities, less 1 at the target.
-                there = wanted != IGNORE_INDEX
-                slope = logits.softmax(dim=-1)
-                slope.scatter_add_(2, wanted.clamp(min=0)[..., None], -torch.ones_like(slope[..., :1]))
-                slope *= (target_weights * there)[..., None]
-                gradient[start : start + step] = slope.flatten(1).to(head.dtype) @ head
+            chunk_sums, chunk_gradient = of_chunk(rows, head, wanted, target_weights, ctx.needs_input_grad[0])
+            sums += chunk_sums
+            if chunk_gradient is not None:
+                gradient[start : start + step] = chunk_gradient
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(sums)
         return (sums * target_weights).sum(), sums
@@ -64,6 +60,54 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * gradients[0], None, None, None
+
+
+def _all_classes(
+    rows: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor, learning: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Sums of each part (P,), and if `learning` the weighted gradient of the rows (n, H), of all classes at once."""
+    logits = F.linear(rows, head).float().view(len(rows), len(target_weights), -1)
+    sums = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(dim=0)
+    if not learning:
+        return sums, None
+    # Of a cross entropy by its logits: the probabilities, less 1 at the target.
+    slope = logits.softmax(dim=-1)
+    slope.scatter_add_(2, targets.clamp(min=0)[..., None], -torch.ones_like(slope[..., :1]))
+    slope *= (target_weights * (targets != IGNORE_INDEX))[..., None]
+    return sums, slope.flatten(1).to(head.dtype) @ head
+
+
+def _class_by_class(
+    rows: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor, learning: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same for a head of one part, some classes at a time, with a softmax that is made up as they come.
+
+    What was summed is scaled down whenever a larger logit appears (Milakov and Gimelshein 2018, arXiv 1805.02867), and
+    so is the mean of the head's rows by their probabilities, which is the logarithm's gradient.
+    """
+    targets, shape = targets[:, 0], (len(rows), 1)
+    highest = torch.full(shape, -torch.inf, device=rows.device)
+    total = torch.zeros(shape, device=rows.device)
+    at_target = torch.zeros(shape, device=rows.device)
+    mean_row = torch.zeros(rows.shape, device=rows.device)
+    for first in range(0, len(head), CLASSES_AT_ONCE):
+        some = head[first : first + CLASSES_AT_ONCE]
+        logits = F.linear(rows, some).float()
+        higher = torch.maximum(highest, logits.amax(dim=1, keepdim=True))
+        among = (targets - first).clamp(0, len(some) - 1)[:, None]
+        is_among = (targets >= first) & (targets < first + len(some))
+        at_target += logits.gather(1, among) * is_among[:, None]
+        raised, shrunk = (logits - higher).exp_(), (highest - higher).exp()
+        total = total * shrunk + raised.sum(dim=1, keepdim=True)
+        if learning:
+            mean_row = mean_row * shrunk + (raised.to(head.dtype) @ some).float()
+        highest = higher
+    there = (targets != IGNORE_INDEX)[:, None]
+    losses = (total.log() + highest - at_target) * there
+    if not learning:
+        return losses.sum(dim=0), None
+    gradient = (mean_row / total - head[targets.clamp(min=0)].float()) * (target_weights * there)
+    return losses.sum(dim=0), gradient.to(rows.dtype)
 
 
 @dataclass(frozen=True)

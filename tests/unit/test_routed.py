@@ -104,24 +104,29 @@ def test_offloaded_checkpoints(base: Path) -> None:
     assert all(one.equal(other) for one, other in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("classes_at_once", [loss.CLASSES_AT_ONCE, 40, 7, 1])
 @pytest.mark.parametrize("at_once", [loss.LOGITS_AT_ONCE, 8 * 40 * 3, 1])
-def test_head_loss(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    """In one chunk, in chunks of three rows, and a row at a time: torch's cross entropy and its gradient."""
+@pytest.mark.parametrize("num_parts", [8, 1])
+def test_head_loss(monkeypatch: pytest.MonkeyPatch, num_parts: int, at_once: int, classes_at_once: int) -> None:
+    """In one chunk, in chunks of a few rows or classes, and one at a time: torch's cross entropy and its gradient."""
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(loss, "CLASSES_AT_ONCE", classes_at_once)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(11, 16, generator=draw, requires_grad=True)
-    head = torch.randn(8 * 40, 16, generator=draw)
-    targets = torch.randint(40, (11, 8), generator=draw)
-    targets[torch.rand(11, 8, generator=draw) < 0.3] = IGNORE_INDEX
-    weights = torch.rand(8, generator=draw)
+    head = 2 * torch.randn(num_parts * 40, 16, generator=draw)
+    targets = torch.randint(40, (11, num_parts), generator=draw)
+    targets[torch.rand(11, num_parts, generator=draw) < 0.3] = IGNORE_INDEX
+    weights = torch.rand(num_parts, generator=draw)
     weighted, sums = loss.head_loss(hidden, head, targets, weights)
     (gradient,) = torch.autograd.grad(3 * weighted, hidden)
-    logits = (hidden @ head.T).view(11, 8, 40)
-    expected = torch.stack([F.cross_entropy(logits[:, k], targets[:, k], reduction="sum") for k in range(8)])
+    logits = (hidden @ head.T).view(11, num_parts, 40)
+    expected = torch.stack([F.cross_entropy(logits[:, k], targets[:, k], reduction="sum") for k in range(num_parts)])
     (expected_gradient,) = torch.autograd.grad(3 * (expected * weights).sum(), hidden)
     torch.testing.assert_close(sums, expected.detach(), rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(weighted, (expected * weights).sum(), rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert loss.head_loss(hidden, head, targets, weights)[1].equal(sums)
 
 
 def test_head_loss_of_no_rows() -> None:
