@@ -10,13 +10,14 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from record import parser_of, report
+from sides import child, write_base
 
 PARTS = ("libraries", "load", "merge", "merge_original", "merge_unverified")
 GEOMETRY = {
@@ -27,8 +28,6 @@ GEOMETRY = {
     "num_attention_heads": 12,
     "num_key_value_heads": 4,
     "head_dim": 128,
-    "num_codebooks": 8,
-    "codebook_size": 1026,
 }
 SHARD_BYTES = 256 * 2**20
 
@@ -49,53 +48,14 @@ def main() -> None:
     report(args, "base_in_4bit", results)
 
 
-def measure(folder: Path) -> dict[str, object]:
+def measure(folder: Path) -> dict[str, Any]:
     """Sizes in GiB, and peak and time of each part."""
-    results: dict[str, object] = write_base(folder / "base")
+    results: dict[str, Any] = write_base(folder / "base", GEOMETRY, "bf16", SHARD_BYTES)
     write_adapter(folder / "base", folder / "adapter")
     for part in PARTS:
-        done = subprocess.run(
-            [sys.executable, __file__, "--part", part, "--folder", str(folder)],
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        results[part] = json.loads(done.stdout.splitlines()[-1])
-    results["nf4_gib"] = results["load"]["model_gib"]  # type: ignore[index]
+        results[part] = child(__file__, [f"--part={part}", f"--folder={folder}"])
+    results["nf4_gib"] = results["load"]["model_gib"]
     return results
-
-
-def write_base(folder: Path, layers: int = GEOMETRY["num_hidden_layers"]) -> dict[str, object]:
-    """Random bf16 weights of a native base, a shard at a time."""
-    import torch
-    from accelerate import init_empty_weights
-    from safetensors.torch import save_file
-    from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
-
-    folder.mkdir()
-    config = HiggsAudioV2Config(**GEOMETRY | {"num_hidden_layers": layers}, dtype="bfloat16")
-    with init_empty_weights():
-        model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    torch.manual_seed(0)
-    shards: list[list[str]] = [[]]
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for name in shapes:
-        if shards[-1] and 2 * sum(math.prod(shapes[n]) for n in [*shards[-1], name]) > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(name)
-    for i, names in enumerate(shards):
-        weights = {
-            name: (torch.randn(shapes[name]) / math.sqrt(shapes[name][-1])).bfloat16()
-            if len(shapes[name]) > 1
-            else torch.ones(shapes[name], dtype=torch.bfloat16)
-            for name in names
-        }
-        save_file(weights, folder / f"model-{i + 1:05d}.safetensors", {"format": "pt"})
-    places = {name: f"model-{i + 1:05d}.safetensors" for i, names in enumerate(shards) for name in names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return {"base_gib": 2 * sum(map(math.prod, shapes.values())) / 2**30, "shards": len(shards)}
 
 
 def write_adapter(base: Path, folder: Path, load_in_4bit: bool = True) -> None:

@@ -22,9 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from base_in_4bit import GEOMETRY, peak_gib, write_adapter, write_base
+from base_in_4bit import GEOMETRY, SHARD_BYTES, peak_gib, write_adapter
 from record import parser_of, report
-from sides import child
+from sides import child, write_base
 
 OURS, UNVERIFIED, DEQUANTIZED, PEFT = "ours", "ours_unverified", "ours_dequantized", "peft"
 PARTS = (OURS, UNVERIFIED, DEQUANTIZED, PEFT)
@@ -49,7 +49,8 @@ def main() -> None:
 
 def compare(folder: Path, layers: int, repeats: int) -> dict[str, Any]:
     """Medians over the repeats, their ratios, and how far the two results are apart."""
-    result: dict[str, Any] = {"layers": layers, "repeats": repeats, **write_base(folder / "base", layers)}
+    base = write_base(folder / "base", GEOMETRY | {"num_hidden_layers": layers}, "bf16", SHARD_BYTES)
+    result: dict[str, Any] = {"layers": layers, "repeats": repeats, **base}
     write_adapter(folder / "base", folder / "adapter", load_in_4bit=False)
     runs = [{part: fresh(part, folder) for part in PARTS} for _ in range(repeats)]
     for part in PARTS:

@@ -21,7 +21,6 @@ LORA_R, LORA_ALPHA, LR = 16, 32, 1e-4
 OURS, TRAINER = "ours", "trainer"
 NUM_CODEBOOKS, CODEBOOK_SIZE, PAD_ID = 8, 1026, 1
 AUDIO_BOS, AUDIO_DELAY, AUDIO, AUDIO_EOS, TURN_END = 13, 14, 16, 12, 9  # any ids will do
-SHARD_BYTES = 2**30
 
 
 def add_geometry(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +39,11 @@ def geometry(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_base(folder: Path, values: dict[str, Any], precision: str) -> None:
-    """Random weights of a native base, in shards, on the GPU if there is one. `values` may be a whole config.json."""
+def write_base(folder: Path, values: dict[str, Any], precision: str, shard_bytes: int = 2**30) -> dict[str, Any]:
+    """Random weights of a native base, a shard at a time, made on the GPU if there is one.
+
+    `values` may be a whole config.json. Returns how large it is, and in how many files.
+    """
     import torch
     from accelerate import init_empty_weights
     from safetensors.torch import save_file
@@ -58,24 +60,27 @@ def write_base(folder: Path, values: dict[str, Any], precision: str) -> None:
     config.architectures, config.dtype = [type(model).__name__], dtype
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    shards: list[list[str]] = [[]]
+    for name in shapes:
+        if shards[-1] and dtype.itemsize * sum(shapes[n].numel() for n in [*shards[-1], name]) > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     draw = torch.Generator(device).manual_seed(0)
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    for name, parameter in model.state_dict().items():
-        shape = parameter.shape
-        if len(shape) > 1:
-            tensor = torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02, generator=draw).cpu()
-        else:
-            tensor = torch.ones(shape, dtype=dtype)
-        if sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = tensor
-    places = {}
-    for i, shard in enumerate(shards):
-        file = f"model-{i + 1:05d}.safetensors"
-        save_file(shard, folder / file, {"format": "pt"})
-        places |= dict.fromkeys(shard, file)
+
+    def weight(shape: torch.Size) -> torch.Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02, generator=draw).cpu()
+
+    files = {f"model-{i + 1:05d}.safetensors": names for i, names in enumerate(shards)}
+    for file, names in files.items():
+        save_file({name: weight(shapes[name]) for name in names}, folder / file, {"format": "pt"})
+    places = {name: file for file, names in files.items() for name in names}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    total_bytes = dtype.itemsize * sum(shape.numel() for shape in shapes.values())
+    return {"base_gib": total_bytes / 2**30, "shards": len(shards)}
 
 
 def torch_dtype(precision: str) -> Any:
