@@ -37,6 +37,7 @@ class TrainerState:
     step: int = 0
     epoch: float = 0.0
     has_learned: bool = False  # whether any step so far had a learning rate above 0
+    validation_due: bool = False  # whether a signal came before the validation of this step was done
     scheduler: dict[str, Any] = field(default_factory=dict)
     meters: list[dict[str, Any]] = field(default_factory=list)  # each rank's, of the steps since the last log line
 

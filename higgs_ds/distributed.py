@@ -21,6 +21,8 @@ T = TypeVar("T")
 # Ranks wait here for the slowest one to encode its share of the audio: far longer than any exchange while training.
 TIMEOUT = datetime.timedelta(minutes=60)
 
+_host_group: dist.ProcessGroup | None = None  # ranks' processors among themselves; None where all ranks are on CPUs
+
 
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
@@ -87,6 +89,8 @@ def _process_group() -> Iterator[None]:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(here)
     dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
+    global _host_group
+    _host_group = dist.new_group(backend="gloo", timeout=TIMEOUT) if here.type == "cuda" else None
     try:
         yield
     finally:
@@ -108,6 +112,15 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     total = values.clone()
     dist.all_reduce(total)
     return total
+
+
+def highest_over_ranks(value: int) -> int:
+    """The largest of all ranks' numbers. It goes from host to host, so that no GPU has to be waited for."""
+    if world_size() == 1:
+        return value
+    highest = torch.tensor(value)
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=_host_group)
+    return int(highest)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -11,6 +11,7 @@ EXIT_BAD_INPUT = 2
 EXIT_SAVE_FAILED = 3
 EXIT_NOT_FINITE = 4
 EXIT_MERGE_FAILED = 5
+EXIT_STOPPED = 6
 
 
 class HiggsError(Exception):
@@ -45,6 +46,12 @@ class NotFiniteError(HiggsError):
     """A loss or a parameter became NaN or infinite."""
 
     exit_code = EXIT_NOT_FINITE
+
+
+class StoppedError(HiggsError):
+    """A signal asked the run to end; it has saved a checkpoint and can go on from it."""
+
+    exit_code = EXIT_STOPPED
 
 
 class MergeError(HiggsError):

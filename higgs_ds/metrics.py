@@ -95,10 +95,11 @@ class Meter:
 class MetricsLog:
     """`metrics.jsonl` and the progress bar. On resume, lines behind the checkpoint's step are cut off first."""
 
-    def __init__(self, output_dir: Path, first_step: int, total_steps: int) -> None:
+    def __init__(self, output_dir: Path, first_step: int, total_steps: int, validation_due: bool) -> None:
+        """`validation_due`: that of `first_step` is still to be done; its line, if there is one, is cut too."""
         self.path = output_dir / METRICS_FILE
         if is_main():
-            _cut(self.path, first_step)
+            _cut(self.path, first_step, validation_due)
         # None: no bar where stderr is a file, which log lines are enough for.
         disable = None if is_main() else True
         self.bar = tqdm(
@@ -137,14 +138,15 @@ def peak_memory_gib() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
 
-def _cut(path: Path, last_step: int) -> None:
+def _cut(path: Path, last_step: int, validation_due: bool) -> None:
     """Drop the lines of later steps, and a line that was cut short when the run was killed."""
     if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] > last_step:
+            values = json.loads(line)
+            if values["step"] > last_step or (validation_due and values["step"] == last_step and "val/loss" in values):
                 continue
         except ValueError:
             continue

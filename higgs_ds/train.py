@@ -7,8 +7,10 @@ import contextlib
 from higgs_ds.checkpoint import save_checkpoint
 from higgs_ds.config import TrainOptions
 from higgs_ds.data.prefetch import prefetched
+from higgs_ds.errors import StoppedError
 from higgs_ds.finish import merge_into_folders, say_where
 from higgs_ds.metrics import Meter, MetricsLog
+from higgs_ds.signals import StopSignals
 from higgs_ds.startup import Run, start
 from higgs_ds.validate import validate
 
@@ -23,11 +25,17 @@ def main(options: TrainOptions, given: set[str]) -> None:
 
 
 def train(run: Run) -> None:
-    """Fetch, step, log, validate, save; all three once more at the last step."""
+    """Fetch, step, log, validate, save; all three once more at the last step.
+
+    Raises StoppedError, behind a checkpoint, where a signal asked for the end.
+    """
     state, engine, options = run.state, run.engine, run.options
     meter = Meter(engine.weights, engine.device)
     meter.restore(state.meters)
-    with contextlib.closing(MetricsLog(run.output_dir, state.step, state.total_steps)) as log:
+    log = MetricsLog(run.output_dir, state.step, state.total_steps, state.validation_due)
+    with contextlib.closing(log), StopSignals() as signals:
+        if state.validation_due:
+            _validate(run, log, signals)
         windows = run.sampler.windows(state.step, state.total_steps)
         for window, batches in prefetched(windows, lambda window: run.train.batches(window.micro_batches)):
             lr = engine.lr
@@ -41,6 +49,28 @@ def train(run: Run) -> None:
                 meter.reset()
             with meter.paused():
                 if len(run.val) and (last or state.step % options.run.val_steps == 0):
-                    log.write(state.step, state.epoch, validate(engine, run.val, options.optim.batch_size))
-                if last or state.step % options.run.save_steps == 0:
+                    _validate(run, log, signals)
+                stopped_by = signals.agreed()
+                if last or stopped_by or state.step % options.run.save_steps == 0:
                     save_checkpoint(run.output_dir, engine, state, meter, run.adapter_format)
+            if stopped_by:
+                raise _stopped(run, stopped_by)
+
+
+def _validate(run: Run, log: MetricsLog, signals: StopSignals) -> None:
+    """Validate and log it; where a signal comes in between, the run that goes on will do it."""
+    state = run.state
+    state.validation_due = True
+    values = validate(run.engine, run.val, run.options.optim.batch_size, signals)
+    if values is not None:
+        log.write(state.step, state.epoch, values)
+        state.validation_due = False
+
+
+def _stopped(run: Run, signal_name: str) -> StoppedError:
+    error = StoppedError(
+        f"stopped by {signal_name} at step {run.state.step} of {run.state.total_steps}; all of it is saved in "
+        f"{run.output_dir}. Go on with --resume auto"
+    )
+    error.on_all_ranks = True
+    return error

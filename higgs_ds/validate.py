@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from higgs_ds.data.collate import Batch
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.sampler import share_of_rank
 from higgs_ds.distributed import rank, world_size
 from higgs_ds.engine import Engine
 from higgs_ds.loss import mean_losses
+from higgs_ds.signals import StopSignals
 
 
-def validate(engine: Engine, data: Dataset, micro_batch_size: int) -> dict[str, float]:
-    """Mean losses over `data`. Every rank must call this."""
+def validate(engine: Engine, data: Dataset, micro_batch_size: int, signals: StopSignals) -> dict[str, float] | None:
+    """Mean losses over `data`, or None where a signal has cut it short. Every rank must call this."""
     shares = share_of_rank(range(len(data)), micro_batch_size, rank(), world_size())
-    sums, counts = engine.evaluate(data.batch(indices) for indices in shares)
-    return mean_losses(sums, counts, engine.weights).metrics("val")
+    stopped = False
+
+    def batches() -> Iterator[Batch]:
+        nonlocal stopped
+        for indices in shares:
+            stopped = signals.agreed() is not None
+            if stopped:
+                return
+            yield data.batch(indices)
+
+    sums, counts = engine.evaluate(batches())
+    return None if stopped else mean_losses(sums, counts, engine.weights).metrics("val")

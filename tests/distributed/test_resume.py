@@ -75,6 +75,31 @@ def test_killed_and_resumed(
     assert_same_end(whole, broken, logged_at=[1, 2, 2, 3, 4, 4, 5, 6, 6])
 
 
+@pytest.mark.parametrize(
+    ("ranks", "signalled", "number"), [(1, 0, signal.SIGTERM), (2, 1, signal.SIGUSR1), (2, 0, signal.SIGTERM)]
+)
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
+    tmp_path: Path, mixed_manifest: Path, ds_file: Callable[[int], Path], ranks: int, signalled: int, number: int
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(start_ranks(ranks, TRAIN + run_options(mixed_manifest, ds_file(2), whole, "fp32")))
+    options = run_options(mixed_manifest, ds_file(2), broken, "fp32")
+    processes = start_ranks(ranks, [*TRAIN, *options, "--save_steps", "100"])
+    deadline = time.monotonic() + 200
+    while not (broken / "metrics.jsonl").is_file() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    processes[signalled].send_signal(number)
+    outputs = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [6] * ranks, outputs
+    (checkpoint,) = broken.glob("checkpoint-*")
+    assert (
+        f"stopped by {signal.Signals(number).name} at step {checkpoint.name.removeprefix('checkpoint-')} of 6"
+        in (outputs[0])
+    )
+    finish(start_ranks(ranks, [*TRAIN, *options, "--resume", "auto"]))
+    assert_same_end(whole, broken, logged_at=[1, 2, 2, 3, 4, 4, 5, 6, 6])
+
+
 @pytest.fixture(scope="module")
 def resumed_runs(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path) -> Path:
     """For every shipped DeepSpeed file a whole run, and one that went on from its second step's checkpoint."""

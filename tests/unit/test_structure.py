@@ -16,7 +16,7 @@ ROWS = [
     ["config", "files", "quiet", "hub", "loss", "model.nf4", "model.offload"],
     ["model.routed"],
     ["distributed", "ds_config", "optimizers", "support"],
-    ["data.sample", "data.delay_pattern", "data.normalize", "data.formats.jsonio"],
+    ["data.sample", "data.delay_pattern", "data.normalize", "data.formats.jsonio", "signals"],
     ["data.templates", "data.audio", "data.codec", "data.prompt", "data.sampler", "data.prefetch"],
     ["data.formats.checks", "data.audio_codes", "data.collate", "model.higgs", "model.lora"],
     ["data.formats.turns", "data.formats.recordings", "data.coder", "data.encode", "data.index", "builtin"],
