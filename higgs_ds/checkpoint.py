@@ -19,7 +19,7 @@ from higgs_ds.distributed import gather_objects, on_main, rank
 from higgs_ds.engine import Engine
 from higgs_ds.errors import InputError
 from higgs_ds.export import ADAPTER_FOLDER, ADAPTER_WEIGHTS, AdapterFormat, write_adapter
-from higgs_ds.files import replaced_folder, saving, sha256_of, write_json
+from higgs_ds.files import remove_folder, replaced_folder, saving, sha256_of, write_json
 from higgs_ds.metrics import Meter
 from higgs_ds.optimizers import MOMENTS
 
@@ -38,6 +38,7 @@ class TrainerState:
     epoch: float = 0.0
     has_learned: bool = False  # whether any step so far had a learning rate above 0
     validation_due: bool = False  # whether a signal came before the validation of this step was done
+    val_losses: dict[str, float] = field(default_factory=dict)  # of each validation so far, by its step
     scheduler: dict[str, Any] = field(default_factory=dict)
     meters: list[dict[str, Any]] = field(default_factory=list)  # each rank's, of the steps since the last log line
 
@@ -45,8 +46,13 @@ class TrainerState:
         return {"finished": self.step >= self.total_steps, **asdict(self)}
 
 
-def save_checkpoint(output_dir: Path, engine: Engine, state: TrainerState, meter: Meter, form: AdapterFormat) -> None:
+def save_checkpoint(
+    output_dir: Path, engine: Engine, state: TrainerState, meter: Meter, form: AdapterFormat, keep: int | None = None
+) -> None:
     """Write `checkpoint-N/` and renew `lora_adapters/` and `trainer_state.json` beside it. Every rank must call this.
+
+    Args:
+        keep: how many of the newest checkpoints are kept, besides the best; None for all.
 
     Raises, on every rank, SaveError where it cannot be written and NotFiniteError where training has gone astray; what
     was saved before stays as it was.
@@ -71,8 +77,24 @@ def save_checkpoint(output_dir: Path, engine: Engine, state: TrainerState, meter
             shutil.copytree(target / ADAPTER_FOLDER, folder, dirs_exist_ok=True)
         with saving(output_dir / STATE_FILE):
             write_json(output_dir / STATE_FILE, state.to_json())
+        if keep is not None:
+            for folder in superfluous(output_dir, state, keep):
+                with saving(folder):
+                    remove_folder(folder)
 
     on_main(write)
+
+
+def superfluous(output_dir: Path, state: TrainerState, keep: int) -> list[Path]:
+    """Checkpoints up to the state's step that are neither among the `keep` newest nor the best by validation loss.
+
+    Later ones are of a run that was taken up again from an earlier checkpoint; they are not this run's to delete.
+    """
+    steps = {int(folder.name.removeprefix("checkpoint-")): folder for folder in find_checkpoints(output_dir)}
+    past = sorted((step for step in steps if step <= state.step), reverse=True)
+    validated = [step for step in past if str(step) in state.val_losses]
+    best = min(validated, key=lambda step: state.val_losses[str(step)], default=None)
+    return [steps[step] for step in past[keep:] if step != best]
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:

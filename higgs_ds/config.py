@@ -151,6 +151,9 @@ class RunOptions:
     log_steps: int = option(10, "optimizer steps between log lines")
     val_steps: int = option(100, "optimizer steps between validations")
     save_steps: int = option(1000, "optimizer steps between checkpoints")
+    keep_checkpoints: int | None = option(
+        None, "keep this many of the newest checkpoints, and the one with the lowest validation loss (default: all)"
+    )
     resume: str = option(RESUME_NEVER, "never, auto (the newest checkpoint in output_dir), or a checkpoint folder")
     merge_adapter_with_base: bool = option(False, "merge at the end: final_model/ adapter/ merged_model/")
     dry_run: bool = option(False, "only print how much memory each part will take, from the base's config.json alone")
@@ -382,7 +385,7 @@ def check_options(options: TrainOptions) -> list[str]:
 
     for name in (
         "lora_r", "lora_alpha", "batch_size", "bucket_size", "grad_accum", "epochs", "log_steps", "val_steps",
-        "save_steps", "max_steps", "max_tokens_per_batch",
+        "save_steps", "max_steps", "max_tokens_per_batch", "keep_checkpoints",
     ):  # fmt: skip
         expect(name, flat[name] is None or flat[name] >= 1, "1 or more")
     for name in ("lora_dropout", "warmup_ratio"):

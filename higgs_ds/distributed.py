@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
@@ -44,7 +45,8 @@ def is_main() -> bool:
 def device() -> torch.device:
     """This rank's GPU, or the CPU where there is none."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # A scheduler may show each rank its own GPU alone.
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
 
 
@@ -80,9 +82,8 @@ def leave(exit_code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def _process_group() -> Iterator[None]:
-    if "RANK" not in os.environ:  # started without a launcher: a world of one
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(_free_port())
+    if "RANK" not in os.environ:
+        os.environ.update(slurm_ranks(os.environ) or _lone_rank())
     here = device()
     if here.type == "cuda":
         # Lengths differ from step to step; with segments that grow, what one leaves behind serves the next.
@@ -95,6 +96,34 @@ def _process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a launcher would have set, from the variables that srun sets for each task; empty outside of srun.
+
+    In a batch script, too, SLURM_PROCID is set, but not the step's own variables: what is started there is alone.
+    """
+    if "SLURM_STEP_NUM_TASKS" not in environment:
+        return {}
+    first_host = re.match(r"([^,\[]+)(?:\[(\d+))?", environment["SLURM_STEP_NODELIST"])
+    on_first_node = re.match(r"\d+", environment["SLURM_STEP_TASKS_PER_NODE"])
+    assert first_host and on_first_node  # noqa: PT018 - of no other form, as Slurm writes them
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_WORLD_SIZE": on_first_node[0],
+        "MASTER_ADDR": "".join(filter(None, first_host.groups())),
+        # Alike on all nodes, and unlike another job's that has a rank on the same one.
+        "MASTER_PORT": str(20000 + (int(environment["SLURM_JOB_ID"]) * 8 + int(environment["SLURM_STEP_ID"])) % 20000),
+    }
+
+
+def _lone_rank() -> dict[str, str]:
+    """A world of one, for a process that no launcher has started."""
+    return {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+    }  # fmt: skip
 
 
 def _free_port() -> int:

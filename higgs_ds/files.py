@@ -63,6 +63,13 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Delete a folder; under its name it is whole until it is gone."""
+    with _folder_beside(path) as temporary:
+        os.rename(path, temporary / path.name)
+        _sync(path.parent)
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`, which becomes it, flushed to disk, when the block ends well.

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from higgs_ds.distributed import highest_over_ranks
 
-STOP_SIGNALS = (
-    signal.SIGUSR1,
-    signal.SIGTERM,
-)  # what a cluster's scheduler sends ahead of a time limit, or a preemption
+# What a cluster's scheduler sends ahead of a time limit or a preemption.
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class StopSignals:
@@ -28,9 +26,7 @@ class StopSignals:
         self._earlier = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
 

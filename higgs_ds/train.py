@@ -52,7 +52,8 @@ def train(run: Run) -> None:
                     _validate(run, log, signals)
                 stopped_by = signals.agreed()
                 if last or stopped_by or state.step % options.run.save_steps == 0:
-                    save_checkpoint(run.output_dir, engine, state, meter, run.adapter_format)
+                    keep = options.run.keep_checkpoints
+                    save_checkpoint(run.output_dir, engine, state, meter, run.adapter_format, keep)
             if stopped_by:
                 raise _stopped(run, stopped_by)
 
@@ -64,6 +65,7 @@ def _validate(run: Run, log: MetricsLog, signals: StopSignals) -> None:
     values = validate(run.engine, run.val, run.options.optim.batch_size, signals)
     if values is not None:
         log.write(state.step, state.epoch, values)
+        state.val_losses[str(state.step)] = values["val/loss"]
         state.validation_due = False
 
 

@@ -96,8 +96,9 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
         f"stopped by {signal.Signals(number).name} at step {checkpoint.name.removeprefix('checkpoint-')} of 6"
         in (outputs[0])
     )
-    finish(start_ranks(ranks, [*TRAIN, *options, "--resume", "auto"]))
+    finish(start_ranks(ranks, [*TRAIN, *options, "--resume", "auto", "--keep_checkpoints", "1"]))
     assert_same_end(whole, broken, logged_at=[1, 2, 2, 3, 4, 4, 5, 6, 6])
+    assert len(list(broken.glob("checkpoint-*"))) <= 2  # the newest and the best
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,12 @@ from higgs_ds.checkpoint import (
     check_same_run,
     find_checkpoints,
     newest_complete,
+    superfluous,
     why_incomplete,
 )
 from higgs_ds.errors import InputError, NotFiniteError, SaveError
 from higgs_ds.export import ADAPTER_WEIGHTS, AdapterFormat, verify_adapter, write_adapter
-from higgs_ds.files import new_folder, replaced_file, replaced_folder, write_json
+from higgs_ds.files import new_folder, remove_folder, replaced_file, replaced_folder, write_json
 from higgs_ds.metrics import MetricsLog
 
 FORM = AdapterFormat(LoraConfig(r=2, target_modules=["self_attn.q_proj"], base_model_name_or_path="base"))
@@ -55,6 +56,22 @@ def test_newest_complete_one_is_taken(tmp_path: Path) -> None:
         "its lora_adapters/adapter_model.safetensors is not as it was written",
     ]
     assert newest_complete(tmp_path / "none") == (None, [])
+
+
+def test_newest_and_best_are_kept(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8, 100):
+        checkpoint(tmp_path / f"checkpoint-{step}")
+    state = TrainerState(10, {}, step=8, val_losses={"2": 3.0, "3": 0.5, "4": 1.0, "6": 2.0, "8": 2.5, "100": 0.1})
+    assert superfluous(tmp_path, state, keep=5) == []
+    assert {path.name for path in superfluous(tmp_path, state, keep=1)} == {"checkpoint-6", "checkpoint-2"}
+    assert {path.name for path in superfluous(tmp_path, state, keep=3)} == {"checkpoint-2"}
+    state.val_losses = {}
+    assert {path.name for path in superfluous(tmp_path, state, keep=2)} == {"checkpoint-4", "checkpoint-2"}
+
+
+def test_removed_folder_is_gone(tmp_path: Path) -> None:
+    remove_folder(checkpoint(tmp_path / "checkpoint-2"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_torn_manifest(tmp_path: Path) -> None:
