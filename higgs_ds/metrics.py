@@ -95,7 +95,7 @@ class Meter:
 class MetricsLog:
     """`metrics.jsonl` and the progress bar. On resume, lines behind the checkpoint's step are cut off first."""
 
-    def __init__(self, output_dir: Path, first_step: int, total_steps: int, validation_due: bool) -> None:
+    def __init__(self, output_dir: Path, first_step: int, total_steps: int, validation_due: bool = False) -> None:
         """`validation_due`: that of `first_step` is still to be done; its line, if there is one, is cut too."""
         self.path = output_dir / METRICS_FILE
         if is_main():
