@@ -108,14 +108,15 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     first_host = re.match(r"([^,\[]+)(?:\[(\d+))?", environment["SLURM_STEP_NODELIST"])
     on_first_node = re.match(r"\d+", environment["SLURM_STEP_TASKS_PER_NODE"])
     assert first_host and on_first_node  # noqa: PT018 - of no other form, as Slurm writes them
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
     return {
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
         "LOCAL_WORLD_SIZE": on_first_node[0],
-        "MASTER_ADDR": "".join(filter(None, first_host.groups())),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or "".join(filter(None, first_host.groups())),
         # Alike on all nodes, and unlike another job's that has a rank on the same one.
-        "MASTER_PORT": str(20000 + (int(environment["SLURM_JOB_ID"]) * 8 + int(environment["SLURM_STEP_ID"])) % 20000),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + (8 * job + step) % 20000),
     }
 
 
