@@ -61,7 +61,7 @@ def step() -> Iterator[str]:
     sources, speeds, memory = [], [], []
     for kind, names in {
         "float32": ["train_step-fp32"],
-        "bf16": ["train_step-bf16-speed-none", "train_step-bf16-memory-none-every_layer"],
+        "bf16": ["train_step-bf16-speed-none", "train_step-bf16-memory-none", "train_step-bf16-memory-every_layer"],
         "NF4, float32": ["train_step-nf4-fp32-speed-memory-none"],
     }.items():
         found = [newest(name) for name in names]

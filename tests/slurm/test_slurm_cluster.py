@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -35,7 +37,8 @@ SlurmdPidFile={root}/slurmd-%n.pid
 SlurmctldLogFile={root}/slurmctld.log
 SlurmdLogFile={root}/slurmd-%n.log
 SlurmdParameters=config_overrides
-SlurmdTimeout=10
+SlurmdTimeout=6
+KillWait=5
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -161,6 +164,17 @@ def same_adapters(folder: Path, other: Path) -> bool:
     return tensors.keys() == others.keys() and all(tensor.equal(others[key]) for key, tensor in tensors.items())
 
 
+def rank_process(job: str, rank: str) -> int:
+    """The process that srun has started as this rank of a job."""
+    wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0"}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            is_training = "launch/train.py" in (folder / "cmdline").read_text()
+            if is_training and wanted <= set((folder / "environ").read_text().split("\0")):
+                return int(folder.name)
+    raise LookupError(f"job {job} has no rank {rank}")
+
+
 def test_trains_on_two_nodes(undisturbed: Path) -> None:
     assert "x 1 accumulated x 2 ranks" in Path(f"{undisturbed}.log").read_text()
 
@@ -180,9 +194,13 @@ def test_job_of_a_lost_node_goes_on(cluster: Cluster, options: list[str], undist
     folder = tmp_path / "run"
     job = cluster.submit(folder, *options)
     wait_for(lambda: under_way(folder), "the first steps")
+    # The node answers no more: neither its daemon nor the rank on it, whose peer waits.
+    lost = rank_process(job, "1")
+    os.kill(lost, signal.SIGSTOP)
     cluster.daemons["n2"].kill()
     cluster.daemons["n2"].wait()
     wait_for(lambda: cluster.state(job) == "PENDING", "the job to be put back")
+    os.kill(lost, signal.SIGKILL)
     cluster.start_node("n2")
     wait_for(lambda: "resumed: " in Path(f"{folder}.log").read_text(), "the job to go on")
     ends_right(cluster, job, folder)
