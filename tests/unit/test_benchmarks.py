@@ -66,7 +66,9 @@ def test_operations_against_torchs_count(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_train_step_compares() -> None:
-    command = "train_step.py --precision fp32 --hidden 64 --layers 1 --vocab 2000 --recompute none --pairs 1 --steps 1 --json".split()
+    command = (
+        "train_step.py --precision fp32 --hidden 64 --layers 1 --vocab 2000 --recompute none --pairs 1 --steps 1 --json"
+    ).split()
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / command[0]), *command[1:]], check=True, capture_output=True, text=True
     )
