@@ -122,7 +122,8 @@ def run_cell(args: argparse.Namespace) -> dict[str, float]:
         _ours(args, meter)
 
     distributed.run_ranks(train)
-    return meter.read() if ranks == [0] else {}
+    result = meter.read()  # on every rank: torch's profiler ends badly where it is left running
+    return result if ranks == [0] else {}
 
 
 def samples(cell: dict[str, Any]) -> list[Any]:

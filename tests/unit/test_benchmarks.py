@@ -74,3 +74,16 @@ def test_train_step_compares() -> None:
     )
     result = json.loads(done.stdout.splitlines()[-1])
     assert min(result[name] for name in ("speed_ratio", "memory_ratio")) > 0
+
+
+def test_written_figures_are_those_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/benchmarks.md, and what the README takes from it."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import summary
+
+    page = summary.PAGE.read_text(encoding="utf-8")
+    assert page == "\n".join(summary.page()) + "\n", "run python benchmarks/summary.py"
+    section = (PROJECT / "README.md").read_text(encoding="utf-8").split("## Speed and memory\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    assert len(rows) > 4
+    assert set(rows) <= set(page.splitlines())
