@@ -81,7 +81,7 @@ def step() -> Iterator[str]:
     yield "This CPU has no instructions for bf16, and torch's kernels without them take a hundred times as long where a"
     yield "gradient is multiplied by a weight: the text head's alone decide the Trainer's time in bf16."
     yield ""
-    yield from sources
+    yield from (f"- {source}" for source in sources)
 
 
 def epoch() -> Iterator[str]:
