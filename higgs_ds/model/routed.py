@@ -52,7 +52,10 @@ class _Permute(torch.autograd.Function):
 
 
 class _Again(torch.autograd.Function):
-    """A cheap function of activations, run again in the backward pass: its inputs are kept, none of its steps."""
+    """A cheap function of activations, run again in the backward pass: its inputs are kept, none of its steps.
+
+    Whatever else the function works with gets no gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
@@ -69,9 +72,11 @@ class _Again(torch.autograd.Function):
 
 
 class LeanNorm(HiggsAudioV2RMSNorm):
-    """A norm that keeps its input alone. transformers' keeps float32 copies, too."""
+    """A frozen norm that keeps its input alone. transformers' keeps float32 copies, too."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight.requires_grad:  # it would get no gradient
+            return super().forward(x)
         return _Again.apply(super().forward, x)
 
 

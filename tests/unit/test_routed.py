@@ -84,6 +84,15 @@ def test_layers_are_bit_identical(base: Path, kind: str, dtype: torch.dtype, rec
             assert (gradients[name] - parameter.grad).abs().max() <= tolerance * parameter.grad.abs().max(), name
 
 
+def test_a_norm_that_is_trained_gets_its_gradient(base: Path) -> None:
+    model = DualLossModel(adapted(base, torch.float32, recompute=False))
+    norms = {name: p for name, p in model.higgs.named_parameters() if "norm" in name}
+    for parameter in norms.values():
+        parameter.requires_grad_()
+    model(**batch_of(*BATCHES["speech"]).tensors(CPU), target_weights=torch.ones(9))[0].backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in norms.values())
+
+
 def test_offloaded_checkpoints(base: Path) -> None:
     """The inputs of recomputed layers are let go where copies are in host memory; the numbers stay."""
     batch = batch_of(*BATCHES["speech and text"])
