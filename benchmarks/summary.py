@@ -78,8 +78,8 @@ def step() -> Iterator[str]:
                 memory.append([label, *each, f"{ratio:.3f} (1/{1 / ratio:.1f})"])
     yield from table(("tokens/s", "here", "Trainer", "times as fast"), speeds)
     yield from table(("peak above the weights", "here", "Trainer", "ratio"), memory)
-    yield "This CPU has no instructions for bf16, and torch's kernels without them take a hundred times as long where a"
-    yield "gradient is multiplied by a weight: the text head's alone decide the Trainer's time in bf16."
+    yield "This CPU has no instructions for bf16. Without them, torch took over a hundred times as long as in float32"
+    yield "to multiply a gradient by a weight (docs/log.md): these speeds in bf16 say little about other processors."
     yield ""
     yield from (f"- {source}" for source in sources)
 

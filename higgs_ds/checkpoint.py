@@ -6,6 +6,7 @@ Rank 0 writes what all ranks have gathered; a checkpoint does not depend on the 
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -90,11 +91,10 @@ def superfluous(output_dir: Path, state: TrainerState, keep: int) -> list[Path]:
 
     Later ones are of a run that was taken up again from an earlier checkpoint; they are not this run's to delete.
     """
-    steps = {int(folder.name.removeprefix("checkpoint-")): folder for folder in find_checkpoints(output_dir)}
-    past = sorted((step for step in steps if step <= state.step), reverse=True)
-    validated = [step for step in past if str(step) in state.val_losses]
-    best = min(validated, key=lambda step: state.val_losses[str(step)], default=None)
-    return [steps[step] for step in past[keep:] if step != best]
+    past = [folder for folder in find_checkpoints(output_dir) if _step_of(folder) <= state.step]
+    losses = {folder: state.val_losses.get(str(_step_of(folder)), math.inf) for folder in past}
+    best = min((folder for folder in past if losses[folder] < math.inf), key=losses.__getitem__, default=None)
+    return [folder for folder in past[keep:] if folder != best]
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -122,8 +122,11 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, newest first."""
     if not output_dir.is_dir():
         return []
-    numbered = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.match(path.name))]
-    return [path for _, path in sorted(numbered, reverse=True)]
+    return sorted(filter(lambda path: _NAME.match(path.name), output_dir.iterdir()), key=_step_of, reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def newest_complete(output_dir: Path) -> tuple[Path | None, list[str]]:
