@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from higgs_ds.errors import EXIT_OK, HiggsError, InputError
+from higgs_ds.errors import EXIT_BUG, EXIT_OK, HiggsError, InputError, LostRankError
 
 T = TypeVar("T")
+ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
 
 # Ranks wait here for the slowest one to encode its share of the audio: far longer than any exchange while training.
 TIMEOUT = datetime.timedelta(minutes=60)
+
+# A launcher ends all ranks as soon as one has left, and takes the exit code of the first: so long do others wait who have
+# nothing to say of their own.
+GIVE_WAY_S = 2
 
 _host_group: dist.ProcessGroup | None = None  # ranks' processors among themselves; None where all ranks are on CPUs
 
@@ -53,35 +58,65 @@ def device() -> torch.device:
 def run_ranks(main: Callable[[], None]) -> int:
     """Run `main` on every rank between setting up and taking down the process group; return the exit code.
 
-    Errors that all ranks agreed on are printed by rank 0 alone.
+    Errors that all ranks agreed on are printed by rank 0 alone. Any other one is printed before this rank's connections
+    are closed, on which the other ranks fail: whoever fails first speaks first.
     """
-    with _process_group():
-        try:
-            main()
-        except HiggsError as error:
-            if is_main() or not error.on_all_ranks:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            else:
-                time.sleep(2)  # a launcher ends all ranks as soon as one has left: let rank 0 speak first
-            return error.exit_code
+    _join()
+    sys.excepthook = _last_words(sys.excepthook)  # behind that of torch, which names the rank in every line
+    try:
+        main()
+    except HiggsError as error:
+        return _leave_group(error)
+    except (RuntimeError, dist.DistError) as error:
+        if not _is_lost_connection(error):
+            raise
+        return _leave_group(LostRankError(f"rank {rank()}: another rank has ended; what it said tells why ({error})"))
+    dist.destroy_process_group()
     return EXIT_OK
+
+
+def _leave_group(error: HiggsError) -> int:
+    speaks, lost = is_main() or not error.on_all_ranks, isinstance(error, LostRankError)
+    if speaks:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    if lost or not speaks:
+        time.sleep(GIVE_WAY_S)
+    if not lost:  # else there is nobody to take leave of, for whom NCCL would wait
+        dist.destroy_process_group()
+    return error.exit_code
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether a rank could not reach another one. gloo's errors are plain RuntimeErrors that name its source files."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def _last_words(show: ExceptHook) -> ExceptHook:
+    """Show an error that nobody has caught, and end this process without another one on top of it; see `leave`."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        show(kind, error, trace)
+        leave(EXIT_BUG)
+
+    return hook
 
 
 def leave(exit_code: int) -> NoReturn:
     """End this process.
 
-    On CPU ranks without Python's own shutdown: a thread of PyTorch 2.11's gloo may still be letting go of a tensor
-    then, and aborts the process for want of the interpreter (seen about once in 50 runs of two ranks).
+    Without Python's own shutdown on CPU ranks, where a thread of PyTorch 2.11's gloo may still be letting go of a tensor
+    and aborts the process for want of the interpreter (seen about once in 50 runs of two ranks), and after an error,
+    where a shutdown could wait for ranks that have gone.
     """
-    if device().type == "cuda":
+    if device().type == "cuda" and exit_code == EXIT_OK:
         sys.exit(exit_code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
 
 
-@contextlib.contextmanager
-def _process_group() -> Iterator[None]:
+def _join() -> None:
+    """Set up the process group, from what a launcher or Slurm has set, or for this process alone."""
     if "RANK" not in os.environ:
         os.environ.update(slurm_ranks(os.environ) or _lone_rank())
     here = device()
@@ -92,10 +127,6 @@ def _process_group() -> Iterator[None]:
     dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
     global _host_group
     _host_group = dist.new_group(backend="gloo", timeout=TIMEOUT) if here.type == "cuda" else None
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ EXIT_SAVE_FAILED = 3
 EXIT_NOT_FINITE = 4
 EXIT_MERGE_FAILED = 5
 EXIT_STOPPED = 6
+EXIT_LOST_RANK = 7
 
 
 class HiggsError(Exception):
@@ -52,6 +53,12 @@ class StoppedError(HiggsError):
     """A signal asked the run to end; it has saved a checkpoint and can go on from it."""
 
     exit_code = EXIT_STOPPED
+
+
+class LostRankError(HiggsError):
+    """Another rank has ended, for a reason that only it can tell; what was saved before is whole."""
+
+    exit_code = EXIT_LOST_RANK
 
 
 class MergeError(HiggsError):
