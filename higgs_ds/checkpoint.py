@@ -37,14 +37,23 @@ class TrainerState:
     settings: dict[str, Any]
     step: int = 0
     epoch: float = 0.0
+    skipped: list[int] = field(default_factory=list)  # steps that were not taken, as something was not finite
     has_learned: bool = False  # whether any step so far had a learning rate above 0
     validation_due: bool = False  # whether a signal came before the validation of this step was done
     val_losses: dict[str, float] = field(default_factory=dict)  # of each validation so far, by its step
     scheduler: dict[str, Any] = field(default_factory=dict)
     meters: list[dict[str, Any]] = field(default_factory=list)  # each rank's, of the steps since the last log line
 
+    def skips(self) -> dict[str, float]:
+        """For the log: how many steps were not taken, once there are any."""
+        return {"skipped_steps": len(self.skipped)} if self.skipped else {}
+
     def to_json(self) -> dict[str, Any]:
         return {"finished": self.step >= self.total_steps, **asdict(self)}
+
+
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    return output_dir / f"checkpoint-{step}"
 
 
 def save_checkpoint(
@@ -63,7 +72,7 @@ def save_checkpoint(
     masters = engine.gather()
     moments = {moment: engine.gather(moment) for moment in MOMENTS}
     rng_states = gather_objects(_rng_state())
-    target = output_dir / f"checkpoint-{state.step}"
+    target = checkpoint_folder(output_dir, state.step)
 
     def write() -> None:
         with saving(target), replaced_folder(target) as folder:
@@ -175,7 +184,7 @@ def load_into_engine(folder: Path, engine: Engine, state: TrainerState) -> None:
         moment: {name.removeprefix(f"{moment}."): t for name, t in moments.items() if name.startswith(f"{moment}.")}
         for moment in MOMENTS
     }
-    engine.restore(load_file(folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS), by_moment, state.step)
+    engine.restore(load_file(folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS), by_moment, state.step - len(state.skipped))
     engine.restore_schedule(state.scheduler)
     states = load_file(folder / RNG_FILE)
     if f"{rank()}.cpu" in states:

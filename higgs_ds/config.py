@@ -140,6 +140,10 @@ class OptimOptions:
     codebook_weights: tuple[float, ...] | None = option(
         None, "weight of each codebook in the audio loss, scaled to a sum of 1 (default: all alike)"
     )
+    on_nonfinite: str = option(
+        "stop", "at a NaN or infinite loss or gradient: stop, or pass over that step and go on (10 times, or at 1 % of "
+        "the steps)", ("stop", "skip"),
+    )  # fmt: skip
     seed: int = option(42, "seed of the split, the sample order, the adapters' start and dropout")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -32,10 +33,22 @@ from transformers import get_scheduler
 from higgs_ds.config import OptimOptions
 from higgs_ds.data.collate import Batch
 from higgs_ds.distributed import device, rank, sum_over_ranks, world_size
-from higgs_ds.errors import NotFiniteError
 from higgs_ds.loss import LossWeights, target_weights
 from higgs_ds.model.nf4 import move_statistics
 from higgs_ds.optimizers import MOMENTS, float_moments, make_optimizer, start_moments
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an optimizer step was made from, and whether it was taken.
+
+    sums: this rank's loss sums of each micro-batch, float32 (M, 1 + C); counts: targets of all ranks, float64 (1 + C,).
+    taken: False where a loss or a gradient of any rank was not finite. Nothing but the schedule has moved then.
+    """
+
+    sums: torch.Tensor
+    counts: torch.Tensor
+    taken: bool
 
 
 class Engine:
@@ -89,15 +102,13 @@ class Engine:
         for parameter in self.trained.values():
             self._master_of(parameter).copy_(parameter)
 
-    def train_step(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Forward and backward over this rank's micro-batches of a window, then one optimizer step.
-
-        Returns the loss sums of this rank, float32 (1 + C,), and the target counts of all ranks, float64 (1 + C,).
-        """
+    def train_step(self, batches: Sequence[Batch]) -> Step:
+        """Forward and backward over this rank's micro-batches of a window, then one optimizer step."""
         self.engine.train()
         counts = sum_over_ranks(torch.stack([batch.target_counts() for batch in batches]).sum(dim=0).to(self.device))
         per_target = target_weights(counts, self.weights)
-        sums = torch.zeros(len(counts), device=self.device)
+        sums = []
+        skipped_before, taken = self.engine.skipped_steps, True
         for i, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
             loss, micro_sums = self.engine(**batch.tensors(self.device), target_weights=per_target)
@@ -106,17 +117,28 @@ class Engine:
             # without targets, therefore changes no target's weight.
             # The product is also a tensor of its own: at stage 0, DeepSpeed 0.19.8 divides the gradient of the very
             # tensor that the model returned by the accumulation steps, in spite of scale_wrt_gas=False.
-            self.engine.backward(loss * world_size(), scale_wrt_gas=False)
+            # A loss that is not finite becomes a gradient that is not, on every rank, without anyone waiting for it.
+            finite = torch.where(micro_sums.isfinite().all(), 1.0, torch.nan)
+            self.engine.backward(loss * (world_size() * finite), scale_wrt_gas=False)
             if self.stage == 0 and i == len(batches) - 1:
-                gradients = [p.grad for p in self.trained.values() if p.grad is not None]
-                self._stage0_grad_norm = torch.nn.utils.get_total_norm(gradients)
-            self.engine.step()
-            sums += micro_sums
-        if self.engine.skipped_steps:  # DeepSpeed passes over a gradient that is not finite, and only counts it
-            error = NotFiniteError("a gradient became NaN or infinite; the step was not taken. Lower --lr")
-            error.on_all_ranks = True
-            raise error
-        return sums, counts
+                taken = self._look_at_gradients()
+            if taken:
+                self.engine.step()
+            sums.append(micro_sums)
+        taken &= self.engine.skipped_steps == skipped_before  # DeepSpeed passes over such a gradient, and only counts it
+        if not taken:
+            self.scheduler.step()  # as the engine does behind every other step
+        return Step(torch.stack(sums), counts, taken)
+
+    def _look_at_gradients(self) -> bool:
+        """At stage 0: their norm, and whether they are finite, which in float32 nothing else asks there."""
+        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
+        self._stage0_grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(self.engine.optimizer, FP16_UnfusedOptimizer) or self._stage0_grad_norm.isfinite():
+            return True
+        for parameter in self.trained.values():
+            parameter.grad = None
+        return False
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:

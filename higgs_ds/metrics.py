@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from higgs_ds.data.collate import Batch
 from higgs_ds.distributed import is_main, rank, sum_over_ranks, world_size
+from higgs_ds.engine import Step
 from higgs_ds.errors import NotFiniteError
 from higgs_ds.files import saving, write_text
 from higgs_ds.loss import LossWeights, mean_losses
@@ -45,11 +46,12 @@ class Meter:
         self.num_tokens = 0
         self.started_at = time.perf_counter()
 
-    def add(self, sums: torch.Tensor, counts: torch.Tensor, batches: Sequence[Batch]) -> None:
-        """Add one step: the sums (1 + C,) and batches of this rank, and the target counts (1 + C,) of all ranks."""
+    def add(self, step: Step, batches: Sequence[Batch]) -> None:
+        """Add one step, of which only the time counts where it was not taken."""
         self.steps += 1
-        self.sums += sums
-        self.counts += counts
+        if step.taken:
+            self.sums += step.sums.sum(0)
+            self.counts += step.counts
         self.num_samples += sum(batch.num_samples for batch in batches)
         self.num_tokens += sum(batch.num_tokens for batch in batches)
 
@@ -79,17 +81,21 @@ class Meter:
         self.steps += states[0]["steps"]
 
     def read(self) -> dict[str, float]:
-        """Mean losses and speed since the last reset, over all ranks. Every rank must call this."""
+        """Mean losses and speed since the last reset, over all ranks; no losses where no step was taken.
+
+        Every rank must call this.
+        """
         sizes = torch.tensor([self.num_samples, self.num_tokens], dtype=torch.float64, device=self.device)
         num_samples, num_tokens = sum_over_ranks(sizes).tolist()
         losses = mean_losses(sum_over_ranks(self.sums), self.counts, self.weights)
+        means = losses.metrics("train") if self.counts.any() else {}
         seconds = time.perf_counter() - self.started_at
         speed = {
             "samples_per_s": num_samples / seconds,
             "tokens_per_s": num_tokens / seconds,
             "step_time_s": seconds / self.steps,
         }
-        return losses.metrics("train") | speed
+        return means | speed
 
 
 class MetricsLog:
@@ -119,7 +125,7 @@ class MetricsLog:
         """
         line = {"step": step, "epoch": round(epoch, 4), **values, "peak_memory_gib": peak_memory_gib()}
         if is_main():
-            clean = {key: None if math.isnan(value) else value for key, value in line.items()}
+            clean = {key: value if math.isfinite(value) else None for key, value in line.items()}
             with saving(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(clean) + "\n")
         shown = {key: value for key, value in values.items() if "/cb" not in key}

@@ -48,7 +48,7 @@ DROPPED_FILE = "dropped_samples.txt"
 # Options that may differ when a run goes on: they do not change what is trained. Batch size and accumulation may, as
 # long as the number of samples per step stays.
 FREE_ON_RESUME = (
-    "output_dir", "resume", "log_steps", "val_steps", "save_steps", "keep_checkpoints",
+    "output_dir", "resume", "log_steps", "val_steps", "save_steps", "keep_checkpoints", "on_nonfinite",
     "merge_adapter_with_base", "deepspeed", "cache_dir",
     "activation_checkpointing", "offload_embeddings", "offload_checkpoints", "attn_implementation",
     "batch_size", "grad_accum", "epochs", "max_steps",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 
-from higgs_ds.checkpoint import save_checkpoint
+from higgs_ds.checkpoint import checkpoint_folder, save_checkpoint
 from higgs_ds.config import TrainOptions
 from higgs_ds.data.prefetch import prefetched
-from higgs_ds.errors import StoppedError
+from higgs_ds.data.sampler import Window
+from higgs_ds.engine import Step
+from higgs_ds.errors import NotFiniteError, StoppedError
 from higgs_ds.finish import merge_into_folders, say_where
-from higgs_ds.metrics import Meter, MetricsLog
+from higgs_ds.metrics import Meter, MetricsLog, say
+from higgs_ds.not_finite import may_pass_over, why_not_taken
 from higgs_ds.signals import StopSignals
 from higgs_ds.startup import Run, start
 from higgs_ds.validate import validate
@@ -39,21 +42,23 @@ def train(run: Run) -> None:
         windows = run.sampler.windows(state.step, state.total_steps)
         for window, batches in prefetched(windows, lambda window: run.train.batches(window.micro_batches)):
             lr = engine.lr
-            meter.add(*engine.train_step(batches), batches)
+            result = engine.train_step(batches)
+            if not result.taken:
+                _pass_over(run, meter, window, result)
+            meter.add(result, batches)
             state.step, state.epoch = state.step + 1, window.epoch
-            state.has_learned |= lr > 0
+            state.has_learned |= lr > 0 and result.taken
             log.advance()
             last = state.step == state.total_steps
             if last or state.step % options.run.log_steps == 0:
-                log.write(state.step, state.epoch, meter.read() | {"lr": lr, "grad_norm": engine.grad_norm})
+                log.write(state.step, state.epoch, meter.read() | {"lr": lr, "grad_norm": engine.grad_norm, **state.skips()})
                 meter.reset()
             with meter.paused():
                 if len(run.val) and (last or state.step % options.run.val_steps == 0):
                     _validate(run, log, signals)
                 stopped_by = signals.agreed()
                 if last or stopped_by or state.step % options.run.save_steps == 0:
-                    keep = options.run.keep_checkpoints
-                    save_checkpoint(run.output_dir, engine, state, meter, run.adapter_format, keep)
+                    _save(run, meter)
             if stopped_by:
                 raise _stopped(run, stopped_by)
 
@@ -67,6 +72,28 @@ def _validate(run: Run, log: MetricsLog, signals: StopSignals) -> None:
         log.write(state.step, state.epoch, values)
         state.val_losses[str(state.step)] = values["val/loss"]
         state.validation_due = False
+
+
+def _save(run: Run, meter: Meter) -> None:
+    keep = run.options.run.keep_checkpoints
+    save_checkpoint(run.output_dir, run.engine, run.state, meter, run.adapter_format, keep)
+
+
+def _pass_over(run: Run, meter: Meter, window: Window, result: Step) -> None:
+    """Count and tell a step that was not taken; where none may be passed over, save what was learned and end."""
+    state = run.state
+    why = why_not_taken(state.step + 1, result, window.micro_batches, run.train)
+    skips = run.options.optim.on_nonfinite == "skip"
+    if skips and may_pass_over(len(state.skipped), state.step):
+        state.skipped.append(state.step + 1)
+        say(f"warning: {why}")
+        return
+    if state.step and not checkpoint_folder(run.output_dir, state.step).exists():
+        _save(run, meter)
+    advice = f"{len(state.skipped)} steps were passed over before" if skips else "or go on with --on_nonfinite skip"
+    error = NotFiniteError(f"{why}\nLook at these samples, or begin anew with a lower --lr; {advice}")
+    error.on_all_ranks = True
+    raise error
 
 
 def _stopped(run: Run, signal_name: str) -> StoppedError:

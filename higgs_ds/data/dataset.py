@@ -57,6 +57,10 @@ class Dataset:
             codes.append(cached.codes.long())
         return EncodedSample(prompt_of(sample, num_frames, self.coder.tokenizer, stream), codes)
 
+    def sources(self, indices: Sequence[int]) -> list[str]:
+        """Where samples come from: file and line."""
+        return self.index.sources(self.rows[list(indices)])
+
     def digest(self) -> str:
         """Identity of the data: what is said, by whom, to which audio, whatever the files are called."""
         return hashlib.sha256(self.index.digests()[self.rows].tobytes()).hexdigest()

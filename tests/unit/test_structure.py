@@ -25,7 +25,7 @@ ROWS = [
     ["data.formats.recognition", "activations"],
     ["data.formats.reader", "data.summary", "data.dataset", "engine", "export", "planner"],
     ["data.survey", "bundle", "metrics", "validate", "adapter", "dry_run"],
-    ["checkpoint", "prepare", "generate", "verify"],
+    ["checkpoint", "prepare", "generate", "verify", "not_finite"],
     ["merge"],
     ["startup"],
     ["finish"],

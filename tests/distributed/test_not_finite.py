@@ -1,0 +1,121 @@
+"""A loss or a gradient that is not finite on one rank: nothing is learned from it, and the samples are named."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT, read_metrics
+from launcher import start_ranks
+from safetensors.torch import load_file
+
+CASES = [(stage, "fp32", kind) for stage in range(4) for kind in ("loss", "gradient")]
+CASES += [(0, "bf16", "gradient"), (1, "bf16", "loss"), (2, "bf16", "gradient"), (3, "bf16", "loss")]
+STOPPED = [(0, "fp32", "gradient"), (1, "bf16", "loss"), (3, "fp32", "loss")]
+RANKS = 2
+
+
+def run_spoiled(cases: list[dict[str, object]]) -> list[str | None]:
+    processes = start_ranks(RANKS, [sys.executable, str(PROJECT / "tests" / "spoiled_worker.py"), json.dumps(cases)])
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * RANKS, outputs[0][-6000:] + outputs[1][-3000:]
+    return json.loads(next(line for line in outputs[0].splitlines() if line.startswith("errors:"))[len("errors:") :])
+
+
+def options(manifest: Path, ds_json: Path, folder: Path, precision: str, more: str) -> list[str]:
+    return (
+        f"--deepspeed {ds_json} --output_dir {folder} --precision {precision} --train_manifest {manifest} --lr 1e-3 "
+        "--allow_text_targets --batch_size 1 --grad_accum 2 --max_steps 5 --log_steps 1 --val_steps 100 --save_steps 1 "
+        f"{more}"
+    ).split()
+
+
+def learned(run: Path, step: int) -> dict[str, object]:
+    folder = run / f"checkpoint-{step}"
+    return load_file(folder / "lora_adapters" / "adapter_model.safetensors") | load_file(folder / "optimizer.safetensors")
+
+
+def same(one: dict[str, object], other: dict[str, object]) -> bool:
+    return one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items())
+
+
+@pytest.fixture(scope="module")
+def spoiled(
+    tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, ds_file: Callable[[int], Path]
+) -> tuple[Path, dict[str, str | None]]:
+    """For each case a run that passes over step 3; for some of them one that stops there."""
+    root = tmp_path_factory.mktemp("spoiled")
+    cases = {}
+    for stage, precision, kind in CASES:
+        for way in ("skip", "stop") if (stage, precision, kind) in STOPPED else ("skip",):
+            name = f"{stage}-{precision}-{kind}-{way}"
+            argv = options(mixed_manifest, ds_file(stage), root / name, precision, f"--on_nonfinite {way}")
+            cases[name] = {"argv": argv, "steps": [3], "rank": 1, "kind": kind}
+    argv = options(mixed_manifest, ds_file(2), root / "all", "fp32", "--on_nonfinite skip --max_steps 20")
+    cases["all"] = {"argv": argv, "steps": list(range(2, 21)), "rank": 0, "kind": "loss"}
+    return root, dict(zip(cases, run_spoiled(list(cases.values())), strict=True))
+
+
+@pytest.mark.parametrize(("stage", "precision", "kind"), STOPPED)
+def test_stops_before_the_optimizer(
+    spoiled: tuple[Path, dict[str, str | None]], stage: int, precision: str, kind: str
+) -> None:
+    root, errors = spoiled
+    error = errors[f"{stage}-{precision}-{kind}-stop"]
+    assert error is not None
+    run = root / f"{stage}-{precision}-{kind}-stop"
+    assert error.startswith("step 3: " + ("the loss is NaN or infinite" if kind == "loss" else "all losses are finite"))
+    named = [line.strip() for line in error.splitlines() if line.startswith("  rank")]
+    assert [line[:7] for line in named] == (["rank 1:"] if kind == "loss" else ["rank 0:", "rank 1:"])
+    assert all(line.count("mixed.jsonl:") == (1 if kind == "loss" else 2) for line in named)
+    assert [line["step"] for line in read_metrics(run)] == [1, 2]
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert same(learned(run, 2), learned(root / f"{stage}-{precision}-{kind}-skip", 2))
+
+
+@pytest.mark.parametrize(("stage", "precision", "kind"), CASES)
+def test_passes_over_a_step(
+    spoiled: tuple[Path, dict[str, str | None]], stage: int, precision: str, kind: str
+) -> None:
+    root, errors = spoiled
+    run = root / f"{stage}-{precision}-{kind}-skip"
+    assert errors[run.name] is None
+    assert same(learned(run, 2), learned(run, 3))
+    assert not same(learned(run, 3), learned(run, 4))
+    lines = [line for line in read_metrics(run) if "lr" in line]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 4, 5]
+    assert [line.get("skipped_steps") for line in lines] == [None, None, 1, 1, 1]
+    cosine = [0.5e-3 * (1 + math.cos(math.pi * step / 5)) for step in range(5)]
+    assert [line["lr"] for line in lines] == pytest.approx(cosine)
+    assert json.loads((run / "trainer_state.json").read_text())["skipped"] == [3]
+
+
+def test_passes_over_so_many_and_no_more(spoiled: tuple[Path, dict[str, str | None]]) -> None:
+    root, errors = spoiled
+    assert errors["all"] is not None
+    assert errors["all"].startswith("step 12: ")
+    assert "10 steps were passed over before" in errors["all"]
+    assert same(learned(root / "all", 1), learned(root / "all", 11))
+
+
+def test_goes_on_behind_a_step_that_was_passed_over(
+    spoiled: tuple[Path, dict[str, str | None]], mixed_manifest: Path, ds_file: Callable[[int], Path]
+) -> None:
+    """Adam's count of steps is that of the steps taken; at stage 0 it is written down by hand."""
+    root, _ = spoiled
+    cases = []
+    for stage in (0, 3):
+        whole, broken = root / f"{stage}-fp32-loss-skip", root / f"{stage}-again"
+        shutil.copytree(whole, broken)
+        for step in (4, 5):
+            shutil.rmtree(broken / f"checkpoint-{step}")
+        argv = options(mixed_manifest, ds_file(stage), broken, "fp32", "--on_nonfinite stop --resume auto")
+        cases.append({"argv": argv, "steps": [], "rank": 0, "kind": "loss"})
+    assert run_spoiled(cases) == [None, None]
+    for stage in (0, 3):
+        assert same(learned(root / f"{stage}-fp32-loss-skip", 5), learned(root / f"{stage}-again", 5))

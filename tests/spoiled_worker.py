@@ -1,0 +1,65 @@
+"""One rank of trainings in which something is not finite: python tests/spoiled_worker.py JSON.
+
+A list of {argv, steps, rank, kind}: in these optimizer steps, counted in this process, that rank's first micro-batch has
+hidden states ("loss"), or gradients of them ("gradient"), that are not finite. Rank 0 prints a JSON list: for each
+training its error, or null.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from higgs_ds.quiet import quiet_libraries
+
+quiet_libraries()
+
+import torch  # noqa: E402
+
+from higgs_ds import distributed  # noqa: E402
+from higgs_ds.config import parse_train_options  # noqa: E402
+from higgs_ds.data.collate import Batch  # noqa: E402
+from higgs_ds.engine import Step  # noqa: E402
+from higgs_ds.errors import NotFiniteError  # noqa: E402
+from higgs_ds.startup import start  # noqa: E402
+from higgs_ds.train import train  # noqa: E402
+
+
+def train_spoiled(argv: list[str], steps: list[int], rank: int, kind: str) -> str | None:
+    run = start(*parse_train_options(argv))
+    engine, done = run.engine, []
+    original, norm = engine.train_step, engine.engine.module.higgs.model.norm
+
+    def spoil(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        handles.pop().remove()
+        if kind == "loss":
+            return output * torch.inf
+        output.register_hook(lambda gradient: gradient * torch.nan)
+        return output
+
+    handles: list[Any] = []
+
+    def train_step(batches: Sequence[Batch]) -> Step:
+        done.append(1)
+        if len(done) in steps and distributed.rank() == rank:
+            handles.append(norm.register_forward_hook(spoil))
+        return original(batches)
+
+    engine.train_step = train_step  # type: ignore[method-assign]
+    try:
+        train(run)
+    except NotFiniteError as error:
+        return str(error)
+    return None
+
+
+def main() -> None:
+    errors = [train_spoiled(**case) for case in json.loads(sys.argv[1])]
+    if distributed.is_main():
+        print("errors:", json.dumps(errors))
+
+
+if __name__ == "__main__":
+    distributed.leave(distributed.run_ranks(main))
