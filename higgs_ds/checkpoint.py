@@ -83,16 +83,23 @@ def save_checkpoint(
             save_file(by_rank, folder / RNG_FILE)
             write_json(folder / STATE_FILE, state.to_json())
             write_json(folder / MANIFEST_FILE, _manifest(folder))
-        with saving(output_dir / ADAPTER_FOLDER), replaced_folder(output_dir / ADAPTER_FOLDER) as folder:
-            shutil.copytree(target / ADAPTER_FOLDER, folder, dirs_exist_ok=True)
-        with saving(output_dir / STATE_FILE):
-            write_json(output_dir / STATE_FILE, state.to_json())
-        if keep is not None:
-            for folder in superfluous(output_dir, state, keep):
-                with saving(folder):
-                    remove_folder(folder)
+        publish(target, output_dir, state, keep)
 
     on_main(write)
+
+
+def publish(checkpoint: Path, output_dir: Path, state: TrainerState, keep: int | None) -> None:
+    """Renew what lies beside the checkpoints from one of them, with its state, and delete those that are not kept.
+
+    Raises SaveError.
+    """
+    with saving(output_dir / ADAPTER_FOLDER), replaced_folder(output_dir / ADAPTER_FOLDER) as folder:
+        shutil.copytree(checkpoint / ADAPTER_FOLDER, folder, dirs_exist_ok=True)
+    with saving(output_dir / STATE_FILE):
+        write_json(output_dir / STATE_FILE, state.to_json())
+    for folder in superfluous(output_dir, state, keep) if keep is not None else ():
+        with saving(folder):
+            remove_folder(folder)
 
 
 def superfluous(output_dir: Path, state: TrainerState, keep: int) -> list[Path]:

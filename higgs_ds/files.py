@@ -8,7 +8,9 @@ import hashlib
 import json
 import os
 import shutil
+import re
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from higgs_ds.errors import SaveError
+
+ABANDONED_AFTER_S = 3600
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[^.]+\.tmp(?P<old>\.old)?")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,6 +66,20 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         os.rename(temporary, path)
         _sync(path.parent)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def tidy(folder: Path) -> None:
+    """Put in order what killed processes have left in a folder of files and folders that are replaced as above.
+
+    What had been moved aside, and nothing has come in its place, is moved back. The rest is deleted an hour later: until
+    then, a process that still runs may be writing it.
+    """
+    for leftover in folder.glob(".*.tmp*") if folder.is_dir() else ():
+        match = _TEMPORARY.fullmatch(leftover.name)
+        if match and match["old"] and not (folder / match["name"]).exists():
+            os.rename(leftover, folder / match["name"])
+        elif match and time.time() - leftover.stat().st_mtime > ABANDONED_AFTER_S:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def remove_folder(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from higgs_ds.data.sampler import WindowSampler, split_validation
 from higgs_ds.engine import Engine
 from higgs_ds.errors import InputError
 from higgs_ds.export import AdapterFormat, adapter_parameters
-from higgs_ds.files import saving, write_json, write_text
+from higgs_ds.files import saving, tidy, write_json, write_text
 from higgs_ds.loss import LossWeights
 from higgs_ds.metrics import say
 from higgs_ds.model.higgs import (
@@ -163,7 +164,17 @@ def _output_dir(options: TrainOptions) -> Path:
 
 
 def _resume_from(options: TrainOptions, output_dir: Path) -> Path | None:
+    """The checkpoint to go on from, which rank 0 decides on. Every rank must call this."""
+    found = distributed.on_main(lambda: _find_resumable(options, output_dir))
+    if found is not None and not found.is_dir():
+        raise InputError(f"{found}: is not to be seen on {socket.gethostname()}; all nodes must share the output folder")
+    return found
+
+
+def _find_resumable(options: TrainOptions, output_dir: Path) -> Path | None:
     """The checkpoint to go on from; an earlier run's results are never overwritten unasked."""
+    with saving(output_dir):
+        tidy(output_dir)
     resume = options.run.resume
     if resume == RESUME_NEVER:
         earlier = checkpoint.find_checkpoints(output_dir)
@@ -266,13 +277,19 @@ def _load(inputs: Inputs) -> Run:
     torch.manual_seed(optim.seed + 1 + distributed.rank())  # dropout of its own on every rank
     if resume_from is not None:
         checkpoint.load_into_engine(resume_from, engine, state)
-    if distributed.is_main():
-        with saving(inputs.output_dir):
-            write_json(inputs.output_dir / "settings.json", options.flat())
-            if inputs.too_long:
-                write_text(inputs.output_dir / DROPPED_FILE, "\n".join(inputs.too_long) + "\n")
+    distributed.on_main(lambda: _begin_output(inputs, state))
     form = AdapterFormat(model.peft_config["default"], quantization)
     return Run(options, inputs.output_dir, bundle, inputs.train, inputs.val, sampler, engine, form, state)
+
+
+def _begin_output(inputs: Inputs, state: TrainerState) -> None:
+    """Write down the settings; a run that goes on also sees to what it was killed before it could do."""
+    with saving(inputs.output_dir):
+        write_json(inputs.output_dir / "settings.json", inputs.options.flat())
+        if inputs.too_long:
+            write_text(inputs.output_dir / DROPPED_FILE, "\n".join(inputs.too_long) + "\n")
+    if inputs.resume_from is not None:
+        checkpoint.publish(inputs.resume_from, inputs.output_dir, state, inputs.options.run.keep_checkpoints)
 
 
 def _state(inputs: Inputs, sampler: WindowSampler) -> TrainerState:

@@ -51,7 +51,9 @@ def train(run: Run) -> None:
             log.advance()
             last = state.step == state.total_steps
             if last or state.step % options.run.log_steps == 0:
-                log.write(state.step, state.epoch, meter.read() | {"lr": lr, "grad_norm": engine.grad_norm, **state.skips()})
+                log.write(
+                    state.step, state.epoch, meter.read() | {"lr": lr, "grad_norm": engine.grad_norm, **state.skips()}
+                )
                 meter.reset()
             with meter.paused():
                 if len(run.val) and (last or state.step % options.run.val_steps == 0):

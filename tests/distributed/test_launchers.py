@@ -110,7 +110,11 @@ def options(manifest: Path, ds_json: Path, output_dir: Path) -> list[str]:
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_killed_rank_ends_all(
-    tmp_path: Path, mixed_manifest: Path, ds_file: Callable[[int], Path], launched: Callable[..., Launched], launcher: str
+    tmp_path: Path,
+    mixed_manifest: Path,
+    ds_file: Callable[[int], Path],
+    launched: Callable[..., Launched],
+    launcher: str,
 ) -> None:
     run = launched(launcher, options(mixed_manifest, ds_file(2), tmp_path / "run"), tmp_path / "run")
     run.wait_for_step(2)

@@ -37,7 +37,9 @@ def options(manifest: Path, ds_json: Path, folder: Path, precision: str, more: s
 
 def learned(run: Path, step: int) -> dict[str, object]:
     folder = run / f"checkpoint-{step}"
-    return load_file(folder / "lora_adapters" / "adapter_model.safetensors") | load_file(folder / "optimizer.safetensors")
+    return load_file(folder / "lora_adapters" / "adapter_model.safetensors") | load_file(
+        folder / "optimizer.safetensors"
+    )
 
 
 def same(one: dict[str, object], other: dict[str, object]) -> bool:
@@ -79,9 +81,7 @@ def test_stops_before_the_optimizer(
 
 
 @pytest.mark.parametrize(("stage", "precision", "kind"), CASES)
-def test_passes_over_a_step(
-    spoiled: tuple[Path, dict[str, str | None]], stage: int, precision: str, kind: str
-) -> None:
+def test_passes_over_a_step(spoiled: tuple[Path, dict[str, str | None]], stage: int, precision: str, kind: str) -> None:
     root, errors = spoiled
     run = root / f"{stage}-{precision}-{kind}-skip"
     assert errors[run.name] is None
