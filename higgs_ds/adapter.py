@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from higgs_ds.errors import InputError
-from higgs_ds.export import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, QUANTIZATION_KEY
+from higgs_ds.export import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, DIGEST_KEY, QUANTIZATION_KEY, digest
 from higgs_ds.model import nf4
 from higgs_ds.model.nf4 import BaseQuantization
 
@@ -101,10 +102,12 @@ def read_adapter(folder: Path) -> Adapter:
     if not (folder / ADAPTER_CONFIG).is_file():
         raise InputError(_no_adapter(folder))
     try:
-        config = LoraConfig.from_pretrained(folder)
         tensors = load_file(folder / ADAPTER_WEIGHTS)
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            record = (file.metadata() or {}).get(QUANTIZATION_KEY)
+            metadata = file.metadata() or {}
+        record = metadata.get(QUANTIZATION_KEY)
+        _check_digest(folder, tensors, metadata)
+        config = LoraConfig.from_pretrained(folder)
         quantization = BaseQuantization.from_json(record) if record else None
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise InputError(f"{folder}: its adapter cannot be read: {error}") from error
@@ -122,6 +125,18 @@ def read_adapter(folder: Path) -> Adapter:
     if problems:
         raise InputError(problems)
     return Adapter(factors, config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r), quantization)
+
+
+def _check_digest(folder: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Raise InputError where an adapter that bears a digest is not as it was written; others may have none."""
+    written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if not isinstance(written, dict):
+        raise ValueError(f"{ADAPTER_CONFIG} is no JSON object")
+    if DIGEST_KEY in metadata and metadata[DIGEST_KEY] != digest(tensors, written, metadata.get(QUANTIZATION_KEY)):
+        raise InputError(
+            f"{folder}: {ADAPTER_WEIGHTS} or {ADAPTER_CONFIG} is not as it was written: damaged, half copied or changed "
+            "by hand; copy both anew from where they were trained"
+        )
 
 
 def _factors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Factors], list[str]]:

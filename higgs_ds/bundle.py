@@ -63,7 +63,7 @@ def open_bundle(name: str | None, revision: str | None, codec_name: str | None, 
     codec = read_codec_info(codec_folder)
     weight_shapes(weight_files(codec_folder))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: its tokenizer does not load: {error}") from error
     problems = _tokenizer_problems(folder, config, tokenizer)

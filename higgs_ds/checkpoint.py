@@ -122,14 +122,15 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
 def why_incomplete(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None where all are there as they were written."""
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
+        manifest = {str(name): (file["size"], file["sha256"]) for name, file in json.loads(text).items()}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         return f"its {MANIFEST_FILE} cannot be read ({type(error).__name__})"
-    for name, expected in manifest.items():
+    for name, (size, sha256) in manifest.items():
         path = folder / name
         if not path.is_file():
             return f"lacks {name}"
-        if path.stat().st_size != expected["size"] or sha256_of(path) != expected["sha256"]:
+        if path.stat().st_size != size or sha256_of(path) != sha256:
             return f"its {name} is not as it was written"
     return None
 

@@ -61,7 +61,7 @@ def run_ranks(main: Callable[[], None]) -> int:
     Errors that all ranks agreed on are printed by rank 0 alone. Any other one is printed before this rank's connections
     are closed, on which the other ranks fail: whoever fails first speaks first.
     """
-    _join()
+    join_ranks()
     sys.excepthook = _last_words(sys.excepthook)  # behind that of torch, which names the rank in every line
     try:
         main()
@@ -115,7 +115,7 @@ def leave(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def _join() -> None:
+def join_ranks() -> None:
     """Set up the process group, from what a launcher or Slurm has set, or for this process alone."""
     if "RANK" not in os.environ:
         os.environ.update(slurm_ranks(os.environ) or _lone_rank())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -17,7 +19,7 @@ from higgs_ds.files import write_json, write_text
 from higgs_ds.model.nf4 import BaseQuantization
 
 ADAPTER_FOLDER = "lora_adapters"
-QUANTIZATION_KEY = "base_quantization"
+QUANTIZATION_KEY, DIGEST_KEY = "base_quantization", "sha256"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
@@ -37,9 +39,24 @@ class AdapterFormat:
     config: LoraConfig
     quantization: BaseQuantization | None = None
 
-    def metadata(self) -> dict[str, str]:
+    def metadata(self, tensors: dict[str, torch.Tensor], written_config: dict[str, Any]) -> dict[str, str]:
         """The header of the tensors' file."""
-        return {"format": "pt"} | ({QUANTIZATION_KEY: self.quantization.to_json()} if self.quantization else {})
+        quantization = self.quantization.to_json() if self.quantization else None
+        metadata = {"format": "pt", DIGEST_KEY: digest(tensors, written_config, quantization)}
+        return metadata | ({QUANTIZATION_KEY: quantization} if quantization else {})
+
+
+def digest(tensors: dict[str, torch.Tensor], config: dict[str, Any], quantization: str | None) -> str:
+    """SHA-256 of what decides an adapter's effect: its tensors, its configuration, how its base was quantized.
+
+    Where the base lies is left out, as it may be moved, and its name in the configuration changed.
+    """
+    use = {name: value for name, value in config.items() if name != "base_model_name_or_path"}
+    sha = hashlib.sha256(json.dumps([use, quantization], sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], form: AdapterFormat, must_have_moved: bool) -> None:
@@ -54,15 +71,12 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], form: AdapterF
     """
     check_finite(tensors)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in sorted(tensors.items())},
-        folder / ADAPTER_WEIGHTS,
-        form.metadata(),
-    )
     form.config.save_pretrained(folder)
     written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     written |= {"inference_mode": True, "target_modules": sorted(written["target_modules"])}
     write_json(folder / ADAPTER_CONFIG, dict(sorted(written.items())))
+    in_order = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    save_file(in_order, folder / ADAPTER_WEIGHTS, form.metadata(tensors, written))
     write_text(folder / ADAPTER_CARD, _card(form))
     verify_adapter(folder, tensors, must_have_moved)
 

@@ -32,14 +32,16 @@ def base(cache_dir: Path) -> Path:
 @pytest.fixture
 def lone_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process as the only rank of a process group."""
+    import torch
     from launcher import free_port, rank_environment
 
     from higgs_ds import distributed
 
     for name, value in rank_environment(0, 1, free_port()).items():
         monkeypatch.setenv(name, value)
-    with distributed._process_group():
-        yield
+    distributed.join_ranks()
+    yield
+    torch.distributed.destroy_process_group()
 
 
 def speech_sample(text: str, clip: str, **stretch: float) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class Codec:
     """Encodes and decodes clips as inference does: a clip's codes depend on no other clip."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self.model = HiggsAudioV2TokenizerModel.from_pretrained(folder).to(device).eval()
+        self.model = HiggsAudioV2TokenizerModel.from_pretrained(folder, use_safetensors=True).to(device).eval()
         self.device = device
         self.sample_rate: int = self.model.config.sample_rate
 

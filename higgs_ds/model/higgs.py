@@ -77,7 +77,7 @@ def load_base(folder: Path, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGen
     The text head must be asked for: transformers drops its weights silently otherwise.
     """
     model, info = HiggsAudioV2ForConditionalGeneration.from_pretrained(
-        folder, use_text_head=True, dtype=dtype, output_loading_info=True
+        folder, use_text_head=True, dtype=dtype, use_safetensors=True, output_loading_info=True
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
@@ -153,7 +153,7 @@ def load_for_generation(
         if (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.to(device)  # its buffers, too
-    return HiggsAudioV2ForConditionalGeneration.from_pretrained(folder, dtype="auto").to(device)
+    return HiggsAudioV2ForConditionalGeneration.from_pretrained(folder, dtype="auto", use_safetensors=True).to(device)
 
 
 class WeightSource(Protocol):
