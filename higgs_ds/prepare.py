@@ -28,7 +28,7 @@ from higgs_ds.bundle import Bundle, open_bundle
 from higgs_ds.config import DataOptions, ModelOptions, PrepareOptions, check_data_options, parse_shard
 from higgs_ds.data.audio_codes import default_cache_dir
 from higgs_ds.data.encode import encode_clips
-from higgs_ds.data.index import DESCRIPTION, VERSION, CheckedSample, Index, PartWriter, stamp_of
+from higgs_ds.data.index import DESCRIPTION, VERSION, CheckedSample, Index, PartWriter, open_kept, stamp_of
 from higgs_ds.data.summary import describe
 from higgs_ds.data.survey import MAX_SHOWN, Checker, Findings, Missing, Share, missing_clips, survey
 from higgs_ds.files import flush_folder, saving, why_not_writable, write_json, write_text
@@ -181,7 +181,7 @@ class Preparation:
         folder = distributed.on_main(find)
         if folder is None:
             return None
-        index = Index(folder) if folder.is_dir() else None
+        index = open_kept(folder)
         cache, num_codebooks = self.coder.cache, self.coder.stream.num_codebooks
         fresh = index and index.is_fresh(cache, num_codebooks, distributed.rank(), distributed.world_size())
         return index if all(distributed.gather_objects(bool(fresh))) else None

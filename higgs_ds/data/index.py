@@ -156,6 +156,14 @@ class Index:
         return True
 
 
+def open_kept(folder: Path) -> Index | None:
+    """An index that an earlier run has kept, or None where its files have gone or are damaged."""
+    try:
+        return Index(folder)
+    except (OSError, pa.ArrowInvalid):
+        return None
+
+
 def _row_is_fresh(row: dict[str, Any], num_frames: list[int], cache: CodeCache, num_codebooks: int) -> bool:
     stamps = zip(row["paths"], row["sizes"], row["mtimes"], strict=True)
     codes = zip(row["keys"], num_frames, strict=True)
