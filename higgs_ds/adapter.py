@@ -134,8 +134,8 @@ def _check_digest(folder: Path, tensors: dict[str, torch.Tensor], metadata: dict
         raise ValueError(f"{ADAPTER_CONFIG} is no JSON object")
     if DIGEST_KEY in metadata and metadata[DIGEST_KEY] != digest(tensors, written, metadata.get(QUANTIZATION_KEY)):
         raise InputError(
-            f"{folder}: {ADAPTER_WEIGHTS} or {ADAPTER_CONFIG} is not as it was written: damaged, half copied or changed "
-            "by hand; copy both anew from where they were trained"
+            f"{folder}: {ADAPTER_WEIGHTS} or {ADAPTER_CONFIG} is not as it was written: damaged, half copied or "
+            "changed by hand; copy both anew from where they were trained"
         )
 
 

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from higgs_ds.config import PROJECT_ROOT
-from higgs_ds.files import new_folder
+from higgs_ds.files import new_folder, saving
 
 BASE_NAME, CODEC_NAME = "tiny-random-base", "tiny-random-codec"
 VERSION = "2"  # part of the folder's name: raise it with every change to what is built
@@ -48,11 +48,11 @@ def builtin_base(cache_dir: Path) -> Path:
     home = cache_dir / f"builtin-{VERSION}"
     codec = home / CODEC_NAME
     if not codec.is_dir():
-        with new_folder(codec) as folder, _seeded(21):
+        with saving(codec), new_folder(codec) as folder, _seeded(21):
             _save(_build_codec(), folder)
     base = home / BASE_NAME
     if not base.is_dir():
-        with new_folder(base) as folder, _seeded(20):
+        with saving(base), new_folder(base) as folder, _seeded(20):
             tokenizer = _build_tokenizer()
             model = _build_model(tokenizer)
             _save(model, folder)

@@ -23,8 +23,8 @@ ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None]
 # Ranks wait here for the slowest one to encode its share of the audio: far longer than any exchange while training.
 TIMEOUT = datetime.timedelta(minutes=60)
 
-# A launcher ends all ranks as soon as one has left, and takes the exit code of the first: so long do others wait who have
-# nothing to say of their own.
+# A launcher ends all ranks as soon as one has left, and takes the exit code of the first: so long do others wait who
+# have nothing to say of their own.
 GIVE_WAY_S = 2
 
 _host_group: dist.ProcessGroup | None = None  # ranks' processors among themselves; None where all ranks are on CPUs
@@ -104,9 +104,9 @@ def _last_words(show: ExceptHook) -> ExceptHook:
 def leave(exit_code: int) -> NoReturn:
     """End this process.
 
-    Without Python's own shutdown on CPU ranks, where a thread of PyTorch 2.11's gloo may still be letting go of a tensor
-    and aborts the process for want of the interpreter (seen about once in 50 runs of two ranks), and after an error,
-    where a shutdown could wait for ranks that have gone.
+    Without Python's own shutdown on CPU ranks, where a thread of PyTorch 2.11's gloo may still be letting go of a
+    tensor and aborts the process for want of the interpreter (seen about once in 50 runs of two ranks), and after an
+    error, where a shutdown could wait for ranks that have gone.
     """
     if device().type == "cuda" and exit_code == EXIT_OK:
         sys.exit(exit_code)

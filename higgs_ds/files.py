@@ -7,8 +7,8 @@ import ctypes
 import hashlib
 import json
 import os
-import shutil
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -71,8 +71,8 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 def tidy(folder: Path) -> None:
     """Put in order what killed processes have left in a folder of files and folders that are replaced as above.
 
-    What had been moved aside, and nothing has come in its place, is moved back. The rest is deleted an hour later: until
-    then, a process that still runs may be writing it.
+    What had been moved aside, and nothing has come in its place, is moved back. The rest is deleted an hour later:
+    until then, a process that still runs may be writing it.
     """
     for leftover in folder.glob(".*.tmp*") if folder.is_dir() else ():
         match = _TEMPORARY.fullmatch(leftover.name)

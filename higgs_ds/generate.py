@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from higgs_ds.adapter import Adapter, read_adapter
 from higgs_ds.bundle import Bundle, open_bundle
 from higgs_ds.config import GenerateOptions
-from higgs_ds.data.audio import AudioError, read_audio, write_audio
+from higgs_ds.data.audio import WRITTEN_AS, AudioError, read_audio, write_audio
 from higgs_ds.data.audio_codes import default_cache_dir
 from higgs_ds.data.codec import Codec
 from higgs_ds.data.delay_pattern import apply_delay_pattern, revert_delay_pattern
@@ -51,7 +51,6 @@ def main(options: GenerateOptions) -> None:
     # A model without training may put the stream's own tokens between the codes; the codec has no sound for them.
     waveform = codec.decode(speech.codes.clamp(max=bundle.stream.bos_id - 1))
     with saving(options.output):
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         write_audio(options.output, waveform, bundle.codec.sample_rate)
     ending = "stopped by itself" if speech.stopped else "cut off at --max_new_tokens, it did not stop by itself"
     print(f"WAV: {options.output} ({len(waveform) / bundle.codec.sample_rate:.2f} s, {ending})")
@@ -97,6 +96,8 @@ def _check(options: GenerateOptions) -> tuple[Bundle, Adapter | None]:
         problems.append("--text: give the text to be spoken")
     if (options.ref_audio is None) != (options.ref_text is None):
         problems.append("--ref_audio and --ref_text: give both, a voice and what it says, or neither")
+    if options.output.suffix.lower() not in WRITTEN_AS:
+        problems.append(f"--output {options.output}: is to end in {' or '.join(WRITTEN_AS)}")
     reason = why_not_writable(options.output.parent)
     if reason or options.output.is_dir():
         problems.append(f"--output {options.output}: cannot be written to: {reason or 'is a folder'}")

@@ -101,9 +101,23 @@ class Meter:
 class MetricsLog:
     """`metrics.jsonl` and the progress bar. On resume, lines behind the checkpoint's step are cut off first."""
 
-    def __init__(self, output_dir: Path, first_step: int, total_steps: int, validation_due: bool = False) -> None:
-        """`validation_due`: that of `first_step` is still to be done; its line, if there is one, is cut too."""
+    def __init__(
+        self,
+        output_dir: Path,
+        first_step: int,
+        total_steps: int,
+        validation_due: bool = False,
+        seconds_left: float | None = None,
+    ) -> None:
+        """Begin, or go on behind `first_step`.
+
+        Args:
+            validation_due: that of `first_step` is still to be done; its line, if there is one, is cut too.
+            seconds_left: until a time limit ends the run.
+        """
         self.path = output_dir / METRICS_FILE
+        self.total_steps = total_steps
+        self.ends_at = None if seconds_left is None else time.monotonic() + seconds_left
         if is_main():
             _cut(self.path, first_step, validation_due)
         # None: no bar where stderr is a file, which log lines are enough for.
@@ -130,11 +144,25 @@ class MetricsLog:
                 file.write(json.dumps(clean) + "\n")
         shown = {key: value for key, value in values.items() if "/cb" not in key}
         say(f"step {step} (epoch {epoch:.2f}): " + "  ".join(f"{key} {value:.4g}" for key, value in shown.items()))
+        self._compare_with_limit(step, values.get("step_time_s"))
         for key in ("train/loss", "val/loss"):
             if not math.isfinite(values.get(key, 0.0)):
                 error = NotFiniteError(f"{key} is {values[key]} at step {step}; see {self.path}. Lower --lr")
                 error.on_all_ranks = True
                 raise error
+
+    def _compare_with_limit(self, step: int, step_time_s: float | None) -> None:
+        """Say once, behind the first log line, where the steps will take longer than there is time."""
+        if self.ends_at is None or step_time_s is None:
+            return
+        needed_s, left_s = (self.total_steps - step) * step_time_s, self.ends_at - time.monotonic()
+        self.ends_at = None
+        if needed_s > left_s:
+            say(
+                f"note: the steps to come take {needed_s / 3600:.1f} h or more, and the job's time limit is in "
+                f"{left_s / 3600:.1f} h. It goes on from a checkpoint when it is started again, which "
+                "launch/slurm/train.sbatch sees to"
+            )
 
 
 def peak_memory_gib() -> float:

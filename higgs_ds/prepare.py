@@ -273,13 +273,25 @@ def main(options: DataOptions, model: ModelOptions, how: PrepareOptions) -> None
 @contextlib.contextmanager
 def _part(folder: Path, rank: int) -> Iterator[tuple[Callable[[CheckedSample], None], Callable[[int, str], None]]]:
     """Where one rank puts its good samples, and what is wrong with the others."""
-    writer = PartWriter(folder, rank)
     bad_lines = folder / BAD_LINES.format(rank)
-    with bad_lines.open("w", encoding="utf-8", errors="backslashreplace") as bad:
-        yield writer.add, lambda number, line: print(number, " ".join(line.splitlines()), sep="\t", file=bad)
-    writer.close()
-    if not bad_lines.stat().st_size:
-        bad_lines.unlink()
+    with saving(folder):
+        writer = PartWriter(folder, rank)
+        bad = bad_lines.open("w", encoding="utf-8", errors="backslashreplace", buffering=1)
+
+    def keep(sample: CheckedSample) -> None:
+        with saving(folder):
+            writer.add(sample)
+
+    def tell_bad(number: int, line: str) -> None:
+        with saving(folder):
+            print(number, " ".join(line.splitlines()), sep="\t", file=bad)
+
+    yield keep, tell_bad
+    with saving(folder):
+        bad.close()
+        writer.close()
+        if not bad_lines.stat().st_size:
+            bad_lines.unlink()
 
 
 def _merged_problems(findings: list[Findings]) -> list[str]:

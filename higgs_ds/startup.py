@@ -27,12 +27,14 @@ from higgs_ds.engine import Engine
 from higgs_ds.errors import InputError
 from higgs_ds.export import AdapterFormat, adapter_parameters
 from higgs_ds.files import saving, tidy, write_json, write_text
+from higgs_ds.hub import weight_files
 from higgs_ds.loss import LossWeights
 from higgs_ds.metrics import say
 from higgs_ds.model.higgs import (
     DualLossModel,
     check_text_head,
     checkpoint_layers,
+    empty_model,
     load_base,
     load_base_in_4bit,
     num_parameters,
@@ -41,6 +43,7 @@ from higgs_ds.model.higgs import (
 from higgs_ds.model.lora import add_lora, check_biases, describe
 from higgs_ds.model.nf4 import BaseQuantization
 from higgs_ds.planner import Setting, with_checkpointing
+from higgs_ds.preflight import check_room, seconds_left
 from higgs_ds.prepare import Preparation, check_folders, scratch_problems
 from higgs_ds.support import unsupported
 
@@ -167,7 +170,9 @@ def _resume_from(options: TrainOptions, output_dir: Path) -> Path | None:
     """The checkpoint to go on from, which rank 0 decides on. Every rank must call this."""
     found = distributed.on_main(lambda: _find_resumable(options, output_dir))
     if found is not None and not found.is_dir():
-        raise InputError(f"{found}: is not to be seen on {socket.gethostname()}; all nodes must share the output folder")
+        raise InputError(
+            f"{found}: is not to be seen on {socket.gethostname()}; all nodes must share the output folder"
+        )
     return found
 
 
@@ -264,6 +269,7 @@ def _load(inputs: Inputs) -> Run:
         max_tokens=optim.max_tokens_per_batch,
     )
     state = distributed.agreed(lambda: _state(inputs, sampler))
+    distributed.on_main(lambda: _check_room(inputs, state))
     model, quantization = distributed.agreed(lambda: _adapted_model(inputs))
     trained = adapter_parameters(model)
     _report(inputs, sampler, state, describe(model, num_parameters(bundle.folder)))
@@ -302,6 +308,14 @@ def _state(inputs: Inputs, sampler: WindowSampler) -> TrainerState:
     saved = checkpoint.read_state(inputs.resume_from)
     checkpoint.check_same_run(saved, fresh, inputs.resume_from)
     return saved
+
+
+def _check_room(inputs: Inputs, state: TrainerState) -> None:
+    """Raise InputError where what is to be written does not fit, or --lora_targets is not in the base."""
+    shapes = add_lora(empty_model(inputs.bundle.config, torch.float32), inputs.options.lora, "", torch.float32)
+    adapter_bytes = 4 * sum(parameter.numel() for parameter in adapter_parameters(shapes).values())
+    base_bytes = sum(path.stat().st_size for path in weight_files(inputs.bundle.folder))
+    check_room(inputs.output_dir, state, inputs.options.run, adapter_bytes, base_bytes)
 
 
 def _training_settings(inputs: Inputs, sampler: WindowSampler) -> dict[str, Any]:
@@ -364,4 +378,7 @@ def _report(inputs: Inputs, sampler: WindowSampler, state: TrainerState, adapter
         say("note: this CPU has no instructions for bf16; --precision fp32 is much faster here")
     if inputs.resume_from is not None:
         say(f"resumed: {inputs.resume_from}, at step {state.step}")
+    left = seconds_left()
+    if left is not None:
+        say(f"time: Slurm's limit for this job is in {left / 3600:.1f} h")
     say(f"output: {inputs.output_dir}")

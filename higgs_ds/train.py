@@ -8,11 +8,14 @@ from higgs_ds.checkpoint import checkpoint_folder, save_checkpoint
 from higgs_ds.config import TrainOptions
 from higgs_ds.data.prefetch import prefetched
 from higgs_ds.data.sampler import Window
+from higgs_ds.distributed import sum_over_ranks
 from higgs_ds.engine import Step
 from higgs_ds.errors import NotFiniteError, StoppedError
 from higgs_ds.finish import merge_into_folders, say_where
+from higgs_ds.loss import mean_losses
+from higgs_ds.loss_checks import doubts, may_pass_over, why_not_taken
 from higgs_ds.metrics import Meter, MetricsLog, say
-from higgs_ds.not_finite import may_pass_over, why_not_taken
+from higgs_ds.preflight import seconds_left
 from higgs_ds.signals import StopSignals
 from higgs_ds.startup import Run, start
 from higgs_ds.validate import validate
@@ -35,7 +38,7 @@ def train(run: Run) -> None:
     state, engine, options = run.state, run.engine, run.options
     meter = Meter(engine.weights, engine.device)
     meter.restore(state.meters)
-    log = MetricsLog(run.output_dir, state.step, state.total_steps, state.validation_due)
+    log = MetricsLog(run.output_dir, state.step, state.total_steps, state.validation_due, seconds_left())
     with contextlib.closing(log), StopSignals() as signals:
         if state.validation_due:
             _validate(run, log, signals)
@@ -46,14 +49,15 @@ def train(run: Run) -> None:
             if not result.taken:
                 _pass_over(run, meter, window, result)
             meter.add(result, batches)
+            if state.step == 0:
+                _look_at_first_losses(run, result)
             state.step, state.epoch = state.step + 1, window.epoch
             state.has_learned |= lr > 0 and result.taken
             log.advance()
             last = state.step == state.total_steps
             if last or state.step % options.run.log_steps == 0:
-                log.write(
-                    state.step, state.epoch, meter.read() | {"lr": lr, "grad_norm": engine.grad_norm, **state.skips()}
-                )
+                values = meter.read() | {"lr": lr, "grad_norm": engine.grad_norm}
+                log.write(state.step, state.epoch, values | state.skips())
                 meter.reset()
             with meter.paused():
                 if len(run.val) and (last or state.step % options.run.val_steps == 0):
@@ -79,6 +83,13 @@ def _validate(run: Run, log: MetricsLog, signals: StopSignals) -> None:
 def _save(run: Run, meter: Meter) -> None:
     keep = run.options.run.keep_checkpoints
     save_checkpoint(run.output_dir, run.engine, run.state, meter, run.adapter_format, keep)
+
+
+def _look_at_first_losses(run: Run, result: Step) -> None:
+    config, sums = run.bundle.config, sum_over_ranks(result.sums.sum(0))
+    losses = mean_losses(sums, result.counts, run.engine.weights)
+    for doubt in doubts(losses.text, losses.audio, config.vocab_size, config.codebook_size):
+        say(f"warning: {doubt}")
 
 
 def _pass_over(run: Run, meter: Meter, window: Window, result: Step) -> None:

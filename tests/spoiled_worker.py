@@ -1,7 +1,7 @@
 """One rank of trainings in which something is not finite: python tests/spoiled_worker.py JSON.
 
-A list of {argv, steps, rank, kind}: in these optimizer steps, counted in this process, that rank's first micro-batch has
-hidden states ("loss"), or gradients of them ("gradient"), that are not finite. Rank 0 prints a JSON list: for each
+A list of {argv, steps, rank, kind}: in these optimizer steps, counted in this process, that rank's first micro-batch
+has hidden states ("loss"), or gradients of them ("gradient"), that are not finite. Rank 0 prints a JSON list: for each
 training its error, or null.
 """
 

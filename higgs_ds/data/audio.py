@@ -15,11 +15,13 @@ import torch
 import torchaudio
 
 from higgs_ds.data.sample import AudioClip
+from higgs_ds.files import replaced_file
 
 # torchaudio's defaults, spelled out because the cache of codes is keyed by them.
 RESAMPLING: dict[str, Any] = {"lowpass_filter_width": 6, "rolloff": 0.99, "resampling_method": "sinc_interp_hann"}
 SILENCE_PEAK = 1e-3  # -60 dBFS: nothing in such a clip can be heard
 FULL_SCALE = 0.999
+WRITTEN_AS = (".wav", ".flac")
 MAX_STRETCH_S = 1e6  # longer than any file: keeps the number of samples a number
 TOLERANCE_S = 0.1  # by which a stretch may reach behind the end of its file: durations in manifests are rounded
 
@@ -96,5 +98,8 @@ def _decode(clip: AudioClip) -> tuple[np.ndarray, int]:
 
 
 def write_audio(path: Path, waveform: torch.Tensor, sample_rate: int) -> None:
-    """Write a mono waveform (num_samples,) as 16-bit PCM, in the format that the file's name asks for."""
-    soundfile.write(path, waveform.clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16")
+    """Write a mono waveform (num_samples,) as 16-bit PCM, as WAV or FLAC, whichever its name asks for."""
+    content = io.BytesIO()
+    soundfile.write(content, waveform.clamp(-1, 1).numpy(), sample_rate, "PCM_16", format=path.suffix[1:])
+    with replaced_file(path) as temporary:
+        temporary.write_bytes(content.getvalue())

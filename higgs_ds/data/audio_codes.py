@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from higgs_ds.data.audio import RESAMPLING
 from higgs_ds.data.sample import AudioClip
-from higgs_ds.files import replaced_file, sha256_of
+from higgs_ds.files import replaced_file, saving, sha256_of
 
 KEY_BYTES = 32
 HEADER_BYTES = 1024  # what a file of codes holds beside them, at most
@@ -72,8 +72,8 @@ class CodeCache:
         return 128 < size - 2 * num_codebooks * num_frames < HEADER_BYTES
 
     def store(self, key: str, cached: CachedCodes) -> None:
-        """Keep codes (C, F)."""
-        with replaced_file(self.path(key)) as temporary:
+        """Keep codes (C, F). Raises SaveError."""
+        with saving(self.path(key)), replaced_file(self.path(key)) as temporary:
             metadata = {"key": key, "clipped": repr(cached.clipped)}
             save_file({"codes": cached.codes.to(torch.int16).contiguous()}, temporary, metadata)
 

@@ -62,7 +62,7 @@ def _nothing_ran(marker: Path, bad_bytes: bytes) -> object:
     yield
     assert not marker.exists()
     if bad_bytes.startswith(b"PK"):
-        torch.load(io.BytesIO(bad_bytes), weights_only=False)  # noqa: S614
+        torch.load(io.BytesIO(bad_bytes), weights_only=False)
     else:
         pickle.loads(bad_bytes)  # noqa: S301
     assert marker.exists()
@@ -90,9 +90,9 @@ def test_base(own_base: Path, tmp_path: Path, bad_bytes: bytes, kind: str) -> No
     if kind == "sharded":
         index = {"weight_map": {"model.norm.weight": "pytorch_model.bin"}}
         write_json(own_base / "model.safetensors.index.json", index)
-    with pytest.raises(InputError, match=str(own_base)):
-        open_bundle(str(own_base), None, None, tmp_path)
-        check_text_head(own_base)
+    assert str(own_base) in refuses(
+        lambda: (open_bundle(str(own_base), None, None, tmp_path), check_text_head(own_base))
+    )
     # Behind these checks, which are what a user sees:
     cpu = torch.device("cpu")
     for load in (load_base, lambda folder, dtype: load_base_in_4bit(folder, dtype, cpu, cpu)):
@@ -132,7 +132,9 @@ def test_adapter(tmp_path: Path, bad_bytes: bytes, name: str) -> None:
     assert "cannot be read" in refuses(lambda: read_adapter(tmp_path / "adapter"))
 
 
-@pytest.mark.parametrize("name", [OPTIMIZER_FILE, RNG_FILE, f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}", "trainer_state.json"])
+@pytest.mark.parametrize(
+    "name", [OPTIMIZER_FILE, RNG_FILE, f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}", "trainer_state.json"]
+)
 def test_checkpoint(tmp_path: Path, bad_bytes: bytes, name: str) -> None:
     """One that was changed is passed over; one whose manifest was changed too does not load."""
     folder = tmp_path / "run" / "checkpoint-2"

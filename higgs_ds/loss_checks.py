@@ -1,15 +1,41 @@
-"""A loss or gradient that is NaN or infinite: whose it was, and how many such steps a run may pass over."""
+"""Losses that cannot be right: far from what any base gives at the start, or not finite, and whose they were."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.distributed import gather_objects
 from higgs_ds.engine import Step
 
+NEAR_ZERO = 0.1
+FAR_ABOVE_UNIFORM = 1.5  # times the loss of a model that takes all classes for equally likely
 PASSED_OVER_AT_MOST, SHARE_PASSED_OVER = 10, 0.01
 SHOWN = 8
+
+
+def doubts(text: float, audio: float, text_classes: int, audio_classes: int) -> list[str]:
+    """What is wrong with the mean losses of a run's first step, with its likely cause; nan: without targets.
+
+    A text loss near zero is no wonder: in speech samples, text targets are the tokens around the audio.
+    """
+    found = []
+    if audio < NEAR_ZERO:
+        found.append(
+            f"the first audio loss is {audio:.3f}, near zero: the base knows these clips by heart (is it a "
+            "model merged from a run on them?), or they hold nothing but silence; there is nothing left to learn"
+        )
+    for name, loss, classes, causes in (
+        ("audio", audio, audio_classes, "codes of another codec than the base was trained with (--codec_ckpt)"),
+        ("text", text, text_classes, "another tokenizer than the base's own"),
+    ):
+        if loss > FAR_ABOVE_UNIFORM * math.log(classes):
+            found.append(
+                f"the first {name} loss is {loss:.2f}, far above the {math.log(classes):.2f} of a guess among "
+                f"{classes:,} classes: {causes}, or a base whose weights are damaged or not of this model"
+            )
+    return found
 
 
 def may_pass_over(num_skipped: int, step: int) -> bool:

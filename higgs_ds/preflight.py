@@ -1,0 +1,54 @@
+"""Before the first step: whether there is room for all that a run will write, and time for it to end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from higgs_ds.checkpoint import TrainerState
+from higgs_ds.config import RunOptions
+from higgs_ds.errors import InputError
+
+GIB = 2**30
+
+
+def check_room(output_dir: Path, state: TrainerState, options: RunOptions, adapter_bytes: int, base_bytes: int) -> None:
+    """Raise InputError where a disk has less room than the rest of a run takes.
+
+    Args:
+        adapter_bytes: of an adapter in float32; base_bytes: of the base's weights, and so of a merged model's.
+    """
+    saves = sum(
+        step == state.total_steps or step % options.save_steps == 0
+        for step in range(state.step + 1, state.total_steps + 1)
+    )
+    # Those that are kept, the best, and one that is there before another is deleted.
+    at_once = saves if options.keep_checkpoints is None else min(saves, options.keep_checkpoints + 2)
+    takes = {
+        f"{at_once} checkpoints": at_once * 3 * adapter_bytes,  # an adapter and Adam's two moments
+        "adapters": 2 * adapter_bytes,  # the old one and the new one
+    }
+    if options.merge_adapter_with_base:
+        takes |= {"their copies": 4 * adapter_bytes, "the merged model": base_bytes}
+    needed, free = sum(takes.values()), _free(output_dir)
+    if needed > free:
+        parts = ", ".join(f"{size / GIB:.2f} GiB for {what}" for what, size in takes.items())
+        raise InputError(
+            f"--output_dir {output_dir}: {free / GIB:.2f} GiB are free, and the run writes {needed / GIB:.2f} GiB "
+            f"({parts}); choose another folder, save more rarely (--save_steps), or keep fewer checkpoints "
+            "(--keep_checkpoints)"
+        )
+
+
+def _free(folder: Path) -> int:
+    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def seconds_left(environment: Mapping[str, str] = os.environ) -> float | None:
+    """Until the time limit of the Slurm job that this process runs in; None where there is none, or it is not told."""
+    end = environment.get("SLURM_JOB_END_TIME", "")
+    return float(end) - time.time() if end.isdecimal() else None

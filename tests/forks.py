@@ -1,0 +1,69 @@
+"""Commands run in forks of a process that has imported everything: most of a short run's time would be imports.
+
+Import this before anything that imports torch, and start no thread before the last fork.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from higgs_ds.quiet import quiet_libraries
+
+quiet_libraries()
+
+from launcher import free_port, rank_environment  # noqa: E402
+
+from higgs_ds import distributed, prepare, train  # noqa: E402
+from higgs_ds.config import parse_prepare_options, parse_train_options  # noqa: E402
+
+
+def training(argv: Sequence[str]) -> Callable[[], None]:
+    """What launch/train.py does with these options."""
+    options = parse_train_options(list(argv))
+    return lambda: train.main(*options)
+
+
+def preparing(argv: Sequence[str]) -> Callable[[], None]:
+    """What launch/prepare.py does with these options."""
+    options = parse_prepare_options(list(argv))
+    return lambda: prepare.main(*options)
+
+
+def start(ranks: int, main: Callable[[], None], log: Path) -> list[int]:
+    """The process of each rank; what they say is added to `log`."""
+    port, pids = free_port(), []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(rank_environment(rank, ranks, port))
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(out, sys.stdout.fileno())
+            os.dup2(out, sys.stderr.fileno())
+            distributed.leave(distributed.run_ranks(main))
+        pids.append(pid)
+    return pids
+
+
+def wait(pids: Sequence[int], timeout_s: float) -> list[int]:
+    """Exit codes, below 0 where killed. Raises TimeoutError, with all of them killed, where one does not end."""
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + timeout_s
+    while len(codes) < len(pids):
+        for pid in set(pids) - codes.keys():
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            for pid in set(pids) - codes.keys():
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            raise TimeoutError(f"of {len(pids)} ranks, some did not end within {timeout_s} s: {codes}")
+        time.sleep(0.005)
+    return [codes[pid] for pid in pids]

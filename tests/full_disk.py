@@ -1,0 +1,140 @@
+"""Every command on a small disk that is full or read-only, from the start or in its midst.
+
+python tests/full_disk.py FOLDER prints a JSON object: for each try its exit code and its last words; for trainings that
+were hindered in their midst also the exit code of the run that went on once there was room again. FOLDER/undisturbed is
+a run that nothing was done to; the others of these are FOLDER/run-N.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from conftest import PROJECT, speech_sample, text_sample, write_manifest
+from forks import preparing, start, training, wait
+
+from higgs_ds import generate, merge
+from higgs_ds.builtin import builtin_base
+from higgs_ds.config import parse_generate_options, parse_merge_options
+
+FULL, READ_ONLY = "full", "read-only"
+KIB_LEFT = [0, 2, 900, 1800, 2500, 2800]  # the built-in base's adapter has 800 KiB, a checkpoint 2,400
+
+
+def train(output_dir: Path, cache: Path, manifest: Path, *more: str) -> Callable[[], None]:
+    options = (
+        f"--deepspeed {PROJECT}/ds_configs/zero0.json --output_dir {output_dir} --cache_dir {cache} --lr 1e-3 "
+        f"--train_manifest {manifest} --allow_text_targets --precision fp32 --batch_size 1 --grad_accum 1 "
+        "--log_steps 1 --val_steps 100 --save_steps 1 --max_steps 8 --keep_checkpoints 2"
+    )
+    return training([*options.split(), *more])
+
+
+def words_of(log: Path) -> str:
+    """What a run has said last; all of it where that is a traceback."""
+    text = log.read_text() if log.is_file() else ""
+    return text if "Traceback" in text else (text.splitlines() or [""])[-1]
+
+
+@contextlib.contextmanager
+def small_disk(mib: int, how: str | None = None, kib_left: int = 0) -> Iterator[Path]:
+    """A disk of so many MiB."""
+    disk = Path(tempfile.mkdtemp())
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", disk], check=True)
+    try:
+        hinder(disk, how, kib_left)
+        yield disk
+    finally:
+        subprocess.run(["umount", disk], check=True)
+        disk.rmdir()
+
+
+def hinder(disk: Path, how: str | None, kib_left: int = 0) -> None:
+    if how == FULL:
+        with (disk / "filler").open("wb", buffering=0) as filler:
+            filler.write(bytes(max(0, shutil.disk_usage(disk).free - 1024 * kib_left)))
+    elif how == READ_ONLY:
+        # Refused while a file is open for writing, which is never long.
+        while subprocess.run(["mount", "-o", "remount,ro", disk], capture_output=True, check=False).returncode:
+            time.sleep(0.001)
+
+
+def set_right(disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+    (disk / "filler").unlink(missing_ok=True)
+
+
+def in_the_midst(folder: Path, cache: Path, manifest: Path) -> list[dict[str, object]]:
+    """Hindered behind the second checkpoint, and set right again."""
+    tries: list[dict[str, object]] = []
+    with small_disk(40) as disk:
+        for how, kib_left in [*((FULL, kib) for kib in KIB_LEFT), (READ_ONLY, 0)]:
+            run = disk / f"run-{len(tries)}"
+            main, log = train(run, cache, manifest, "--resume", "auto"), folder / f"{run.name}.log"
+            pids = start(1, main, log)
+            while not (run / "checkpoint-2").is_dir():
+                assert not os.waitpid(pids[0], os.WNOHANG)[0], log.read_text()
+                time.sleep(0.001)
+            hinder(disk, how, kib_left)
+            codes, words = wait(pids, 120), words_of(log)
+            set_right(disk)
+            again = wait(start(1, main, log), 300)
+            tries.append({"how": how, "codes": codes, "words": words, "again": again})
+            shutil.copytree(run, folder / run.name)
+            shutil.rmtree(run)
+    return tries
+
+
+def from_the_start(folder: Path, cache: Path, base: Path) -> dict[str, dict[str, object]]:
+    clips = [speech_sample(f"Clip {i}.", f"{who}_00.flac") for i, who in enumerate(("anna", "ben", "carla"))]
+    manifest = write_manifest(folder / "clips.jsonl", clips)
+    one_bad = write_manifest(folder / "bad.jsonl", [*clips, speech_sample("Gone.", "gone.flac")])
+    adapter = folder / "undisturbed" / "lora_adapters"
+    prepare = ["--base_ckpt", str(base), "--train_manifest"]
+    speak = ["--lora_adapter_path", str(adapter), "--text", "Hello.", "--max_new_tokens", "12", "--output"]
+    results = {}
+
+    def tell(name: str, main: Callable[[], None]) -> None:
+        log = folder / f"{name}.log"
+        results[name] = {"codes": wait(start(1, main, log), 120), "words": words_of(log)}
+
+    for how in (FULL, READ_ONLY):
+        with small_disk(1, how) as disk:
+            tell(f"output, {how}", train(disk / "run", cache, manifest))
+            tell(f"cache, {how}", preparing([*prepare, str(manifest), "--cache_dir", str(disk / "cache")]))
+            built_in = preparing(["--train_manifest", str(manifest), "--cache_dir", str(disk / "cache")])
+            tell(f"built-in base, {how}", built_in)
+            listed = ["--cache_dir", str(folder / how), "--skip_bad", str(disk / "bad.txt")]
+            tell(f"list of bad samples, {how}", preparing([*prepare, str(one_bad), *listed]))
+            merged = ["--base_model_path", str(base), "--lora_adapter_path", str(adapter), "--output_path"]
+            merge_options = parse_merge_options([*merged, str(disk / "merged")])
+            tell(f"merged model, {how}", lambda options=merge_options: merge.main(options))
+            speak_options = parse_generate_options([*speak, str(disk / "speech.wav")])
+            tell(f"speech, {how}", lambda options=speak_options: generate.main(options))
+            left = sorted(str(path.relative_to(disk)) for path in disk.rglob("*") if path.is_file())
+            results[f"left on the disk, {how}"] = {"codes": [], "words": " ".join(left)}
+    with small_disk(1, FULL, kib_left=20) as disk:  # for the index, in pages of 4 KiB, and not for all codes
+        tell("codes, full", preparing([*prepare, str(manifest), "--cache_dir", str(disk / "cache")]))
+    with small_disk(12) as disk:
+        tell("merged model of a run", train(disk / "run", cache, manifest, "--merge_adapter_with_base"))
+    return results
+
+
+def main(folder: Path) -> None:
+    manifest = write_manifest(folder / "samples.jsonl", [text_sample(f"Question {i}?", "Answer.") for i in range(6)])
+    cache, log = folder / "cache", folder / "undisturbed.log"
+    assert wait(start(1, train(folder / "undisturbed", cache, manifest), log), 300) == [0], log.read_text()
+    midst = in_the_midst(folder, cache, manifest)
+    print(json.dumps({"midst": midst, "start": from_the_start(folder, cache, builtin_base(cache))}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
