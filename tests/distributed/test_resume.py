@@ -121,3 +121,52 @@ def resumed_runs(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path)
 @pytest.mark.parametrize("stem", [path.stem for path in SHIPPED])
 def test_resumed_with_every_shipped_file(resumed_runs: Path, stem: str) -> None:
     assert_same_end(resumed_runs / f"{stem}-whole", resumed_runs / f"{stem}-broken", logged_at=[2, 3, 4, 6, 6])
+
+
+ELSEWHERE = [((2, 3), (1, 2)), ((1, 2), (2, 3)), ((2, 3), (2, 2)), ((2, 2), (2, 3)), ((2, 2), (1, 0)), ((1, 0), (2, 1))]
+
+
+@pytest.fixture(scope="module")
+def moved_runs(
+    tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, ds_file: Callable[[int], Path]
+) -> dict[tuple[object, object], Path]:
+    """A whole run for each number of ranks and stage, and one begun there and gone on with elsewhere behind step 2.
+
+    Without dropout, whose draws differ with the number of ranks; eight samples a step everywhere.
+    """
+    root = tmp_path_factory.mktemp("moved")
+
+    def options(ranks: int, stage: int, folder: Path, *more: str) -> list[str]:
+        made = run_options(mixed_manifest, ds_file(stage), folder, "fp32")
+        return [*made, "--lora_dropout", "0", "--batch_size", "2", "--grad_accum", str(4 // ranks), *more]
+
+    kinds = sorted({begun for begun, _ in ELSEWHERE})
+    folders = {(kind, kind): root / f"{kind[0]}-{kind[1]}" for kind in kinds}
+    for ranks in (1, 2):
+        train_runs(ranks, [options(*kind, folders[kind, kind]) for kind in kinds if kind[0] == ranks])
+    for begun, moved in ELSEWHERE:
+        folder = folders[begun, moved] = root / f"{begun[0]}-{begun[1]}-to-{moved[0]}-{moved[1]}"
+        shutil.copytree(folders[begun, begun], folder)
+        for step in (4, 6):
+            shutil.rmtree(folder / f"checkpoint-{step}")
+    for ranks in (1, 2):
+        pairs = [(begun, moved) for begun, moved in ELSEWHERE if moved[0] == ranks]
+        train_runs(ranks, [options(*moved, folders[begun, moved], "--resume", "auto") for begun, moved in pairs])
+    return folders
+
+
+@pytest.mark.parametrize(("begun", "moved"), ELSEWHERE, ids=lambda kind: f"{kind[0]}-ranks-stage-{kind[1]}")
+def test_resumed_on_other_ranks_and_stages(
+    moved_runs: dict[tuple[object, object], Path], begun: tuple[int, int], moved: tuple[int, int]
+) -> None:
+    whole, found = (read_metrics(moved_runs[begun, end]) for end in (begun, moved))
+    assert [line["step"] for line in found] == [line["step"] for line in whole] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+    for expected, line in zip(whole, found, strict=True):
+        for key in expected:
+            if "loss" in key and expected[key] is not None:
+                assert line[key] == pytest.approx(expected[key], rel=0, abs=1e-5), (line["step"], key)
+    expected, tensors = (
+        load_file(moved_runs[begun, end] / "lora_adapters" / "adapter_model.safetensors") for end in (begun, moved)
+    )
+    for name, tensor in expected.items():
+        assert (tensors[name] - tensor).abs().max() < 1e-5, name
