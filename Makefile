@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test lint types format install clean
+.PHONY: demo test chaos lint types format install clean
 
 # In float32, because bf16 matmuls take thirty times as long on a CPU without instructions for them.
 demo: install ## train, save, merge and speak, with the built-in base and sample voices
@@ -19,7 +19,12 @@ demo: install ## train, save, merge and speak, with the built-in base and sample
 	@echo "The built-in codec is random: the WAV is noise, of the length that the model has learned."
 
 test: install ## all tests; those that need a GPU or a missing system package are skipped, by name
-	$(BIN)/python -m pytest -ra
+	$(BIN)/python -m pytest -ra -n 2 --dist loadfile
+
+KILLS ?= 100
+SEED ?= 1
+chaos: install ## kill short runs KILLS times at random moments (13 min), and compare what they end with
+	$(BIN)/python tests/chaos.py outputs/chaos-$(shell date +%Y%m%d-%H%M%S) $(KILLS) $(SEED)
 
 lint: install
 	$(BIN)/ruff check .

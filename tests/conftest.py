@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Tests side by side: threads of one that spin while they wait would cost the other more than they gain.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 PROJECT = Path(__file__).resolve().parent.parent
 SYSTEM = "Generate audio following instruction."
 

@@ -176,7 +176,9 @@ def rank_process(job: str, rank: str) -> int:
 
 
 def test_trains_on_two_nodes(undisturbed: Path) -> None:
-    assert "x 1 accumulated x 2 ranks" in Path(f"{undisturbed}.log").read_text()
+    log = Path(f"{undisturbed}.log").read_text()
+    assert "x 1 accumulated x 2 ranks" in log
+    assert "time: Slurm's limit for this job is in 24.0 h" in log
 
 
 @pytest.mark.parametrize("how", ["scancel --signal=USR1", "scontrol requeue"])

@@ -1,0 +1,22 @@
+"""A few kills of what `make chaos` does a hundred times."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import PROJECT
+
+KILLS = 6
+
+
+def test_killed_runs_end_as_undisturbed_ones(tmp_path: Path) -> None:
+    script = [sys.executable, str(PROJECT / "tests" / "chaos.py"), str(tmp_path / "chaos"), str(KILLS), "11"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["kills"] == KILLS
+    assert told["before the end"] > 0
+    assert told["passed over"] == 0
