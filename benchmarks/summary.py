@@ -41,7 +41,7 @@ def page() -> Iterator[str]:
     yield ""
     yield "    python benchmarks/step_grid.py --base_ckpt benchmarks/3b --lengths 512 2048 --batches 1 8 \\"
     yield "      --precisions bf16 nf4 --checkpointing none every_layer --trainer --name gpu --json --save"
-    for section in (step, epoch, growth, merge, prepare, loading, manifest, padding):
+    for section in (step, epoch, growth, merge, prepare, loading, manifest, padding, long_run):
         yield ""
         yield from section()
 
@@ -187,6 +187,21 @@ def manifest() -> Iterator[str]:
     ]
     yield f"{result['lines']:,} lines, {result['manifest_mib']:.0f} MiB."
     yield from table(("", "time", "peak resident memory"), rows)
+    yield source
+
+
+def long_run() -> Iterator[str]:
+    result, source = newest("long_run")
+    yield "## A long run"
+    yield ""
+    yield f"Resident memory over {result['steps']:,} steps of the built-in base in float32, with a validation and a"
+    yield f"checkpoint every 250; from step {result['settled']} on {result['lowest_mib']:,.0f} to"
+    yield f"{result['highest_mib']:,.0f} MiB, the last tenth {result['last_over_first_tenth']:.3f} times the first."
+    shown = result["resident_mib"]
+    yield from table(["step", *(f"{int(step):,}" for step in shown)], [["MiB", *(f"{mib:,}" for mib in shown.values())]])
+    times = result["step_time_s"]
+    yield f"A step took {times['first_third']} s in the first third and {times['last_third']} s in the last (medians)."
+    yield ""
     yield source
 
 

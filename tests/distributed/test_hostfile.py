@@ -1,4 +1,4 @@
-"""`deepspeed --hostfile` over two nodes: two addresses of this machine, reached by ssh, each with a launcher of its own."""
+"""`deepspeed --hostfile` over two addresses of this machine, reached by ssh, each with a launcher of its own."""
 
 from __future__ import annotations
 
