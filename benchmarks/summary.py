@@ -197,8 +197,8 @@ def long_run() -> Iterator[str]:
     yield f"Resident memory over {result['steps']:,} steps of the built-in base in float32, with a validation and a"
     yield f"checkpoint every 250; from step {result['settled']} on {result['lowest_mib']:,.0f} to"
     yield f"{result['highest_mib']:,.0f} MiB, the last tenth {result['last_over_first_tenth']:.3f} times the first."
-    shown = result["resident_mib"]
-    yield from table(["step", *(f"{int(step):,}" for step in shown)], [["MiB", *(f"{mib:,}" for mib in shown.values())]])
+    steps, resident = result["resident_mib"].keys(), result["resident_mib"].values()
+    yield from table(["step", *(f"{int(step):,}" for step in steps)], [["MiB", *(f"{mib:,}" for mib in resident)]])
     times = result["step_time_s"]
     yield f"A step took {times['first_third']} s in the first third and {times['last_third']} s in the last (medians)."
     yield ""

@@ -141,8 +141,8 @@ class OptimOptions:
         None, "weight of each codebook in the audio loss, scaled to a sum of 1 (default: all alike)"
     )
     on_nonfinite: str = option(
-        "stop", "at a NaN or infinite loss or gradient: stop, or pass over that step and go on (10 times, or at 1 % of "
-        "the steps)", ("stop", "skip"),
+        "stop", "at a NaN or infinite loss or gradient: stop, or pass over that step (up to ten, or one in a hundred)",
+        ("stop", "skip"),
     )  # fmt: skip
     seed: int = option(42, "seed of the split, the sample order, the adapters' start and dropout")
 
