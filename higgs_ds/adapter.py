@@ -40,6 +40,7 @@ class Adapter:
     factors: dict[str, Factors]
     scaling: float
     quantization: BaseQuantization | None
+    in_original_names: bool = False  # whether its file calls the base's layers as the original layout does
 
     def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """A weight (out, in) with its adapter in it, float32: W + scaling x B A (Hu et al. 2021, arXiv 2106.09685).
@@ -124,7 +125,9 @@ def read_adapter(folder: Path) -> Adapter:
         problems.append(f"{folder}: {ADAPTER_WEIGHTS} holds no LoRA tensors")
     if problems:
         raise InputError(problems)
-    return Adapter(factors, config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r), quantization)
+    scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    in_original_names = any(name.startswith(f"{PEFT_PREFIX}layers.") for name in tensors)
+    return Adapter(factors, scaling, quantization, in_original_names)
 
 
 def _check_digest(folder: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -149,6 +152,8 @@ def _factors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Factors], list
             continue
         parts = {part: rest.pop(layer + suffix, None) for suffix, part in _OTHER_PARTS.items()}
         weight = f"{layer.removeprefix(PEFT_PREFIX)}.weight"
+        if weight.startswith("layers."):
+            weight = f"model.{weight}"
         factors[weight] = Factors(rest.pop(name), rest.pop(layer + _LORA_B), **parts)
     return factors, sorted(rest)
 

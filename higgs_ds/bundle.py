@@ -19,6 +19,7 @@ from higgs_ds.errors import InputError
 from higgs_ds.files import sha256_of
 from higgs_ds.hub import resolve_folder, weight_files, weight_shapes
 from higgs_ds.model.higgs import read_config
+from higgs_ds.relayout import native_folder
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,12 @@ class Bundle:
 
 
 def open_bundle(name: str | None, revision: str | None, codec_name: str | None, cache_dir: Path) -> Bundle:
-    """Find a base, by default the built-in one, and its codec. Raises InputError with all that does not fit."""
+    """Find a base, by default the built-in one, and its codec; one that is not native is written anew to the cache.
+
+    Raises InputError with all that does not fit; SaveError.
+    """
     folder = resolve_folder(name, "--base_ckpt", revision) if name else builtin_base(cache_dir)
+    folder = native_folder(folder, "--base_ckpt", cache_dir)
     config = read_config(folder)
     weight_files(folder)
     codec_folder = find_codec(folder, codec_name)

@@ -20,6 +20,7 @@ FORMATS = ("chatml", "native", "swift", "metadata", "paired", "list", "csv", "ta
 LORA_TARGET_GROUPS = ("attention", "text_mlp", "audio_mlp")
 ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
+LAYOUTS = ("native", "original")
 MERGE_DEQUANTIZED, MERGE_ORIGINAL = "dequantized", "original"
 RESUME_NEVER, RESUME_AUTO = "never", "auto"
 
@@ -193,6 +194,15 @@ class MergeOptions:
 
 
 @dataclass(frozen=True)
+class ConvertOptions:
+    """Conversion"""
+
+    input_path: Path = option(REQUIRED, "a base, a merged model or an adapter", metavar="DIR")
+    output_path: Path = option(REQUIRED, "a new folder for the result", metavar="DIR")
+    to: str = option(REQUIRED, "what transformers reads, or what boson_multimodal reads", LAYOUTS)
+
+
+@dataclass(frozen=True)
 class GenerateOptions:
     """Generation"""
 
@@ -332,6 +342,17 @@ def parse_merge_options(argv: list[str] | None = None) -> MergeOptions:
         prog="launch/merge.py",
         usage="python launch/merge.py --base_model_path BASE --lora_adapter_path DIR --output_path DIR [options]",
         description="Merge a LoRA adapter into its base, in float32, tensor by tensor; the result loads by itself.",
+    )
+
+
+def parse_convert_options(argv: list[str] | None = None) -> ConvertOptions:
+    """The options of launch/convert.py."""
+    return _parse_group(
+        ConvertOptions,
+        argv,
+        prog="launch/convert.py",
+        usage="python launch/convert.py --input_path DIR --output_path DIR --to native|original",
+        description="Write a base, a merged model or an adapter in the other of the two layouts, without loss.",
     )
 
 

@@ -125,6 +125,12 @@ def release_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def room_at(folder: Path) -> int:
+    """Bytes that are free on the disk where a folder is, or is to be."""
+    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
 def why_not_writable(folder: Path) -> str | None:
     """Why nothing can be written to `folder`, or made where it is to be, as the system says it; None where it can."""
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())

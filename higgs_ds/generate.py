@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel
 from higgs_ds.adapter import Adapter, read_adapter
 from higgs_ds.bundle import Bundle, open_bundle
 from higgs_ds.config import GenerateOptions
+from higgs_ds.convert import adapter_in_native_names
 from higgs_ds.data.audio import WRITTEN_AS, AudioError, read_audio, write_audio
 from higgs_ds.data.audio_codes import default_cache_dir
 from higgs_ds.data.codec import Codec
@@ -43,7 +44,9 @@ def main(options: GenerateOptions) -> None:
     ]
     model = load_for_generation(bundle.folder, adapter.quantization if adapter else None, device)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, options.lora_adapter_path)
+        assert options.lora_adapter_path is not None
+        with adapter_in_native_names(options.lora_adapter_path, adapter) as folder:
+            model = PeftModel.from_pretrained(model, folder)
     torch.manual_seed(options.seed)
     speech = speak(model.eval(), bundle, messages, references, _generation_settings(options))
     if speech.codes.shape[1] == 0:

@@ -11,11 +11,20 @@ import torch
 
 from higgs_ds.adapter import Adapter, BaseWeights, read_adapter
 from higgs_ds.config import MERGE_DEQUANTIZED, MERGE_ORIGINAL, MergeOptions
+from higgs_ds.data.audio_codes import default_cache_dir
 from higgs_ds.data.codec import CODEC_SUBFOLDER
 from higgs_ds.errors import InputError, SaveError
-from higgs_ds.files import new_folder, release_freed_memory, replaced_folder, saving, why_not_writable, write_json
+from higgs_ds.files import (
+    new_folder,
+    release_freed_memory,
+    replaced_folder,
+    room_at,
+    saving,
+    why_not_writable,
+    write_json,
+)
 from higgs_ds.hub import byte_ranges, read_tensor, resolve_folder, weight_files, weight_shapes
-from higgs_ds.model.higgs import read_config
+from higgs_ds.relayout import native_folder
 from higgs_ds.verify import Agreement, compare_merged
 
 LARGEST_DIFFERENCE = 0.1  # of the logits, root mean square; rounding the weights to bf16 makes about a hundredth
@@ -75,7 +84,7 @@ def merge(
     already; SaveError where writing or the comparison fails. Nothing is left behind then, and a folder that was to be
     overwritten is as it was.
     """
-    read_config(base_folder)
+    base_folder = native_folder(base_folder, "--base_model_path", default_cache_dir())
     adapter = read_adapter(adapter_folder)
     if merge_base is None:
         merge_base = MERGE_ORIGINAL if adapter.quantization is None else MERGE_DEQUANTIZED
@@ -128,8 +137,7 @@ def _check_output(folder: Path, needed_bytes: int, overwrite: bool) -> None:
     reason = why_not_writable(folder)
     if reason:
         raise InputError(f"{folder}: cannot be written to: {reason}; choose another --output_path")
-    existing = next(parent for parent in folder.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = room_at(folder)
     if free < needed_bytes * 1.05:
         raise InputError(
             f"{folder}: there are {free / 2**30:.1f} GiB free, the merged model takes {needed_bytes / 2**30:.1f} GiB"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from higgs_ds.checkpoint import TrainerState
 from higgs_ds.config import RunOptions
 from higgs_ds.errors import InputError
+from higgs_ds.files import room_at
 
 GIB = 2**30
 
@@ -33,7 +33,7 @@ def check_room(output_dir: Path, state: TrainerState, options: RunOptions, adapt
     }
     if options.merge_adapter_with_base:
         takes |= {"their copies": 4 * adapter_bytes, "the merged model": base_bytes}
-    needed, free = sum(takes.values()), _free(output_dir)
+    needed, free = sum(takes.values()), room_at(output_dir)
     if needed > free:
         parts = ", ".join(f"{size / GIB:.2f} GiB for {what}" for what, size in takes.items())
         raise InputError(
@@ -41,11 +41,6 @@ def check_room(output_dir: Path, state: TrainerState, options: RunOptions, adapt
             f"({parts}); choose another folder, save more rarely (--save_steps), or keep fewer checkpoints "
             "(--keep_checkpoints)"
         )
-
-
-def _free(folder: Path) -> int:
-    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-    return shutil.disk_usage(existing).free
 
 
 def seconds_left(environment: Mapping[str, str] = os.environ) -> float | None:

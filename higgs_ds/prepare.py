@@ -254,7 +254,12 @@ def main(options: DataOptions, model: ModelOptions, how: PrepareOptions) -> None
     manifests = [options.train_manifest or SAMPLE_MANIFEST, options.val_manifest]
     cache_dir = options.cache_dir or default_cache_dir()
     distributed.raise_problems(check_data_options(options) + scratch_problems(options, cache_dir))
-    bundle = distributed.agreed(lambda: open_bundle(model.base_ckpt, model.base_revision, model.codec_ckpt, cache_dir))
+
+    def opened() -> Bundle:
+        return open_bundle(model.base_ckpt, model.base_revision, model.codec_ckpt, cache_dir)
+
+    distributed.on_main(lambda: opened() and None)  # what has to be downloaded or written anew, by one rank
+    bundle = distributed.agreed(opened)
     shard = Share(*parse_shard(how.shard))
     with Preparation(options, bundle, cache_dir, shard) as preparation:
         checked = [preparation.check(path) for path in manifests if path is not None]

@@ -32,7 +32,7 @@ from higgs_ds.loss import LossWeights
 from higgs_ds.metrics import say
 from higgs_ds.model.higgs import (
     DualLossModel,
-    check_text_head,
+    check_weights,
     checkpoint_layers,
     empty_model,
     load_base,
@@ -118,7 +118,8 @@ def _check_and_encode(options: TrainOptions, given: set[str]) -> Inputs:
     problems += check_folders(output_dir=output_dir)
     no_scratch = scratch_problems(options.data, cache_dir)
     resolved = attempt(lambda: _resolve_ds_config(options, given))
-    bundle = None if no_scratch else attempt(lambda: _open_base(options, cache_dir))
+    no_cache = any(distributed.gather_objects(bool(no_scratch)))
+    bundle = None if no_cache else attempt(lambda: _open_base(options, cache_dir))
     resume_from = attempt(lambda: _resume_from(options, output_dir))
     distributed.raise_problems(problems + no_scratch if no_scratch else [])
     if not all(distributed.gather_objects(bundle is not None)):
@@ -149,8 +150,13 @@ def _resolve_ds_config(options: TrainOptions, given: set[str]) -> tuple[dict[str
 
 def _open_base(options: TrainOptions, cache_dir: Path) -> Bundle:
     model = options.model
-    bundle = open_bundle(model.base_ckpt, model.base_revision, model.codec_ckpt, cache_dir)
-    check_text_head(bundle.folder)
+
+    def opened() -> Bundle:
+        return open_bundle(model.base_ckpt, model.base_revision, model.codec_ckpt, cache_dir)
+
+    distributed.on_main(lambda: opened() and None)  # what has to be downloaded or written anew, by one rank
+    bundle = opened()
+    check_weights(bundle.folder)
     check_biases(bundle.config, options.lora)
     weights = options.optim.codebook_weights
     if weights is not None and len(weights) != bundle.config.num_codebooks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,43 +19,33 @@ from higgs_ds.errors import InputError
 from higgs_ds.files import release_freed_memory
 from higgs_ds.hub import read_tensor, weight_files, weight_places, weight_shapes
 from higgs_ds.model import nf4
+from higgs_ds.model.layout import LEFTOVERS, MODEL_TYPES, NATIVE, native_config, read_json_config, special_tokens
 from higgs_ds.model.nf4 import BaseQuantization
 from higgs_ds.model.offload import OnHost, kept_on_host
 from higgs_ds.model.routed import TRAINED_AS, LossHead, Routing
 
-MODEL_TYPE = "higgs_audio_v2"
-ORIGINAL_MODEL_TYPE = "higgs_audio"
 TEXT_HEAD = "text_lm_head.weight"
+# Copies of the heads, which transformers would report as unknown weights; the heads themselves are loaded.
+HiggsAudioV2ForConditionalGeneration._keys_to_ignore_on_load_unexpected += LEFTOVERS
 
 
-def read_config(folder: Path) -> HiggsAudioV2Config:
-    """The configuration of a base in the native layout. Raises InputError where the folder is something else."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"{folder}: is no model folder: it has no config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        model_type = config.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path}: is not a JSON object: {error}") from error
-    if model_type == ORIGINAL_MODEL_TYPE:
-        raise InputError(
-            f"{path}: model_type is '{ORIGINAL_MODEL_TYPE}', the original layout; this trainer reads the native one "
-            f"('{MODEL_TYPE}'), for instance bosonai/higgs-audio-v2-generation-3B-base since April 2026"
-        )
-    if model_type != MODEL_TYPE:
-        raise InputError(f"{path}: model_type is {model_type!r}; a Higgs Audio v2 base has '{MODEL_TYPE}'")
-    if "quantization_config" in config:
-        raise InputError(f"{path}: its weights are quantized; give the base they were made from (--load_in_4bit)")
-    return HiggsAudioV2Config.from_pretrained(folder)
+def read_config(folder: Path, asked_by: str = "--base_ckpt") -> HiggsAudioV2Config:
+    """The configuration of a base in either layout. Raises InputError, beginning with `asked_by`, for anything else."""
+    config = read_json_config(folder, asked_by)
+    if MODEL_TYPES[config["model_type"]] == NATIVE:
+        return HiggsAudioV2Config.from_pretrained(folder)
+    return HiggsAudioV2Config(**native_config(config, special_tokens(folder), str(folder / "config.json")))
 
 
-def check_text_head(folder: Path) -> None:
-    """Raise InputError where a base's weights lack the text head, which the text loss needs."""
-    if TEXT_HEAD not in weight_shapes(weight_files(folder)):
+def check_weights(folder: Path) -> None:
+    """Raise InputError where a base's files lack the text head, which the text loss needs, or do not fit its config."""
+    found = weight_shapes(weight_files(folder))
+    if TEXT_HEAD not in found:
         raise InputError(
             f"{folder}: holds no {TEXT_HEAD}, which the text loss needs; use a base saved with its text head"
         )
+    expected = empty_model(read_config(folder), torch.float32).state_dict()
+    _check_shapes(folder, {name: tuple(tensor.shape) for name, tensor in expected.items()}, found)
 
 
 def checkpoint_layers(higgs: HiggsAudioV2ForConditionalGeneration, every: int) -> None:
@@ -80,8 +69,9 @@ def load_base(folder: Path, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGen
         folder, use_text_head=True, dtype=dtype, use_safetensors=True, output_loading_info=True
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            names = ", ".join(sorted(map(str, info[kind]))[:5])
+        found = sorted(map(str, set(info[kind]).difference(LEFTOVERS)))
+        if found:
+            names = ", ".join(found[:5])
             raise InputError(f"{folder}: {kind.replace('_', ' ')} in its weights: {names}")
     return model.requires_grad_(False)
 
@@ -135,7 +125,7 @@ def load_base_in_4bit(
 def _check_shapes(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
     problems = {
         "missing keys": sorted(expected.keys() - found.keys()),
-        "unexpected keys": sorted(found.keys() - expected.keys()),
+        "unexpected keys": sorted(found.keys() - expected.keys() - set(LEFTOVERS)),
         "mismatched keys": [name for name in expected.keys() & found.keys() if expected[name] != found[name]],
     }
     if any(problems.values()):

@@ -13,7 +13,7 @@ from conftest import PROJECT
 # From the bottom up: a module may import those of lower rows, and `may_share` of its own row.
 ROWS = [
     ["errors"],
-    ["config", "files", "quiet", "hub", "loss", "model.nf4", "model.offload"],
+    ["config", "files", "quiet", "hub", "loss", "model.nf4", "model.offload", "model.layout"],
     ["model.routed"],
     ["distributed", "ds_config", "optimizers", "support"],
     ["data.sample", "data.delay_pattern", "data.normalize", "data.formats.jsonio", "signals"],
@@ -22,9 +22,10 @@ ROWS = [
     ["data.formats.turns", "data.formats.recordings", "data.coder", "data.encode", "data.index", "builtin"],
     ["data.formats.chatml", "data.formats.csv_file", "data.formats.metadata", "data.formats.paired"],
     ["data.formats.native", "data.formats.swift", "data.formats.lists", "data.formats.table"],
-    ["data.formats.recognition", "activations"],
+    ["data.formats.recognition", "activations", "relayout"],
     ["data.formats.reader", "data.summary", "data.dataset", "engine", "export", "planner"],
     ["data.survey", "bundle", "metrics", "validate", "adapter", "dry_run"],
+    ["convert"],
     ["checkpoint", "prepare", "generate", "verify", "loss_checks"],
     ["merge", "preflight"],
     ["startup"],

@@ -1,0 +1,205 @@
+"""A model's files written anew in another layout, or as safetensors: one file in memory at a time, without loss."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from higgs_ds.errors import InputError, SaveError
+from higgs_ds.files import new_folder, release_freed_memory, room_at, saving, sha256_of, write_json
+from higgs_ds.hub import byte_ranges, read_tensor, weight_files, weight_shapes
+from higgs_ds.model.layout import (
+    MODEL_TYPES,
+    NATIVE,
+    native_config,
+    native_name,
+    original_config,
+    original_name,
+    part_of_rows,
+    read_json_config,
+    special_tokens,
+)
+
+SHARD_BYTES = 2**30
+KEPT_CONFIG = "original_config.json"  # beside a native model that was made from an original one
+_PICKLED = (".bin", ".pth", ".pt")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor where it lies: its size in bytes, and how to read it."""
+
+    name: str
+    size: int
+    read: Callable[[], torch.Tensor]
+
+
+def native_folder(folder: Path, asked_by: str, cache_dir: Path) -> Path:
+    """The folder itself where it holds a native model in safetensors; else the one that it is written to, once.
+
+    Raises InputError, beginning with `asked_by`: it is no model of this family, is damaged, or there is no room;
+    SaveError.
+    """
+    config = read_json_config(folder, asked_by)
+    if MODEL_TYPES[config["model_type"]] == NATIVE and not pickled_files(folder):
+        return folder
+    files = pickled_files(folder) or weight_files(folder)
+    stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    identity = hashlib.sha256(repr((sha256_of(folder / "config.json"), stamps)).encode()).hexdigest()
+    target = cache_dir / "converted" / identity[:32]
+    if not target.is_dir():
+        rewrite(folder, target, NATIVE, asked_by)
+    return target
+
+
+def rewrite(source: Path, target: Path, to: str, asked_by: str) -> list[str]:
+    """Write a base or merged model in a layout, its own or the other, to a new folder; the names that were left out.
+
+    Raises InputError, beginning with `asked_by`, where `source` is no such model or there is no room; SaveError.
+    """
+    config = read_json_config(source, asked_by)
+    made, rename = _config_and_names(source, config, to)
+    groups, dropped = _renamed(source, rename)
+    needed, free = sum(part.size for parts in groups.values() for part in parts), room_at(target)
+    if needed > free:
+        raise InputError(
+            f"{asked_by} {source}: is to be written in the {to} layout to {target}, which takes {needed / 2**30:.1f} "
+            f"GiB, and {free / 2**30:.1f} GiB are free there"
+        )
+    with saving(target), new_folder(target) as folder:
+        _write_shards(groups, folder)
+        for path in source.iterdir():
+            if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and not _is_of_layout(path.name):
+                shutil.copy(path, folder)
+        write_json(folder / "config.json", made)
+        if to == NATIVE and config is not made:
+            write_json(folder / KEPT_CONFIG, config)
+    return dropped
+
+
+def _config_and_names(
+    source: Path, config: dict[str, Any], to: str
+) -> tuple[dict[str, Any], Callable[[str], str | None]]:
+    """The configuration in another layout, and how tensors are called there."""
+    if MODEL_TYPES[config["model_type"]] == to:
+        return config, lambda name: name
+    if to == NATIVE:
+        return native_config(config, special_tokens(source), str(source / "config.json")), native_name
+    kept = source / KEPT_CONFIG
+    if kept.is_file():
+        return json.loads(kept.read_text(encoding="utf-8")), original_name
+    return original_config(config, special_tokens(source)), original_name
+
+
+def _is_of_layout(name: str) -> bool:
+    return name in ("config.json", KEPT_CONFIG) or name.endswith(".index.json")
+
+
+def _renamed(source: Path, rename: Callable[[str], str | None]) -> tuple[dict[str, list[Stored]], list[str]]:
+    """What each tensor of the other layout is made of, in the order of its rows; and what is left out."""
+    groups: dict[str, list[Stored]] = {}
+    dropped, unknown = [], []
+    for stored in stored_tensors(source):
+        try:
+            name = rename(stored.name)
+        except KeyError:
+            unknown.append(stored.name)
+            continue
+        if name is None:
+            dropped.append(stored.name)
+        else:
+            groups.setdefault(name, []).append(stored)
+    if unknown:
+        some = ", ".join(sorted(unknown)[:3])
+        raise InputError(f"{source}: {len(unknown)} tensors are of neither layout, for instance {some}")
+    for parts in groups.values():
+        parts.sort(key=lambda stored: part_of_rows(stored.name))
+    return groups, dropped
+
+
+def stored_tensors(folder: Path) -> Iterator[Stored]:
+    """The tensors of a model's safetensors files or, where it has none, of its pickled ones, which run nothing.
+
+    Raises InputError where files are missing or damaged.
+    """
+    pickled = pickled_files(folder)
+    if not pickled:
+        files = weight_files(folder)
+        weight_shapes(files)  # names those that are damaged
+        for path in files:
+            for name, (start, stop) in byte_ranges(path).items():
+                yield Stored(name, stop - start, partial(read_tensor, path, name))
+    for path in pickled:
+        for name, tensor in _unpickled(path).items():
+            yield Stored(name, tensor.nbytes, tensor.clone)
+
+
+def pickled_files(folder: Path) -> list[Path]:
+    """The files of a model that holds its weights as torch.save writes them, and not as safetensors."""
+    if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").is_file():
+        return []
+    index = folder / "pytorch_model.bin.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise InputError(f"{folder}: lacks {', '.join(missing)}")
+        return [folder / name for name in names]
+    return sorted(path for path in folder.iterdir() if path.suffix in _PICKLED)
+
+
+def _unpickled(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of torch.save, mapped and not read where its format allows."""
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # of a format before 2020, which cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{path}: is no file of weights, or holds more than tensors: {reason}") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{path}: holds something else than tensors by name")
+    return dict(state)
+
+
+def _write_shards(groups: Mapping[str, list[Stored]], folder: Path) -> None:
+    """Write tensors into files of about SHARD_BYTES, one of them in memory at a time, and compare what was written."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, parts in groups.items():
+        own = sum(part.size for part in parts)
+        if shards[-1] and size + own > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += own
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: _joined(groups[name]) for name in names}
+        save_file(tensors, folder / file, {"format": "pt"})
+        for name, tensor in tensors.items():
+            if not torch.equal(read_tensor(folder / file, name), tensor) and not tensor.isnan().any():
+                raise SaveError(f"{folder / file}: {name} reads back otherwise than written")
+            places[name] = file
+        del tensors
+        release_freed_memory()
+    if len(shards) > 1:
+        total = sum(part.size for parts in groups.values() for part in parts)
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _joined(parts: list[Stored]) -> torch.Tensor:
+    tensors = [part.read() for part in parts]
+    return tensors[0].contiguous() if len(tensors) == 1 else torch.cat(tensors)

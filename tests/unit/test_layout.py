@@ -1,0 +1,263 @@
+"""Both layouts, in and out: against the original runtime's numbers, there and back, in every form that folders have."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PROJECT
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from higgs_ds import relayout
+from higgs_ds.adapter import read_adapter
+from higgs_ds.bundle import open_bundle
+from higgs_ds.config import ConvertOptions, LoraOptions
+from higgs_ds.convert import main as convert
+from higgs_ds.data.delay_pattern import AudioStream, apply_delay_pattern
+from higgs_ds.errors import InputError
+from higgs_ds.merge import merge
+from higgs_ds.model.higgs import check_weights, load_base, load_base_in_4bit, read_config
+from higgs_ds.model.layout import LEFTOVERS, native_name, original_name
+from higgs_ds.model.lora import discover_targets
+from higgs_ds.relayout import native_folder, rewrite, stored_tensors
+
+RELEASED = PROJECT / "tests" / "golden" / "released_flags"
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {stored.name: stored.read() for stored in stored_tensors(folder)}
+
+
+def assert_same(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+    assert expected.keys() == found.keys()
+    assert all(tensor.dtype == found[name].dtype and tensor.equal(found[name]) for name, tensor in expected.items())
+
+
+def test_logits_of_the_original_runtime(tmp_path: Path) -> None:
+    folder = native_folder(RELEASED, "--base_ckpt", tmp_path)
+    model = load_base(folder, torch.float32).eval()
+    inputs, expected = load_file(RELEASED / "inputs.safetensors"), load_file(RELEASED / "expected.safetensors")
+    config = read_config(RELEASED)
+    stream = AudioStream(config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id)
+    rows = torch.cat([apply_delay_pattern(inputs[name], stream) for name in ("reference_codes", "target_codes")])
+    ids = expected["expanded_input_ids"].clone()
+    ids[ids == config.audio_token_id - 1] = config.audio_token_id
+    mask = torch.ones(1, len(rows), dtype=torch.bool)
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids, audio_input_ids=rows[None], audio_input_ids_mask=mask).last_hidden_state
+        audio = model.audio_lm_head(hidden)[expected["audio_out_mask"]].view(-1, config.num_codebooks, 66)
+        assert (model.text_lm_head(hidden) - expected["text_logits"]).abs().max() < 1e-4
+        assert (audio - expected["audio_logits"]).abs().max() < 1e-4
+    assert native_folder(RELEASED, "--base_ckpt", tmp_path) == folder  # written once
+    assert native_folder(folder, "--base_ckpt", tmp_path) == folder
+
+
+def test_original_there_and_back(tmp_path: Path) -> None:
+    convert(ConvertOptions(RELEASED, tmp_path / "native", "native"))
+    convert(ConvertOptions(tmp_path / "native", tmp_path / "back", "original"))
+    assert_same(load_file(RELEASED / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors"))
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (RELEASED, tmp_path / "back")]
+    assert configs[0] == configs[1]
+
+
+def test_native_there_and_back(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through several files; a configuration that comes back as it was in all that the model reads."""
+    monkeypatch.setattr(relayout, "SHARD_BYTES", 3_000_000)
+    convert(ConvertOptions(base, tmp_path / "original", "original"))
+    assert len(list((tmp_path / "original").glob("model-*.safetensors"))) > 3
+    assert not any(name.startswith("model.") for name in tensors_of(tmp_path / "original"))
+    convert(ConvertOptions(tmp_path / "original", tmp_path / "back", "native"))
+    assert_same(tensors_of(base), tensors_of(tmp_path / "back"))
+    before, after = (read_config(folder).to_dict() for folder in (base, tmp_path / "back"))
+    assert {key: value for key, value in before.items() if after.get(key) != value} == {}
+    bundle = open_bundle(str(tmp_path / "original"), None, None, tmp_path / "cache")
+    assert_same(tensors_of(base), tensors_of(bundle.folder))
+    assert bundle.tokenizer.get_vocab() == open_bundle(str(base), None, None, tmp_path).tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("form", ["bin", "old bin", "pth", "sharded bin", "parts", "leftovers", "buffers"])
+@pytest.mark.parametrize("layout", ["native", "original"])
+def test_forms_of_folders(base: Path, tmp_path: Path, layout: str, form: str) -> None:
+    """Whatever they lie in, the same tensors come out, and load."""
+    folder, expected = tmp_path / "folder", tensors_of(base)
+    if layout == "native":
+        shutil.copytree(base, folder)
+    else:
+        rewrite(base, folder, "original", "--base_ckpt")
+    tensors = tensors_of(folder)
+    (folder / "model.safetensors").unlink()
+    if form in ("bin", "old bin"):
+        torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=form == "bin")
+    elif form == "pth":
+        torch.save(tensors, folder / "model.pth")
+    elif form == "sharded bin":
+        names = sorted(tensors)
+        files = {name: f"pytorch_model-{1 + (i > 9):05d}-of-00002.bin" for i, name in enumerate(names)}
+        for file in set(files.values()):
+            torch.save({name: tensors[name] for name in names if files[name] == file}, folder / file)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    else:
+        if layout == "native":
+            if form != "leftovers":
+                pytest.skip("of the original layout only")
+            tensors |= {name: tensors[native_name(name)].clone() for name in LEFTOVERS}
+        elif form == "parts":
+            for name, kind in (("embed_tokens", "embedding"), ("audio_decoder_proj.text_lm_head", "linear")):
+                whole = tensors.pop(f"{name}.weight")
+                tensors[f"{name}.{kind}_trainable.weight"] = whole[200:].clone()
+                tensors[f"{name}.{kind}_frozen.weight"] = whole[:200].clone()
+        elif form == "buffers":
+            tensors |= {
+                "audio_codebook_weights": torch.ones(8),
+                "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+            }
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    found = native_folder(folder, "--base_ckpt", tmp_path / "cache")
+    loaded = load_base(found, torch.bfloat16)
+    assert_same(expected, {name: loaded.state_dict()[name] for name in expected})
+    in_4bit, _ = load_base_in_4bit(found, torch.float32, torch.device("cpu"), torch.device("cpu"))
+    assert in_4bit.text_lm_head.weight.equal(expected["text_lm_head.weight"].float())
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    torch.manual_seed(3)
+    model = load_base(base, torch.float32)
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=12, target_modules=discover_targets(model, LoraOptions().lora_targets))
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_adapter_in_original_names_has_the_same_effect(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Added by hand to the original layout's weights, against the native merge written in that layout."""
+    convert(ConvertOptions(adapter, tmp_path / "renamed", "original"))
+    convert(ConvertOptions(base, tmp_path / "original", "original"))
+    merge(base, adapter, tmp_path / "merged")
+    convert(ConvertOptions(tmp_path / "merged", tmp_path / "expected", "original"))
+    expected, weights = tensors_of(tmp_path / "expected"), tensors_of(tmp_path / "original")
+    factors = load_file(tmp_path / "renamed" / "adapter_model.safetensors")
+    changed = 0
+    for name, weight in weights.items():
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{prefix}.lora_A.weight" in factors:
+            a, b = (factors.pop(f"{prefix}.lora_{side}.weight") for side in "AB")
+            weight = (weight.float() + 3 * b @ a).to(weight.dtype)
+            changed += 1
+        torch.testing.assert_close(weight, expected[name], rtol=2**-7, atol=0)  # a rounding to bf16, up or down
+    assert changed == 20
+    assert not factors
+    convert(ConvertOptions(tmp_path / "renamed", tmp_path / "back", "native"))
+    assert_same(*(load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "back")))
+
+
+def test_adapter_in_original_names_is_read(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """As other trainers write them: merged as the native one is."""
+    convert(ConvertOptions(adapter, tmp_path / "renamed", "original"))
+    native, renamed = read_adapter(adapter), read_adapter(tmp_path / "renamed")
+    assert native.factors.keys() == renamed.factors.keys()
+    for folder in (adapter, tmp_path / "renamed"):
+        merge(base, folder, tmp_path / f"merged-{folder.name}")
+    assert_same(tensors_of(tmp_path / "merged-adapter"), tensors_of(tmp_path / "merged-renamed"))
+
+
+def test_names_go_both_ways(base: Path) -> None:
+    for name in tensors_of(base):
+        assert native_name(original_name(name) or "") == name
+    with pytest.raises(KeyError):
+        native_name("audio_tower.conv1.weight")
+    with pytest.raises(KeyError):
+        original_name("lm_head.weight")
+
+
+def changed_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+FOREIGN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "empty": (lambda f: [path.unlink() for path in f.iterdir() if path.is_file()], ["has no config.json"]),
+    "torn config": (lambda f: (f / "config.json").write_text("{"), ["its config.json is no JSON object"]),
+    "another family": (lambda f: changed_config(f, model_type="llama"), ["model_type is 'llama'", "higgs_audio_v2"]),
+    "a codec": (
+        lambda f: changed_config(f, model_type="higgs_audio_v2_tokenizer"), ["is an audio codec", "--codec_ckpt"],
+    ),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), ["is an adapter; give the base"]),
+    "a run": (
+        lambda f: ((f / "config.json").unlink(), (f / "checkpoint-7").mkdir()), ["it holds checkpoints of a run"],
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["lacks model.safetensors"]),
+    "half of the shards": (
+        lambda f: (f / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
+        ), ["lacks model-2.safetensors"],
+    ),
+    "cut off": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
+        ["is no safetensors file, or a damaged one"],
+    ),
+    "another codebook size": (
+        lambda f: changed_config(f, codebook_size=514, audio_stream_bos_id=512, audio_stream_eos_id=513),
+        ["codebook_size 514", "does not fit the codec's 1024 codes"],
+    ),
+    "another number of codebooks": (lambda f: changed_config(f, num_codebooks=4), ["gives 8 codebooks", "takes 4"]),
+    "no text head": (lambda f: without(f, "text_lm_head.weight"), ["holds no text_lm_head.weight"]),
+    "no audio head": (lambda f: without(f, "audio_lm_head.weight"), ["missing keys in its weights: audio_lm_head"]),
+    "original, another adapter": (
+        lambda f: changed_config(f, model_type="higgs_audio", audio_adapter_type="stack"), ["is 'stack', not dual_ffn"],
+    ),
+    "original, no delay": (
+        lambda f: changed_config(f, model_type="higgs_audio", use_delay_pattern=False),
+        ["use_delay_pattern is False; this trainer reads models with True"],
+    ),
+}  # fmt: skip
+
+
+def without(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_folders(base: Path, tmp_path: Path, kind: str) -> None:
+    """Said by name, with the option, before any weight is loaded."""
+    folder = Path(shutil.copytree(base, tmp_path / "base"))
+    spoil, words = FOREIGN[kind]
+    spoil(folder)
+    with pytest.raises(InputError) as caught:
+        check_weights(open_bundle(str(folder), None, None, tmp_path).folder)
+    assert str(folder) in str(caught.value)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_base_given_as_codec(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"--codec_ckpt {base}: model_type is 'higgs_audio_v2'; an audio codec has"):
+        open_bundle(str(base), None, str(base), tmp_path)
+
+
+def test_a_checkpoint_given_as_adapter(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-4").mkdir()
+    with pytest.raises(InputError, match="is a checkpoint directory"):
+        read_adapter(tmp_path / "checkpoint-4")
+
+
+def test_refuses_what_is_there_or_needs_nothing(base: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is in the native layout already"):
+        convert(ConvertOptions(base, tmp_path / "new", "native"))
+    with pytest.raises(InputError, match="is in the native layout already"):
+        convert(ConvertOptions(adapter, tmp_path / "new", "native"))
+    with pytest.raises(InputError, match="is there already"):
+        convert(ConvertOptions(base, adapter, "original"))
+    assert not (tmp_path / "new").exists()
