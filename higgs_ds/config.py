@@ -20,7 +20,8 @@ FORMATS = ("chatml", "native", "swift", "metadata", "paired", "list", "csv", "ta
 LORA_TARGET_GROUPS = ("attention", "text_mlp", "audio_mlp")
 ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
-LAYOUTS = ("native", "original")
+LAYOUTS = NATIVE, ORIGINAL = ("native", "original")
+BOTH_LAYOUTS = "both"
 MERGE_DEQUANTIZED, MERGE_ORIGINAL = "dequantized", "original"
 RESUME_NEVER, RESUME_AUTO = "never", "auto"
 
@@ -32,6 +33,9 @@ METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 def option(default: Any, help_text: str, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
     """A dataclass field that is also a command line option of the same name."""
     return field(default=default, metadata={"help": help_text, "choices": choices, "metavar": metavar})
+
+
+EXPORT_HELP = "layout of the merged model: what transformers reads, what boson_multimodal reads, or a folder of each"
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,7 @@ class RunOptions:
     )
     resume: str = option(RESUME_NEVER, "never, auto (the newest checkpoint in output_dir), or a checkpoint folder")
     merge_adapter_with_base: bool = option(False, "merge at the end: final_model/ adapter/ merged_model/")
+    export_layout: str = option(NATIVE, EXPORT_HELP, (*LAYOUTS, BOTH_LAYOUTS))
     dry_run: bool = option(False, "only print how much memory each part will take, from the base's config.json alone")
     device_memory_gib: float | None = option(
         None, "memory of a GPU, in GiB, that a --dry_run plans for (default: that of the GPU here)"
@@ -190,6 +195,7 @@ class MergeOptions:
         "original ones (default: what the adapter was trained on)",
         (MERGE_DEQUANTIZED, MERGE_ORIGINAL),
     )
+    export_layout: str = option(NATIVE, EXPORT_HELP, (*LAYOUTS, BOTH_LAYOUTS))
     no_verify: bool = option(False, "do not compare the merged model's logits with the adapter's beside its base")
 
 

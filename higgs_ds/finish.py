@@ -38,7 +38,9 @@ def merge_into_folders(run: Run) -> None:
             for name in (FINAL_MODEL, ADAPTER_COPY):
                 _copy_adapter(run, run.output_dir / name)
             adapter, merged = run.output_dir / ADAPTER_FOLDER, run.output_dir / MERGED_MODEL
-            return merge(run.bundle.folder, adapter, merged, overwrite=True)
+            return merge(
+                run.bundle.folder, adapter, merged, export_layout=run.options.run.export_layout, overwrite=True
+            )
         except (HiggsError, OSError) as error:
             raise MergeError(
                 f"training has ended well and its adapter is in {run.output_dir / ADAPTER_FOLDER}, but merging it "

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from higgs_ds.adapter import Adapter, BaseWeights, read_adapter
-from higgs_ds.config import MERGE_DEQUANTIZED, MERGE_ORIGINAL, MergeOptions
+from higgs_ds.config import MERGE_DEQUANTIZED, MERGE_ORIGINAL, NATIVE, ORIGINAL, MergeOptions
 from higgs_ds.data.audio_codes import default_cache_dir
 from higgs_ds.data.codec import CODEC_SUBFOLDER
 from higgs_ds.errors import InputError, SaveError
@@ -24,7 +24,7 @@ from higgs_ds.files import (
     write_json,
 )
 from higgs_ds.hub import byte_ranges, read_tensor, resolve_folder, weight_files, weight_shapes
-from higgs_ds.relayout import native_folder
+from higgs_ds.relayout import native_folder, rewrite
 from higgs_ds.verify import Agreement, compare_merged
 
 LARGEST_DIFFERENCE = 0.1  # of the logits, root mean square; rounding the weights to bf16 makes about a hundredth
@@ -58,7 +58,12 @@ def main(options: MergeOptions) -> None:
     """Merge as the options say, and print what from and where to."""
     base = resolve_folder(options.base_model_path, "--base_model_path")
     report = merge(
-        base, options.lora_adapter_path, options.output_path, options.merge_base, verify=not options.no_verify
+        base,
+        options.lora_adapter_path,
+        options.output_path,
+        options.merge_base,
+        verify=not options.no_verify,
+        export_layout=options.export_layout,
     )
     print("\n".join([*report.lines(), f"Merged model: {options.output_path}"]))
 
@@ -69,6 +74,7 @@ def merge(
     output_folder: Path,
     merge_base: str | None = None,
     verify: bool = True,
+    export_layout: str = NATIVE,
     overwrite: bool = False,
 ) -> MergeReport:
     """Write the merged model, with tokenizer, template, codec reference and generation settings, to a new folder.
@@ -79,6 +85,7 @@ def merge(
         merge_base: "dequantized", into the weights as a 4-bit base holds them, which is the function that QLoRA has
             trained, or "original"; None for what the adapter was trained on.
         verify: compare the result's logits with those of the adapter beside the base.
+        export_layout: "native", "original", or "both", each in a folder of its own below `output_folder`.
 
     Raises InputError: one of the folders is not what it should be, they do not fit together, or the output is there
     already; SaveError where writing or the comparison fails. Nothing is left behind then, and a folder that was to be
@@ -91,17 +98,27 @@ def merge(
     shards = weight_files(base_folder)
     shapes = weight_shapes(shards)
     _check_fit(adapter, shapes, adapter_folder, base_folder)
-    _check_output(output_folder, sum(path.stat().st_size for path in shards), overwrite)
+    models = 1 if export_layout == NATIVE else 2  # another layout is written from the native one
+    _check_output(output_folder, models * sum(path.stat().st_size for path in shards), overwrite)
     base = BaseWeights(adapter.quantization, merge_base == MERGE_DEQUANTIZED)
     changed = {name for name in shapes if name in adapter.factors or base.is_quantized(name)}
     changed |= {name.removesuffix("weight") + "bias" for name in adapter.factors if adapter.bias(name) is not None}
     with saving(output_folder), (replaced_folder if overwrite else new_folder)(output_folder) as folder:
-        _copy_companions(base_folder, folder, output_folder)
+        native, within = (folder, Path()) if export_layout == NATIVE else (folder / NATIVE, Path(NATIVE))
+        native.mkdir(exist_ok=True)
+        _copy_companions(base_folder, native, output_folder / within)
         for shard in shards:
-            _merge_shard(shard, folder / shard.name, changed, adapter, base)
+            _merge_shard(shard, native / shard.name, changed, adapter, base)
         report = MergeReport(merge_base, base.quantized, base.differing)
         if verify:
-            report.agreement = _verified(base_folder, folder, adapter, merge_base)
+            report.agreement = _verified(base_folder, native, adapter, merge_base)
+        if export_layout != NATIVE:
+            rewrite(native, folder / ORIGINAL, ORIGINAL, "merged model")
+        if export_layout == ORIGINAL:
+            shutil.rmtree(native)
+            for path in (folder / ORIGINAL).iterdir():
+                path.rename(folder / path.name)
+            (folder / ORIGINAL).rmdir()
     return report
 
 

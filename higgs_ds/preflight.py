@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from higgs_ds.checkpoint import TrainerState
-from higgs_ds.config import RunOptions
+from higgs_ds.config import NATIVE, RunOptions
 from higgs_ds.errors import InputError
 from higgs_ds.files import room_at
 
@@ -32,7 +32,9 @@ def check_room(output_dir: Path, state: TrainerState, options: RunOptions, adapt
         "adapters": 2 * adapter_bytes,  # the old one and the new one
     }
     if options.merge_adapter_with_base:
-        takes |= {"their copies": 4 * adapter_bytes, "the merged model": base_bytes}
+        # Another layout is written from the native one.
+        models = 1 if options.export_layout == NATIVE else 2
+        takes |= {"their copies": 4 * adapter_bytes, "the merged model": models * base_bytes}
     needed, free = sum(takes.values()), room_at(output_dir)
     if needed > free:
         parts = ", ".join(f"{size / GIB:.2f} GiB for {what}" for what, size in takes.items())

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from higgs_ds.data.codec import CODEC_SUBFOLDER
 from higgs_ds.errors import InputError, SaveError
 from higgs_ds.files import new_folder, release_freed_memory, room_at, saving, sha256_of, write_json
 from higgs_ds.hub import byte_ranges, read_tensor, weight_files, weight_shapes
@@ -81,6 +82,8 @@ def rewrite(source: Path, target: Path, to: str, asked_by: str) -> list[str]:
         for path in source.iterdir():
             if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and not _is_of_layout(path.name):
                 shutil.copy(path, folder)
+        if (source / CODEC_SUBFOLDER).is_dir():
+            shutil.copytree(source / CODEC_SUBFOLDER, folder / CODEC_SUBFOLDER)
         write_json(folder / "config.json", made)
         if to == NATIVE and config is not made:
             write_json(folder / KEPT_CONFIG, config)

@@ -53,7 +53,7 @@ DROPPED_FILE = "dropped_samples.txt"
 # long as the number of samples per step stays.
 FREE_ON_RESUME = (
     "output_dir", "resume", "log_steps", "val_steps", "save_steps", "keep_checkpoints", "on_nonfinite",
-    "merge_adapter_with_base", "deepspeed", "cache_dir",
+    "merge_adapter_with_base", "export_layout", "deepspeed", "cache_dir",
     "activation_checkpointing", "offload_embeddings", "offload_checkpoints", "attn_implementation",
     "batch_size", "grad_accum", "epochs", "max_steps",
     "train_manifest", "val_manifest", "val_split", "split_by", "format", "reference", "normalize_text",

@@ -57,7 +57,8 @@ def checkpoint_layers(higgs: HiggsAudioV2ForConditionalGeneration, every: int) -
 
 def num_parameters(folder: Path) -> int:
     """Parameters of a base, by the headers of its files."""
-    return sum(math.prod(shape) for shape in weight_shapes(weight_files(folder)).values())
+    shapes = weight_shapes(weight_files(folder))
+    return sum(math.prod(shape) for name, shape in shapes.items() if name not in LEFTOVERS)
 
 
 def load_base(folder: Path, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGeneration:
@@ -97,7 +98,7 @@ def load_base_in_4bit(
 
     Raises InputError where the files and the configuration do not agree.
     """
-    places = weight_places(folder)
+    places = {name: path for name, path in weight_places(folder).items() if name not in LEFTOVERS}
     config = read_config(folder)
     config.dtype = dtype
     with init_empty_weights():

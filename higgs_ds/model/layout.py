@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from higgs_ds.config import NATIVE, ORIGINAL
 from higgs_ds.errors import InputError
 
-NATIVE, ORIGINAL = "native", "original"
 MODEL_TYPES = {"higgs_audio_v2": NATIVE, "higgs_audio": ORIGINAL}
 CODEC_TYPE = "higgs_audio_v2_tokenizer"
 

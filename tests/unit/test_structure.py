@@ -13,8 +13,8 @@ from conftest import PROJECT
 # From the bottom up: a module may import those of lower rows, and `may_share` of its own row.
 ROWS = [
     ["errors"],
-    ["config", "files", "quiet", "hub", "loss", "model.nf4", "model.offload", "model.layout"],
-    ["model.routed"],
+    ["config", "files", "quiet", "hub", "loss", "model.nf4", "model.offload"],
+    ["model.routed", "model.layout"],
     ["distributed", "ds_config", "optimizers", "support"],
     ["data.sample", "data.delay_pattern", "data.normalize", "data.formats.jsonio", "signals"],
     ["data.templates", "data.audio", "data.codec", "data.prompt", "data.sampler", "data.prefetch"],
