@@ -23,7 +23,9 @@ from forks import preparing, start, training, wait
 
 from higgs_ds import generate, merge
 from higgs_ds.builtin import builtin_base
+from higgs_ds.checkpoint import publish, read_state
 from higgs_ds.config import parse_generate_options, parse_merge_options
+from higgs_ds.metrics import MetricsLog
 
 FULL, READ_ONLY = "full", "read-only"
 KIB_LEFT = [0, 2, 900, 1800, 2500, 2800]  # the built-in base's adapter has 800 KiB, a checkpoint 2,400
@@ -33,7 +35,7 @@ def train(output_dir: Path, cache: Path, manifest: Path, *more: str) -> Callable
     options = (
         f"--deepspeed {PROJECT}/ds_configs/zero0.json --output_dir {output_dir} --cache_dir {cache} --lr 1e-3 "
         f"--train_manifest {manifest} --allow_text_targets --precision fp32 --batch_size 1 --grad_accum 1 "
-        "--log_steps 1 --val_steps 100 --save_steps 1 --max_steps 8 --keep_checkpoints 2"
+        "--log_steps 1 --val_steps 100 --save_steps 1 --max_steps 8"
     )
     return training([*options.split(), *more])
 
@@ -97,7 +99,7 @@ def from_the_start(folder: Path, cache: Path, base: Path) -> dict[str, dict[str,
     clips = [speech_sample(f"Clip {i}.", f"{who}_00.flac") for i, who in enumerate(("anna", "ben", "carla"))]
     manifest = write_manifest(folder / "clips.jsonl", clips)
     one_bad = write_manifest(folder / "bad.jsonl", [*clips, speech_sample("Gone.", "gone.flac")])
-    adapter = folder / "undisturbed" / "lora_adapters"
+    adapter, newest = folder / "undisturbed" / "lora_adapters", folder / "undisturbed" / "checkpoint-8"
     prepare = ["--base_ckpt", str(base), "--train_manifest"]
     speak = ["--lora_adapter_path", str(adapter), "--text", "Hello.", "--max_new_tokens", "12", "--output"]
     results = {}
@@ -119,6 +121,8 @@ def from_the_start(folder: Path, cache: Path, base: Path) -> dict[str, dict[str,
             tell(f"merged model, {how}", lambda options=merge_options: merge.main(options))
             speak_options = parse_generate_options([*speak, str(disk / "speech.wav")])
             tell(f"speech, {how}", lambda options=speak_options: generate.main(options))
+            tell(f"metrics, {how}", lambda disk=disk: log_a_line(disk))
+            tell(f"adapters, {how}", lambda disk=disk: publish(newest, disk / "run", read_state(newest), None))
             left = sorted(str(path.relative_to(disk)) for path in disk.rglob("*") if path.is_file())
             results[f"left on the disk, {how}"] = {"codes": [], "words": " ".join(left)}
     with small_disk(1, FULL, kib_left=20) as disk:  # for the index, in pages of 4 KiB, and not for all codes
@@ -126,6 +130,11 @@ def from_the_start(folder: Path, cache: Path, base: Path) -> dict[str, dict[str,
     with small_disk(12) as disk:
         tell("merged model of a run", train(disk / "run", cache, manifest, "--merge_adapter_with_base"))
     return results
+
+
+def log_a_line(run: Path) -> None:
+    with contextlib.closing(MetricsLog(run, 0, 10)) as log:
+        log.write(1, 0.1, {"train/loss": 1.0})
 
 
 def main(folder: Path) -> None:

@@ -44,7 +44,8 @@ def test_in_the_midst_of_a_run(tries: tuple[Path, dict[str, Any]]) -> None:
         assert [line["step"] for line in read_metrics(run)] == steps
         assert not list(run.glob(".*"))
     failed_at = {Path(result["words"].split(": ")[1]).name.split("-")[0] for result in results["midst"]}
-    assert failed_at >= {"metrics.jsonl", "checkpoint", "lora_adapters"}
+    assert "checkpoint" in failed_at
+    assert len(failed_at) > 1  # what else depends on the moment
     assert any("Read-only file system" in result["words"] for result in results["midst"])
 
 
@@ -63,6 +64,10 @@ def test_in_the_midst_of_a_run(tries: tuple[Path, dict[str, Any]]) -> None:
         ("merged model, full", 2, "GiB free, the merged model takes"),
         ("merged model, read-only", 2, "cannot be written to"),
         ("merged model of a run", 2, "GiB for the merged model"),
+        ("metrics, full", 3, "metrics.jsonl: could not be written"),
+        ("metrics, read-only", 3, "metrics.jsonl: could not be written"),
+        ("adapters, full", 3, "lora_adapters: could not be written"),
+        ("adapters, read-only", 3, "lora_adapters: could not be written"),
         ("speech, full", 3, "could not be written"),
         ("speech, read-only", 2, "cannot be written to"),
     ],
@@ -75,5 +80,5 @@ def test_from_the_start(tries: tuple[Path, dict[str, Any]], what: str, code: int
 
 
 def test_nothing_is_left_behind(tries: tuple[Path, dict[str, Any]]) -> None:
-    assert tries[1]["start"]["left on the disk, full"]["words"].split() == ["bad.txt", "filler"]
+    assert tries[1]["start"]["left on the disk, full"]["words"].split() == ["bad.txt", "filler", "metrics.jsonl"]
     assert tries[1]["start"]["left on the disk, read-only"]["words"] == ""
