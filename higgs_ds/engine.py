@@ -125,9 +125,8 @@ class Engine:
             if taken:
                 self.engine.step()
             sums.append(micro_sums)
-        taken &= (
-            self.engine.skipped_steps == skipped_before
-        )  # DeepSpeed passes over such a gradient, and only counts it
+        # DeepSpeed passes over such a gradient, and only counts it.
+        taken &= self.engine.skipped_steps == skipped_before
         if not taken:
             self.scheduler.step()  # as the engine does behind every other step
         return Step(torch.stack(sums), counts, taken)

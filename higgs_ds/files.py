@@ -68,17 +68,19 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def tidy(folder: Path) -> None:
-    """Put in order what killed processes have left in a folder of files and folders that are replaced as above.
+def tidy(folder: Path, names: re.Pattern[str]) -> None:
+    """Put in order what killed processes have left of files and folders of these names that are replaced as above.
 
     What had been moved aside, and nothing has come in its place, is moved back. The rest is deleted an hour later:
     until then, a process that still runs may be writing it.
     """
     for leftover in folder.glob(".*.tmp*") if folder.is_dir() else ():
         match = _TEMPORARY.fullmatch(leftover.name)
-        if match and match["old"] and not (folder / match["name"]).exists():
+        if not match or not names.fullmatch(match["name"]):
+            continue
+        if match["old"] and not (folder / match["name"]).exists():
             os.rename(leftover, folder / match["name"])
-        elif match and time.time() - leftover.stat().st_mtime > ABANDONED_AFTER_S:
+        elif time.time() - leftover.stat().st_mtime > ABANDONED_AFTER_S:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 

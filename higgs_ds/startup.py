@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -49,6 +50,11 @@ from higgs_ds.support import unsupported
 
 T = TypeVar("T")
 DROPPED_FILE = "dropped_samples.txt"
+# What a run writes by way of a temporary name, which a kill may leave behind.
+WRITTEN = re.compile(
+    r"checkpoint-\d+|lora_adapters|final_model|adapter|merged_model|trainer_state\.json|settings\.json|"
+    r"metrics\.jsonl|dropped_samples\.txt"
+)
 # Options that may differ when a run goes on: they do not change what is trained. Batch size and accumulation may, as
 # long as the number of samples per step stays.
 FREE_ON_RESUME = (
@@ -185,7 +191,7 @@ def _resume_from(options: TrainOptions, output_dir: Path) -> Path | None:
 def _find_resumable(options: TrainOptions, output_dir: Path) -> Path | None:
     """The checkpoint to go on from; an earlier run's results are never overwritten unasked."""
     with saving(output_dir):
-        tidy(output_dir)
+        tidy(output_dir, WRITTEN)
     resume = options.run.resume
     if resume == RESUME_NEVER:
         earlier = checkpoint.find_checkpoints(output_dir)

@@ -17,6 +17,7 @@ from higgs_ds.files import ABANDONED_AFTER_S, tidy
 from higgs_ds.loss_checks import doubts, may_pass_over
 from higgs_ds.metrics import MetricsLog
 from higgs_ds.preflight import check_room, seconds_left
+from higgs_ds.startup import WRITTEN
 
 
 def counted_checkpoints(first: int, total: int, every: int, keep: int | None) -> int:
@@ -111,11 +112,12 @@ def test_what_killed_processes_leave_is_put_in_order(tmp_path: Path) -> None:
     folder("checkpoint-8")
     folder(".checkpoint-8.x2.tmp.old", old)  # moved aside, and it came
     folder(".venv", old)
+    folder(".another-program.abc.tmp", old)
     folder("notes.tmp", old)
     (tmp_path / ".trainer_state.json.zz.tmp").write_text("half")
     os.utime(tmp_path / ".trainer_state.json.zz.tmp", (0, 0))
-    tidy(tmp_path)
-    left = [".checkpoint-4.abc.tmp", ".venv", "checkpoint-8", "lora_adapters", "notes.tmp"]
+    tidy(tmp_path, WRITTEN)
+    left = [".another-program.abc.tmp", ".checkpoint-4.abc.tmp", ".venv", "checkpoint-8", "lora_adapters", "notes.tmp"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
     assert (tmp_path / "lora_adapters" / "content").read_text() == ".lora_adapters.x1.tmp.old"
-    tidy(tmp_path / "none")
+    tidy(tmp_path / "none", WRITTEN)
