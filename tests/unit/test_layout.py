@@ -81,8 +81,16 @@ def test_native_there_and_back(base: Path, tmp_path: Path, monkeypatch: pytest.M
     assert bundle.tokenizer.get_vocab() == open_bundle(str(base), None, None, tmp_path).tokenizer.get_vocab()
 
 
-@pytest.mark.parametrize("form", ["bin", "old bin", "pth", "sharded bin", "parts", "leftovers", "buffers"])
-@pytest.mark.parametrize("layout", ["native", "original"])
+FORMS = ["bin", "old bin", "pth", "sharded bin"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "form"),
+    [
+        *(("native", form) for form in [*FORMS, "leftovers"]),
+        *(("original", form) for form in [*FORMS, "parts", "buffers"]),
+    ],
+)
 def test_forms_of_folders(base: Path, tmp_path: Path, layout: str, form: str) -> None:
     """Whatever they lie in, the same tensors come out, and load."""
     folder, expected = tmp_path / "folder", tensors_of(base)
@@ -103,20 +111,16 @@ def test_forms_of_folders(base: Path, tmp_path: Path, layout: str, form: str) ->
             torch.save({name: tensors[name] for name in names if files[name] == file}, folder / file)
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
     else:
-        if layout == "native":
-            if form != "leftovers":
-                pytest.skip("of the original layout only")
+        if form == "leftovers":
             tensors |= {name: tensors[native_name(name)].clone() for name in LEFTOVERS}
         elif form == "parts":
             for name, kind in (("embed_tokens", "embedding"), ("audio_decoder_proj.text_lm_head", "linear")):
                 whole = tensors.pop(f"{name}.weight")
                 tensors[f"{name}.{kind}_trainable.weight"] = whole[200:].clone()
                 tensors[f"{name}.{kind}_frozen.weight"] = whole[:200].clone()
-        elif form == "buffers":
-            tensors |= {
-                "audio_codebook_weights": torch.ones(8),
-                "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-            }
+        else:
+            tensors["audio_codebook_weights"] = torch.ones(8)
+            tensors["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     found = native_folder(folder, "--base_ckpt", tmp_path / "cache")
     loaded = load_base(found, torch.bfloat16)
