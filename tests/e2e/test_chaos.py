@@ -9,7 +9,7 @@ from pathlib import Path
 
 from conftest import PROJECT
 
-KILLS = 6
+KILLS = 4
 
 
 def test_killed_runs_end_as_undisturbed_ones(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import pytest
 import soundfile
 import torch
 from conftest import PROJECT, read_metrics, speech_sample, text_sample, write_manifest
-from launcher import train_runs
 
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 
@@ -23,7 +22,7 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def train(folder: Path, options: str, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
-    launcher = [DEEPSPEED, *(["--num_gpus", str(ranks)] if ranks else [])]
+    launcher = [DEEPSPEED, "--num_gpus", str(ranks)] if ranks else [sys.executable]
     return run([*launcher, str(PROJECT / "launch" / "train.py"), *options.split()], folder)
 
 
@@ -205,21 +204,3 @@ def test_earlier_run_is_not_overwritten(tmp_path: Path) -> None:
     assert "was trained with lr 0.0002, now it is 0.001" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert train(tmp_path, f"{options} --resume auto").returncode == 0  # finished already: nothing more to do
-
-
-def test_every_shipped_ds_config_trains_on_two_ranks(tmp_path: Path, mixed_manifest: Path) -> None:
-    files = sorted((PROJECT / "ds_configs").glob("*.json"))
-    assert len(files) >= 7
-    train_runs(
-        2,
-        [
-            f"--deepspeed {path} --output_dir {tmp_path}/{path.stem} --train_manifest {mixed_manifest} --val_split 0 "
-            "--allow_text_targets --max_steps 2 --grad_accum 2 --log_steps 1 --lora_dropout 0".split()
-            for path in files
-        ],
-    )
-    losses = {path.stem: [line["train/loss"] for line in read_metrics(tmp_path / path.stem)[:2]] for path in files}
-    for stem, found in losses.items():
-        # In bf16, stages round differently; a wrong scale or a lost step would differ by far more.
-        assert found == pytest.approx(losses["zero2"], abs=5e-3), stem
-        assert (tmp_path / stem / "lora_adapters" / "adapter_model.safetensors").is_file()
