@@ -98,20 +98,20 @@ def main(folder: Path, kills: int, seed: int) -> None:
         argv = command(manifest, stage, run, cache)
         for _ in range(min(draw.randint(1, 4), kills - counts["kills"])):
             pids = start(ranks, training(argv), log)
-            time.sleep(draw.uniform(0.1, 1) * seconds[kind])
+            time.sleep(draw.uniform(0.1, 0.95) * seconds[kind])
             victims = pids if draw.random() < 0.5 else [draw.choice(pids)]
             for pid in victims:
                 os.kill(pid, signal.SIGKILL)
             codes = wait(pids, SURVIVORS_END_WITHIN_S)
-            counts["kills"] += 1
-            counts["one rank of two"] += ranks == 2 and len(victims) == 1
-            counts["before the end"] += -signal.SIGKILL in codes
+            hit = -signal.SIGKILL in codes
+            counts["kills" if hit else "behind the end"] += 1
+            counts["one rank of two"] += hit and ranks == 2 and len(victims) == 1
             counts["in the middle of a save"] += any(
                 re.fullmatch(r"\.(checkpoint-\d+|lora_adapters|merged_model|final_model|adapter)\..*", path.name)
                 for path in (run.iterdir() if run.is_dir() else ())
             )
             for path in run.glob(".*.tmp") if run.is_dir() else ():
-                path.rename(folder / f"seen-{counts['kills']}-{path.name}")  # so that the next kill's are its own
+                path.rename(folder / f"seen-{sum(counts.values())}-{path.name}")  # so that the next kill's are its own
             assert_checkpoints_are_whole(undisturbed[kind], run)
         run_to_the_end(ranks, argv, log)
         assert_same_end(undisturbed[kind], run)
