@@ -23,7 +23,7 @@ test: install ## all tests; those that need a GPU or a missing system package ar
 
 KILLS ?= 100
 SEED ?= 1
-chaos: install ## kill short runs KILLS times at random moments (13 min), and compare what they end with
+chaos: install ## kill short runs KILLS times at random moments (10 min), and compare what they end with
 	$(BIN)/python tests/chaos.py outputs/chaos-$(shell date +%Y%m%d-%H%M%S) $(KILLS) $(SEED)
 
 lint: install
