@@ -23,6 +23,7 @@ from higgs_ds.config import LoraOptions
 from higgs_ds.model.higgs import DualLossModel, checkpoint_layers, empty_model
 from higgs_ds.model.lora import add_lora
 from higgs_ds.model.nf4 import BLOCK_SIZE, is_quantized_weight
+from higgs_ds.model.parts import NO_PARTS, Parts, config_of, parts_of
 
 TEXT_POSITIONS = 64  # of a speech sample: the prompt; all others are audio
 TEXT_TARGETS = 3  # of a speech sample: where its audio begins, where it ends, the end of the turn
@@ -47,6 +48,7 @@ class PassSettings:
     length: int
     on_gpu: bool
     keeps_inputs: bool
+    in_full: Parts = NO_PARTS
 
     @property
     def text_positions(self) -> int:
@@ -81,7 +83,7 @@ def measure_pass(config: HiggsAudioV2Config, settings: PassSettings) -> PassMemo
 @functools.lru_cache(maxsize=64)
 def _measure_pass(config_json: str, settings: PassSettings) -> PassMemory:
     values = json.loads(config_json)
-    few, more = (_run(HiggsAudioV2Config.from_dict(values | {"num_hidden_layers": n}), settings) for n in (2, 3))
+    few, more = (_run(config_of(values | {"num_hidden_layers": n}), settings) for n in (2, 3))
     further = values["num_hidden_layers"] - 2
     kept, logits, peak = (two + further * (three - two) for two, three in zip(few, more, strict=True))
     return PassMemory(kept, logits, peak - kept - logits)
@@ -120,7 +122,9 @@ def _model(config: HiggsAudioV2Config, settings: PassSettings) -> DualLossModel:
                 higgs.set_submodule(name, _FrozenLinear(module, four_bit))
     if settings.recompute_every is not None:
         checkpoint_layers(higgs, settings.recompute_every)
-    adapted = add_lora(higgs, settings.lora, "", settings.dtype).to(META)
+    if parts_of(config).audio_tower is not None:
+        higgs.model.audio_tower.config._attn_implementation = ATTENTION
+    adapted = add_lora(higgs, settings.lora, "", settings.dtype, settings.in_full).to(META)
     if settings.on_gpu:
         for name, module in list(adapted.named_modules()):
             if isinstance(module, nn.Dropout):
@@ -139,7 +143,18 @@ def _batch(config: HiggsAudioV2Config, settings: PassSettings) -> dict[str, torc
     def ids(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.long, device=META)
 
-    return {
+    heard = {}
+    tower = parts_of(config).audio_tower
+    if tower is not None:  # of each sample, a clip of half a minute
+        length = 2 * tower["max_source_positions"]
+        outputs = min(settings.text_positions, length // 4) * size
+        heard = {
+            "features": torch.empty(size, tower["num_mel_bins"], length, device=META),
+            "feature_lengths": ids(size),
+            "feature_rows": ids(outputs),
+            "feature_places": ids(outputs),
+        }
+    return heard | {
         "text_ids": ids(size * settings.text_positions),
         "codes": ids(size * rows, books),
         "positions": ids(size * settings.length),
@@ -148,6 +163,8 @@ def _batch(config: HiggsAudioV2Config, settings: PassSettings) -> dict[str, torc
         "text_targets": ids(size * TEXT_TARGETS),
         "audio_places": ids(size * rows),
         "audio_targets": ids(size * rows, books),
+        "audio_rows": ids(size, rows),
+        "audio_at": ids(size * rows),
         "target_weights": torch.empty(1 + books, device=META),
     }
 

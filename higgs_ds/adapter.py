@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,9 +14,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from higgs_ds.errors import InputError
-from higgs_ds.export import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, DIGEST_KEY, QUANTIZATION_KEY, digest
+from higgs_ds.export import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    DIGEST_KEY,
+    PARTS_KEY,
+    QUANTIZATION_KEY,
+    digest,
+)
 from higgs_ds.model import nf4
+from higgs_ds.model.layout import native_name
 from higgs_ds.model.nf4 import BaseQuantization
+from higgs_ds.model.parts import NO_PARTS, Parts
 
 PEFT_PREFIX = "base_model.model."
 _LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -35,11 +45,16 @@ class Factors:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's factors by the name of the weight that they adapt, and how its base was quantized, if it was."""
+    """An adapter's factors by the name of the weight that they adapt, and how its base was quantized, if it was.
+
+    `whole`: the weights of optional parts that were trained `in_full`, by their names in the base.
+    """
 
     factors: dict[str, Factors]
     scaling: float
     quantization: BaseQuantization | None
+    in_full: Parts = NO_PARTS
+    whole: dict[str, torch.Tensor] = field(default_factory=dict)
     in_original_names: bool = False  # whether its file calls the base's layers as the original layout does
 
     def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -106,19 +121,21 @@ def read_adapter(folder: Path) -> Adapter:
         tensors = load_file(folder / ADAPTER_WEIGHTS)
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             metadata = file.metadata() or {}
-        record = metadata.get(QUANTIZATION_KEY)
+        record, parts = metadata.get(QUANTIZATION_KEY), metadata.get(PARTS_KEY)
         _check_digest(folder, tensors, metadata)
         config = LoraConfig.from_pretrained(folder)
         quantization = BaseQuantization.from_json(record) if record else None
+        in_full = Parts.from_json(parts) if parts else NO_PARTS
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise InputError(f"{folder}: its adapter cannot be read: {error}") from error
     problems = [
         f"{folder}: {name} is {getattr(config, name)!r}, which cannot be merged here; LoRA, rsLoRA and DoRA can"
         for name, plain in (("bias", "none"), ("fan_in_fan_out", False), ("rank_pattern", {}), ("alpha_pattern", {}),
-                            ("modules_to_save", None))
+                            ("modules_to_save", in_full.modules or None))
         if getattr(config, name) != plain
     ]  # fmt: skip
-    factors, unpaired = _factors(tensors)
+    whole = {_base_name(name): tensor for name, tensor in tensors.items() if in_full.has(name)}
+    factors, unpaired = _factors({name: tensor for name, tensor in tensors.items() if not in_full.has(name)})
     problems += [f"{folder}: {name} is no part of a LoRA pair" for name in unpaired]
     problems += [f"{folder}: {name} holds NaN or infinity" for name, t in tensors.items() if not t.isfinite().all()]
     if not factors:
@@ -127,7 +144,7 @@ def read_adapter(folder: Path) -> Adapter:
         raise InputError(problems)
     scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     in_original_names = any(name.startswith(f"{PEFT_PREFIX}layers.") for name in tensors)
-    return Adapter(factors, scaling, quantization, in_original_names)
+    return Adapter(factors, scaling, quantization, in_full, whole, in_original_names)
 
 
 def _check_digest(folder: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -151,11 +168,14 @@ def _factors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Factors], list
         if layer == name or layer + _LORA_B not in rest:
             continue
         parts = {part: rest.pop(layer + suffix, None) for suffix, part in _OTHER_PARTS.items()}
-        weight = f"{layer.removeprefix(PEFT_PREFIX)}.weight"
-        if weight.startswith("layers."):
-            weight = f"model.{weight}"
-        factors[weight] = Factors(rest.pop(name), rest.pop(layer + _LORA_B), **parts)
+        factors[_base_name(f"{layer}.weight")] = Factors(rest.pop(name), rest.pop(layer + _LORA_B), **parts)
     return factors, sorted(rest)
+
+
+def _base_name(name: str) -> str:
+    """The name that a base in the native layout has for what an adapter's file calls so, in either layout's names."""
+    name = name.removeprefix(PEFT_PREFIX)
+    return name if name.startswith("model.") else native_name(name) or name
 
 
 def _no_adapter(folder: Path) -> str:

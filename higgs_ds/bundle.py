@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoTokenizer, HiggsAudioV2Config, PreTrainedTokenizerBase
 
+from higgs_ds import distributed
 from higgs_ds.builtin import builtin_base
+from higgs_ds.config import ModelOptions
 from higgs_ds.data.audio_codes import CodeCache
 from higgs_ds.data.codec import CodecInfo, codec_digest, find_codec, read_codec_info
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.delay_pattern import AudioStream
+from higgs_ds.data.hearing import POSITIONS_PER_S, Hearing
 from higgs_ds.data.prompt import AUDIO_DELAY, AUDIO_OUT, AUDIO_OUT_BOS, CachedTokenizer, missing_tokens
 from higgs_ds.errors import InputError
 from higgs_ds.files import sha256_of
 from higgs_ds.hub import resolve_folder, weight_files, weight_shapes
 from higgs_ds.model.higgs import read_config
+from higgs_ds.model.parts import NO_PARTS, Parts, parts_of, tower_geometry, with_parts
 from higgs_ds.relayout import native_folder
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Everything of a base but its weights. `name` is how the user called it."""
+    """Everything of a base but its weights. `name` is how the user called it.
+
+    `config` has parts that are `added` to the base, too; `whisper_folder` is where a tower among them comes from.
+    """
 
     name: str
     folder: Path
     config: HiggsAudioV2Config
     tokenizer: PreTrainedTokenizerBase
     codec: CodecInfo
+    added: Parts = NO_PARTS
+    whisper_folder: Path | None = None
 
     @property
     def identity(self) -> str:
@@ -51,8 +60,18 @@ class Bundle:
         """What turns samples into this base's ids and codes."""
         cache = CodeCache(cache_dir, codec_digest(self.codec.folder))
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        identity = hashlib.sha256(repr((vocabulary, self.stream, cache.codec_digest)).encode()).hexdigest()
-        return Coder(CachedTokenizer(self.tokenizer), self.stream, self.pad_id, self.codec, cache, identity)
+        hearing = self._hearing(cache_dir)
+        parts = (vocabulary, self.stream, cache.codec_digest, *([hearing.identity] if hearing else []))
+        identity = hashlib.sha256(repr(parts).encode()).hexdigest()
+        return Coder(CachedTokenizer(self.tokenizer), self.stream, self.pad_id, self.codec, cache, identity, hearing)
+
+    def _hearing(self, cache_dir: Path) -> Hearing | None:
+        tower = parts_of(self.config).audio_tower
+        if tower is None:
+            return None
+        stretch_s = tower["max_source_positions"] // POSITIONS_PER_S
+        frames = stretch_s * self.codec.sample_rate // self.codec.hop_length
+        return Hearing(tower["num_mel_bins"], stretch_s, frames, cache_dir / "features")
 
 
 def open_bundle(name: str | None, revision: str | None, codec_name: str | None, cache_dir: Path) -> Bundle:
@@ -85,6 +104,26 @@ def open_bundle(name: str | None, revision: str | None, codec_name: str | None, 
     if problems:
         raise InputError(problems)
     return Bundle(name or str(folder), folder, config, tokenizer, codec)
+
+
+def open_for_training(options: ModelOptions, cache_dir: Path) -> Bundle:
+    """A base with the optional parts that it is to be trained with. Every rank must call this.
+
+    What has to be downloaded, or written anew, is by one rank. Raises InputError, SaveError, on every rank.
+    """
+
+    def opened() -> Bundle:
+        bundle = open_bundle(options.base_ckpt, options.base_revision, options.codec_ckpt, cache_dir)
+        has, whisper_folder, tower = parts_of(bundle.config), None, None
+        if options.whisper_conditioning and has.audio_tower is None:
+            whisper_folder = resolve_folder(options.whisper_ckpt, "--whisper_ckpt")
+            tower = tower_geometry(whisper_folder)
+            weight_shapes(weight_files(whisper_folder))
+        added = Parts(options.audio_self_attention, tower).without(has)
+        return replace(bundle, config=with_parts(bundle.config, added), added=added, whisper_folder=whisper_folder)
+
+    distributed.on_main(lambda: opened() and None)
+    return distributed.agreed(opened)
 
 
 def _tokenizer_problems(folder: Path, config: HiggsAudioV2Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:

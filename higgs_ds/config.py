@@ -93,6 +93,18 @@ class ModelOptions:
     offload_checkpoints: bool = option(
         False, "hold the inputs of recomputed layers in host memory until the backward pass asks for them"
     )
+    audio_self_attention: bool = option(
+        False, "train the attention among audio positions, in full; it is added to a base that lacks it"
+    )
+    whisper_conditioning: bool = option(
+        False,
+        "train the Whisper tower that hears clips of system and user turns, in full; it is added to a base without one",
+    )
+    whisper_ckpt: str = option(
+        "openai/whisper-large-v3",
+        "Whisper model whose encoder becomes such a tower, a folder or a hub id",
+        metavar="WHISPER",
+    )
     attn_implementation: str = option(
         "sdpa", "torch's attention, or that of the package flash-attn (a GPU, bf16), causal without a mask either way",
         ATTENTION,

@@ -17,9 +17,10 @@ from torch import nn
 from higgs_ds.errors import NotFiniteError, SaveError
 from higgs_ds.files import write_json, write_text
 from higgs_ds.model.nf4 import BaseQuantization
+from higgs_ds.model.parts import NO_PARTS, Parts
 
 ADAPTER_FOLDER = "lora_adapters"
-QUANTIZATION_KEY, DIGEST_KEY = "base_quantization", "sha256"
+QUANTIZATION_KEY, DIGEST_KEY, PARTS_KEY = "base_quantization", "sha256", "parts_in_full"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
@@ -34,16 +35,21 @@ def _name_in_file(name: str) -> str:
 
 @dataclass(frozen=True)
 class AdapterFormat:
-    """What an adapter's files tell beside its tensors: PEFT's configuration, and how its base was quantized."""
+    """What an adapter's files tell beside its tensors: PEFT's configuration, and how its base was quantized.
+
+    `in_full`: optional parts of the model that were trained whole; their parameters are among the tensors.
+    """
 
     config: LoraConfig
     quantization: BaseQuantization | None = None
+    in_full: Parts = NO_PARTS
 
     def metadata(self, tensors: dict[str, torch.Tensor], written_config: dict[str, Any]) -> dict[str, str]:
         """The header of the tensors' file."""
         quantization = self.quantization.to_json() if self.quantization else None
         metadata = {"format": "pt", DIGEST_KEY: digest(tensors, written_config, quantization)}
-        return metadata | ({QUANTIZATION_KEY: quantization} if quantization else {})
+        metadata |= {QUANTIZATION_KEY: quantization} if quantization else {}
+        return metadata | ({PARTS_KEY: self.in_full.to_json()} if self.in_full else {})
 
 
 def digest(tensors: dict[str, torch.Tensor], config: dict[str, Any], quantization: str | None) -> str:
@@ -74,6 +80,7 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], form: AdapterF
     form.config.save_pretrained(folder)
     written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     written |= {"inference_mode": True, "target_modules": sorted(written["target_modules"])}
+    written |= {"modules_to_save": form.in_full.modules} if form.in_full else {}
     write_json(folder / ADAPTER_CONFIG, dict(sorted(written.items())))
     in_order = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     save_file(in_order, folder / ADAPTER_WEIGHTS, form.metadata(tensors, written))
@@ -113,6 +120,7 @@ def _card(form: AdapterFormat) -> str:
     config = form.config
     base = config.base_model_name_or_path
     on = f"`{base}`" + (", whose decoder was held in 4 bits (NF4)" if form.quantization else "")
+    in_full = f"\nTrained in full, and held here: {form.in_full}.\n" if form.in_full else ""
     return f"""---
 library_name: peft
 base_model: {json.dumps(base)}
@@ -122,7 +130,7 @@ tags: [lora, text-to-speech, higgs-audio-v2]
 # LoRA adapter for Higgs Audio v2
 
 Trained with higgs_ds on {on}: rank {config.r}, alpha {config.lora_alpha}, float32.
-
+{in_full}
 Merge it into its base:
 
     python launch/merge.py --base_model_path BASE --lora_adapter_path THIS_FOLDER --output_path MERGED

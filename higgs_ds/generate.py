@@ -23,6 +23,7 @@ from higgs_ds.errors import InputError
 from higgs_ds.export import ADAPTER_CONFIG
 from higgs_ds.files import saving, why_not_writable
 from higgs_ds.model.higgs import load_for_generation
+from higgs_ds.model.parts import NO_PARTS, parts_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ def main(options: GenerateOptions) -> None:
     references = [
         codec.encode(read_audio(clip, codec.sample_rate)[None])[0] for message in messages for clip in message.clips
     ]
-    model = load_for_generation(bundle.folder, adapter.quantization if adapter else None, device)
+    to_add = adapter.in_full.without(parts_of(bundle.config)) if adapter else NO_PARTS
+    model = load_for_generation(bundle.folder, adapter.quantization if adapter else None, device, to_add)
+    if to_add:
+        model.make_parts(to_add)
     if adapter is not None:
         assert options.lora_adapter_path is not None
         with adapter_in_native_names(options.lora_adapter_path, adapter) as folder:

@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from higgs_ds.errors import InputError
 
+WEIGHT_INDEX = "model.safetensors.index.json"
+
 
 def resolve_folder(name: str, asked_by: str, revision: str | None = None) -> Path:
     """The folder of a model named by path or hub id; a hub id is downloaded into the hub's cache.
@@ -42,7 +44,7 @@ def _resolve(name: str, asked_by: str, download: Callable[[], Path]) -> Path:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model, as its index names them. Raises InputError where any is missing."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / WEIGHT_INDEX
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     else:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from transformers import HiggsAudioV2Config
 
 from higgs_ds.adapter import Adapter, BaseWeights, read_adapter
 from higgs_ds.config import MERGE_DEQUANTIZED, MERGE_ORIGINAL, NATIVE, ORIGINAL, MergeOptions
@@ -23,12 +25,15 @@ from higgs_ds.files import (
     why_not_writable,
     write_json,
 )
-from higgs_ds.hub import byte_ranges, read_tensor, resolve_folder, weight_files, weight_shapes
+from higgs_ds.hub import WEIGHT_INDEX, byte_ranges, read_tensor, resolve_folder, weight_files, weight_shapes
+from higgs_ds.model.higgs import read_config
+from higgs_ds.model.parts import Parts, parts_of, with_parts
 from higgs_ds.relayout import native_folder, rewrite
 from higgs_ds.verify import Agreement, compare_merged
 
 LARGEST_DIFFERENCE = 0.1  # of the logits, root mean square; rounding the weights to bf16 makes about a hundredth
 PROCESSOR_CONFIG = "processor_config.json"
+PARTS_FILE = "parts.safetensors"
 
 
 @dataclass
@@ -93,15 +98,19 @@ def merge(
     """
     base_folder = native_folder(base_folder, "--base_model_path", default_cache_dir())
     adapter = read_adapter(adapter_folder)
+    config = with_parts(read_config(base_folder, "--base_model_path"), adapter.in_full)
+    check_layout(parts_of(config), export_layout)
     if merge_base is None:
         merge_base = MERGE_ORIGINAL if adapter.quantization is None else MERGE_DEQUANTIZED
     shards = weight_files(base_folder)
     shapes = weight_shapes(shards)
     _check_fit(adapter, shapes, adapter_folder, base_folder)
     models = 1 if export_layout == NATIVE else 2  # another layout is written from the native one
-    _check_output(output_folder, models * sum(path.stat().st_size for path in shards), overwrite)
+    added = {name: tensor for name, tensor in adapter.whole.items() if name not in shapes}
+    needed = sum(path.stat().st_size for path in shards) + sum(tensor.nbytes for tensor in added.values())
+    _check_output(output_folder, models * needed, overwrite)
     base = BaseWeights(adapter.quantization, merge_base == MERGE_DEQUANTIZED)
-    changed = {name for name in shapes if name in adapter.factors or base.is_quantized(name)}
+    changed = {name for name in shapes if name in adapter.factors or name in adapter.whole or base.is_quantized(name)}
     changed |= {name.removesuffix("weight") + "bias" for name in adapter.factors if adapter.bias(name) is not None}
     with saving(output_folder), (replaced_folder if overwrite else new_folder)(output_folder) as folder:
         native, within = (folder, Path()) if export_layout == NATIVE else (folder / NATIVE, Path(NATIVE))
@@ -109,6 +118,8 @@ def merge(
         _copy_companions(base_folder, native, output_folder / within)
         for shard in shards:
             _merge_shard(shard, native / shard.name, changed, adapter, base)
+        if added:
+            _add_parts(native, shards, added, config)
         report = MergeReport(merge_base, base.quantized, base.differing)
         if verify:
             report.agreement = _verified(base_folder, native, adapter, merge_base)
@@ -179,7 +190,32 @@ def _merge_shard(source: Path, target: Path, changed: set[str], adapter: Adapter
         release_freed_memory()
 
 
+def _add_parts(folder: Path, shards: list[Path], added: dict[str, torch.Tensor], config: HiggsAudioV2Config) -> None:
+    """Write the weights of parts that the base lacks, in the dtype of its norms, and tell of them."""
+    places = {name: shard.name for shard in shards for name in weight_shapes([shard])}
+    dtype = read_tensor(folder / places["model.norm.weight"], "model.norm.weight").dtype
+    save_file({name: tensor.to(dtype).contiguous() for name, tensor in added.items()}, folder / PARTS_FILE)
+    write_json(folder / WEIGHT_INDEX, {"weight_map": places | dict.fromkeys(added, PARTS_FILE)})
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = config.to_dict()
+    written |= {
+        name: values[name] for name in ("model_type", "audio_self_attention", "audio_tower", "audio_in_token_id")
+    }
+    write_json(folder / "config.json", written)
+
+
+def check_layout(parts: Parts, export_layout: str) -> None:
+    """Raise InputError where a model with such parts is asked for in the native layout, which has no place for them."""
+    if parts and export_layout != ORIGINAL:
+        raise InputError(
+            f"--export_layout {export_layout}: the native layout has no place for the model's {parts}; give "
+            f"--export_layout {ORIGINAL}"
+        )
+
+
 def _merged(name: str, tensor: torch.Tensor, adapter: Adapter, base: BaseWeights) -> torch.Tensor:
+    if name in adapter.whole:
+        return adapter.whole[name]
     if name.endswith(".bias"):
         added = adapter.bias(name.removesuffix("bias") + "weight")
         assert added is not None

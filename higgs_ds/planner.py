@@ -18,11 +18,12 @@ from higgs_ds.config import TrainOptions, recompute_every
 from higgs_ds.model.higgs import empty_model
 from higgs_ds.model.lora import add_lora
 from higgs_ds.model.nf4 import BLOCK_SIZE, is_quantized_weight
+from higgs_ds.model.parts import Parts, config_of, parts_in_full
 
 CONTEXT_BYTES = 2**29  # what a CUDA process takes before its first tensor: an assumption
 AUTO_CHECKPOINTING = ("none", "4", "3", "2", "every_layer")  # from the fastest to the smallest
 DEFAULT_LENGTH = 2048  # positions, where no option says how long samples may be
-GROUPS = ("attention", "text FFN", "audio FFN", "norms", "embeddings", "heads")
+GROUPS = ("attention", "text FFN", "audio FFN", "norms", "embeddings", "heads", "Whisper tower")
 LORA = "LoRA"
 NESTED_BLOCK_SIZE = 256  # blocks of 4-bit weights whose scales share a scale; also Adam's elements in 8 bits
 CODE_TABLES_BYTES = 4 * (16 + 256)
@@ -109,6 +110,11 @@ class Setting:
         return torch.bfloat16 if self.options.model.precision == "bf16" else torch.float32
 
     @property
+    def in_full(self) -> Parts:
+        """Optional parts that are trained in full."""
+        return parts_in_full(self.options.model, self.config)
+
+    @property
     def zero(self) -> dict[str, Any]:
         return ZERO_DEFAULTS | self.ds_settings["zero_optimization"]
 
@@ -148,6 +154,7 @@ def plan(setting: Setting) -> Plan:
             four_bit=setting.options.model.load_in_4bit,
             recompute_every=recompute_every(setting.options.model),
             lora=setting.options.lora,
+            in_full=setting.in_full,
             batch_size=size,
             length=length,
             on_gpu=setting.on_gpu,
@@ -193,11 +200,11 @@ def with_checkpointing(setting: Setting, device_bytes: float) -> Setting:
 def model_weights(setting: Setting) -> list[Weight]:
     """All parameters of the adapted model."""
     values = setting.config.to_dict()
-    model = empty_model(HiggsAudioV2Config.from_dict(values | {"num_hidden_layers": 1}), setting.dtype)
-    adapted = add_lora(model, setting.options.lora, "", setting.dtype)
+    model = empty_model(config_of(values | {"num_hidden_layers": 1}), setting.dtype)
+    adapted = add_lora(model, setting.options.lora, "", setting.dtype, setting.in_full)
     found = []
     for name, parameter in adapted.named_parameters():
-        in_layers = ".layers." in name
+        in_layers = ".model.layers." in name
         count = setting.config.num_hidden_layers if in_layers else 1
         plain_name = name.removeprefix("base_model.model.").replace(".base_layer", "")
         group = LORA if parameter.requires_grad else group_of(plain_name)
@@ -209,8 +216,9 @@ def model_weights(setting: Setting) -> list[Weight]:
 def group_of(name: str) -> str:
     """The group of GROUPS that a weight of the base belongs to."""
     for part, group in (
-        ("norm", "norms"), ("embed", "embeddings"), ("lm_head", "heads"), ("audio_mlp", "audio FFN"),
-        (".mlp.", "text FFN"), ("_attn", "attention"),
+        ("audio_tower", "Whisper tower"), ("audio_encoder_proj", "Whisper tower"), ("norm", "norms"),
+        ("embed", "embeddings"), ("lm_head", "heads"), ("audio_mlp", "audio FFN"), (".mlp.", "text FFN"),
+        ("_attn", "attention"),
     ):  # fmt: skip
         if part in name:
             return group

@@ -24,7 +24,7 @@ import torch
 
 from higgs_ds import distributed
 from higgs_ds.builtin import SAMPLE_MANIFEST
-from higgs_ds.bundle import Bundle, open_bundle
+from higgs_ds.bundle import Bundle, open_for_training
 from higgs_ds.config import DataOptions, ModelOptions, PrepareOptions, check_data_options, parse_shard
 from higgs_ds.data.audio_codes import default_cache_dir
 from higgs_ds.data.encode import encode_clips
@@ -127,8 +127,7 @@ class Preparation:
                 missing_clips(checked.path, self.checker, missing),
                 count=len(missing.keys),
                 seconds=missing.seconds,
-                cache=self.coder.cache,
-                codec_folder=self.coder.codec.folder,
+                coder=self.coder,
                 device=device,
                 num_workers=self.num_workers,
                 show_progress=distributed.is_main(),
@@ -182,8 +181,7 @@ class Preparation:
         if folder is None:
             return None
         index = open_kept(folder)
-        cache, num_codebooks = self.coder.cache, self.coder.stream.num_codebooks
-        fresh = index and index.is_fresh(cache, num_codebooks, distributed.rank(), distributed.world_size())
+        fresh = index and index.is_fresh(self.coder.keeps, distributed.rank(), distributed.world_size())
         return index if all(distributed.gather_objects(bool(fresh))) else None
 
     def _index_name(self, path: Path) -> Path:
@@ -254,12 +252,7 @@ def main(options: DataOptions, model: ModelOptions, how: PrepareOptions) -> None
     manifests = [options.train_manifest or SAMPLE_MANIFEST, options.val_manifest]
     cache_dir = options.cache_dir or default_cache_dir()
     distributed.raise_problems(check_data_options(options) + scratch_problems(options, cache_dir))
-
-    def opened() -> Bundle:
-        return open_bundle(model.base_ckpt, model.base_revision, model.codec_ckpt, cache_dir)
-
-    distributed.on_main(lambda: opened() and None)  # what has to be downloaded or written anew, by one rank
-    bundle = distributed.agreed(opened)
+    bundle = open_for_training(model, cache_dir)
     shard = Share(*parse_shard(how.shard))
     with Preparation(options, bundle, cache_dir, shard) as preparation:
         checked = [preparation.check(path) for path in manifests if path is not None]

@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from higgs_ds import checkpoint, distributed, ds_config
 from higgs_ds.builtin import SAMPLE_MANIFEST
-from higgs_ds.bundle import Bundle, open_bundle
+from higgs_ds.bundle import Bundle, open_for_training
 from higgs_ds.checkpoint import TrainerState
 from higgs_ds.config import RESUME_AUTO, RESUME_NEVER, TrainOptions, check_options, recompute_every
 from higgs_ds.data.audio_codes import default_cache_dir
@@ -30,6 +30,7 @@ from higgs_ds.export import AdapterFormat, adapter_parameters
 from higgs_ds.files import saving, tidy, write_json, write_text
 from higgs_ds.hub import weight_files
 from higgs_ds.loss import LossWeights
+from higgs_ds.merge import check_layout
 from higgs_ds.metrics import say
 from higgs_ds.model.higgs import (
     DualLossModel,
@@ -43,6 +44,7 @@ from higgs_ds.model.higgs import (
 )
 from higgs_ds.model.lora import add_lora, check_biases, describe
 from higgs_ds.model.nf4 import BaseQuantization
+from higgs_ds.model.parts import parts_in_full, parts_of
 from higgs_ds.planner import Setting, with_checkpointing
 from higgs_ds.preflight import check_room, seconds_left
 from higgs_ds.prepare import Preparation, check_folders, scratch_problems
@@ -155,13 +157,9 @@ def _resolve_ds_config(options: TrainOptions, given: set[str]) -> tuple[dict[str
 
 
 def _open_base(options: TrainOptions, cache_dir: Path) -> Bundle:
-    model = options.model
-
-    def opened() -> Bundle:
-        return open_bundle(model.base_ckpt, model.base_revision, model.codec_ckpt, cache_dir)
-
-    distributed.on_main(lambda: opened() and None)  # what has to be downloaded or written anew, by one rank
-    bundle = opened()
+    bundle = open_for_training(options.model, cache_dir)
+    if options.run.merge_adapter_with_base:
+        check_layout(parts_of(bundle.config), options.run.export_layout)
     check_weights(bundle.folder)
     check_biases(bundle.config, options.lora)
     weights = options.optim.codebook_weights
@@ -284,7 +282,8 @@ def _load(inputs: Inputs) -> Run:
     distributed.on_main(lambda: _check_room(inputs, state))
     model, quantization = distributed.agreed(lambda: _adapted_model(inputs))
     trained = adapter_parameters(model)
-    _report(inputs, sampler, state, describe(model, num_parameters(bundle.folder)))
+    in_full = parts_in_full(options.model, bundle.config)
+    _report(inputs, sampler, state, describe(model, num_parameters(bundle.folder, in_full), in_full))
     if resume_from is not None:
         checkpoint.load_adapter_into(resume_from, trained)
     weights = LossWeights.of(
@@ -296,7 +295,7 @@ def _load(inputs: Inputs) -> Run:
     if resume_from is not None:
         checkpoint.load_into_engine(resume_from, engine, state)
     distributed.on_main(lambda: _begin_output(inputs, state))
-    form = AdapterFormat(model.peft_config["default"], quantization)
+    form = AdapterFormat(model.peft_config["default"], quantization, in_full)
     return Run(options, inputs.output_dir, bundle, inputs.train, inputs.val, sampler, engine, form, state)
 
 
@@ -324,7 +323,9 @@ def _state(inputs: Inputs, sampler: WindowSampler) -> TrainerState:
 
 def _check_room(inputs: Inputs, state: TrainerState) -> None:
     """Raise InputError where what is to be written does not fit, or --lora_targets is not in the base."""
-    shapes = add_lora(empty_model(inputs.bundle.config, torch.float32), inputs.options.lora, "", torch.float32)
+    config = inputs.bundle.config
+    in_full = parts_in_full(inputs.options.model, config)
+    shapes = add_lora(empty_model(config, torch.float32), inputs.options.lora, "", torch.float32, in_full)
     adapter_bytes = 4 * sum(parameter.numel() for parameter in adapter_parameters(shapes).values())
     base_bytes = sum(path.stat().st_size for path in weight_files(inputs.bundle.folder))
     check_room(inputs.output_dir, state, inputs.options.run, adapter_bytes, base_bytes)
@@ -349,17 +350,21 @@ def _adapted_model(inputs: Inputs) -> tuple[PeftModel, BaseQuantization | None]:
         here = distributed.device()
         # Stage 3 takes the weights to the GPUs itself, each rank its share.
         sharded = inputs.ds_settings["zero_optimization"]["stage"] == 3
-        model, quantization = load_base_in_4bit(bundle.folder, dtype, here, torch.device("cpu") if sharded else here)
+        keep_on = torch.device("cpu") if sharded else here
+        model, quantization = load_base_in_4bit(bundle.folder, dtype, here, keep_on, bundle.added)
     else:
-        model = load_base(bundle.folder, dtype)
+        model = load_base(bundle.folder, dtype, bundle.added)
+    torch.manual_seed(options.optim.seed)  # the same start on every rank
+    if bundle.added:
+        model.add_parts(bundle.added, bundle.whisper_folder)
     model.set_attn_implementation(options.model.attn_implementation)
     if options.model.offload_embeddings:
         offload_embeddings(model)
     every = recompute_every(options.model)
     if every is not None:
         checkpoint_layers(model, every)
-    torch.manual_seed(options.optim.seed)  # the same adapters on every rank
-    return add_lora(model, options.lora, bundle.name, dtype), quantization
+    in_full = parts_in_full(options.model, bundle.config)
+    return add_lora(model, options.lora, bundle.name, dtype, in_full), quantization
 
 
 def _report(inputs: Inputs, sampler: WindowSampler, state: TrainerState, adapters: str) -> None:

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from transformers import HiggsAudioV2Config
 
 from higgs_ds.adapter import Adapter, BaseWeights
 from higgs_ds.files import release_freed_memory
 from higgs_ds.hub import read_rows, read_tensor, weight_places, weight_shapes
 from higgs_ds.model.higgs import all_logits, read_config, streamed
+from higgs_ds.model.parts import parts_of, with_parts
 
 NUM_TEXT, NUM_FRAMES = 12, 16  # positions of the sequence that both are given
+NUM_HEARD = 4  # of the text's, where there is a tower
 ROWS_AT_ONCE = 2**22  # numbers of a weight that are in memory together
 
 
@@ -36,8 +39,9 @@ class Agreement:
 
 def compare_merged(base_folder: Path, merged_folder: Path, adapter: Adapter, base: BaseWeights) -> Agreement:
     """Text and audio logits, in float32, of a random sequence of text and frames, by both models."""
-    expected = _probe(base_folder, AdaptedFiles(base_folder, adapter, base))
-    found = _probe(merged_folder, Files(merged_folder))
+    config = with_parts(read_config(base_folder), adapter.in_full)
+    expected = _probe(config, AdaptedFiles(base_folder, adapter, base))
+    found = _probe(read_config(merged_folder), Files(merged_folder))
     difference = found - expected
     return Agreement(
         max_difference=float(difference.abs().max()),
@@ -57,10 +61,14 @@ class Files:
         return read_tensor(self.places[name], name).float()
 
     def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
-        path = self.places[name]
-        return torch.stack([read_rows(path, name, i, i + 1)[0].float() for i in ids.flatten().tolist()]).view(
-            *ids.shape, -1
-        )
+        return torch.stack([self.slice(name, i, i + 1)[0] for i in ids.flatten().tolist()]).view(*ids.shape, -1)
+
+    def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Some rows of a weight, float32."""
+        return read_rows(self.places[name], name, start, stop).float()
+
+    def has(self, name: str) -> bool:
+        return name in self.places
 
     def linear(self, layer: str, x: torch.Tensor) -> torch.Tensor:
         name = f"{layer}.weight"
@@ -69,14 +77,14 @@ class Files:
         y = x.new_empty(*x.shape[:-1], out_features)
         for start in range(0, out_features, step):
             stop = min(start + step, out_features)
-            y[..., start:stop] = F.linear(x, read_rows(self.places[name], name, start, stop).float())
+            y[..., start:stop] = F.linear(x, self.slice(name, start, stop))
             release_freed_memory()
         return self.biased(layer, y)
 
     def biased(self, layer: str, y: torch.Tensor) -> torch.Tensor:
         """y with the layer's own bias, where it has one."""
         release_freed_memory()
-        return y + self.tensor(f"{layer}.bias") if f"{layer}.bias" in self.places else y
+        return y + self.tensor(f"{layer}.bias") if self.has(f"{layer}.bias") else y
 
 
 class AdaptedFiles(Files):
@@ -85,6 +93,18 @@ class AdaptedFiles(Files):
     def __init__(self, folder: Path, adapter: Adapter, base: BaseWeights) -> None:
         super().__init__(folder)
         self.adapter, self.base = adapter, base
+        self.shapes |= {name: tuple(tensor.shape) for name, tensor in adapter.whole.items()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        whole = self.adapter.whole.get(name)
+        return super().tensor(name) if whole is None else whole.float()
+
+    def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
+        whole = self.adapter.whole.get(name)
+        return super().slice(name, start, stop) if whole is None else whole[start:stop].float()
+
+    def has(self, name: str) -> bool:
+        return super().has(name) or name in self.adapter.whole
 
     def linear(self, layer: str, x: torch.Tensor) -> torch.Tensor:
         name = f"{layer}.weight"
@@ -95,11 +115,17 @@ class AdaptedFiles(Files):
         return self.biased(layer, self.adapter.forward(name, weight, x) if adapted else F.linear(x, weight))
 
 
-def _probe(folder: Path, source: Files) -> torch.Tensor:
-    config = read_config(folder)
+def _probe(config: HiggsAudioV2Config, source: Files) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(config.vocab_size, (NUM_TEXT,), generator=generator)
     text[(text == config.audio_token_id) | (text == config.audio_delay_token_id)] = 0
+    heard = {}
+    tower = parts_of(config).audio_tower
+    if tower is not None:
+        text[text == config.audio_in_token_id] = 0
+        text[:NUM_HEARD] = config.audio_in_token_id
+        mel = torch.randn(1, tower["num_mel_bins"], 4 * NUM_HEARD, generator=generator)
+        heard = {"audio_features": mel, "feature_lengths": torch.tensor([4 * NUM_HEARD])}
     frames = torch.full((NUM_FRAMES,), config.audio_token_id)
     codes = torch.randint(config.codebook_size, (1, NUM_FRAMES, config.num_codebooks), generator=generator)
-    return all_logits(streamed(folder, source), torch.cat([text, frames])[None], codes)
+    return all_logits(streamed(config, source), torch.cat([text, frames])[None], codes, **heard)

@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Tests side by side: threads of one that spin while they wait would cost the other more than they gain.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 PROJECT = Path(__file__).resolve().parent.parent
+VOICES = PROJECT / "samples" / "voices"
 SYSTEM = "Generate audio following instruction."
 
 
@@ -113,6 +114,8 @@ def speech_batch(size: int, length: int, num_text: int, num_codebooks: int, num_
         text_targets=torch.zeros(3 * size, dtype=torch.long),
         audio_places=places[positions[size * num_text :] - 1],
         audio_targets=codes,
+        audio_rows=torch.arange(len(codes)).view(size, -1),
+        audio_at=torch.arange(len(codes)),
         num_samples=size,
         num_tokens=size * length,
     )
@@ -134,3 +137,18 @@ def native_inputs(batch: Any, audio_token_id: int) -> dict[str, Any]:
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def whisper_folder(folder: Path) -> Path:
+    """A tiny Whisper of random weights, saved by transformers; it hears one second at a time."""
+    import torch
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    config = WhisperConfig(
+        num_mel_bins=16, d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=48,
+        decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=48, max_source_positions=50, vocab_size=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(17)
+    WhisperForConditionalGeneration(config).save_pretrained(folder)
+    return folder

@@ -34,11 +34,16 @@ class AudioError(ValueError):
 class AudioFacts:
     """What is known of a clip once it has been decoded."""
 
-    num_samples: int  # at the rate asked for
+    source_samples: int
+    source_rate: int
     clipped: float  # share of the samples at full scale
 
+    def num_samples(self, sample_rate: int) -> int:
+        """As many samples as torchaudio's resampling gives."""
+        return -(-self.source_samples * sample_rate // self.source_rate)
 
-def examine(clip: AudioClip, sample_rate: int, max_s: float) -> AudioFacts:
+
+def examine(clip: AudioClip, max_s: float) -> AudioFacts:
     """Decode a clip and see whether it can be trained on; it is not resampled.
 
     Raises AudioError: see `read_audio`; it lasts longer than `max_s` seconds, or is silent.
@@ -51,9 +56,7 @@ def examine(clip: AudioClip, sample_rate: int, max_s: float) -> AudioFacts:
     peak = magnitude.max()
     if peak < SILENCE_PEAK:
         raise AudioError(f"is silent: its peak is {20 * math.log10(peak) if peak else -math.inf:.0f} dBFS")
-    # As many samples as torchaudio's resampling gives.
-    num_samples = -(-len(waveform) * sample_rate // source_rate)
-    return AudioFacts(num_samples, float((magnitude >= FULL_SCALE).mean()))
+    return AudioFacts(len(waveform), source_rate, float((magnitude >= FULL_SCALE).mean()))
 
 
 def read_audio(clip: AudioClip, sample_rate: int) -> torch.Tensor:

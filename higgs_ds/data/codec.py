@@ -25,6 +25,7 @@ class Codec:
         self.model = HiggsAudioV2TokenizerModel.from_pretrained(folder, use_safetensors=True).to(device).eval()
         self.device = device
         self.sample_rate: int = self.model.config.sample_rate
+        self.num_codebooks: int = self.model.config.num_quantizers
 
     @torch.inference_mode()
     def encode(self, waveforms: torch.Tensor) -> torch.Tensor:

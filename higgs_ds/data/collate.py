@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
 from higgs_ds.data.delay_pattern import IGNORE_INDEX, AudioStream, apply_delay_pattern, delayed_labels
+from higgs_ds.data.hearing import MARGIN, MelFeatures
 from higgs_ds.data.prompt import Prompt
 
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A prompt and the codes (C, F), int64, of each of its clips, in order."""
+    """A prompt and the codes (C, F), int64, of each of its clips, in order.
+
+    `heard`: for a model with a tower, the mel features (bins, T) of each stretch that it hears, in order.
+    """
 
     prompt: Prompt
     codes: list[torch.Tensor]
+    heard: list[MelFeatures] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,19 @@ class Batch:
     text_targets: torch.Tensor  # (L,)
     audio_places: torch.Tensor  # (K,): whose outputs predict audio
     audio_targets: torch.Tensor  # (K, C), IGNORE_INDEX where a codebook has no target
+    audio_rows: torch.Tensor  # (B, S): audio places of each sample, counted from the first; A for padding
+    audio_at: torch.Tensor  # (A,): where each of them stands in audio_rows, counted through it
     num_samples: int
     num_tokens: int  # positions that are not padding
+    # For a model with a tower; its outputs, N x T / 4 of them, are counted through all stretches.
+    features: torch.Tensor | None = None  # float32 (N, bins, T)
+    feature_lengths: torch.Tensor | None = None  # (N,)
+    feature_rows: torch.Tensor | None = None  # (P,): the tower's outputs that are of clips
+    feature_places: torch.Tensor | None = None  # (P,): the text places that they take
 
     def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The tensors by name, as the model's forward takes them."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field_.name: getattr(self, field_.name) for field_ in fields(self)}
         return {name: v.to(device, non_blocking=True) for name, v in values.items() if isinstance(v, torch.Tensor)}
 
     def pinned(self) -> Batch:
@@ -59,11 +71,16 @@ class Batch:
         return torch.cat([torch.tensor([len(self.text_targets)]), audio]).double()
 
 
-def collate(samples: Sequence[EncodedSample], stream: AudioStream, pad_id: int) -> Batch:
+def collate(
+    samples: Sequence[EncodedSample], stream: AudioStream, pad_id: int, num_mel_bins: int | None = None
+) -> Batch:
     """Put samples into one batch. None at all give a batch of one padding token that holds no target.
 
     A batch without audio still carries codes, none of them: every rank must run through every module, or a model whose
     weights are spread over the ranks (ZeRO-3) waits for a rank that does not come.
+
+    Args:
+        num_mel_bins: of a model with a Whisper tower, which hears something in every batch for the same reason.
     """
     width = max((len(sample.prompt.input_ids) for sample in samples), default=1)
     ids = torch.full((max(len(samples), 1), width), pad_id)
@@ -87,6 +104,7 @@ def collate(samples: Sequence[EncodedSample], stream: AudioStream, pad_id: int) 
         audio_targets.append(delayed_targets[has_target])
     is_text = torch.ones(ids.numel(), dtype=torch.bool)
     is_text[torch.cat(audio_positions)] = False
+    audio_rows, audio_at = _audio_rows([len(positions) for positions in audio_positions[1:]] or [0])
     positions = torch.cat([is_text.nonzero()[:, 0], *audio_positions])
     places = torch.empty_like(positions)
     places[positions] = torch.arange(len(positions))
@@ -99,9 +117,41 @@ def collate(samples: Sequence[EncodedSample], stream: AudioStream, pad_id: int) 
         text_targets=torch.cat(text_targets),
         audio_places=places[torch.cat(audio_sources)],
         audio_targets=torch.cat([codes[0], *audio_targets]),
+        audio_rows=audio_rows,
+        audio_at=audio_at,
         num_samples=len(samples),
         num_tokens=sum(len(sample.prompt.input_ids) for sample in samples),
+        **(_heard(samples, width, places, num_mel_bins) if num_mel_bins else {}),
     )
+
+
+def _audio_rows(counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of samples with so many audio positions, `Batch.audio_rows` and `audio_at`; at least one column, of padding."""
+    total, width = sum(counts), max([*counts, 1])
+    at = torch.cat([i * width + torch.arange(count) for i, count in enumerate(counts)])
+    rows = torch.full((len(counts) * width,), total)
+    rows[at] = torch.arange(total)
+    return rows.view(len(counts), width), at
+
+
+def _heard(
+    samples: Sequence[EncodedSample], width: int, places: torch.Tensor, num_mel_bins: int
+) -> dict[str, torch.Tensor]:
+    """What a tower is to hear, or a moment of silence whose output goes nowhere; and where its outputs go."""
+    stretches = [stretch for sample in samples for stretch in sample.heard]
+    silence = [] if stretches else [MelFeatures(torch.zeros(num_mel_bins, MARGIN), MARGIN)]
+    longest = max(stretch.values.shape[1] for stretch in stretches + silence)
+    features = torch.zeros(len(stretches + silence), num_mel_bins, longest)
+    for row, stretch in zip(features, stretches, strict=False):
+        row[:, : stretch.values.shape[1]] = stretch.values
+    rows = [i * (longest // 4) + torch.arange(stretch.num_outputs) for i, stretch in enumerate(stretches)]
+    columns = [i * width + c for i, sample in enumerate(samples) for c in sample.prompt.heard_columns]
+    return {
+        "features": features,
+        "feature_lengths": torch.tensor([stretch.length for stretch in stretches + silence]),
+        "feature_rows": torch.cat([torch.zeros(0, dtype=torch.long), *rows]),
+        "feature_places": places[torch.tensor(columns, dtype=torch.long)],
+    }
 
 
 def _delayed(sample: EncodedSample, stream: AudioStream) -> tuple[torch.Tensor, torch.Tensor]:

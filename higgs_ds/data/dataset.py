@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.collate import Batch, EncodedSample, collate
+from higgs_ds.data.hearing import MelFeatures
 from higgs_ds.data.index import Index
-from higgs_ds.data.prompt import prompt_of
+from higgs_ds.data.prompt import Stretch, prompt_of
+from higgs_ds.data.sample import Sample
 from higgs_ds.errors import InputError
 
 
@@ -39,23 +42,36 @@ class Dataset:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """One micro-batch; no indices give one without targets."""
-        return collate([self.encoded(i) for i in indices], self.coder.stream, self.coder.pad_id)
+        hearing = self.coder.hearing
+        num_mel_bins = hearing.num_mel_bins if hearing else None
+        return collate([self.encoded(i) for i in indices], self.coder.stream, self.coder.pad_id, num_mel_bins)
 
     def encoded(self, index: int) -> EncodedSample:
         """A sample as ids and codes. Raises InputError where its codes have gone from the cache."""
-        sample, keys, num_frames = self.index.sample(int(self.rows[index]))
-        cache, stream = self.coder.cache, self.coder.stream
-        codes = []
-        for key in keys:
-            cached = cache.load(key, stream.num_codebooks)
+        sample, clips = self.index.sample(int(self.rows[index]))
+        cache, stream, hearing = self.coder.cache, self.coder.stream, self.coder.hearing
+        codes: list[torch.Tensor] = []
+        stretches: list[list[Stretch]] = []
+        heard: list[MelFeatures] = []
+        for clip in clips:
+            cached = cache.load(clip.key, stream.num_codebooks)
             if cached is None:
-                cache.drop(key)  # so that the next start makes them again
-                raise InputError(
-                    f"{sample.source}: the codes of its audio have gone from {cache.path(key)}, or are damaged; "
-                    "start again, with --resume auto, and they will be made again"
-                )
-            codes.append(cached.codes.long())
-        return EncodedSample(prompt_of(sample, num_frames, self.coder.tokenizer, stream), codes)
+                cache.drop(clip.key)  # so that the next start makes them again
+                raise _gone(sample, "codes", cache.path(clip.key))
+            whole = cached.codes.long()
+            if hearing is None or not clip.num_outputs:
+                codes.append(whole)
+                stretches.append([])
+                continue
+            features = hearing.load(clip.key)
+            if features is None:
+                hearing.drop(clip.key)
+                raise _gone(sample, "features", hearing.path(clip.key))
+            codes += whole.split(hearing.frames_per_stretch, dim=1)
+            stretches.append(hearing.stretches(clip.num_frames, clip.num_outputs))
+            heard += features
+        prompt = prompt_of(sample, [clip.num_frames for clip in clips], self.coder.tokenizer, stream, stretches)
+        return EncodedSample(prompt, codes, heard)
 
     def sources(self, indices: Sequence[int]) -> list[str]:
         """Where samples come from: file and line."""
@@ -64,3 +80,10 @@ class Dataset:
     def digest(self) -> str:
         """Identity of the data: what is said, by whom, to which audio, whatever the files are called."""
         return hashlib.sha256(self.index.digests()[self.rows].tobytes()).hexdigest()
+
+
+def _gone(sample: Sample, what: str, path: Path) -> InputError:
+    return InputError(
+        f"{sample.source}: the {what} of its audio have gone from {path}, or are damaged; start again, with --resume "
+        "auto, and they will be made again"
+    )

@@ -17,6 +17,8 @@ from tqdm import tqdm
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.audio_codes import CachedCodes, CodeCache
 from higgs_ds.data.codec import Codec
+from higgs_ds.data.coder import Coder
+from higgs_ds.data.hearing import Hearing
 from higgs_ds.data.sample import AudioClip
 
 WINDOW_CLIPS, WINDOW_BYTES = 4096, 64 << 20  # clips looked at together, and bytes of audio that lie inside manifests
@@ -32,10 +34,11 @@ class ClipToEncode:
     key: str
     num_samples: int  # at the codec's rate
     clipped: float
+    listened: bool = False  # whether a Whisper tower hears it
 
 
 def encode_clips(
-    clips: Iterable[ClipToEncode], count: int, seconds: float, cache: CodeCache, codec_folder: Path,
+    clips: Iterable[ClipToEncode], count: int, seconds: float, coder: Coder,
     device: torch.device, num_workers: int, show_progress: bool,
 ) -> None:  # fmt: skip
     """Encode `count` clips of `seconds` in all into the cache, with a progress bar.
@@ -44,33 +47,48 @@ def encode_clips(
     encoded by itself on one thread, so that its codes do not depend on how many processes there are.
     """
     workers = min(num_workers, int(seconds / WORTH_A_WORKER_S))
+    folder, kept = coder.codec.folder, Kept(coder.cache, coder.hearing)
     disable = None if show_progress else True  # None: no bar where stderr is a file
     with tqdm(total=count, desc="encoding", unit="clip", disable=disable, dynamic_ncols=True) as bar:
         if device.type == "cuda":
-            _encode_batched(clips, cache, Codec(codec_folder, device), num_workers, bar)
+            _encode_batched(clips, kept, Codec(folder, device), num_workers, bar)
         elif workers > 1:
-            _encode_in_processes(clips, cache, codec_folder, workers, bar)
+            _encode_in_processes(clips, kept, folder, workers, bar)
         else:
             with _one_thread():
-                codec = Codec(codec_folder, device)
+                codec = Codec(folder, device)
                 for clip in clips:
-                    _encode_one(clip, cache, codec)
+                    _encode_one(clip, kept, codec)
                     bar.update()
 
 
-def _encode_one(clip: ClipToEncode, cache: CodeCache, codec: Codec) -> None:
-    codes = codec.encode(read_audio(clip.clip, codec.sample_rate)[None])[0]
-    cache.store(clip.key, CachedCodes(codes, clip.clipped))
+@dataclass(frozen=True)
+class Kept:
+    """Where what clips are made into is kept."""
+
+    cache: CodeCache
+    hearing: Hearing | None = None
+
+    def store(self, clip: ClipToEncode, codes: torch.Tensor) -> None:
+        """Keep a clip's codes (C, F) and, where a tower hears it, its features."""
+        self.cache.store(clip.key, CachedCodes(codes, clip.clipped))
+        if self.hearing is not None and clip.listened:
+            self.hearing.store(clip.key, clip.clip, codes.shape[1])
 
 
-def _encode_batched(clips: Iterable[ClipToEncode], cache: CodeCache, codec: Codec, threads: int, bar: tqdm) -> None:
+def _encode_one(clip: ClipToEncode, kept: Kept, codec: Codec) -> None:
+    found = kept.cache.load(clip.key, codec.num_codebooks)
+    codes = found.codes if found else codec.encode(read_audio(clip.clip, codec.sample_rate)[None])[0]
+    kept.store(clip, codes)
+
+
+def _encode_batched(clips: Iterable[ClipToEncode], kept: Kept, codec: Codec, threads: int, bar: tqdm) -> None:
     """Clips of one length together, read and resampled ahead by threads."""
     with ThreadPoolExecutor(threads) as readers:
         for window in _windows(clips):
             for batch in _batches(window, codec.sample_rate):
                 waveforms = list(readers.map(lambda clip: read_audio(clip.clip, codec.sample_rate), batch))
-                for clip, codes in zip(batch, codec.encode(torch.stack(waveforms)), strict=True):
-                    cache.store(clip.key, CachedCodes(codes, clip.clipped))
+                list(readers.map(kept.store, batch, codec.encode(torch.stack(waveforms))))
                 bar.update(len(batch))
 
 
@@ -101,11 +119,11 @@ def _batches(window: list[ClipToEncode], sample_rate: int) -> Iterator[list[Clip
 
 
 def _encode_in_processes(
-    clips: Iterable[ClipToEncode], cache: CodeCache, codec_folder: Path, workers: int, bar: tqdm
+    clips: Iterable[ClipToEncode], kept: Kept, codec_folder: Path, workers: int, bar: tqdm
 ) -> None:
     """Longest clips first within a window, so that the workers end at about the same time."""
     with ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (codec_folder, cache)
+        workers, multiprocessing.get_context("spawn"), _start_worker, (codec_folder, kept)
     ) as pool:
         pending: set[Future[None]] = set()
         for window in _windows(clips):
@@ -125,17 +143,17 @@ def _collect(pending: set[Future[None]], bar: tqdm) -> set[Future[None]]:
     return pending
 
 
-_worker: tuple[CodeCache, Codec]  # of a worker process
+_worker: tuple[Kept, Codec]  # of a worker process
 
 
-def _start_worker(codec_folder: Path, cache: CodeCache) -> None:
+def _start_worker(codec_folder: Path, kept: Kept) -> None:
     from higgs_ds.quiet import quiet_libraries
 
     quiet_libraries()
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     global _worker
-    _worker = cache, Codec(codec_folder, torch.device("cpu"))
+    _worker = kept, Codec(codec_folder, torch.device("cpu"))
 
 
 def _end_with_parent() -> None:

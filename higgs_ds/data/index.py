@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from higgs_ds.data.audio_codes import KEY_BYTES, CodeCache
+from higgs_ds.data.audio_codes import KEY_BYTES
 from higgs_ds.data.sample import AudioClip, Message, Sample
 
-VERSION = 1  # raise it with every change to what is written
+VERSION = 2  # raise it with every change to what is written
 ROWS_PER_BATCH = 1024
 DIGEST_BYTES = 16
 DESCRIPTION = "index.json"
@@ -31,6 +31,7 @@ FACTS = pa.schema(
         ("number", pa.int64()),  # of the sample in its manifest, from 0
         ("num_tokens", pa.int32()),
         ("num_frames", pa.list_(pa.int32())),  # of each clip
+        ("num_outputs", pa.list_(pa.list_(pa.int32()))),  # of a Whisper tower, for the stretches of each clip it hears
         ("speaker", pa.string()),
         ("language", pa.string()),
         ("digest", pa.binary(DIGEST_BYTES)),  # the same for two samples that are the same to the model
@@ -52,27 +53,38 @@ SCHEMAS = {"facts": FACTS, "content": CONTENT}
 
 
 @dataclass(frozen=True)
+class CheckedClip:
+    """The name of a clip's codes, how many frames they have; what a Whisper tower has for each stretch it hears."""
+
+    key: str
+    num_frames: int
+    num_outputs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class CheckedSample:
     """A sample, and what was found out about its clips."""
 
     number: int
     sample: Sample
     num_tokens: int
-    keys: tuple[str, ...]
-    num_frames: tuple[int, ...]
+    clips: tuple[CheckedClip, ...]
     files: tuple[tuple[str, int, int], ...]  # path, size in bytes, time of change in ns
 
     def rows(self) -> dict[str, tuple[Any, ...]]:
         """Values in the order of each of the SCHEMAS."""
         sample = self.sample
         messages = _messages_to_json(sample.messages)
-        identity = repr((messages, sample.start_index, self.keys)).encode()
+        keys = tuple(clip.key for clip in self.clips)
+        num_frames, num_outputs = [clip.num_frames for clip in self.clips], [clip.num_outputs for clip in self.clips]
+        identity = repr((messages, sample.start_index, keys)).encode()
         digest = hashlib.blake2b(identity, digest_size=DIGEST_BYTES).digest()
         paths, sizes, mtimes = zip(*self.files, strict=True) if self.files else ((), (), ())
-        keys = [bytes.fromhex(key) for key in self.keys]
+        names = [bytes.fromhex(key) for key in keys]
+        speaker, language = sample.speaker, sample.language
         return {
-            "facts": (self.number, self.num_tokens, self.num_frames, sample.speaker, sample.language, digest),
-            "content": (sample.source, messages, sample.start_index, keys, paths, sizes, mtimes),
+            "facts": (self.number, self.num_tokens, num_frames, num_outputs, speaker, language, digest),
+            "content": (sample.source, messages, sample.start_index, names, paths, sizes, mtimes),
         }
 
 
@@ -115,13 +127,13 @@ class Index:
     def __len__(self) -> int:
         return len(self._order)
 
-    def sample(self, row: int) -> tuple[Sample, list[str], list[int]]:
-        """A sample, whose clips are named by its source alone, and its clips' keys and frames."""
+    def sample(self, row: int) -> tuple[Sample, list[CheckedClip]]:
+        """A sample, whose clips are named by its source alone, and what is known of these."""
         at = int(self._order[row])
         content, facts = (table.slice(at, 1).to_pylist()[0] for table in (self._content, self._facts))
         messages = _messages_from_json(content["messages"], AudioClip(Path(content["source"])))
         sample = Sample(messages, content["start_index"], facts["speaker"], content["source"], facts["language"])
-        return sample, [key.hex() for key in content["keys"]], facts["num_frames"]
+        return sample, _clips_of(content | facts)
 
     def sources(self, rows: Iterable[int]) -> list[str]:
         return [self._content["source"][int(self._order[row])].as_py() for row in rows]
@@ -143,15 +155,15 @@ class Index:
         """Frames of all clips of all rows."""
         return self._facts["num_frames"].combine_chunks().flatten().to_numpy()
 
-    def is_fresh(self, cache: CodeCache, num_codebooks: int, share: int, num_shares: int) -> bool:
-        """Whether every file of a share of the rows is as it was, and the codes of its clips are in the cache."""
+    def is_fresh(self, is_kept: Callable[[CheckedClip], bool], share: int, num_shares: int) -> bool:
+        """Whether every file of a share of the rows is as it was, and all that its clips were made into is kept."""
         start = 0
         for number, batch in enumerate(_read(self._folder, "content")):
-            num_frames = self._facts["num_frames"].slice(start, len(batch))
+            facts = self._facts.select(["num_frames", "num_outputs"]).slice(start, len(batch))
             start += len(batch)
             if number % num_shares == share:
-                rows = zip(batch.to_pylist(), num_frames.to_pylist(), strict=True)
-                if not all(_row_is_fresh(row, frames, cache, num_codebooks) for row, frames in rows):
+                rows = zip(batch.to_pylist(), facts.to_pylist(), strict=True)
+                if not all(_row_is_fresh(row | facts, is_kept) for row, facts in rows):
                     return False
         return True
 
@@ -164,12 +176,14 @@ def open_kept(folder: Path) -> Index | None:
         return None
 
 
-def _row_is_fresh(row: dict[str, Any], num_frames: list[int], cache: CodeCache, num_codebooks: int) -> bool:
+def _row_is_fresh(row: dict[str, Any], is_kept: Callable[[CheckedClip], bool]) -> bool:
     stamps = zip(row["paths"], row["sizes"], row["mtimes"], strict=True)
-    codes = zip(row["keys"], num_frames, strict=True)
-    return all(stamp_of(path) == (size, mtime) for path, size, mtime in stamps) and all(
-        cache.seems_whole(key.hex(), frames, num_codebooks) for key, frames in codes
-    )
+    return all(stamp_of(path) == (size, mtime) for path, size, mtime in stamps) and all(map(is_kept, _clips_of(row)))
+
+
+def _clips_of(row: dict[str, Any]) -> list[CheckedClip]:
+    of_clips = zip(row["keys"], row["num_frames"], row["num_outputs"], strict=True)
+    return [CheckedClip(key.hex(), num_frames, tuple(outputs)) for key, num_frames, outputs in of_clips]
 
 
 def _files(folder: Path, kind: str) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Any, Protocol
 
 from higgs_ds.data.delay_pattern import IGNORE_INDEX, AudioStream
@@ -57,12 +58,29 @@ class Segment:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids and labels of one sample, unshifted; where its audio tokens stand; which of its clips are learned."""
+    """Token ids and labels of one sample, unshifted; where its audio tokens stand; which of its clips are learned.
+
+    `heard_columns`: where a Whisper tower's outputs stand. A clip that it hears in several stretches counts as several.
+    """
 
     input_ids: list[int]
     labels: list[int]
     audio_columns: list[int]
     target_clips: list[bool]
+    heard_columns: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A clip, or a stretch of one: how many outputs a Whisper tower has for it, and its length in codec frames."""
+
+    num_outputs: int
+    num_frames: int
+
+
+def stretches_of(num_frames: Sequence[int], heard: Sequence[Sequence[Stretch]]) -> list[Sequence[Stretch]]:
+    """The stretches of each clip; one that no tower hears, and all of them where there is none, is in one piece."""
+    return [stretches or [Stretch(0, n)] for n, stretches in zip_longest(num_frames, heard)]
 
 
 def header(role: str) -> str:
@@ -100,43 +118,74 @@ def render_generation(messages: Sequence[Message]) -> Iterator[Segment]:
 
 
 def tokenize(
-    segments: Iterator[Segment], num_frames: Sequence[int], tokenizer: Tokenizer, stream: AudioStream
+    segments: Iterator[Segment],
+    num_frames: Sequence[int],
+    tokenizer: Tokenizer,
+    stream: AudioStream,
+    heard: Sequence[Sequence[Stretch]] = (),
 ) -> Prompt:
     """Token ids and labels; a clip of F frames takes F + 2 audio tokens and C - 1 delay tokens, all without a label.
 
+    What a Whisper tower makes of a clip stands in front of it. A clip of several stretches becomes as many clips, as in
+    the original runtime; each has its own codes here.
+
     Args:
         num_frames: length of each clip, in order, in codec frames.
+        heard: for a model with a tower, the stretches of each clip; none for a clip that it does not hear.
     """
+    audio_in_id, *between = (tokenizer.convert_tokens_to_ids(t) for t in (AUDIO_IN, AUDIO_EOS, AUDIO_IN_BOS))
     audio_id = tokenizer.convert_tokens_to_ids(AUDIO_OUT)
     delay_id = tokenizer.convert_tokens_to_ids(AUDIO_DELAY)
-    lengths = iter(num_frames)
+    clips = iter(stretches_of(num_frames, heard))
     input_ids: list[int] = []
     labels: list[int] = []
     audio_columns: list[int] = []
+    heard_columns: list[int] = []
     target_clips = []
     for segment in segments:
         if segment.clip is not None:
-            ids = [audio_id] * (next(lengths) + 2) + [delay_id] * (stream.num_codebooks - 1)
-            audio_columns += range(len(input_ids), len(input_ids) + len(ids))
-            target_clips.append(segment.is_target)
+            ids = []
+            for number, stretch in enumerate(next(clips)):
+                ids += between if number else []
+                at = len(input_ids) + len(ids)
+                heard_columns += range(at, at + stretch.num_outputs)
+                at += stretch.num_outputs
+                audio_columns += range(at, at + stream.num_rows(stretch.num_frames))
+                target_clips.append(segment.is_target)
+                ids += [audio_in_id] * stretch.num_outputs + [audio_id] * (stretch.num_frames + 2)
+                ids += [delay_id] * (stream.num_codebooks - 1)
         else:
             ids = tokenizer.encode(segment.text, add_special_tokens=False)
         has_labels = segment.is_target and segment.clip is None
         input_ids += ids
         labels += ids if has_labels else [IGNORE_INDEX] * len(ids)
-    return Prompt(input_ids, labels, audio_columns, target_clips)
+    return Prompt(input_ids, labels, audio_columns, target_clips, heard_columns)
 
 
-def prompt_of(sample: Sample, num_frames: Sequence[int], tokenizer: Tokenizer, stream: AudioStream) -> Prompt:
-    """Token ids and labels of a sample to learn from."""
-    return tokenize(render(sample.messages, sample.start_index), num_frames, tokenizer, stream)
+def prompt_of(
+    sample: Sample,
+    num_frames: Sequence[int],
+    tokenizer: Tokenizer,
+    stream: AudioStream,
+    heard: Sequence[Sequence[Stretch]] = (),
+) -> Prompt:
+    """Token ids and labels of a sample to learn from; arguments as of `tokenize`."""
+    return tokenize(render(sample.messages, sample.start_index), num_frames, tokenizer, stream, heard)
 
 
-def count_tokens(sample: Sample, num_frames: Sequence[int], tokenizer: Tokenizer, stream: AudioStream) -> int:
+def count_tokens(
+    sample: Sample,
+    num_frames: Sequence[int],
+    tokenizer: Tokenizer,
+    stream: AudioStream,
+    heard: Sequence[Sequence[Stretch]] = (),
+) -> int:
     """How many tokens `prompt_of` gives."""
     texts = (s.text for s in render(sample.messages, sample.start_index) if s.clip is None)
     num_text = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
-    return num_text + sum(stream.num_rows(frames) for frames in num_frames)
+    clips = stretches_of(num_frames, heard)
+    num_audio = sum(piece.num_outputs + stream.num_rows(piece.num_frames) for pieces in clips for piece in pieces)
+    return num_text + num_audio + sum(2 * (len(pieces) - 1) for pieces in clips)  # two tokens between stretches
 
 
 def missing_tokens(vocabulary: dict[str, int]) -> list[str]:

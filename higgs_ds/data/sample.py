@@ -55,6 +55,11 @@ class Sample:
         """Every clip, in the order of the conversation."""
         return [clip for message in self.messages for clip in message.clips]
 
+    @property
+    def listened(self) -> list[bool]:
+        """Of every clip, whether a model with a Whisper tower hears it: in a turn that is not the assistant's."""
+        return [message.role != ASSISTANT for message in self.messages for _ in message.clips]
+
     def is_target(self, turn: int) -> bool:
         """Whether the message at index `turn` is learned."""
         return turn >= self.start_index and self.messages[turn].role == ASSISTANT

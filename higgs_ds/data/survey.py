@@ -16,7 +16,8 @@ from higgs_ds.data.audio import AudioError, examine
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.encode import ClipToEncode
 from higgs_ds.data.formats.reader import read_entries
-from higgs_ds.data.index import CheckedSample, stamp_of
+from higgs_ds.data.hearing import SAMPLE_RATE
+from higgs_ds.data.index import CheckedClip, CheckedSample, stamp_of
 from higgs_ds.data.prompt import count_tokens
 from higgs_ds.data.sample import AudioClip, Entry, Sample
 
@@ -58,27 +59,31 @@ class Missing:
     seconds: float = 0.0
 
     def add(self, number: int, clips: Sequence[ClipFacts], sample_rate: int) -> None:
-        new = {_short(clip.key): clip for clip in clips if not clip.is_cached and _short(clip.key) not in self.keys}
+        new = {clip.short_key: clip for clip in clips if not clip.is_cached and clip.short_key not in self.keys}
         if new:
             self.numbers.append(number)
             self.keys |= new.keys()
             self.seconds += sum(clip.num_samples for clip in new.values()) / sample_rate
 
 
-def _short(key: str) -> int:
-    """A key as a number that takes little memory: eight bytes of it tell a million clips apart."""
-    return int(key[:16], 16)
-
-
 @dataclass(frozen=True)
 class ClipFacts:
-    """A good clip: the name of its codes, how many frames they have, whether they are in the cache."""
+    """A good clip: the name of its codes, how many frames they have, whether all that it is made into is kept.
+
+    `num_outputs`: for a clip that a Whisper tower hears, its outputs of each stretch.
+    """
 
     key: str
     num_frames: int
     num_samples: int
     clipped: float
     is_cached: bool
+    num_outputs: tuple[int, ...] = ()
+
+    @property
+    def short_key(self) -> int:
+        """The key as a number that takes little memory: eight bytes of it tell a million clips apart."""
+        return int(self.key[:16], 16) * 2 + bool(self.num_outputs)
 
 
 @dataclass(frozen=True)
@@ -104,51 +109,61 @@ class Checker:
         )
         self._facts_of_file = lru_cache(maxsize=1 << 14)(self._examine)
 
-    def facts(self, clip: AudioClip) -> ClipFacts:
-        """Raises AudioError or OSError where the clip cannot be used."""
-        return self._facts_of_file(clip) if clip.data is None else self._examine(clip)
+    def facts(self, clip: AudioClip, listened: bool) -> ClipFacts:
+        """Raises AudioError or OSError where the clip cannot be used.
+
+        Args:
+            listened: whether a model with a Whisper tower hears the clip.
+        """
+        return self._facts_of_file(clip, listened) if clip.data is None else self._examine(clip, listened)
 
     def look_at(self, number: int, entry: Entry) -> Looked:
         """Check one sample's clips, and count its tokens where there is a coder."""
         sample, faults = entry.sample, list(entry.faults)
         stamps = _stamps(sample) if sample else []  # before anything is read, so that a later change shows
-        facts: dict[AudioClip, ClipFacts] = {}
-        for clip in sample.clips if sample else ():
+        facts: dict[tuple[AudioClip, bool], ClipFacts] = {}
+        asked = list(zip(sample.clips, sample.listened, strict=True)) if sample else []
+        for clip, listened in asked:
             try:
-                facts[clip] = facts.get(clip) or self.facts(clip)
+                facts[clip, listened] = facts.get((clip, listened)) or self.facts(clip, listened)
             except (AudioError, OSError) as error:
                 reason = error.strerror if isinstance(error, OSError) else error
                 faults.append(f"{clip.path}: {reason}" if clip.data is None else f"audio: {reason}")
         if sample is None or faults or self.coder is None:
             return Looked(number, entry.source, list(dict.fromkeys(faults)))
-        clips = [facts[clip] for clip in sample.clips]
-        num_frames = tuple(clip.num_frames for clip in clips)
+        clips = [facts[clip, listened] for clip, listened in asked]
+        num_frames = [clip.num_frames for clip in clips]
+        hearing = self.coder.hearing
+        stretches = [hearing.stretches(clip.num_frames, clip.num_outputs) for clip in clips] if hearing else []
         checked = CheckedSample(
             number=number,
             sample=sample,
-            num_tokens=count_tokens(sample, num_frames, self.coder.tokenizer, self.coder.stream),
-            keys=tuple(clip.key for clip in clips),
-            num_frames=num_frames,
+            num_tokens=count_tokens(sample, num_frames, self.coder.tokenizer, self.coder.stream, stretches),
+            clips=tuple(CheckedClip(clip.key, clip.num_frames, clip.num_outputs) for clip in clips),
             files=tuple((path, *stamp) for path, stamp in stamps if stamp),
         )
         return Looked(number, entry.source, [], checked, clips)
 
-    def _examine(self, clip: AudioClip) -> ClipFacts:
+    def _examine(self, clip: AudioClip, listened: bool) -> ClipFacts:
         max_s, rate, hop = self.options.max_clip_s, self.sample_rate, self.hop_length
+        hearing = self.coder.hearing if self.coder and listened else None
         if clip.data is None and not clip.path.is_file():
             raise AudioError("no such file" if not clip.path.exists() else "is not a file")
         key = self.coder.cache.key(clip) if self.coder else ""
         cached = self.coder.cache.load(key, self.coder.stream.num_codebooks) if self.coder else None
-        if cached is not None and cached.codes.shape[1] * hop <= max_s * rate:
+        num_outputs = hearing.kept_outputs(key) if hearing else ()
+        if cached is not None and num_outputs is not None and cached.codes.shape[1] * hop <= max_s * rate:
             num_frames = cached.codes.shape[1]
-            return ClipFacts(key, num_frames, num_frames * hop, cached.clipped, True)
-        facts = examine(clip, rate, max_s)
-        if facts.num_samples < hop:
+            return ClipFacts(key, num_frames, num_frames * hop, cached.clipped, True, num_outputs)
+        facts = examine(clip, max_s)
+        num_samples = facts.num_samples(rate)
+        if num_samples < hop:
             raise AudioError(
-                f"lasts {facts.num_samples / rate:.3f} s, shorter than one frame of the codec ({hop / rate:.3f} s)"
+                f"lasts {num_samples / rate:.3f} s, shorter than one frame of the codec ({hop / rate:.3f} s)"
             )
-        num_frames = self.coder.codec.num_frames(facts.num_samples) if self.coder else 0
-        return ClipFacts(key, num_frames, facts.num_samples, facts.clipped, False)
+        num_frames = self.coder.codec.num_frames(num_samples) if self.coder else 0
+        num_outputs = hearing.num_outputs(facts.num_samples(SAMPLE_RATE), num_frames) if hearing else ()
+        return ClipFacts(key, num_frames, num_samples, facts.clipped, False, num_outputs)
 
 
 def survey(
@@ -212,10 +227,11 @@ def missing_clips(path: Path, checker: Checker, missing: Missing) -> Iterator[Cl
         if number != wanted:
             continue
         wanted = next(numbers, None)
-        for clip in entry.sample.clips if entry.sample else ():
-            facts = checker.facts(clip)
-            if _short(facts.key) in left:
-                left.remove(_short(facts.key))
-                yield ClipToEncode(clip, facts.key, facts.num_samples, facts.clipped)
+        clips = zip(entry.sample.clips, entry.sample.listened, strict=True) if entry.sample else ()
+        for clip, listened in clips:
+            facts = checker.facts(clip, listened)
+            if facts.short_key in left:
+                left.remove(facts.short_key)
+                yield ClipToEncode(clip, facts.key, facts.num_samples, facts.clipped, bool(facts.num_outputs))
         if wanted is None:
             return

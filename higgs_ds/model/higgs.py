@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -19,9 +19,17 @@ from higgs_ds.errors import InputError
 from higgs_ds.files import release_freed_memory
 from higgs_ds.hub import read_tensor, weight_files, weight_places, weight_shapes
 from higgs_ds.model import nf4
-from higgs_ds.model.layout import LEFTOVERS, MODEL_TYPES, NATIVE, native_config, read_json_config, special_tokens
+from higgs_ds.model.layout import (
+    LEFTOVERS,
+    MODEL_TYPES,
+    NATIVE,
+    native_config,
+    read_json_config,
+    special_tokens,
+)  # fmt: skip
 from higgs_ds.model.nf4 import BaseQuantization
 from higgs_ds.model.offload import OnHost, kept_on_host
+from higgs_ds.model.parts import NO_PARTS, Parts, config_of, model_class, ready_for_parts
 from higgs_ds.model.routed import TRAINED_AS, LossHead, Routing
 
 TEXT_HEAD = "text_lm_head.weight"
@@ -32,9 +40,9 @@ HiggsAudioV2ForConditionalGeneration._keys_to_ignore_on_load_unexpected += LEFTO
 def read_config(folder: Path, asked_by: str = "--base_ckpt") -> HiggsAudioV2Config:
     """The configuration of a base in either layout. Raises InputError, beginning with `asked_by`, for anything else."""
     config = read_json_config(folder, asked_by)
-    if MODEL_TYPES[config["model_type"]] == NATIVE:
-        return HiggsAudioV2Config.from_pretrained(folder)
-    return HiggsAudioV2Config(**native_config(config, special_tokens(folder), str(folder / "config.json")))
+    if MODEL_TYPES[config["model_type"]] != NATIVE:
+        config = native_config(config, special_tokens(folder), str(folder / "config.json"))
+    return config_of(config)
 
 
 def check_weights(folder: Path) -> None:
@@ -55,19 +63,21 @@ def checkpoint_layers(higgs: HiggsAudioV2ForConditionalGeneration, every: int) -
         layer.gradient_checkpointing = i % every == 0
 
 
-def num_parameters(folder: Path) -> int:
-    """Parameters of a base, by the headers of its files."""
+def num_parameters(folder: Path, left_out: Parts = NO_PARTS) -> int:
+    """Parameters of a base without some of its parts, by the headers of its files."""
     shapes = weight_shapes(weight_files(folder))
-    return sum(math.prod(shape) for name, shape in shapes.items() if name not in LEFTOVERS)
+    return sum(math.prod(shape) for name, shape in shapes.items() if name not in LEFTOVERS and not left_out.has(name))
 
 
-def load_base(folder: Path, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGeneration:
+def load_base(folder: Path, dtype: torch.dtype, to_add: Parts = NO_PARTS) -> HiggsAudioV2ForConditionalGeneration:
     """Load a base with its text head, every weight from its files, on the CPU, frozen.
 
-    The text head must be asked for: transformers drops its weights silently otherwise.
+    The text head must be asked for: transformers drops its weights silently otherwise. Parts that are `to_add` are
+    added later (`ExtendedModel.add_parts`).
     """
-    model, info = HiggsAudioV2ForConditionalGeneration.from_pretrained(
-        folder, use_text_head=True, dtype=dtype, use_safetensors=True, output_loading_info=True
+    config = ready_for_parts(read_config(folder), to_add)
+    model, info = model_class(config).from_pretrained(
+        folder, config=config, use_text_head=True, dtype=dtype, use_safetensors=True, output_loading_info=True
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         found = sorted(map(str, set(info[kind]).difference(LEFTOVERS)))
@@ -81,12 +91,12 @@ def empty_model(config: HiggsAudioV2Config, dtype: torch.dtype) -> HiggsAudioV2F
     """A frozen model with its text head whose weights have shapes, but neither values nor memory."""
     config.dtype = dtype
     with init_empty_weights(include_buffers=True):
-        model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+        model = model_class(config)(config, use_text_head=True)
     return model.to(dtype).requires_grad_(False)
 
 
 def load_base_in_4bit(
-    folder: Path, dtype: torch.dtype, quantize_on: torch.device, keep_on: torch.device
+    folder: Path, dtype: torch.dtype, quantize_on: torch.device, keep_on: torch.device, to_add: Parts = NO_PARTS
 ) -> tuple[HiggsAudioV2ForConditionalGeneration, BaseQuantization]:
     """Load a base with its decoder's linear layers in NF4 and all else in `dtype`, one tensor at a time, frozen.
 
@@ -95,14 +105,15 @@ def load_base_in_4bit(
 
     Args:
         quantize_on: where weights are quantized; keep_on: where they stay.
+        to_add: parts that are added later, as by `load_base`.
 
     Raises InputError where the files and the configuration do not agree.
     """
     places = {name: path for name, path in weight_places(folder).items() if name not in LEFTOVERS}
-    config = read_config(folder)
+    config = ready_for_parts(read_config(folder), to_add)
     config.dtype = dtype
     with init_empty_weights():
-        model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+        model = model_class(config)(config, use_text_head=True)
     expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     _check_shapes(folder, expected, weight_shapes(weight_files(folder)))
     nf4.replace_linears(model, dtype)
@@ -136,15 +147,20 @@ def _check_shapes(folder: Path, expected: dict[str, tuple[int, ...]], found: dic
 
 
 def load_for_generation(
-    folder: Path, quantization: BaseQuantization | None, device: torch.device
+    folder: Path, quantization: BaseQuantization | None, device: torch.device, to_add: Parts = NO_PARTS
 ) -> HiggsAudioV2ForConditionalGeneration:
-    """Load a model as its users do, in the dtype of its files; or in 4 bits, for an adapter trained on such a base."""
+    """Load a model as its users do, in the dtype of its files; or in 4 bits, for an adapter trained on such a base.
+
+    Args:
+        to_add: parts that are added later, as by `load_base`.
+    """
     if quantization is not None:
-        model, _ = load_base_in_4bit(folder, quantization.dtype, device, device)
+        model, _ = load_base_in_4bit(folder, quantization.dtype, device, device, to_add)
         if (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.to(device)  # its buffers, too
-    return HiggsAudioV2ForConditionalGeneration.from_pretrained(folder, dtype="auto", use_safetensors=True).to(device)
+    config = ready_for_parts(read_config(folder), to_add)
+    return model_class(config).from_pretrained(folder, config=config, dtype="auto", use_safetensors=True).to(device)
 
 
 class WeightSource(Protocol):
@@ -171,12 +187,11 @@ class _Streamed(nn.Module):
         return self.function(self.name, x)
 
 
-def streamed(folder: Path, source: WeightSource) -> HiggsAudioV2ForConditionalGeneration:
-    """A model of a folder's configuration, in float32, that never holds more than the weights it works with."""
-    config = read_config(folder)
+def streamed(config: HiggsAudioV2Config, source: WeightSource) -> HiggsAudioV2ForConditionalGeneration:
+    """A model in float32 that never holds more than the weights it works with."""
     config.dtype = torch.float32
     with init_empty_weights():
-        model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+        model = model_class(config)(config, use_text_head=True)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             model.set_submodule(name, _Streamed(source.linear, name))
@@ -190,10 +205,15 @@ def streamed(folder: Path, source: WeightSource) -> HiggsAudioV2ForConditionalGe
 
 @torch.no_grad()
 def all_logits(
-    model: HiggsAudioV2ForConditionalGeneration, input_ids: torch.Tensor, audio_input_ids: torch.Tensor
+    model: HiggsAudioV2ForConditionalGeneration, input_ids: torch.Tensor, audio_input_ids: torch.Tensor, **heard: Any
 ) -> torch.Tensor:
-    """Text and audio logits of every position of one sequence, as one vector per position (N, V + C x S)."""
-    hidden = model.model(input_ids=input_ids, audio_input_ids=audio_input_ids, use_cache=False).last_hidden_state[0]
+    """Text and audio logits of every position of one sequence, as one vector per position (N, V + C x S).
+
+    Args:
+        heard: for a model with a tower, as its forward takes them, `audio_features` and `feature_lengths`.
+    """
+    outputs = model.model(input_ids=input_ids, audio_input_ids=audio_input_ids, use_cache=False, **heard)
+    hidden = outputs.last_hidden_state[0]
     return torch.cat([model.text_lm_head(hidden), model.audio_lm_head(hidden)], dim=-1)
 
 
@@ -235,29 +255,55 @@ class DualLossModel(nn.Module):
         audio_places: torch.Tensor,
         audio_targets: torch.Tensor,
         target_weights: torch.Tensor,
+        audio_rows: torch.Tensor,
+        audio_at: torch.Tensor,
+        **heard: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and its unweighted sums, for a batch as `data.collate.Batch` describes it.
 
         Args:
             target_weights: float32 (1 + C,), what one target of the text and of each codebook weighs in the loss.
+            heard: the batch's features and where they go, for a model with a tower.
 
         Returns the weighted loss, a float32 scalar, and the detached sums, float32 (1 + C,).
         """
-        hidden = self.decode(text_ids, codes, positions, places)
+        hidden = self.decode(text_ids, codes, positions, places, audio_rows, audio_at, **heard)
         predicting = self.higgs.model.norm(hidden[torch.cat([text_places, audio_places])])
         text, audio = predicting.split([len(text_places), len(audio_places)])
         text_loss, text_sum = self.higgs.text_lm_head(text, text_targets[:, None], target_weights[:1])
         audio_loss, audio_sums = self.higgs.audio_lm_head(audio, audio_targets, target_weights[1:])
         return text_loss + audio_loss, torch.cat([text_sum, audio_sums])
 
+    def _with_heard(
+        self,
+        text: torch.Tensor,
+        features: torch.Tensor,
+        feature_lengths: torch.Tensor,
+        feature_rows: torch.Tensor,
+        feature_places: torch.Tensor,
+    ) -> torch.Tensor:
+        """Embeddings of text (M, hidden) with what the tower makes of clips at its places."""
+        outputs = self.higgs.model.hear(features, feature_lengths).flatten(0, 1)
+        return text.index_copy(0, feature_places, outputs.index_select(0, feature_rows).to(text.dtype))
+
     def decode(
-        self, text_ids: torch.Tensor, codes: torch.Tensor, positions: torch.Tensor, places: torch.Tensor
+        self,
+        text_ids: torch.Tensor,
+        codes: torch.Tensor,
+        positions: torch.Tensor,
+        places: torch.Tensor,
+        audio_rows: torch.Tensor,
+        audio_at: torch.Tensor,
+        **heard: torch.Tensor,
     ) -> torch.Tensor:
         """Hidden states (M + A, hidden) of all places, behind the last layer and before the last norm."""
         model = self.higgs.model
-        hidden = torch.cat([model.embed_tokens(text_ids), model.embed_audio_tokens(codes)])
+        text = model.embed_tokens(text_ids)
+        if heard:
+            text = self._with_heard(text, **heard)
+        hidden = torch.cat([text, model.embed_audio_tokens(codes)])
         position_embeddings = model.rotary_emb(hidden, torch.arange(places.shape[1], device=places.device)[None])
-        routing = Routing(len(text_ids), positions, places)
+        routing = Routing(len(text_ids), positions, places, audio_rows, audio_at)
         for layer in model.layers:
             offloaded = self.offload_checkpoints and layer.gradient_checkpointing
             with kept_on_host() if offloaded else contextlib.nullcontext():

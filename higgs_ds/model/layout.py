@@ -15,7 +15,8 @@ from typing import Any
 from higgs_ds.config import NATIVE, ORIGINAL
 from higgs_ds.errors import InputError
 
-MODEL_TYPES = {"higgs_audio_v2": NATIVE, "higgs_audio": ORIGINAL}
+EXTENDED_TYPE = "higgs_audio_v2_extended"  # native names, with parts that transformers' own model has not
+MODEL_TYPES = {"higgs_audio_v2": NATIVE, EXTENDED_TYPE: NATIVE, "higgs_audio": ORIGINAL}
 CODEC_TYPE = "higgs_audio_v2_tokenizer"
 
 # Prefixes of the original's names, and what the native layout has in their place.
@@ -23,6 +24,8 @@ _PREFIXES = {
     "embed_tokens.": "model.embed_tokens.",
     "layers.": "model.layers.",
     "norm.": "model.norm.",
+    "audio_tower.": "model.audio_tower.",
+    "audio_encoder_proj.": "model.audio_encoder_proj.",
     "audio_codebook_embeddings.": "model.embed_audio_tokens.embed_audio_tokens.",
     "audio_decoder_proj.audio_lm_head.": "audio_lm_head.",
     "audio_decoder_proj.text_lm_head.": "text_lm_head.",
@@ -104,9 +107,12 @@ _READ_FLAGS = {
     "use_audio_out_embed_projector": (False, None),
     "audio_decoder_proj_num_layers": (0, None),
     "encode_audio_in_tokens": (True,),
-    "encode_whisper_embed": (False,),
-    "use_audio_out_self_attention": (False, None),
 }
+# What decides the shapes of the tower's weights, and what it makes of them, under the same names in both.
+TOWER_GEOMETRY = (
+    "num_mel_bins", "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "max_source_positions",
+    "activation_function", "dropout", "attention_dropout", "activation_dropout",
+)  # fmt: skip
 # Of the trunk, under the same names in both.
 _TRUNK = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -136,7 +142,12 @@ def native_config(original: Mapping[str, Any], token_ids: Mapping[str, int], whe
         problems.append(f"{where}: audio_adapter_type is {adapter_type!r}, not dual_ffn or dual_ffn_fast_forward")
     elif sorted(original.get("audio_dual_ffn_layers") or ()) != list(range(layers or 0)):
         problems.append(f"{where}: audio_dual_ffn_layers must be all of the {layers} layers")
+    has_tower = not original.get("skip_audio_tower", False)
+    if has_tower and not original.get("encode_whisper_embed", True):
+        problems.append(f"{where}: encode_whisper_embed is False beside a tower; set skip_audio_tower to true as well")
+    encoder = (original.get("audio_encoder_config") or {}) if has_tower else {}
     missing = [name for name in _TRUNK[:6] if name not in text]
+    missing += [f"audio_encoder_config.{name}" for name in TOWER_GEOMETRY[:6] if has_tower and name not in encoder]
     missing += [name for name in ("audio_num_codebooks", "audio_codebook_size") if name not in original]
     problems += [f"{where}: lacks {name}" for name in missing]
     if problems:
@@ -152,6 +163,14 @@ def native_config(original: Mapping[str, Any], token_ids: Mapping[str, int], whe
         "audio_stream_bos_id": original.get("audio_stream_bos_id"),
         "audio_stream_eos_id": original.get("audio_stream_eos_id"),
     }
+    attends = bool(original.get("use_audio_out_self_attention"))
+    extended = {
+        "architectures": ["ExtendedModel"],
+        "model_type": EXTENDED_TYPE,
+        "audio_self_attention": attends,
+        "audio_tower": {name: encoder[name] for name in TOWER_GEOMETRY if name in encoder} if has_tower else None,
+        "audio_in_token_id": original.get("audio_in_token_idx", token_ids.get("<|AUDIO|>")),
+    }
     return {
         "architectures": ["HiggsAudioV2ForConditionalGeneration"],
         "model_type": "higgs_audio_v2",
@@ -164,12 +183,14 @@ def native_config(original: Mapping[str, Any], token_ids: Mapping[str, int], whe
         "tie_word_embeddings": False,
         **{name: text[name] for name in _TRUNK if name in text},
         **{name: value for name, value in ids.items() if value is not None},
+        **(extended if attends or has_tower else {}),
     }  # fmt: skip
 
 
 def original_config(native: Mapping[str, Any], token_ids: Mapping[str, int]) -> dict[str, Any]:
-    """An original config.json from a native one, with the released model's flags."""
+    """An original config.json from a native one, with the released model's flags and those of its optional parts."""
     rope = dict(native.get("rope_parameters") or {})
+    tower = native.get("audio_tower")
     theta = rope.pop("rope_theta", 500000.0)
     audio_bos = native["audio_bos_token_id"]
     return {
@@ -190,10 +211,11 @@ def original_config(native: Mapping[str, Any], token_ids: Mapping[str, int]) -> 
         "audio_out_bos_token_id": audio_bos,
         "audio_eos_token_id": token_ids.get("<|audio_eos|>", audio_bos - 1),
         "encode_audio_in_tokens": True,
-        "encode_whisper_embed": False,
-        "skip_audio_tower": True,
+        "encode_whisper_embed": tower is not None,
+        "skip_audio_tower": tower is None,
+        **({} if tower is None else {"audio_encoder_config": {"model_type": "higgs_audio_encoder", **tower}}),
         "use_audio_out_embed_projector": False,
-        "use_audio_out_self_attention": False,
+        "use_audio_out_self_attention": native.get("audio_self_attention", False),
         "use_delay_pattern": True,
         "use_rq_transformer": False,
         "pad_token_id": native["pad_token_id"],

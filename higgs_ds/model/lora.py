@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from higgs_ds.config import LoraOptions
 from higgs_ds.errors import InputError
+from higgs_ds.model.parts import NO_PARTS, TOWER_MODULES, Parts
 
 # Which part of a decoder layer belongs to which group of targets. `audio_attn` exists in some of the family.
 GROUP_OF_MODULE = {
@@ -24,7 +25,7 @@ GROUP_OF_MODULE = {
 _LAYER_LINEAR = re.compile(r"^model\.layers\.(\d+)\.((\w+)\.\w+)$")
 
 
-def discover_targets(model: nn.Module, groups: Sequence[str]) -> list[str]:
+def discover_targets(model: nn.Module, groups: Sequence[str], left_out: Parts = NO_PARTS) -> list[str]:
     """Names, from the layer on (`audio_mlp.up_proj`), of the decoder's linear layers in the given groups.
 
     `audio_mlp.up_proj` and `mlp.up_proj` are told apart: PEFT matches a name only behind a dot.
@@ -35,7 +36,7 @@ def discover_targets(model: nn.Module, groups: Sequence[str]) -> list[str]:
     present = set()
     for name, module in model.named_modules():
         match = _LAYER_LINEAR.match(name)
-        if match is None or not isinstance(module, nn.Linear):
+        if match is None or not isinstance(module, nn.Linear) or left_out.has(name):
             continue
         layers.add(match[1])
         group = GROUP_OF_MODULE.get(match[3])
@@ -69,34 +70,44 @@ def check_biases(config: PreTrainedConfig, options: LoraOptions) -> None:
         )
 
 
-def add_lora(model: nn.Module, options: LoraOptions, base_name: str, dtype: torch.dtype) -> PeftModel:
+def add_lora(
+    model: nn.Module, options: LoraOptions, base_name: str, dtype: torch.dtype, in_full: Parts = NO_PARTS
+) -> PeftModel:
     """Wrap a frozen model with adapters of `dtype`. The second factor starts at 0: nothing changes at first.
+
+    Optional parts that are trained `in_full` get no adapters; their own parameters are unfrozen.
 
     No task type is given: PEFT would pass `labels` into a forward of another meaning. The adapters are not upcast
     (PEFT's default): the engine keeps float32 master weights of them.
     """
+    # A tower has layers of the same names as the decoder's.
+    has_tower = any(in_tower in name.split(".") for name, _ in model.named_modules() for in_tower in TOWER_MODULES)
     config = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=discover_targets(model, options.lora_targets),
+        target_modules=discover_targets(model, options.lora_targets, in_full),
+        exclude_modules=rf".*\b({'|'.join(TOWER_MODULES)})\b.*" if has_tower else None,
         bias="none",
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
         lora_bias=options.lora_bias,
     )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    for parameter in adapted.parameters():
+    for name, parameter in adapted.named_parameters():
+        if in_full.has(name):
+            parameter.requires_grad_()
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)  # PEFT takes float32 beside 4-bit weights
     config.base_model_name_or_path = base_name  # PEFT takes the folder, which for a hub id is this machine's own
     return adapted
 
 
-def describe(model: PeftModel, base_parameters: int) -> str:
+def describe(model: PeftModel, base_parameters: int, in_full: Parts = NO_PARTS) -> str:
     """One line on what is trained: modules, parameters, share of these and the base's."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole = trained + base_parameters
     modules = sum(1 for name, _ in model.named_modules() if name.endswith(".lora_A.default"))
     targets = ", ".join(sorted(model.peft_config["default"].target_modules))
-    return f"LoRA on {modules} modules, {trained:,} of {whole:,} parameters ({trained / whole:.2%}): {targets}"
+    full = f"; in full: {in_full}" if in_full else ""
+    return f"LoRA on {modules} modules, {trained:,} of {whole:,} parameters ({trained / whole:.2%}): {targets}{full}"

@@ -19,15 +19,22 @@ from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
 )
 
 from higgs_ds.loss import head_loss
+from higgs_ds.model.parts import AttendingLayer
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Where each position of a batch is: `positions` (N,) of the places, `places` (B, T) of the positions."""
+    """Where each position of a batch is: `positions` (N,) of the places, `places` (B, T) of the positions.
+
+    `audio_rows` (B, S) has the audio of each sample without its text, by number, and A, that of all audio, for padding;
+    `audio_at` (A,) is where each is there.
+    """
 
     num_text: int
     positions: torch.Tensor
     places: torch.Tensor
+    audio_rows: torch.Tensor
+    audio_at: torch.Tensor
 
     def to_sequences(self, x: torch.Tensor) -> torch.Tensor:
         """From places (N, H) to positions (B, T, H)."""
@@ -36,6 +43,20 @@ class Routing:
     def to_places(self, x: torch.Tensor) -> torch.Tensor:
         """From positions (B, T, H) to places (N, H)."""
         return _Permute.apply(x.flatten(0, 1), self.positions, self.places.flatten())
+
+    def to_audio_rows(self, audio: torch.Tensor) -> torch.Tensor:
+        """From audio places (A, H) to the audio of each sample (B, S, H), with zeros behind it."""
+        padded = torch.cat([audio, audio.new_zeros(1, audio.shape[1])])
+        return padded.index_select(0, self.audio_rows.flatten()).view(*self.audio_rows.shape, -1)
+
+    def to_audio_places(self, rows: torch.Tensor) -> torch.Tensor:
+        """From the audio of each sample (B, S, H) to audio places (A, H)."""
+        return rows.flatten(0, 1).index_select(0, self.audio_at)
+
+    def audio_columns(self) -> torch.Tensor:
+        """Which column of its sample each of `audio_rows` is at (B, S); that of padding is any."""
+        columns = self.positions[self.num_text :] % self.places.shape[1]
+        return torch.cat([columns, columns.new_zeros(1)])[self.audio_rows]
 
 
 class _Permute(torch.autograd.Function):
@@ -98,6 +119,16 @@ class RoutedLayer(HiggsAudioV2DecoderLayer):
     ) -> torch.Tensor:
         text, audio = hidden[: routing.num_text], hidden[routing.num_text :]
         normed = torch.cat([self.input_layernorm(text), self.audio_input_layernorm(audio)])
+        return self.attend_and_feed(hidden, normed, routing, position_embeddings)
+
+    def attend_and_feed(
+        self,
+        hidden: torch.Tensor,
+        normed: torch.Tensor,
+        routing: Routing,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """What follows the first norms: the attention that all share, and the two FFNs."""
         attended, _ = self.self_attn(routing.to_sequences(normed), position_embeddings=position_embeddings)
         hidden = hidden + routing.to_places(attended)
         text, audio = hidden[: routing.num_text], hidden[routing.num_text :]
@@ -106,10 +137,26 @@ class RoutedLayer(HiggsAudioV2DecoderLayer):
         return torch.cat([text, audio])
 
 
+class RoutedAttendingLayer(AttendingLayer, RoutedLayer):
+    """A decoder layer for places (N, H) whose audio positions attend to each other first."""
+
+    def forward(  # type: ignore[override]
+        self, hidden: torch.Tensor, routing: Routing, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        text, audio = hidden[: routing.num_text], hidden[routing.num_text :]
+        cos, sin = (rotation[0][routing.audio_columns()] for rotation in position_embeddings)
+        rows = routing.to_audio_rows(self.audio_input_layernorm(audio))
+        attended, _ = self.audio_attn(rows, (cos, sin))
+        audio = audio + routing.to_audio_places(attended)
+        normed = torch.cat([self.input_layernorm(text), self.audio_post_audio_attn_layer_norm(audio)])
+        return self.attend_and_feed(torch.cat([text, audio]), normed, routing, position_embeddings)
+
+
 # What the decoder's modules are trained as. They are subclasses: a loaded module becomes one by its class alone, keeps
 # its weights and names, and is found by transformers' activation checkpointing, as a replaced `forward` would not be.
 TRAINED_AS: dict[type[nn.Module], type[nn.Module]] = {
     HiggsAudioV2DecoderLayer: RoutedLayer,
+    AttendingLayer: RoutedAttendingLayer,
     HiggsAudioV2MLP: LeanMLP,
     HiggsAudioV2RMSNorm: LeanNorm,
 }

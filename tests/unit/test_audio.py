@@ -62,7 +62,7 @@ def test_length_is_known_without_resampling(tmp_path: Path, rate: int) -> None:
         path = tmp_path / f"{rate}-{extra}.wav"
         soundfile.write(path, tone(rate)[: rate // 2 + extra], rate)
         clip = AudioClip(path)
-        assert examine(clip, RATE, 600).num_samples == len(read_audio(clip, RATE))
+        assert examine(clip, 600).num_samples(RATE) == len(read_audio(clip, RATE))
 
 
 def test_silence_clipping_and_length(tmp_path: Path) -> None:
@@ -71,15 +71,15 @@ def test_silence_clipping_and_length(tmp_path: Path) -> None:
         return AudioClip(tmp_path / name)
 
     with pytest.raises(AudioError, match="is silent: its peak is -80 dBFS"):
-        examine(write("quiet.wav", tone(RATE) / 0.4 * 1e-4), RATE, 600)
+        examine(write("quiet.wav", tone(RATE) / 0.4 * 1e-4), 600)
     with pytest.raises(AudioError, match="is silent: its peak is -inf dBFS"):
-        examine(write("zero.wav", np.zeros(RATE, dtype=np.float32)), RATE, 600)
+        examine(write("zero.wav", np.zeros(RATE, dtype=np.float32)), 600)
     with pytest.raises(AudioError, match=r"lasts 1.0 s, longer than --max_clip_s 0.9"):
-        examine(write("long.wav", tone(RATE)), RATE, 0.9)
-    assert examine(write("good.wav", tone(RATE)), RATE, 600).clipped == 0
+        examine(write("long.wav", tone(RATE)), 0.9)
+    assert examine(write("good.wav", tone(RATE)), 600).clipped == 0
     loud = np.clip(tone(RATE) * 100, -1, 1)
     expected = float((np.abs(loud) >= 0.999).mean())
-    assert examine(write("loud.wav", loud), RATE, 600).clipped == pytest.approx(expected)
+    assert examine(write("loud.wav", loud), 600).clipped == pytest.approx(expected)
     assert expected > 0.5
 
 

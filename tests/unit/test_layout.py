@@ -27,7 +27,7 @@ from higgs_ds.model.layout import LEFTOVERS, native_name, original_name
 from higgs_ds.model.lora import discover_targets
 from higgs_ds.relayout import native_folder, rewrite, stored_tensors
 
-RELEASED = PROJECT / "tests" / "golden" / "released_flags"
+GOLDEN = PROJECT / "tests" / "golden"
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -39,31 +39,48 @@ def assert_same(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor
     assert all(tensor.dtype == found[name].dtype and tensor.equal(found[name]) for name, tensor in expected.items())
 
 
-def test_logits_of_the_original_runtime(tmp_path: Path) -> None:
-    folder = native_folder(RELEASED, "--base_ckpt", tmp_path)
+@pytest.mark.parametrize("name", ["released_flags", "audio_attention", "whisper_tower"])
+def test_logits_of_the_original_runtime(name: str, tmp_path: Path) -> None:
+    original = GOLDEN / name
+    folder = native_folder(original, "--base_ckpt", tmp_path)
     model = load_base(folder, torch.float32).eval()
-    inputs, expected = load_file(RELEASED / "inputs.safetensors"), load_file(RELEASED / "expected.safetensors")
-    config = read_config(RELEASED)
+    inputs, expected = load_file(original / "inputs.safetensors"), load_file(original / "expected.safetensors")
+    config = read_config(original)
     stream = AudioStream(config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id)
     rows = torch.cat([apply_delay_pattern(inputs[name], stream) for name in ("reference_codes", "target_codes")])
-    ids = expected["expanded_input_ids"].clone()
-    ids[ids == config.audio_token_id - 1] = config.audio_token_id
+    there = expected["attention_mask"][0].bool()  # the original pads on the left
+    ids = expected["expanded_input_ids"][:, there]
+    is_target = expected["audio_out_mask"][:, there]
+    ids[expected["audio_in_discrete_codes_mask"][:, there] | is_target] = config.audio_token_id
     mask = torch.ones(1, len(rows), dtype=torch.bool)
+    heard = {}
+    if name == "whisper_tower":
+        model.model.audio_tower.config._attn_implementation = "eager"  # as the numbers were made
+        lengths = inputs["audio_feature_attention_mask"].sum(1)
+        heard = {"audio_features": inputs["audio_features"], "feature_lengths": lengths}
     with torch.no_grad():
-        hidden = model.model(input_ids=ids, audio_input_ids=rows[None], audio_input_ids_mask=mask).last_hidden_state
-        audio = model.audio_lm_head(hidden)[expected["audio_out_mask"]].view(-1, config.num_codebooks, 66)
-        assert (model.text_lm_head(hidden) - expected["text_logits"]).abs().max() < 1e-4
+        outputs = model.model(input_ids=ids, audio_input_ids=rows[None], audio_input_ids_mask=mask, **heard)
+        hidden = outputs.last_hidden_state
+        audio = model.audio_lm_head(hidden)[is_target].view(-1, config.num_codebooks, 66)
+        assert (model.text_lm_head(hidden) - expected["text_logits"][:, there]).abs().max() < 1e-4
         assert (audio - expected["audio_logits"]).abs().max() < 1e-4
-    assert native_folder(RELEASED, "--base_ckpt", tmp_path) == folder  # written once
+    assert native_folder(original, "--base_ckpt", tmp_path) == folder  # written once
     assert native_folder(folder, "--base_ckpt", tmp_path) == folder
 
 
-def test_original_there_and_back(tmp_path: Path) -> None:
-    convert(ConvertOptions(RELEASED, tmp_path / "native", "native"))
+@pytest.mark.parametrize("name", ["released_flags", "audio_attention", "whisper_tower"])
+def test_original_there_and_back(name: str, tmp_path: Path) -> None:
+    """With the configuration that is kept, and with one that is made anew."""
+    original = GOLDEN / name
+    convert(ConvertOptions(original, tmp_path / "native", "native"))
     convert(ConvertOptions(tmp_path / "native", tmp_path / "back", "original"))
-    assert_same(load_file(RELEASED / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors"))
-    configs = [json.loads((folder / "config.json").read_text()) for folder in (RELEASED, tmp_path / "back")]
+    (tmp_path / "native" / relayout.KEPT_CONFIG).unlink()
+    convert(ConvertOptions(tmp_path / "native", tmp_path / "anew", "original"))
+    for folder in ("back", "anew"):
+        assert_same(load_file(original / "model.safetensors"), load_file(tmp_path / folder / "model.safetensors"))
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (original, tmp_path / "back")]
     assert configs[0] == configs[1]
+    assert read_config(tmp_path / "anew").to_dict() == read_config(tmp_path / "native").to_dict()
 
 
 def test_native_there_and_back(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +197,7 @@ def test_names_go_both_ways(base: Path) -> None:
     for name in tensors_of(base):
         assert native_name(original_name(name) or "") == name
     with pytest.raises(KeyError):
-        native_name("audio_tower.conv1.weight")
+        native_name("audio_out_embed_projector.weight")
     with pytest.raises(KeyError):
         original_name("lm_head.weight")
 

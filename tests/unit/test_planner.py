@@ -115,7 +115,7 @@ def test_released_geometry_has_the_released_size() -> None:
     weights = model_weights(setting)
     assert sum(weight.numel * weight.count for weight in weights if weight.group != LORA) == 5_771_283_456
     assert sum(weight.numel * weight.count for weight in weights if weight.group == LORA) == 39_452_672
-    assert {weight.group for weight in weights} == {*GROUPS, LORA}
+    assert {weight.group for weight in weights} == {*GROUPS, LORA} - {"Whisper tower"} - {"Whisper tower"}
     assert read_config(BIG).codebook_size == 1026
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import PROJECT, speech_sample, write_manifest
+from conftest import VOICES, speech_sample, write_manifest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -33,7 +33,6 @@ from higgs_ds.errors import InputError
 from higgs_ds.startup import _check_and_encode
 
 pytestmark = pytest.mark.usefixtures("lone_rank")
-VOICES = PROJECT / "samples" / "voices"
 RATE = 24000
 
 
@@ -70,7 +69,7 @@ def test_codes_and_texts_come_back(bundle: Bundle, manifest: Path, tmp_path: Pat
     dataset = Dataset(index, np.arange(4), bundle.coder(tmp_path / "cache"))
     codec = Codec(bundle.codec.folder, torch.device("cpu"))
     for i, clip in enumerate(["anna_00.flac", "ben_00.flac", "carla_00.flac", "anna_00.flac"]):
-        sample, _, _ = index.sample(i)
+        sample, _ = index.sample(i)
         assert sample.source == f"{manifest}:{i + 1}"
         assert sample.messages[1].parts == (f"Clip {i}.",)
         encoded = dataset.encoded(i)
@@ -279,7 +278,7 @@ def test_batched_encoding_gives_the_same_codes(bundle: Bundle, tmp_path: Path) -
     cache, codec = bundle.coder(tmp_path).cache, Codec(bundle.codec.folder, torch.device("cpu"))
     todo = [encode.ClipToEncode(clip, cache.key(clip), round(0.9 * RATE), 0.0) for clip in clips]
     with encode.tqdm(disable=True) as bar:
-        encode._encode_batched(todo, cache, codec, 2, bar)
+        encode._encode_batched(todo, encode.Kept(cache), codec, 2, bar)
     for clip in todo:
         stored = cache.load(clip.key, 8)
         assert stored is not None
@@ -290,7 +289,7 @@ def test_gone_codes_are_named_and_made_again(bundle: Bundle, manifest: Path, tmp
     cache = tmp_path / "cache"
     index = prepared(bundle, manifest, cache)
     dataset = Dataset(index, np.arange(4), bundle.coder(cache))
-    (path,) = [p for p in files_below(cache / "codes") if p.stem == index.sample(1)[1][0]]
+    (path,) = [p for p in files_below(cache / "codes") if p.stem == index.sample(1)[1][0].key]
     whole = path.read_bytes()
     path.write_bytes(b"\xff" * len(whole))
     with pytest.raises(InputError, match=r"m\.jsonl:2: the codes of its audio have gone"):

@@ -23,6 +23,7 @@ from higgs_ds.model.lora import add_lora
 
 STREAM = AudioStream(num_codebooks=8, bos_id=1024, eos_id=1025)
 CPU = torch.device("cpu")
+DECODED = ("text_ids", "codes", "positions", "places", "audio_rows", "audio_at")
 
 
 def adapted(base: Path, dtype: torch.dtype, recompute: bool) -> PeftModel:
@@ -71,7 +72,7 @@ def test_layers_are_bit_identical(base: Path, kind: str, dtype: torch.dtype, rec
     torch.manual_seed(3)
     expected = higgs.model(**native_inputs(batch, higgs.config.audio_token_id), use_cache=False).last_hidden_state
     torch.manual_seed(3)
-    places = routed.decode(*(tensors[name] for name in ("text_ids", "codes", "positions", "places")))
+    places = routed.decode(*(tensors[name] for name in DECODED))
     found = routed.higgs.model.norm(places)[batch.places]
     assert found.equal(expected)
     direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(4)).to(dtype)

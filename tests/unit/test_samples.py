@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from conftest import PROJECT
+from conftest import PROJECT, VOICES
 
 from higgs_ds.builtin import SAMPLE_MANIFEST
 from higgs_ds.config import DataOptions
 from higgs_ds.data.formats.reader import read_entries
-
-VOICES = PROJECT / "samples" / "voices"
 
 
 def test_committed_voices() -> None:

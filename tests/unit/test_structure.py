@@ -14,14 +14,16 @@ from conftest import PROJECT
 ROWS = [
     ["errors"],
     ["config", "files", "quiet", "hub", "loss", "model.nf4", "model.offload"],
-    ["model.routed", "model.layout"],
+    ["model.layout"],
+    ["model.parts"],
+    ["model.routed", "model.lora"],
     ["distributed", "ds_config", "optimizers", "support"],
     ["data.sample", "data.delay_pattern", "data.normalize", "data.formats.jsonio", "signals"],
     ["data.templates", "data.audio", "data.codec", "data.prompt", "data.sampler", "data.prefetch"],
-    ["data.formats.checks", "data.audio_codes", "data.collate", "model.higgs", "model.lora"],
-    ["data.formats.turns", "data.formats.recordings", "data.coder", "data.encode", "data.index", "builtin"],
-    ["data.formats.chatml", "data.formats.csv_file", "data.formats.metadata", "data.formats.paired"],
-    ["data.formats.native", "data.formats.swift", "data.formats.lists", "data.formats.table"],
+    ["data.formats.checks", "data.audio_codes", "data.hearing", "model.higgs"],
+    ["data.formats.turns", "data.formats.recordings", "data.collate", "data.index", "builtin"],
+    ["data.formats.chatml", "data.formats.csv_file", "data.formats.metadata", "data.formats.paired", "data.coder"],
+    ["data.formats.native", "data.formats.swift", "data.formats.lists", "data.formats.table", "data.encode"],
     ["data.formats.recognition", "activations", "relayout"],
     ["data.formats.reader", "data.summary", "data.dataset", "engine", "export", "planner"],
     ["data.survey", "bundle", "metrics", "validate", "adapter", "dry_run"],
@@ -86,7 +88,7 @@ def users_of(library: str, name: str | None = None) -> set[str]:
 def test_one_user_of_each_engine() -> None:
     assert users_of("deepspeed") == {"engine"}
     assert users_of("bitsandbytes") == {"model.nf4", "optimizers"}
-    assert users_of("transformers", "HiggsAudioV2ForConditionalGeneration") == {"model.higgs", "builtin"}
+    assert users_of("transformers", "HiggsAudioV2ForConditionalGeneration") == {"model.higgs", "model.parts", "builtin"}
     assert users_of("transformers", "HiggsAudioV2TokenizerModel") == {"data.codec", "builtin"}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from higgs_ds.data.index import CheckedSample, Index, PartWriter
+from higgs_ds.data.index import CheckedClip, CheckedSample, Index, PartWriter
 from higgs_ds.data.sample import AudioClip, Message, Sample
 from higgs_ds.data.summary import describe, histogram
 
@@ -16,7 +16,7 @@ def test_what_is_in_a_manifest(tmp_path: Path) -> None:
     for i in range(6):
         messages = (Message("user", (f"{i % 5}",)), Message("assistant", (AudioClip(Path("a.wav")),)))
         sample = Sample(messages, 0, None if i == 5 else f"s{i % 2}", f"m:{i + 1}", "en")
-        writer.add(CheckedSample(i, sample, 100 + i, ("ab" * 32,), (25 * (i + 1),), ()))
+        writer.add(CheckedSample(i, sample, 100 + i, (CheckedClip("ab" * 32, 25 * (i + 1)),), ()))
     writer.close()
     lines = describe(Index(tmp_path), 25.0, 103, ["m:2"], 1).splitlines()
     assert lines == [
