@@ -22,8 +22,9 @@ from higgs_ds.errors import InputError
 from higgs_ds.files import sha256_of
 from higgs_ds.hub import resolve_folder, weight_files, weight_shapes
 from higgs_ds.model.higgs import read_config
+from higgs_ds.model.layout import MODEL_TYPES, read_json_config
 from higgs_ds.model.parts import NO_PARTS, Parts, parts_of, tower_geometry, with_parts
-from higgs_ds.relayout import native_folder
+from higgs_ds.relayout import native_codec, native_folder
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Bundle:
     config: HiggsAudioV2Config
     tokenizer: PreTrainedTokenizerBase
     codec: CodecInfo
+    layout: str
     added: Parts = NO_PARTS
     whisper_folder: Path | None = None
 
@@ -80,10 +82,11 @@ def open_bundle(name: str | None, revision: str | None, codec_name: str | None, 
     Raises InputError with all that does not fit; SaveError.
     """
     folder = resolve_folder(name, "--base_ckpt", revision) if name else builtin_base(cache_dir)
+    layout = MODEL_TYPES[read_json_config(folder, "--base_ckpt")["model_type"]]
     folder = native_folder(folder, "--base_ckpt", cache_dir)
     config = read_config(folder)
     weight_files(folder)
-    codec_folder = find_codec(folder, codec_name)
+    codec_folder = native_codec(find_codec(folder, codec_name), "--codec_ckpt", cache_dir)
     codec = read_codec_info(codec_folder)
     weight_shapes(weight_files(codec_folder))
     try:
@@ -103,7 +106,7 @@ def open_bundle(name: str | None, revision: str | None, codec_name: str | None, 
         )
     if problems:
         raise InputError(problems)
-    return Bundle(name or str(folder), folder, config, tokenizer, codec)
+    return Bundle(name or str(folder), folder, config, tokenizer, codec, layout)
 
 
 def open_for_training(options: ModelOptions, cache_dir: Path) -> Bundle:

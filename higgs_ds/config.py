@@ -77,7 +77,11 @@ class ModelOptions:
     base_ckpt: str | None = option(
         None, "base model, a folder or a hub id (without it: the built-in random tiny base)", metavar="BASE"
     )
-    base_revision: str | None = option(None, "commit or tag of a base_ckpt on the hub", metavar="REV")
+    base_revision: str | None = option(
+        None,
+        "commit, tag or branch of a base_ckpt on the hub (default: bosonai's base as of its release, others' newest)",
+        metavar="REV",
+    )
     codec_ckpt: str | None = option(None, "audio codec, a folder or a hub id (default: named by the base)")
     precision: str = option("bf16", "bf16 with float32 master weights, or float32 throughout", ("bf16", "fp32"))
     load_in_4bit: bool = option(

@@ -14,18 +14,28 @@ from safetensors import SafetensorError, safe_open
 from higgs_ds.errors import InputError
 
 WEIGHT_INDEX = "model.safetensors.index.json"
+KEPT_CONFIG = "original_config.json"  # beside a native model that was made from an original one
+# What a hub id stands for where no revision is given: its content was replaced by another once, and may be again.
+PINNED = {
+    "bosonai/higgs-audio-v2-generation-3B-base": "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84",
+    "bosonai/higgs-audio-v2-tokenizer": "9d4988fbd4ad07b4cac3a5fa462741a41810dbec",
+}
 
 
 def resolve_folder(name: str, asked_by: str, revision: str | None = None) -> Path:
     """The folder of a model named by path or hub id; a hub id is downloaded into the hub's cache.
 
+    Args:
+        revision: commit, tag or branch of a hub id; without one that of PINNED, or the newest.
+
     Raises InputError, beginning with `asked_by`: there is neither such a folder nor such a repository.
     """
-    return _resolve(name, asked_by, lambda: Path(snapshot_download(name, revision=revision)))
+    return _resolve(name, asked_by, lambda: Path(snapshot_download(name, revision=revision or PINNED.get(name))))
 
 
 def resolve_config_folder(name: str, asked_by: str, revision: str | None = None) -> Path:
     """As `resolve_folder`, but of a hub id only config.json is downloaded."""
+    revision = revision or PINNED.get(name)
     return _resolve(name, asked_by, lambda: Path(hf_hub_download(name, "config.json", revision=revision)).parent)
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from higgs_ds.data.codec import CODEC_SUBFOLDER
+from higgs_ds.data.codec import CODEC_SUBFOLDER, check_codec_tensors, read_codec_json
+from higgs_ds.data.codec_layout import is_original_codec, native_codec_config, native_codec_tensors
 from higgs_ds.errors import InputError, SaveError
 from higgs_ds.files import new_folder, release_freed_memory, room_at, saving, sha256_of, write_json
-from higgs_ds.hub import byte_ranges, read_tensor, weight_files, weight_shapes
+from higgs_ds.hub import KEPT_CONFIG, byte_ranges, read_tensor, weight_files, weight_shapes
 from higgs_ds.model.layout import (
     MODEL_TYPES,
     NATIVE,
@@ -32,7 +33,7 @@ from higgs_ds.model.layout import (
 )
 
 SHARD_BYTES = 2**30
-KEPT_CONFIG = "original_config.json"  # beside a native model that was made from an original one
+ORIGINAL_CODEC_FILE = "model.pth"
 _PICKLED = (".bin", ".pth", ".pt")
 
 
@@ -60,6 +61,35 @@ def native_folder(folder: Path, asked_by: str, cache_dir: Path) -> Path:
     target = cache_dir / "converted" / identity[:32]
     if not target.is_dir():
         rewrite(folder, target, NATIVE, asked_by)
+    return target
+
+
+def native_codec(folder: Path, asked_by: str, cache_dir: Path) -> Path:
+    """The folder itself where it holds a codec as transformers reads it; else the one it is written to, once.
+
+    Raises InputError, beginning with `asked_by`: it holds no such codec, or a damaged one; SaveError.
+    """
+    config = read_codec_json(folder)
+    if not is_original_codec(config):
+        return folder
+    where, path = f"{asked_by} {folder}", folder / ORIGINAL_CODEC_FILE
+    if not path.is_file():
+        raise InputError(f"{where}: lacks {ORIGINAL_CODEC_FILE}")
+    identity = hashlib.sha256(f"{sha256_of(folder / 'config.json')} {sha256_of(path)}".encode()).hexdigest()
+    target = cache_dir / "converted" / f"codec-{identity[:32]}"
+    if not target.is_dir():
+        tensors = _unpickled(path)
+        made = native_codec_config(config, tensors, where)
+        weights = native_codec_tensors(tensors, len(config["ratios"]))
+        check_codec_tensors(where, made, weights)
+        made.architectures, made.dtype = ["HiggsAudioV2TokenizerModel"], torch.float32
+        with saving(target), new_folder(target) as temporary:
+            made.save_pretrained(temporary)
+            save_file(
+                {name: t.float().contiguous() for name, t in weights.items()},
+                temporary / "model.safetensors",
+                {"format": "pt"},
+            )
     return target
 
 

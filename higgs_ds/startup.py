@@ -36,6 +36,7 @@ from higgs_ds.model.higgs import (
     DualLossModel,
     check_weights,
     checkpoint_layers,
+    describe_model,
     empty_model,
     load_base,
     load_base_in_4bit,
@@ -143,6 +144,11 @@ def _check_and_encode(options: TrainOptions, given: set[str]) -> Inputs:
         for manifest in checked:
             preparation.encode(manifest, distributed.device())
         indexes = [preparation.keep(manifest) for manifest in checked]
+    if options.model.whisper_conditioning and not indexes[0].any_heard():
+        raise InputError(
+            "--whisper_conditioning: no sample has audio in a system or user turn, which is all that the tower hears; "
+            "leave the option out, or put references there (--reference system, for recordings)"
+        )
     train, val, too_long = _select(options, indexes, preparation.coder)
     return Inputs(options, settings, output_dir, bundle, train, val, too_long, resume_from)
 
@@ -369,14 +375,12 @@ def _adapted_model(inputs: Inputs) -> tuple[PeftModel, BaseQuantization | None]:
 
 def _report(inputs: Inputs, sampler: WindowSampler, state: TrainerState, adapters: str) -> None:
     """Say what is about to be trained, on what, and where it will be."""
-    options, config = inputs.options, inputs.bundle.config
+    options, bundle = inputs.options, inputs.bundle
     built_in = "" if options.model.base_ckpt else " (built in, random: for trying out, it speaks noise)"
     four_bit = "NF4 in " if options.model.load_in_4bit else ""
-    say(f"base: {inputs.bundle.name}{built_in}")
-    say(
-        f"model: {config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_codebooks} codebooks, "
-        f"{four_bit}{options.model.precision}, ZeRO stage {inputs.ds_settings['zero_optimization']['stage']}"
-    )
+    say(f"base: {bundle.name}{built_in}, in the {bundle.layout} layout")
+    say(f"model: {describe_model(bundle.config)}; added: {bundle.added}")
+    say(f"held in {four_bit}{options.model.precision}, ZeRO stage {inputs.ds_settings['zero_optimization']['stage']}")
     say(adapters)
     say(f"data: {len(inputs.train):,} samples to train on, {len(inputs.val):,} to validate on")
     if inputs.too_long:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
+from higgs_ds.data.codec_layout import is_original_codec
 from higgs_ds.errors import InputError
 from higgs_ds.files import sha256_of
-from higgs_ds.hub import resolve_folder
+from higgs_ds.hub import KEPT_CONFIG, resolve_folder
 
 CODEC_SUBFOLDER = "audio_tokenizer"  # a model folder may bring its codec along
+ORIGINAL_CODEC = "bosonai/higgs-audio-v2-tokenizer"
 MODEL_TYPE = "higgs_audio_v2_tokenizer"
 
 
@@ -44,6 +48,7 @@ class Codec:
 def find_codec(base_folder: Path, name: str | None) -> Path:
     """The codec's folder: the one named, else the one that the base brings along, else the one that it refers to.
 
+    A base in its original layout refers to none; it was released with ORIGINAL_CODEC.
     Raises InputError where none is named, or what is named is no codec.
     """
     processor_config = base_folder / "processor_config.json"
@@ -53,14 +58,24 @@ def find_codec(base_folder: Path, name: str | None) -> Path:
     if name is None and processor_config.is_file():
         reference = json.loads(processor_config.read_text(encoding="utf-8")).get("audio_tokenizer") or {}
         name, asked_by = reference.get("audio_tokenizer_name_or_path"), f"{processor_config}: audio codec"
+    if name is None and (base_folder / KEPT_CONFIG).is_file():
+        name, asked_by = ORIGINAL_CODEC, f"{base_folder}: audio codec of bases in the original layout"
     if not name:
         raise InputError(f"{base_folder}: names no audio codec; give one with --codec_ckpt")
     folder = resolve_folder(name, asked_by)
-    config = folder / "config.json"
-    model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
-    if model_type != MODEL_TYPE:
-        raise InputError(f"{asked_by} {folder}: model_type is {model_type!r}; an audio codec has '{MODEL_TYPE}'")
+    config = read_codec_json(folder)
+    if config.get("model_type") != MODEL_TYPE and not is_original_codec(config):
+        raise InputError(
+            f"{asked_by} {folder}: model_type is {config.get('model_type')!r}; an audio codec has '{MODEL_TYPE}', or "
+            "is a folder as first released, with model.pth"
+        )
     return folder
+
+
+def read_codec_json(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder; nothing where there is none."""
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 @dataclass(frozen=True)
@@ -100,3 +115,19 @@ def codec_digest(folder: Path) -> str:
     """Identity of a codec: SHA-256 over its configuration and weight files. Codes of one codec are noise to another."""
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     return hashlib.sha256("".join(sha256_of(path) for path in files).encode()).hexdigest()
+
+
+def check_codec_tensors(where: str, config: HiggsAudioV2TokenizerConfig, found: Mapping[str, torch.Tensor]) -> None:
+    """Raise InputError, beginning with `where`, unless tensors are those of a codec with this configuration."""
+    with torch.device("meta"):
+        expected = HiggsAudioV2TokenizerModel(config).state_dict()
+    differing = [name for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape]
+    problems = {
+        "lacks": expected.keys() - found.keys(),
+        "holds what is unknown:": found.keys() - expected.keys(),
+        "holds in another shape:": differing,
+    }
+    if any(problems.values()):
+        raise InputError(
+            [f"{where}: {what} {', '.join(sorted(names)[:3])}" for what, names in problems.items() if names]
+        )

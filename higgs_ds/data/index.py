@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from higgs_ds.data.audio_codes import KEY_BYTES
 from higgs_ds.data.sample import AudioClip, Message, Sample
@@ -142,6 +143,10 @@ class Index:
         """A column of words (speaker, language): for each row the number of its word, -1 for none, and the words."""
         column = self._facts[name].take(pa.array(self._order)).combine_chunks().dictionary_encode()
         return column.indices.fill_null(-1).to_numpy(zero_copy_only=False), column.dictionary.to_pylist()
+
+    def any_heard(self) -> bool:
+        """Whether a Whisper tower hears any of the clips."""
+        return len(pc.list_flatten(pc.list_flatten(self._facts["num_outputs"]))) > 0
 
     def digests(self) -> np.ndarray:
         """16 bytes for each row that tell whether two samples are the same to the model."""

@@ -29,7 +29,7 @@ from higgs_ds.model.layout import (
 )  # fmt: skip
 from higgs_ds.model.nf4 import BaseQuantization
 from higgs_ds.model.offload import OnHost, kept_on_host
-from higgs_ds.model.parts import NO_PARTS, Parts, config_of, model_class, ready_for_parts
+from higgs_ds.model.parts import NO_PARTS, Parts, config_of, model_class, parts_of, ready_for_parts
 from higgs_ds.model.routed import TRAINED_AS, LossHead, Routing
 
 TEXT_HEAD = "text_lm_head.weight"
@@ -43,6 +43,18 @@ def read_config(folder: Path, asked_by: str = "--base_ckpt") -> HiggsAudioV2Conf
     if MODEL_TYPES[config["model_type"]] != NATIVE:
         config = native_config(config, special_tokens(folder), str(folder / "config.json"))
     return config_of(config)
+
+
+def describe_model(config: HiggsAudioV2Config) -> str:
+    """What a model is made of, in one line; the text head is there, or `check_weights` has refused it."""
+    parts = parts_of(config)
+    attention = "with" if parts.audio_self_attention else "no"
+    tower = "a" if parts.audio_tower else "no"
+    return (
+        f"{config.num_hidden_layers} layers of width {config.hidden_size}, an FFN for text and one for audio in each; "
+        f"{config.num_codebooks} codebooks of {config.codebook_size}, delayed; text head; {attention} audio "
+        f"self-attention, {tower} Whisper tower; {str(config.dtype).removeprefix('torch.')} in its files"
+    )
 
 
 def check_weights(folder: Path) -> None:

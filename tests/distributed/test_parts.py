@@ -13,7 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from higgs_ds.adapter import read_adapter
-from higgs_ds.config import GenerateOptions
+from higgs_ds.config import ConvertOptions, GenerateOptions
+from higgs_ds.convert import main as convert
 from higgs_ds.data.codec import find_codec
 from higgs_ds.errors import InputError
 from higgs_ds.generate import main as generate
@@ -71,7 +72,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
         ]
 
     merged = ("--merge_adapter_with_base", "--export_layout", "original")
-    train_runs(1, [run("one", 2, 2, *merged), run("resumed", 0, 2, "--resume", str(root / "one" / "checkpoint-2"))])
+    train_runs(
+        1,
+        [
+            run("one", 2, 2, *merged),
+            run("resumed", 0, 2, "--resume", str(root / "one" / "checkpoint-2")),
+            run("in 4 bits", 2, 2, "--load_in_4bit", *merged),
+        ],
+    )
     train_runs(2, [run("two", 3, 1, "--activation_checkpointing", "every_layer")])
     return root
 
@@ -133,6 +141,24 @@ def test_parts_that_the_base_has_are_merged_into_it(runs: Path, tmp_path: Path) 
     found = load_file(tmp_path / "twice" / "model.safetensors")
     for name, tensor in read_adapter(runs / "two" / "lora_adapters").whole.items():
         assert found[name.removeprefix("model.")].equal(tensor)
+
+
+def test_beside_a_base_in_4_bits(runs: Path) -> None:
+    """The parts themselves are not quantized: merged, they are what was trained."""
+    adapter = read_adapter(runs / "in 4 bits" / "lora_adapters")
+    assert adapter.quantization
+    assert not any("audio_attn" in name or "tower" in name for name in adapter.quantization.digests)
+    found = load_file(runs / "in 4 bits" / "merged_model" / "model.safetensors")
+    assert all(found[name.removeprefix("model.")].equal(tensor) for name, tensor in adapter.whole.items())
+
+
+def test_adapter_in_original_names(runs: Path, tmp_path: Path) -> None:
+    convert(ConvertOptions(runs / "one" / "lora_adapters", tmp_path / "original", "original"))
+    renamed, native = read_adapter(tmp_path / "original"), read_adapter(runs / "one" / "lora_adapters")
+    assert renamed.in_original_names
+    assert renamed.in_full == native.in_full
+    assert renamed.whole.keys() == native.whole.keys()
+    assert all(tensor.equal(renamed.whole[name]) for name, tensor in native.whole.items())
 
 
 def test_native_layout_has_no_place_for_them(runs: Path, tmp_path: Path) -> None:

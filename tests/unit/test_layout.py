@@ -19,13 +19,14 @@ from higgs_ds.adapter import read_adapter
 from higgs_ds.bundle import open_bundle
 from higgs_ds.config import ConvertOptions, LoraOptions
 from higgs_ds.convert import main as convert
+from higgs_ds.data.codec import Codec, read_codec_info
 from higgs_ds.data.delay_pattern import AudioStream, apply_delay_pattern
 from higgs_ds.errors import InputError
 from higgs_ds.merge import merge
 from higgs_ds.model.higgs import check_weights, load_base, load_base_in_4bit, read_config
 from higgs_ds.model.layout import LEFTOVERS, native_name, original_name
 from higgs_ds.model.lora import discover_targets
-from higgs_ds.relayout import native_folder, rewrite, stored_tensors
+from higgs_ds.relayout import native_codec, native_folder, rewrite, stored_tensors
 
 GOLDEN = PROJECT / "tests" / "golden"
 
@@ -261,6 +262,56 @@ def test_foreign_folders(base: Path, tmp_path: Path, kind: str) -> None:
         check_weights(open_bundle(str(folder), None, None, tmp_path).folder)
     assert str(folder) in str(caught.value)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_original_codec(tmp_path: Path) -> None:
+    """Codes and waveform of the original runtime, from its own file."""
+    original = GOLDEN / "original_codec"
+    folder = native_codec(original, "--codec_ckpt", tmp_path)
+    expected, codec = load_file(original / "expected.safetensors"), Codec(folder, torch.device("cpu"))
+    assert codec.encode(expected["waveform"][None])[0].equal(expected["codes"])
+    assert (codec.decode(expected["codes"]) - expected["decoded"][0, 0]).abs().max() < 1e-5
+    assert read_codec_info(folder).num_frames(len(expected["waveform"])) == expected["codes"].shape[1]
+    assert native_codec(original, "--codec_ckpt", tmp_path) == folder == native_codec(folder, "--codec_ckpt", tmp_path)
+
+
+def without_tensor(path: Path, name: str) -> None:
+    tensors = torch.load(path, weights_only=True)
+    del tensors[name]
+    torch.save(tensors, path)
+
+
+BAD_CODECS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no weights": (lambda f: (f / "model.pth").unlink(), "lacks model.pth"),
+    "cut off": (
+        lambda f: (f / "model.pth").write_bytes((f / "model.pth").read_bytes()[:-99]), "is no file of weights",
+    ),
+    "no quantizer": (
+        lambda f: without_tensor(f / "model.pth", "quantizer.vq.layers.0._codebook.embed"), "it lacks 'quantizer.vq",
+    ),
+    "a codebook less": (
+        lambda f: without_tensor(f / "model.pth", "quantizer.vq.layers.7._codebook.embed"), "holds 7 codebooks, and by",
+    ),
+    "no decoder's end": (
+        lambda f: without_tensor(f / "model.pth", "decoder_2.model.7.bias"), "lacks acoustic_decoder.conv2.bias",
+    ),
+    "no ratios": (
+        lambda f: (f / "config.json").write_text('{"semantic_techer": "hubert_base_general"}'),
+        "lacks ratios, sample_rate, target_bandwidths, bins",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD_CODECS)
+def test_damaged_original_codecs(kind: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(GOLDEN / "original_codec", tmp_path / "codec"))
+    spoil, words = BAD_CODECS[kind]
+    spoil(folder)
+    with pytest.raises(InputError) as caught:
+        native_codec(folder, "--codec_ckpt", tmp_path)
+    assert str(folder) in str(caught.value)
+    assert words in str(caught.value), caught.value
+    assert not list(tmp_path.glob("converted/*"))
 
 
 def test_a_base_given_as_codec(base: Path, tmp_path: Path) -> None:

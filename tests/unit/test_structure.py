@@ -18,7 +18,7 @@ ROWS = [
     ["model.parts"],
     ["model.routed", "model.lora"],
     ["distributed", "ds_config", "optimizers", "support"],
-    ["data.sample", "data.delay_pattern", "data.normalize", "data.formats.jsonio", "signals"],
+    ["data.sample", "data.delay_pattern", "data.normalize", "data.formats.jsonio", "signals", "data.codec_layout"],
     ["data.templates", "data.audio", "data.codec", "data.prompt", "data.sampler", "data.prefetch"],
     ["data.formats.checks", "data.audio_codes", "data.hearing", "model.higgs"],
     ["data.formats.turns", "data.formats.recordings", "data.collate", "data.index", "builtin"],

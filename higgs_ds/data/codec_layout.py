@@ -1,0 +1,134 @@
+"""The audio codec as it was first released (`model.pth`): its names and configuration as transformers has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import HiggsAudioV2TokenizerConfig
+
+from higgs_ds.errors import InputError
+
+_UNIT = ("snake1", "conv1", "snake2", "conv2")  # of a residual unit of the acoustic parts, in order
+_GAIN, _DIRECTION = ".weight_g", ".weight_v"  # what a weight-normalized weight is kept as
+_REPLACED = {
+    "quantizer.vq.layers.": "quantizer.quantizers.",
+    "._codebook.": ".codebook.",
+    "fc_prior.": "fc.",
+    "fc_post1.": "fc1.",
+    "fc_post2.": "fc2.",
+    ".conv.conv.": ".conv.",
+    ".conv1.conv.": ".conv1.",
+    ".conv2.conv.": ".conv2.",
+}
+_ONLY_TRAINED_WITH = "semantic_model.masked_spec_embed"
+_NEEDED = ("ratios", "sample_rate", "target_bandwidths", "bins")
+
+
+def is_original_codec(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a codec in its original layout, which names no model type."""
+    return "model_type" not in config and "semantic_techer" in config
+
+
+def native_codec_config(
+    config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], where: str
+) -> HiggsAudioV2TokenizerConfig:
+    """The configuration of a codec in transformers' layout; what the original does not write down, by its tensors.
+
+    Raises InputError, beginning with `where`, for what is no such codec.
+    """
+    missing = [name for name in _NEEDED if name not in config]
+    if missing:
+        raise InputError(f"{where}: its config.json lacks {', '.join(missing)}")
+    ratios, semantic = list(config["ratios"]), "semantic_model"
+    try:
+        convolutions = [
+            tensors[f"{semantic}.feature_extractor.conv_layers.{i}.conv.weight"].shape
+            for i in range(sum(name.endswith(".conv.weight") and "conv_layers" in name for name in tensors))
+        ]
+        position = f"{semantic}.encoder.pos_conv_embed.conv"
+        directions = (f"{position}.parametrizations.weight.original1", f"{position}{_DIRECTION}")
+        width, per_group, kernel = next(tensors[name].shape for name in directions if name in tensors)
+        made = HiggsAudioV2TokenizerConfig(
+            target_bandwidths=config["target_bandwidths"],
+            sample_rate=config["sample_rate"],
+            semantic_sample_rate=config.get("semantic_sample_rate") or 16000,
+            codebook_size=config["bins"],
+            codebook_dim=tensors["quantizer.vq.layers.0._codebook.embed"].shape[1],
+            acoustic_model_config={
+                "model_type": "dac",
+                "encoder_hidden_size": len(tensors[f"encoder.block.0{_DIRECTION}"]),
+                "decoder_hidden_size": len(tensors[f"decoder_2.model.0{_DIRECTION}"]),
+                "hidden_size": len(tensors[f"encoder.block.{len(ratios) + 2}{_DIRECTION}"]),
+                "downsampling_ratios": ratios,
+                "upsampling_ratios": ratios,
+            },
+            semantic_model_config={
+                "model_type": "hubert",
+                "hidden_size": width,
+                "intermediate_size": len(
+                    tensors[f"{semantic}.encoder.layers.0.feed_forward.intermediate_dense.weight"]
+                ),
+                "num_hidden_layers": sum(name.endswith("intermediate_dense.weight") for name in tensors),
+                "conv_dim": [shape[0] for shape in convolutions],
+                "conv_kernel": [shape[2] for shape in convolutions],
+                "num_conv_pos_embeddings": kernel,
+                "num_conv_pos_embedding_groups": width // per_group,
+                "mask_time_prob": 0.0,
+            },
+        )
+    except (KeyError, StopIteration) as error:
+        raise InputError(f"{where}: is no such codec: it lacks {error}") from error
+    num_codebooks = sum(name.endswith("._codebook.embed") for name in tensors)
+    if made.num_quantizers != num_codebooks:
+        raise InputError(
+            f"{where}: holds {num_codebooks} codebooks, and by the target_bandwidths of its config.json it has "
+            f"{made.num_quantizers}"
+        )
+    return made
+
+
+def native_codec_tensors(tensors: Mapping[str, torch.Tensor], num_blocks: int) -> dict[str, torch.Tensor]:
+    """A codec's tensors by transformers' names; the acoustic parts' weights without their weight normalization.
+
+    Args:
+        num_blocks: of the encoder, and of the decoder.
+    """
+    made = {}
+    for name, tensor in tensors.items():
+        if name == _ONLY_TRAINED_WITH:
+            continue
+        if name.startswith("semantic_model."):
+            renamed = name.replace(_GAIN, ".parametrizations.weight.original0")
+            made[renamed.replace(_DIRECTION, ".parametrizations.weight.original1")] = tensor
+        elif name.endswith(_GAIN):
+            direction = tensors[name.removesuffix(_GAIN) + _DIRECTION]
+            norm = torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True)
+            made[_native_name(name.removesuffix(_GAIN) + ".weight", num_blocks)] = direction * (tensor / norm)
+        elif not name.endswith(_DIRECTION):
+            made[_native_name(name, num_blocks)] = tensor
+    return made
+
+
+def _native_name(name: str, num_blocks: int) -> str:
+    for side, prefix in (("acoustic_encoder", "encoder.block."), ("acoustic_decoder", "decoder_2.model.")):
+        if name.startswith(prefix):
+            return f"{side}.{_acoustic_name(name.removeprefix(prefix).split('.'), num_blocks, side)}"
+    for original, native in _REPLACED.items():
+        name = name.replace(original, native)
+    return name
+
+
+def _acoustic_name(parts: list[str], num_blocks: int, side: str) -> str:
+    """A convolution, the blocks, an activation and a convolution; in the original, all of these by number."""
+    at, leaf = int(parts[0]), parts[-1]
+    outside = {0: "conv1", num_blocks + 1: "snake1", num_blocks + 2: "conv2"}
+    if at in outside:
+        return f"{outside[at]}.{leaf}"
+    inner = int(parts[2])
+    own = {3: "snake1", 4: "conv1"} if side == "acoustic_encoder" else {0: "snake1", 1: "conv_t1"}
+    if inner in own:
+        return f"block.{at - 1}.{own[inner]}.{leaf}"
+    unit = inner + 1 if side == "acoustic_encoder" else inner - 1
+    return f"block.{at - 1}.res_unit{unit}.{_UNIT[int(parts[4])]}.{leaf}"
