@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,11 +51,20 @@ def start_ranks(world_size: int, command: Sequence[str]) -> list[subprocess.Pope
 
 def train_runs(world_size: int, runs: Sequence[Sequence[str]], timeout_s: float = 900) -> None:
     """Run several trainings, each given by its command line, one after another in one group of ranks."""
-    processes = start_ranks(world_size, [sys.executable, str(WORKER), json.dumps([list(run) for run in runs])])
-    try:
-        outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{output[-6000:]}"
+    with tempfile.NamedTemporaryFile(mode="r", suffix=".log") as log:
+        job = {
+            "ranks": world_size, "runs": [list(run) for run in runs], "log": log.name, "timeout_s": timeout_s,
+            "environment": dict(os.environ),
+        }  # fmt: skip
+        server = _server()
+        assert server.stdin
+        assert server.stdout
+        print(json.dumps(job), file=server.stdin, flush=True)
+        codes = json.loads(server.stdout.readline() or '["the server of ranks has ended"]')
+        assert codes == [0] * world_size, f"ranks ended with {codes}:\n{log.read()[-9000:]}"
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """A process that has imported everything, and whose forks are the ranks; it ends with its stdin."""
+    return subprocess.Popen([sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

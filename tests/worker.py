@@ -1,23 +1,21 @@
-"""One rank of `launcher.train_runs`: the trainings of a JSON list of command lines, in one process group."""
+"""The ranks of `launcher.train_runs`: each line on stdin is a job, whose trainings run in forks of this process."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
-from higgs_ds.quiet import quiet_libraries
+import forks  # before anything that imports torch
+import torch.nn.functional as F
+from conftest import native_inputs
+from safetensors.torch import save_file
 
-quiet_libraries()
-
-import torch.nn.functional as F  # noqa: E402
-from conftest import native_inputs  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-
-from higgs_ds import distributed  # noqa: E402
-from higgs_ds.config import parse_train_options  # noqa: E402
-from higgs_ds.startup import Run, start  # noqa: E402
-from higgs_ds.train import main, train  # noqa: E402
+from higgs_ds import distributed
+from higgs_ds.config import parse_train_options
+from higgs_ds.startup import Run, start
+from higgs_ds.train import main, train
 
 
 def dump_logits(run: Run, path: Path) -> None:
@@ -37,8 +35,8 @@ def dump_logits(run: Run, path: Path) -> None:
         save_file(inputs | where | {name: logits.contiguous() for name, logits in caught.items()}, path)
 
 
-def train_all() -> None:
-    for argv in json.loads(sys.argv[1]):
+def train_all(runs: list[list[str]]) -> None:
+    for argv in runs:
         if "--dump_logits" in argv:
             at = argv.index("--dump_logits")
             run = start(*parse_train_options(argv[:at] + argv[at + 2 :]))
@@ -48,5 +46,17 @@ def train_all() -> None:
             main(*parse_train_options(argv))
 
 
+def serve() -> None:
+    for line in sys.stdin:
+        job = json.loads(line)
+        os.environ.update(job["environment"])
+        pids = forks.start(job["ranks"], lambda runs=job["runs"]: train_all(runs), Path(job["log"]))
+        try:
+            codes = forks.wait(pids, job["timeout_s"])
+        except TimeoutError as error:
+            codes = [str(error)]
+        print(json.dumps(codes), flush=True)
+
+
 if __name__ == "__main__":
-    distributed.leave(distributed.run_ranks(train_all))
+    serve()
