@@ -73,9 +73,9 @@ def convert_adapter(source: Path, target: Path, to: str) -> None:
     renamed = {f"{PEFT_PREFIX}{rename(name.removeprefix(PEFT_PREFIX))}": t for name, t in tensors.items()}
     with safe_open(source / ADAPTER_WEIGHTS, framework="pt") as file:
         metadata = file.metadata() or {}
+    # The record of how the base was quantized stays: it names weights as this trainer reads them, in either layout.
+    metadata |= {DIGEST_KEY: digest(renamed, config, metadata.get(QUANTIZATION_KEY))}
     with saving(target), new_folder(target) as folder:
-        # The names in that record are the base's as this trainer reads it, and stay.
-        metadata |= {DIGEST_KEY: digest(renamed, config, metadata.get(QUANTIZATION_KEY))}
         save_file(renamed, folder / ADAPTER_WEIGHTS, metadata)
         shutil.copy(source / ADAPTER_CONFIG, folder)
         if (source / ADAPTER_CARD).is_file():

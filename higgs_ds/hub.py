@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -54,15 +54,29 @@ def _resolve(name: str, asked_by: str, download: Callable[[], Path]) -> Path:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model, as its index names them. Raises InputError where any is missing."""
-    index = folder / WEIGHT_INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    missing = [name for name in names if not (folder / name).is_file()]
+    return indexed_files(folder, WEIGHT_INDEX) or _all_there(folder, ["model.safetensors"])
+
+
+def indexed_files(folder: Path, index: str) -> list[Path]:
+    """The files that an index of weights names, none where there is no index. Raises InputError where one is missing."""
+    if not (folder / index).is_file():
+        return []
+    return _all_there(folder, json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+
+
+def _all_there(folder: Path, names: Iterable[str]) -> list[Path]:
+    files = [folder / name for name in sorted(set(names))]
+    missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise InputError(f"{folder}: lacks {', '.join(missing)}")
-    return [folder / name for name in names]
+    return files
+
+
+def companions(folder: Path) -> list[Path]:
+    """What lies beside a model's weights: configuration, tokenizer, template, generation settings."""
+    return [
+        path for path in folder.iterdir() if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model")
+    ]
 
 
 def weight_places(folder: Path) -> dict[str, Path]:

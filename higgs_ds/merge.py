@@ -25,7 +25,7 @@ from higgs_ds.files import (
     why_not_writable,
     write_json,
 )
-from higgs_ds.hub import WEIGHT_INDEX, byte_ranges, read_tensor, resolve_folder, weight_files, weight_shapes
+from higgs_ds.hub import WEIGHT_INDEX, byte_ranges, companions, read_tensor, resolve_folder, weight_files, weight_shapes
 from higgs_ds.model.higgs import read_config
 from higgs_ds.model.parts import Parts, parts_of, with_parts
 from higgs_ds.relayout import native_folder, rewrite
@@ -226,9 +226,8 @@ def _merged(name: str, tensor: torch.Tensor, adapter: Adapter, base: BaseWeights
 
 def _copy_companions(base_folder: Path, folder: Path, final_folder: Path) -> None:
     """Copy everything of the base but its weights, and its codec where that is a folder on this machine."""
-    for path in base_folder.iterdir():
-        if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model"):
-            shutil.copy(path, folder)
+    for path in companions(base_folder):
+        shutil.copy(path, folder)
     if (folder / PROCESSOR_CONFIG).is_file():
         config = json.loads((folder / PROCESSOR_CONFIG).read_text(encoding="utf-8"))
         reference = config.get("audio_tokenizer") or {}

@@ -284,9 +284,9 @@ def _part(folder: Path, rank: int) -> Iterator[tuple[Callable[[CheckedSample], N
         with saving(folder):
             print(number, " ".join(line.splitlines()), sep="\t", file=bad)
 
-    yield keep, tell_bad
+    with bad:
+        yield keep, tell_bad
     with saving(folder):
-        bad.close()
         writer.close()
         if not bad_lines.stat().st_size:
             bad_lines.unlink()

@@ -19,7 +19,16 @@ from higgs_ds.data.codec import CODEC_SUBFOLDER, check_codec_tensors, read_codec
 from higgs_ds.data.codec_layout import is_original_codec, native_codec_config, native_codec_tensors
 from higgs_ds.errors import InputError, SaveError
 from higgs_ds.files import new_folder, release_freed_memory, room_at, saving, sha256_of, write_json
-from higgs_ds.hub import KEPT_CONFIG, byte_ranges, read_tensor, weight_files, weight_shapes
+from higgs_ds.hub import (
+    KEPT_CONFIG,
+    WEIGHT_INDEX,
+    byte_ranges,
+    companions,
+    indexed_files,
+    read_tensor,
+    weight_files,
+    weight_shapes,
+)
 from higgs_ds.model.layout import (
     MODEL_TYPES,
     NATIVE,
@@ -109,8 +118,8 @@ def rewrite(source: Path, target: Path, to: str, asked_by: str) -> list[str]:
         )
     with saving(target), new_folder(target) as folder:
         _write_shards(groups, folder)
-        for path in source.iterdir():
-            if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and not _is_of_layout(path.name):
+        for path in companions(source):
+            if path.name not in ("config.json", KEPT_CONFIG) and not path.name.endswith(".index.json"):
                 shutil.copy(path, folder)
         if (source / CODEC_SUBFOLDER).is_dir():
             shutil.copytree(source / CODEC_SUBFOLDER, folder / CODEC_SUBFOLDER)
@@ -132,10 +141,6 @@ def _config_and_names(
     if kept.is_file():
         return json.loads(kept.read_text(encoding="utf-8")), original_name
     return original_config(config, special_tokens(source)), original_name
-
-
-def _is_of_layout(name: str) -> bool:
-    return name in ("config.json", KEPT_CONFIG) or name.endswith(".index.json")
 
 
 def _renamed(source: Path, rename: Callable[[str], str | None]) -> tuple[dict[str, list[Stored]], list[str]]:
@@ -179,16 +184,10 @@ def stored_tensors(folder: Path) -> Iterator[Stored]:
 
 def pickled_files(folder: Path) -> list[Path]:
     """The files of a model that holds its weights as torch.save writes them, and not as safetensors."""
-    if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").is_file():
+    if any(folder.glob("*.safetensors")) or (folder / WEIGHT_INDEX).is_file():
         return []
-    index = folder / "pytorch_model.bin.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise InputError(f"{folder}: lacks {', '.join(missing)}")
-        return [folder / name for name in names]
-    return sorted(path for path in folder.iterdir() if path.suffix in _PICKLED)
+    indexed = indexed_files(folder, "pytorch_model.bin.index.json")
+    return indexed or sorted(path for path in folder.iterdir() if path.suffix in _PICKLED)
 
 
 def _unpickled(path: Path) -> dict[str, torch.Tensor]:
@@ -223,14 +222,19 @@ def _write_shards(groups: Mapping[str, list[Stored]], folder: Path) -> None:
         tensors = {name: _joined(groups[name]) for name in names}
         save_file(tensors, folder / file, {"format": "pt"})
         for name, tensor in tensors.items():
-            if not torch.equal(read_tensor(folder / file, name), tensor) and not tensor.isnan().any():
+            if not _bits(read_tensor(folder / file, name)).equal(_bits(tensor)):
                 raise SaveError(f"{folder / file}: {name} reads back otherwise than written")
             places[name] = file
         del tensors
         release_freed_memory()
     if len(shards) > 1:
         total = sum(part.size for parts in groups.values() for part in parts)
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+        write_json(folder / WEIGHT_INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's bytes: NaN equals itself there."""
+    return tensor.flatten().view(torch.uint8)
 
 
 def _joined(parts: list[Stored]) -> torch.Tensor:
