@@ -58,7 +58,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def indexed_files(folder: Path, index: str) -> list[Path]:
-    """The files that an index of weights names, none where there is no index. Raises InputError where one is missing."""
+    """The files that an index of weights names; none without an index. Raises InputError where one is missing."""
     if not (folder / index).is_file():
         return []
     return _all_there(folder, json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())

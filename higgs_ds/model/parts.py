@@ -68,6 +68,9 @@ class Parts:
     audio_self_attention: bool = False
     audio_tower: dict[str, Any] | None = None
 
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
     def __bool__(self) -> bool:
         return self.audio_self_attention or self.audio_tower is not None
 

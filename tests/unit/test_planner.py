@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROJECT, speech_batch
-from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+from transformers import HiggsAudioV2Config
 
 from higgs_ds import dry_run
 from higgs_ds.activations import PassSettings, measure_pass
 from higgs_ds.config import LoraOptions, check_options, parse_train_options
 from higgs_ds.errors import InputError
 from higgs_ds.model import nf4
-from higgs_ds.model.higgs import DualLossModel, checkpoint_layers, read_config
+from higgs_ds.model.higgs import DualLossModel, checkpoint_layers, empty_model, read_config
 from higgs_ds.model.lora import add_lora
+from higgs_ds.model.parts import Parts, model_class, with_parts
 from higgs_ds.planner import AUTO_CHECKPOINTING, CONTEXT_BYTES, GROUPS, LORA, model_weights, plan, with_checkpointing
 
 BIG = PROJECT / "benchmarks" / "3b"
@@ -35,8 +36,17 @@ def small_config() -> HiggsAudioV2Config:
     )  # fmt: skip
 
 
+TOWER = {"num_mel_bins": 16, "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48,
+         "max_source_positions": 50}  # fmt: skip
+
+
+def config_with(settings: PassSettings) -> HiggsAudioV2Config:
+    return with_parts(small_config(), settings.in_full)
+
+
 def real_model(settings: PassSettings) -> DualLossModel:
-    higgs = HiggsAudioV2ForConditionalGeneration(small_config(), use_text_head=True).to(settings.dtype)
+    config = config_with(settings)
+    higgs = model_class(config)(config, use_text_head=True).to(settings.dtype)
     higgs.requires_grad_(False)
     if settings.four_bit:
         weights = {name: p.data for name, p in higgs.named_parameters() if nf4.is_quantized_weight(name)}
@@ -45,17 +55,24 @@ def real_model(settings: PassSettings) -> DualLossModel:
             nf4.fill(higgs.get_submodule(name.rpartition(".")[0]), nf4.quantize(weight, settings.dtype))
     if settings.recompute_every is not None:
         checkpoint_layers(higgs, settings.recompute_every)
-    return DualLossModel(add_lora(higgs, settings.lora, "", settings.dtype)).train()
+    return DualLossModel(add_lora(higgs, settings.lora, "", settings.dtype, settings.in_full)).train()
 
 
 def real_batch(settings: PassSettings) -> dict[str, torch.Tensor]:
     batch = speech_batch(settings.batch_size, settings.length, settings.text_positions, 8, 64)
-    return batch.tensors(torch.device("cpu")) | {"target_weights": torch.ones(9)}
+    heard = {}
+    if settings.in_full:  # of each sample, a clip of the length that a tower hears at once
+        count = min(25, settings.text_positions)
+        at = torch.arange(settings.batch_size * count)
+        places = (at // count) * settings.text_positions + at % count
+        heard = {"features": torch.randn(2, 16, 100), "feature_lengths": torch.tensor([100, 100]), "feature_rows": at}
+        heard |= {"feature_places": places}
+    return batch.tensors(torch.device("cpu")) | {"target_weights": torch.ones(9)} | heard
 
 
 def settings_of(kind: str, recompute: int | None, length: int) -> PassSettings:
     return PassSettings(
-        dtype=torch.float32 if kind == "fp32" else torch.bfloat16,
+        dtype=torch.float32 if kind in ("fp32", "parts") else torch.bfloat16,
         four_bit=kind == "nf4",
         recompute_every=recompute,
         lora=LoraOptions(lora_r=4),
@@ -63,12 +80,13 @@ def settings_of(kind: str, recompute: int | None, length: int) -> PassSettings:
         length=length,
         on_gpu=False,
         keeps_inputs=False,
+        in_full=Parts(True, TOWER) if kind == "parts" else Parts(),
     )
 
 
 @pytest.mark.parametrize("length", [30, 90])
 @pytest.mark.parametrize("recompute", [None, 1, 2])
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "parts"])
 def test_activations_against_a_real_forward(kind: str, recompute: int | None, length: int) -> None:
     settings = settings_of(kind, recompute, length)
     model, batch = real_model(settings), real_batch(settings)
@@ -84,7 +102,7 @@ def test_activations_against_a_real_forward(kind: str, recompute: int | None, le
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss, _ = model(**batch)
     del loss
-    planned = measure_pass(small_config(), settings)
+    planned = measure_pass(config_with(settings), settings)
     print(planned.activations + planned.logits, sum(kept.values()))
     assert planned.activations + planned.logits == pytest.approx(sum(kept.values()), rel=TOLERANCE)
 
@@ -115,8 +133,19 @@ def test_released_geometry_has_the_released_size() -> None:
     weights = model_weights(setting)
     assert sum(weight.numel * weight.count for weight in weights if weight.group != LORA) == 5_771_283_456
     assert sum(weight.numel * weight.count for weight in weights if weight.group == LORA) == 39_452_672
-    assert {weight.group for weight in weights} == {*GROUPS, LORA} - {"Whisper tower"} - {"Whisper tower"}
+    assert {weight.group for weight in weights} == {*GROUPS, LORA} - {"Whisper tower"}
     assert read_config(BIG).codebook_size == 1026
+
+
+def test_parts_are_counted_whole() -> None:
+    """All that is trained, in full or by adapters, and the frozen rest, against a model that is there."""
+    config = with_parts(small_config(), Parts(True, TOWER))
+    options, _ = parse_train_options("--dry_run --audio_self_attention --whisper_conditioning".split())
+    real = add_lora(empty_model(config, torch.float32), LoraOptions(), "", torch.float32, Parts(True, TOWER))
+    weights = model_weights(dry_run.Setting(config, options, {"zero_optimization": {"stage": 0}}, 1))
+    for trained in (True, False):
+        planned = sum(weight.numel * weight.count for weight in weights if (weight.group == LORA) == trained)
+        assert planned == sum(p.numel() for p in real.parameters() if p.requires_grad == trained)
 
 
 def run_dry(*options: str) -> subprocess.CompletedProcess[str]:
