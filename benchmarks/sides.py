@@ -115,7 +115,7 @@ def stream() -> Any:
 
 def our_engine(folder: Path, precision: str, four_bit: bool, every: int | None, batch_size: int, meter: Meter) -> Any:
     """This project's engine with ds_configs/zero2.json, as launch/train.py starts it; `every` n-th layer recomputed."""
-    from higgs_ds.config import parse_train_options
+    from higgs_ds.command_line import parse_train_options
     from higgs_ds.distributed import device, world_size
     from higgs_ds.ds_config import read_ds_config, resolve
     from higgs_ds.engine import Engine

@@ -1,19 +1,15 @@
-"""Every option of training: its default, its meaning, its check. Imports no torch, so `--help` answers at once."""
+"""Every option: its default, its meaning, its check. Imports no torch, so `--help` answers at once."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from higgs_ds.errors import InputError
 
-T = typing.TypeVar("T")
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DS_CONFIG = PROJECT_ROOT / "ds_configs" / "zero2.json"
 FORMATS = ("chatml", "native", "swift", "metadata", "paired", "list", "csv", "table")
@@ -27,7 +23,6 @@ RESUME_NEVER, RESUME_AUTO = "never", "auto"
 
 
 REQUIRED = dataclasses.MISSING  # the default of an option without one
-METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
 def option(default: Any, help_text: str, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
@@ -225,6 +220,15 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True)
+class InspectOptions:
+    """Looking at what runs have left. `path` is the one argument that has no name."""
+
+    path: Path
+    base_model_path: str | None = None
+    as_json: bool = False
+
+
+@dataclass(frozen=True)
 class GenerateOptions:
     """Generation"""
 
@@ -276,129 +280,12 @@ class TrainOptions:
         return {name: str(value) if isinstance(value, Path) else value for name, value in flat.items()}
 
 
-def add_options(parser: argparse.ArgumentParser, group_class: type) -> None:
-    """Add one dataclass of options to a parser. Options that are not given do not appear in its result."""
-    group = parser.add_argument_group(group_class.__doc__)
-    hints = typing.get_type_hints(group_class)
-    for option_field in dataclasses.fields(group_class):
-        meta = option_field.metadata
-        default: Any = option_field.default
-        value_type, many = _value_type(hints[option_field.name])
-        kwargs: dict[str, Any] = {"default": argparse.SUPPRESS, "help": meta["help"]}
-        if value_type is bool:
-            kwargs["action"] = "store_true"
-        else:
-            metavar = meta["metavar"] or (None if meta["choices"] else METAVARS[value_type])
-            kwargs.update(type=value_type, choices=meta["choices"], metavar=metavar)
-            if many:
-                kwargs["nargs"] = "+"
-            if default is REQUIRED:
-                kwargs["required"] = True
-            elif default is not None:
-                shown = " ".join(map(str, default)) if many else _shown_default(default)
-                kwargs["help"] += f" [{shown}]"
-        group.add_argument(f"--{option_field.name}", **kwargs)
-
-
-def _shown_default(default: Any) -> str:
-    if isinstance(default, Path) and default.is_relative_to(PROJECT_ROOT):
-        return str(default.relative_to(PROJECT_ROOT))
-    return str(default)
-
-
-def _value_type(hint: Any) -> tuple[Any, bool]:
-    """The type that a command line value is turned into, and whether an option takes several."""
-    if isinstance(hint, types.UnionType):
-        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
-    if typing.get_origin(hint) is tuple:
-        return typing.get_args(hint)[0], True
-    return hint, False
-
-
-def parse_train_options(argv: list[str] | None = None) -> tuple[TrainOptions, set[str]]:
-    """The options of launch/train.py, and which of them were given on the command line."""
-    parser = argparse.ArgumentParser(
-        prog="launch/train.py",
-        usage="deepspeed launch/train.py [--deepspeed FILE] [options]",
-        description="Train LoRA adapters for Higgs Audio v2. Without options: the built-in base and sample voices.",
-        allow_abbrev=False,
-    )
-    for group_class in typing.get_type_hints(TrainOptions).values():
-        add_options(parser, group_class)
-    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
-    given = _given(parser, argv)
-    given.pop("local_rank")
-    return TrainOptions().replace(**given), set(given)
-
-
-def parse_prepare_options(argv: list[str] | None = None) -> tuple[DataOptions, ModelOptions, PrepareOptions]:
-    """The options of launch/prepare.py; those of the data and the base are the ones of training."""
-    parser = argparse.ArgumentParser(
-        prog="launch/prepare.py",
-        usage="[deepspeed|python] launch/prepare.py --train_manifest PATH [options]",
-        description="Check manifests, and encode their audio once, ahead of training.",
-        allow_abbrev=False,
-    )
-    groups = (DataOptions, ModelOptions, PrepareOptions)
-    for group_class in groups:
-        add_options(parser, group_class)
-    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
-    given = _given(parser, argv)
-    made = [group(**{f.name: given[f.name] for f in dataclasses.fields(group) if f.name in given}) for group in groups]
-    return typing.cast(tuple[DataOptions, ModelOptions, PrepareOptions], tuple(made))
-
-
 def parse_shard(text: str) -> tuple[int, int]:
     """I and N of I/N. Raises InputError for anything but 0 <= I < N."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or not int(match[1]) < int(match[2]):
         raise InputError(f"--shard {text}: must be I/N, with I from 0 to N - 1, for instance 0/4")
     return int(match[1]), int(match[2])
-
-
-def parse_merge_options(argv: list[str] | None = None) -> MergeOptions:
-    """The options of launch/merge.py."""
-    return _parse_group(
-        MergeOptions,
-        argv,
-        prog="launch/merge.py",
-        usage="python launch/merge.py --base_model_path BASE --lora_adapter_path DIR --output_path DIR [options]",
-        description="Merge a LoRA adapter into its base, in float32, tensor by tensor; the result loads by itself.",
-    )
-
-
-def parse_convert_options(argv: list[str] | None = None) -> ConvertOptions:
-    """The options of launch/convert.py."""
-    return _parse_group(
-        ConvertOptions,
-        argv,
-        prog="launch/convert.py",
-        usage="python launch/convert.py --input_path DIR --output_path DIR --to native|original",
-        description="Write a base, a merged model or an adapter in the other of the two layouts, without loss.",
-    )
-
-
-def parse_generate_options(argv: list[str] | None = None) -> GenerateOptions:
-    """The options of launch/generate.py."""
-    return _parse_group(
-        GenerateOptions,
-        argv,
-        prog="launch/generate.py",
-        usage="python launch/generate.py --text TEXT [options]",
-        description="Speak a text with a base, an adapter or a merged model.",
-    )
-
-
-def _parse_group(group_class: type[T], argv: list[str] | None, **shown: Any) -> T:
-    """One group of options, which is all that a command has."""
-    parser = argparse.ArgumentParser(**shown, allow_abbrev=False)
-    add_options(parser, group_class)
-    return group_class(**_given(parser, argv))
-
-
-def _given(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, Any]:
-    values = vars(parser.parse_args(argv))
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def check_data_options(options: DataOptions) -> list[str]:

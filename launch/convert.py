@@ -2,7 +2,7 @@
 
 import sys
 
-from higgs_ds.config import parse_convert_options
+from higgs_ds.command_line import parse_convert_options
 
 if __name__ == "__main__":
     options = parse_convert_options()

@@ -2,7 +2,7 @@
 
 import sys
 
-from higgs_ds.config import parse_generate_options
+from higgs_ds.command_line import parse_generate_options
 
 if __name__ == "__main__":
     options = parse_generate_options()

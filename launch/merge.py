@@ -2,7 +2,7 @@
 
 import sys
 
-from higgs_ds.config import parse_merge_options
+from higgs_ds.command_line import parse_merge_options
 
 if __name__ == "__main__":
     options = parse_merge_options()

@@ -1,6 +1,6 @@
 """Check manifests and encode their audio: python launch/prepare.py --train_manifest PATH [options]; see --help."""
 
-from higgs_ds.config import parse_prepare_options
+from higgs_ds.command_line import parse_prepare_options
 
 if __name__ == "__main__":
     options, model, how = parse_prepare_options()

@@ -1,6 +1,6 @@
 """Train LoRA adapters: deepspeed launch/train.py --deepspeed ds_configs/zero2.json [options]; see --help."""
 
-from higgs_ds.config import parse_train_options
+from higgs_ds.command_line import parse_train_options
 
 if __name__ == "__main__":
     options, given = parse_train_options()

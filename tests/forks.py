@@ -21,7 +21,7 @@ quiet_libraries()
 from launcher import free_port, rank_environment  # noqa: E402
 
 from higgs_ds import distributed, prepare, train  # noqa: E402
-from higgs_ds.config import parse_prepare_options, parse_train_options  # noqa: E402
+from higgs_ds.command_line import parse_prepare_options, parse_train_options  # noqa: E402
 
 
 def training(argv: Sequence[str]) -> Callable[[], None]:

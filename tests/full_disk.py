@@ -24,7 +24,7 @@ from forks import preparing, start, training, wait
 from higgs_ds import generate, merge
 from higgs_ds.builtin import builtin_base
 from higgs_ds.checkpoint import publish, read_state
-from higgs_ds.config import parse_generate_options, parse_merge_options
+from higgs_ds.command_line import parse_generate_options, parse_merge_options
 from higgs_ds.metrics import MetricsLog
 
 FULL, READ_ONLY = "full", "read-only"

@@ -22,7 +22,7 @@ from conftest import speech_batch  # noqa: E402
 
 from higgs_ds import distributed  # noqa: E402
 from higgs_ds.builtin import builtin_base  # noqa: E402
-from higgs_ds.config import parse_train_options  # noqa: E402
+from higgs_ds.command_line import parse_train_options  # noqa: E402
 from higgs_ds.data.audio_codes import default_cache_dir  # noqa: E402
 from higgs_ds.data.collate import Batch  # noqa: E402
 from higgs_ds.ds_config import read_ds_config, resolve  # noqa: E402

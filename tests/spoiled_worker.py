@@ -19,7 +19,7 @@ quiet_libraries()
 import torch  # noqa: E402
 
 from higgs_ds import distributed  # noqa: E402
-from higgs_ds.config import parse_train_options  # noqa: E402
+from higgs_ds.command_line import parse_train_options  # noqa: E402
 from higgs_ds.data.collate import Batch  # noqa: E402
 from higgs_ds.engine import Step  # noqa: E402
 from higgs_ds.errors import NotFiniteError  # noqa: E402

@@ -13,7 +13,7 @@ from conftest import native_inputs
 from safetensors.torch import save_file
 
 from higgs_ds import distributed
-from higgs_ds.config import parse_train_options
+from higgs_ds.command_line import parse_train_options
 from higgs_ds.startup import Run, start
 from higgs_ds.train import main, train
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launcher import start_ranks
 
-from higgs_ds.config import parse_train_options
+from higgs_ds.command_line import parse_train_options
 from higgs_ds.dry_run import make_setting
 from higgs_ds.planner import plan
 

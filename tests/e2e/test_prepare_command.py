@@ -103,7 +103,7 @@ def test_bad_data_ends_with_2(base: Path, tmp_path: Path) -> None:
 def test_workers_end_with_their_parent(manifest: Path, base: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from higgs_ds.data import encode; encode.WORTH_A_WORKER_S = 0.1; "
-        "from higgs_ds.config import parse_prepare_options; from higgs_ds import distributed, prepare; "
+        "from higgs_ds.command_line import parse_prepare_options; from higgs_ds import distributed, prepare; "
         "distributed.run_ranks(lambda: prepare.main(*parse_prepare_options(sys.argv[1:])))"
     )
     script = tmp_path / "slow.py"

@@ -10,7 +10,7 @@ from conftest import PROJECT, speech_batch
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from higgs_ds.activations import TEXT_POSITIONS
-from higgs_ds.config import parse_train_options
+from higgs_ds.command_line import parse_train_options
 from higgs_ds.data.collate import Batch
 from higgs_ds.dry_run import make_setting
 from higgs_ds.engine import Engine

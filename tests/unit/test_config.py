@@ -10,14 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT
 
-from higgs_ds.config import (
-    PrepareOptions,
-    TrainOptions,
-    check_options,
-    parse_prepare_options,
-    parse_shard,
-    parse_train_options,
-)
+from higgs_ds.command_line import parse_prepare_options, parse_train_options
+from higgs_ds.config import PrepareOptions, TrainOptions, check_options, parse_shard
 from higgs_ds.errors import InputError
 
 

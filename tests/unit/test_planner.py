@@ -15,7 +15,8 @@ from transformers import HiggsAudioV2Config
 
 from higgs_ds import dry_run
 from higgs_ds.activations import PassSettings, measure_pass
-from higgs_ds.config import LoraOptions, check_options, parse_train_options
+from higgs_ds.command_line import parse_train_options
+from higgs_ds.config import LoraOptions, check_options
 from higgs_ds.errors import InputError
 from higgs_ds.model import nf4
 from higgs_ds.model.higgs import DualLossModel, checkpoint_layers, empty_model, read_config

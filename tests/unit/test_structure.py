@@ -14,7 +14,7 @@ from conftest import PROJECT
 ROWS = [
     ["errors"],
     ["config", "files", "quiet", "hub", "loss", "model.nf4", "model.offload"],
-    ["model.layout"],
+    ["command_line", "model.layout"],
     ["model.parts"],
     ["model.routed", "model.lora"],
     ["distributed", "ds_config", "optimizers", "support"],
