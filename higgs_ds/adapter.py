@@ -178,6 +178,23 @@ def _base_name(name: str) -> str:
     return name if name.startswith("model.") else native_name(name) or name
 
 
+def check_fit(adapter: Adapter, shapes: dict[str, tuple[int, ...]], adapter_folder: Path, base_folder: Path) -> None:
+    """Raise InputError where a base, whose tensors have these shapes, lacks what an adapter adapts."""
+    problems = []
+    for name, factors in adapter.factors.items():
+        a, b = factors.a, factors.b
+        if name not in shapes:
+            problems.append(f"{adapter_folder}: adapts {name}, which the base {base_folder} has not")
+        elif (b.shape[0], a.shape[1]) != shapes[name] or a.shape[0] != b.shape[1]:
+            problems.append(
+                f"{adapter_folder}: adapts {name} as {b.shape[0]} x {a.shape[1]}, in the base it is {shapes[name]}"
+            )
+        elif factors.bias is not None and name.removesuffix("weight") + "bias" not in shapes:
+            problems.append(f"{adapter_folder}: gives {name} a bias, and the base's layer has none")
+    if problems:
+        raise InputError(problems)
+
+
 def _no_adapter(folder: Path) -> str:
     near = sorted({path.parent for parent in (folder, folder.parent) for path in _adapters_below(parent)})
     where = "; adapters nearby: " + ", ".join(map(str, near)) if near else ""

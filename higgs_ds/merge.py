@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import HiggsAudioV2Config
 
-from higgs_ds.adapter import Adapter, BaseWeights, read_adapter
+from higgs_ds.adapter import Adapter, BaseWeights, check_fit, read_adapter
 from higgs_ds.config import MERGE_DEQUANTIZED, MERGE_ORIGINAL, NATIVE, ORIGINAL, MergeOptions
 from higgs_ds.data.audio_codes import default_cache_dir
 from higgs_ds.data.codec import CODEC_SUBFOLDER
@@ -104,7 +104,7 @@ def merge(
         merge_base = MERGE_ORIGINAL if adapter.quantization is None else MERGE_DEQUANTIZED
     shards = weight_files(base_folder)
     shapes = weight_shapes(shards)
-    _check_fit(adapter, shapes, adapter_folder, base_folder)
+    check_fit(adapter, shapes, adapter_folder, base_folder)
     models = 1 if export_layout == NATIVE else 2  # another layout is written from the native one
     added = {name: tensor for name, tensor in adapter.whole.items() if name not in shapes}
     needed = sum(path.stat().st_size for path in shards) + sum(tensor.nbytes for tensor in added.values())
@@ -141,22 +141,6 @@ def _verified(base_folder: Path, merged_folder: Path, adapter: Adapter, merge_ba
     elif agreement.relative > LARGEST_DIFFERENCE:
         raise SaveError(f"{merged_folder}: the merged model is not what was trained: {agreement}")
     return agreement
-
-
-def _check_fit(adapter: Adapter, shapes: dict[str, tuple[int, ...]], adapter_folder: Path, base_folder: Path) -> None:
-    problems = []
-    for name, factors in adapter.factors.items():
-        a, b = factors.a, factors.b
-        if name not in shapes:
-            problems.append(f"{adapter_folder}: adapts {name}, which the base {base_folder} has not")
-        elif (b.shape[0], a.shape[1]) != shapes[name] or a.shape[0] != b.shape[1]:
-            problems.append(
-                f"{adapter_folder}: adapts {name} as {b.shape[0]} x {a.shape[1]}, in the base it is {shapes[name]}"
-            )
-        elif factors.bias is not None and name.removesuffix("weight") + "bias" not in shapes:
-            problems.append(f"{adapter_folder}: gives {name} a bias, and the base's layer has none")
-    if problems:
-        raise InputError(problems)
 
 
 def _check_output(folder: Path, needed_bytes: int, overwrite: bool) -> None:

@@ -1,0 +1,225 @@
+"""What runs have left: adapters below a folder, checkpoints and adapters looked through. Nothing is loaded to run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+
+from higgs_ds.adapter import Adapter, check_fit, read_adapter
+from higgs_ds.checkpoint import (
+    MANIFEST_FILE,
+    OPTIMIZER_FILE,
+    RNG_FILE,
+    STATE_FILE,
+    TrainerState,
+    find_checkpoints,
+    read_state,
+    why_incomplete,
+)
+from higgs_ds.config import InspectOptions
+from higgs_ds.data.audio_codes import default_cache_dir
+from higgs_ds.errors import InputError
+from higgs_ds.export import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
+from higgs_ds.hub import resolve_folder, weight_files, weight_shapes
+from higgs_ds.optimizers import MOMENTS
+from higgs_ds.relayout import native_folder
+
+
+@dataclass(frozen=True)
+class FoundAdapter:
+    """An adapter's folder, and what is known of it; `problem` is why it is no good."""
+
+    path: str
+    problem: str | None = None
+    base: str | None = None
+    rank: int | None = None
+    alpha: int | None = None
+    targets: list[str] = field(default_factory=list)
+    tensors: int = 0
+    size_mib: float = 0.0
+    base_in_4bit: bool = False
+    in_full: str = "none"
+    of_step: int | None = None
+    changed: str = ""
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        if self.problem:
+            return [f"{self.path}", f"  no good: {self.problem}"]
+        four_bit = ", held in 4 bits" if self.base_in_4bit else ""
+        step = f"of step {self.of_step}, " if self.of_step is not None else ""
+        return [
+            f"{self.path}",
+            f"  rank {self.rank}, alpha {self.alpha}, on {', '.join(self.targets)}; in full: {self.in_full}",
+            f"  base: {self.base}{four_bit}",
+            f"  {step}{self.tensors} tensors, {self.size_mib:.1f} MiB, {self.changed}",
+        ]
+
+
+def find_adapters(options: InspectOptions) -> None:
+    """List the adapters below a folder, or say where to look. Raises InputError where there is no such folder."""
+    if not options.path.is_dir():
+        raise InputError(f"{options.path}: is no folder")
+    found = [describe_adapter(path.parent) for path in sorted(options.path.rglob(ADAPTER_CONFIG))]
+    if options.as_json:
+        print(json.dumps([asdict(one) for one in found], indent=2))
+    elif not found:
+        print("\n".join(_tips(options.path)))
+    else:
+        print("\n".join(line for one in found for line in one.lines()))
+        if any(one.of_step is not None for one in found):
+            print("Merge one with launch/merge.py --lora_adapter_path; those of checkpoint-N are of earlier steps.")
+
+
+def describe_adapter(folder: Path) -> FoundAdapter:
+    """What is known of an adapter."""
+    parent = folder.parent.name
+    step = int(parent.removeprefix("checkpoint-")) if parent.startswith("checkpoint-") else None
+    try:
+        adapter = read_adapter(folder)
+        config = LoraConfig.from_pretrained(folder)
+    except InputError as error:
+        return FoundAdapter(str(folder), "; ".join(error.problems), of_step=step)
+    stat = (folder / ADAPTER_WEIGHTS).stat()
+    return FoundAdapter(
+        path=str(folder),
+        base=config.base_model_name_or_path,
+        rank=config.r,
+        alpha=config.lora_alpha,
+        targets=sorted(config.target_modules),
+        tensors=_num_tensors(folder / ADAPTER_WEIGHTS),
+        size_mib=stat.st_size / 2**20,
+        base_in_4bit=adapter.quantization is not None,
+        in_full=str(adapter.in_full),
+        of_step=step,
+        changed=time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime)),
+    )
+
+
+def _num_tensors(path: Path) -> int:
+    with safe_open(path, framework="pt") as file:
+        return len(file.keys())
+
+
+def _tips(folder: Path) -> list[str]:
+    checkpoints = find_checkpoints(folder)
+    runs = sorted({path.parent for path in folder.rglob(STATE_FILE) if not path.parent.name.startswith("checkpoint-")})
+    tips = [f"no adapter below {folder} (a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS})"]
+    if checkpoints or runs:
+        tips.append(
+            f"there are runs: {', '.join(map(str, runs or [folder]))}; an adapter lies in {ADAPTER_FOLDER}/ once the "
+            "first checkpoint is saved, which a signal (SIGUSR1, SIGTERM) also asks for"
+        )
+    else:
+        tips.append("adapters lie in OUTPUT_DIR/lora_adapters/, the output folder that training tells at its end")
+        tips.append(f"give a folder above it: python launch/find_lora_adapters.py {folder.resolve().parent}")
+    return tips
+
+
+@dataclass
+class Report:
+    """What was looked at, and whether it was good."""
+
+    path: str
+    checks: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, what: str, problem: str | None, detail: str = "") -> bool:
+        """One thing that was looked at; whether it was good."""
+        self.checks.append({"what": what, "good": problem is None, "detail": problem or detail})
+        return problem is None
+
+    def try_to(self, what: str, look: Callable[[], str]) -> bool:
+        """Look at one thing, which tells a detail, or raises InputError."""
+        try:
+            return self.add(what, None, look())
+        except InputError as error:
+            return self.add(what, "; ".join(error.problems))
+
+    def show(self, as_json: bool) -> None:
+        """Print it. Raises InputError where something was not good."""
+        bad = [check["what"] for check in self.checks if not check["good"]]
+        if as_json:
+            print(json.dumps({"path": self.path, "good": not bad, "checks": self.checks}, indent=2))
+        else:
+            print(self.path)
+            for check in self.checks:
+                print(f"  {'good' if check['good'] else 'BAD '}  {check['what']}: {check['detail']}")
+        if bad:
+            raise InputError(f"{self.path}: not good: {', '.join(bad)}")
+
+
+def validate_checkpoint(options: InspectOptions) -> None:
+    """Look through a checkpoint. Raises InputError, behind its report, where it is not good; or is none."""
+    folder = options.path
+    if not folder.is_dir():
+        raise InputError(f"{folder}: is no folder")
+    if not (folder / MANIFEST_FILE).is_file() and not folder.name.startswith("checkpoint-"):
+        near = ", ".join(map(str, find_checkpoints(folder)))
+        raise InputError(f"{folder}: is no checkpoint-N folder" + (f"; there are {near}" if near else ""))
+    report = Report(str(folder))
+    files = (MANIFEST_FILE, STATE_FILE, OPTIMIZER_FILE, RNG_FILE, f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}",
+             f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}")  # fmt: skip
+    missing = [name for name in files if not (folder / name).is_file()]
+    report.add("files", f"lacks {', '.join(missing)}" if missing else None, f"all {len(files)} are there")
+    reason = why_incomplete(folder)
+    report.add("as written", reason, "every file has the size and SHA-256 of its manifest")
+    report.try_to("adapter", lambda: _of_adapter(read_adapter(folder / ADAPTER_FOLDER)))
+    if reason is None:
+        report.add("optimizer", _moments_problem(folder), "both of Adam's moments for every tensor of the adapter")
+        state = read_state(folder)
+        report.add("state", None, _of_state(state))
+    report.show(options.as_json)
+    if not options.as_json:
+        print(f"go on from it: --resume {folder}")
+
+
+def _of_adapter(adapter: Adapter) -> str:
+    return f"{len(adapter.factors)} layers adapted, in full: {adapter.in_full}, all finite"
+
+
+def _of_state(state: TrainerState) -> str:
+    best = min(state.val_losses.items(), key=lambda item: item[1], default=None)
+    shown = f", best validation loss {best[1]:.4g} at step {best[0]}" if best else ""
+    return f"step {state.step} of {state.total_steps}, epoch {state.epoch:.2f}{shown}"
+
+
+def _moments_problem(folder: Path) -> str | None:
+    try:
+        with safe_open(folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS, framework="pt") as file:
+            names = set(file.keys())
+        with safe_open(folder / OPTIMIZER_FILE, framework="pt") as file:
+            found = set(file.keys())
+    except (OSError, SafetensorError) as error:
+        return str(error)
+    missing = sorted({f"{moment}.{name}" for moment in MOMENTS for name in names} - found)
+    return f"lacks {len(missing)}, for instance {missing[0]}" if missing else None
+
+
+def validate_adapter(options: InspectOptions) -> None:
+    """Look through an adapter, also beside a base. Raises InputError, behind its report, where it is not good."""
+    report = Report(str(options.path))
+    readable = report.try_to("files", lambda: _of_adapter(read_adapter(options.path)))
+    if readable:
+        adapter = read_adapter(options.path)
+        moved = adapter.whole or any(factors.b.any() for factors in adapter.factors.values())
+        untrained = "every second factor is zero, as before training: it would change nothing"
+        report.add("trained", None if moved else untrained, "its second factors are not zero")
+        base = "the base's own" if adapter.quantization is None else f"{adapter.quantization.quant_type}"
+        report.add("weights it was trained on", None, base)
+        name = options.base_model_path
+        if name is not None:
+            report.try_to("fits", lambda: _fits(adapter, options.path, name))
+    report.show(options.as_json)
+
+
+def _fits(adapter: Adapter, folder: Path, base: str) -> str:
+    base_folder = native_folder(resolve_folder(base, "--base_model_path"), "--base_model_path", default_cache_dir())
+    check_fit(adapter, weight_shapes(weight_files(base_folder)), folder, base_folder)
+    return f"every adapted layer is in {base}, in its shape"
