@@ -41,6 +41,7 @@ class TrainerState:
     has_learned: bool = False  # whether any step so far had a learning rate above 0
     validation_due: bool = False  # whether a signal came before the validation of this step was done
     val_losses: dict[str, float] = field(default_factory=dict)  # of each validation so far, by its step
+    stopped_early: bool = False  # whether validation losses have ended the run before its last step
     scheduler: dict[str, Any] = field(default_factory=dict)
     meters: list[dict[str, Any]] = field(default_factory=list)  # each rank's, of the steps since the last log line
 
@@ -49,7 +50,20 @@ class TrainerState:
         return {"skipped_steps": len(self.skipped)} if self.skipped else {}
 
     def to_json(self) -> dict[str, Any]:
-        return {"finished": self.step >= self.total_steps, **asdict(self)}
+        return {"finished": self.stopped_early or self.step >= self.total_steps, **asdict(self)}
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the lowest validation loss so far."""
+        return int(min(self.val_losses, key=self.val_losses.__getitem__)) if self.val_losses else None
+
+    def is_out_of_patience(self, patience: int | None, min_delta: float) -> bool:
+        """Whether that many validations in a row, up to the last, were not lower than all before by `min_delta`."""
+        lowest, without = math.inf, 0
+        for _, loss in sorted(self.val_losses.items(), key=lambda item: int(item[0])):
+            lower = loss < lowest - min_delta
+            lowest, without = (loss, 0) if lower else (lowest, without + 1)
+        return patience is not None and without >= patience
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:

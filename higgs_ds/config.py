@@ -146,8 +146,11 @@ class OptimOptions:
     )  # fmt: skip
     lr: float = option(2e-4, "peak learning rate of AdamW")
     lr_scheduler_type: str = option(
-        "cosine", "learning rate schedule", ("cosine", "linear", "constant", "constant_with_warmup")
-    )
+        "cosine", "learning rate schedule behind the warm-up; warmup_stable_decay falls at the very end alone",
+        ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "warmup_stable_decay"),
+    )  # fmt: skip
+    lr_cycles: int = option(2, "cosines of cosine_with_restarts")
+    lr_decay_ratio: float = option(0.1, "share of the steps in which warmup_stable_decay falls to 0, 0 to 1")
     warmup_ratio: float = option(0.03, "share of the steps in which the learning rate rises from 0, 0 to below 1")
     weight_decay: float = option(0.0, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 leaves them as they are")
@@ -174,6 +177,10 @@ class RunOptions:
     keep_checkpoints: int | None = option(
         None, "keep this many of the newest checkpoints, and the one with the lowest validation loss (default: all)"
     )
+    early_stopping_patience: int | None = option(
+        None, "end after so many validations in a row whose loss is not the lowest yet; each lowest is saved"
+    )
+    early_stopping_min_delta: float = option(0.0, "by how much a validation loss must be lower to count as lower")
     resume: str = option(RESUME_NEVER, "never, auto (the newest checkpoint in output_dir), or a checkpoint folder")
     merge_adapter_with_base: bool = option(False, "merge at the end: final_model/ adapter/ merged_model/")
     export_layout: str = option(NATIVE, EXPORT_HELP, (*LAYOUTS, BOTH_LAYOUTS))
@@ -319,12 +326,13 @@ def check_options(options: TrainOptions) -> list[str]:
 
     for name in (
         "lora_r", "lora_alpha", "batch_size", "bucket_size", "grad_accum", "epochs", "log_steps", "val_steps",
-        "save_steps", "max_steps", "max_tokens_per_batch", "keep_checkpoints",
+        "save_steps", "max_steps", "max_tokens_per_batch", "keep_checkpoints", "early_stopping_patience", "lr_cycles",
     ):  # fmt: skip
         expect(name, flat[name] is None or flat[name] >= 1, "1 or more")
     for name in ("lora_dropout", "warmup_ratio"):
         expect(name, 0 <= flat[name] < 1, "from 0 to below 1")
-    for name in ("weight_decay", "max_grad_norm", "text_loss_weight", "audio_loss_weight"):
+    expect("lr_decay_ratio", 0 < flat["lr_decay_ratio"] <= 1, "above 0, up to 1")
+    for name in ("weight_decay", "max_grad_norm", "text_loss_weight", "audio_loss_weight", "early_stopping_min_delta"):
         expect(name, 0 <= flat[name] < float("inf"), "0 or more")
     checkpointing = flat["activation_checkpointing"]
     named = ("none", "every_layer", "auto")
@@ -344,6 +352,8 @@ def check_options(options: TrainOptions) -> list[str]:
             expect(name, 0 < flat[name] < float("inf"), "above 0")
             if not flat["dry_run"]:
                 problems.append(f"--{name}: is for a --dry_run only")
+    if flat["early_stopping_min_delta"] and flat["early_stopping_patience"] is None:
+        problems.append("--early_stopping_min_delta: needs --early_stopping_patience")
     if flat["resume"] == RESUME_AUTO and flat["output_dir"] is None:
         problems.append("--resume auto: needs --output_dir, the folder of the run to go on with")
     if flat["text_loss_weight"] == flat["audio_loss_weight"] == 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,12 +76,7 @@ class Engine:
         _quiet()
         _without_compiler()
         optimizer = make_optimizer(options, trained.values())
-        self.scheduler = get_scheduler(
-            options.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=int(options.warmup_ratio * total_steps),
-            num_training_steps=total_steps,
-        )
+        self.scheduler = make_schedule(options, optimizer, total_steps)
         if settings["zero_optimization"]["stage"] == 3:
             _spread(model, settings, self.device)
         self.engine, *_ = deepspeed.initialize(
@@ -262,6 +258,21 @@ class Engine:
         low = [p for group in wrapper.fp16_groups for p in group]
         masters = [p for group in wrapper.fp32_groups for p in group]
         return next(master for p, master in zip(low, masters, strict=True) if p is parameter)
+
+
+def make_schedule(options: OptimOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
+    """The learning rate's schedule over so many optimizer steps, by transformers."""
+    specific = {
+        "cosine_with_restarts": {"num_cycles": options.lr_cycles},
+        "warmup_stable_decay": {"num_decay_steps": math.ceil(options.lr_decay_ratio * total_steps)},
+    }
+    return get_scheduler(
+        options.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=int(options.warmup_ratio * total_steps),
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=specific.get(options.lr_scheduler_type),
+    )
 
 
 def _spread(model: nn.Module, settings: dict[str, Any], device: torch.device) -> None:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from higgs_ds import distributed
+from higgs_ds.checkpoint import checkpoint_folder
 from higgs_ds.errors import HiggsError, MergeError
 from higgs_ds.export import ADAPTER_FOLDER
 from higgs_ds.files import replaced_folder
@@ -18,7 +19,15 @@ FINAL_MODEL, ADAPTER_COPY, MERGED_MODEL = "final_model", "adapter", "merged_mode
 
 def say_where(run: Run) -> None:
     """Tell where the adapters are and what to do with them."""
-    adapters = run.output_dir / ADAPTER_FOLDER
+    adapters, state = run.output_dir / ADAPTER_FOLDER, run.state
+    best = state.best_step
+    if state.stopped_early:
+        say(
+            f"stopped early, at step {state.step} of {state.total_steps}: the lowest validation loss was at step {best}"
+        )
+    if best is not None and best != state.step and checkpoint_folder(run.output_dir, best).is_dir():
+        of_best = checkpoint_folder(run.output_dir, best) / ADAPTER_FOLDER
+        say(f"Lowest validation loss, {state.val_losses[str(best)]:.4g}: {of_best}")
     say(f"LoRA adapters: {adapters}")
     say(
         f"Merge them: python launch/merge.py --base_model_path {run.bundle.name} "

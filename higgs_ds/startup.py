@@ -62,7 +62,8 @@ WRITTEN = re.compile(
 # long as the number of samples per step stays.
 FREE_ON_RESUME = (
     "output_dir", "resume", "log_steps", "val_steps", "save_steps", "keep_checkpoints", "on_nonfinite",
-    "merge_adapter_with_base", "export_layout", "deepspeed", "cache_dir",
+    "merge_adapter_with_base", "export_layout", "deepspeed", "cache_dir", "early_stopping_patience",
+    "early_stopping_min_delta",
     "activation_checkpointing", "offload_embeddings", "offload_checkpoints", "attn_implementation",
     "batch_size", "grad_accum", "epochs", "max_steps",
     "train_manifest", "val_manifest", "val_split", "split_by", "format", "reference", "normalize_text",
@@ -235,6 +236,8 @@ def _select(options: TrainOptions, indexes: list[Index], coder: Coder) -> tuple[
         train, val = Dataset(index, rows[at_train], coder), Dataset(index, rows[at_val], coder)
     if len(train) == 0:
         raise InputError(f"--max_seq_len {data.max_seq_len}: every sample is longer; nothing is left to train on")
+    if options.run.early_stopping_patience is not None and len(val) == 0:
+        raise InputError("--early_stopping_patience: nothing to validate on; give --val_manifest or --val_split")
     longest = int(max(dataset.index.num_tokens[dataset.rows].max(initial=0) for dataset in (train, val)))
     if options.optim.max_tokens_per_batch and longest > options.optim.max_tokens_per_batch:
         raise InputError(

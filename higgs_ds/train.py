@@ -42,7 +42,8 @@ def train(run: Run) -> None:
     with contextlib.closing(log), StopSignals() as signals:
         if state.validation_due:
             _validate(run, log, signals)
-        windows = run.sampler.windows(state.step, state.total_steps)
+        state.stopped_early = _is_out_of_patience(run)
+        windows = run.sampler.windows(state.step, state.step if state.stopped_early else state.total_steps)
         for window, batches in prefetched(windows, lambda window: run.train.batches(window.micro_batches)):
             lr = engine.lr
             result = engine.train_step(batches)
@@ -56,17 +57,26 @@ def train(run: Run) -> None:
             log.advance()
             last = state.step == state.total_steps
             if last or state.step % options.run.log_steps == 0:
-                values = meter.read() | {"lr": lr, "grad_norm": engine.grad_norm}
-                log.write(state.step, state.epoch, values | state.skips())
-                meter.reset()
+                _log(run, log, meter, lr)
             with meter.paused():
                 if len(run.val) and (last or state.step % options.run.val_steps == 0):
                     _validate(run, log, signals)
-                stopped_by = signals.agreed()
-                if last or stopped_by or state.step % options.run.save_steps == 0:
+                stopped_by, state.stopped_early = signals.agreed(), _is_out_of_patience(run)
+                if state.stopped_early and meter.steps:
+                    _log(run, log, meter, lr)
+                last |= state.stopped_early
+                if last or stopped_by or state.step % options.run.save_steps == 0 or _is_to_be_kept(run):
                     _save(run, meter)
             if stopped_by:
                 raise _stopped(run, stopped_by)
+            if last:
+                break
+
+
+def _log(run: Run, log: MetricsLog, meter: Meter, lr: float) -> None:
+    values = meter.read() | {"lr": lr, "grad_norm": run.engine.grad_norm}
+    log.write(run.state.step, run.state.epoch, values | run.state.skips())
+    meter.reset()
 
 
 def _validate(run: Run, log: MetricsLog, signals: StopSignals) -> None:
@@ -78,6 +88,16 @@ def _validate(run: Run, log: MetricsLog, signals: StopSignals) -> None:
         log.write(state.step, state.epoch, values)
         state.val_losses[str(state.step)] = values["val/loss"]
         state.validation_due = False
+
+
+def _is_out_of_patience(run: Run) -> bool:
+    options = run.options.run
+    return run.state.is_out_of_patience(options.early_stopping_patience, options.early_stopping_min_delta)
+
+
+def _is_to_be_kept(run: Run) -> bool:
+    """Whether early stopping may want this step back: it has the lowest validation loss."""
+    return run.options.run.early_stopping_patience is not None and run.state.best_step == run.state.step
 
 
 def _save(run: Run, meter: Meter) -> None:
