@@ -20,6 +20,7 @@ LAYOUTS = NATIVE, ORIGINAL = ("native", "original")
 BOTH_LAYOUTS = "both"
 MERGE_DEQUANTIZED, MERGE_ORIGINAL = "dequantized", "original"
 RESUME_NEVER, RESUME_AUTO = "never", "auto"
+TENSORBOARD, WANDB = "tensorboard", "wandb"
 
 
 REQUIRED = dataclasses.MISSING  # the default of an option without one
@@ -172,6 +173,10 @@ class RunOptions:
 
     output_dir: Path | None = option(None, "results (default: outputs/DATE-TIME)", metavar="DIR")
     log_steps: int = option(10, "optimizer steps between log lines")
+    report_to: tuple[str, ...] = option(
+        (), "write the metrics there, too, besides metrics.jsonl: tensorboard, wandb", (TENSORBOARD, WANDB), "WHERE"
+    )
+    quiet: bool = option(False, "show errors and warnings only")
     val_steps: int = option(100, "optimizer steps between validations")
     save_steps: int = option(1000, "optimizer steps between checkpoints")
     keep_checkpoints: int | None = option(

@@ -11,7 +11,7 @@ from higgs_ds.errors import HiggsError, MergeError
 from higgs_ds.export import ADAPTER_FOLDER
 from higgs_ds.files import replaced_folder
 from higgs_ds.merge import MergeReport, merge
-from higgs_ds.metrics import say
+from higgs_ds.metrics import say, warn
 from higgs_ds.startup import Run
 
 FINAL_MODEL, ADAPTER_COPY, MERGED_MODEL = "final_model", "adapter", "merged_model"
@@ -57,7 +57,7 @@ def merge_into_folders(run: Run) -> None:
             ) from error
 
     for line in distributed.on_main(make).lines():
-        say(line)
+        (warn if line.startswith("warning:") else say)(line)
     say(f"Merged model: {run.output_dir / MERGED_MODEL}")
 
 

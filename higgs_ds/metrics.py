@@ -7,7 +7,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,33 @@ from higgs_ds.engine import Step
 from higgs_ds.errors import NotFiniteError
 from higgs_ds.files import saving, write_text
 from higgs_ds.loss import LossWeights, mean_losses
+from higgs_ds.report_to import Sink
 
 METRICS_FILE = "metrics.jsonl"
+# What the progress bar shows beside the remaining time, and how it is called there.
+_ON_THE_BAR = {
+    "train/text_loss": "text", "train/audio_loss": "audio", "lr": "lr", "grad_norm": "grad", "tokens_per_s": "tok/s",
+    "peak_memory_gib": "GiB",
+}  # fmt: skip
+
+
+_quiet = False
+
+
+def be_quiet() -> None:
+    """Have `say` print nothing, and show no progress bar, in this process."""
+    global _quiet
+    _quiet = True
 
 
 def say(text: str) -> None:
-    """Print a line on rank 0, above the progress bar where there is one."""
+    """Print a line on rank 0, above the progress bar where there is one; nothing with --quiet."""
+    if not _quiet:
+        warn(text)
+
+
+def warn(text: str) -> None:
+    """Print a line on rank 0 in any case."""
     if is_main():
         tqdm.write(text)
 
@@ -108,26 +129,32 @@ class MetricsLog:
         total_steps: int,
         validation_due: bool = False,
         seconds_left: float | None = None,
+        open_sinks: Callable[[], list[Sink]] = list,
     ) -> None:
         """Begin, or go on behind `first_step`.
 
         Args:
             validation_due: that of `first_step` is still to be done; its line, if there is one, is cut too.
             seconds_left: until a time limit ends the run.
+            open_sinks: where numbers go besides, opened on rank 0 alone.
         """
         self.path = output_dir / METRICS_FILE
         self.total_steps = total_steps
         self.ends_at = None if seconds_left is None else time.monotonic() + seconds_left
+        self.sinks: list[Sink] = []
         if is_main():
             _cut(self.path, first_step, validation_due)
+            self.sinks = open_sinks()
         # None: no bar where stderr is a file, which log lines are enough for.
-        disable = None if is_main() else True
+        disable = None if is_main() and not _quiet else True
         self.bar = tqdm(
             total=total_steps, initial=first_step, desc="training", unit="step", disable=disable, dynamic_ncols=True
         )
 
     def close(self) -> None:
         self.bar.close()
+        for sink in self.sinks:
+            sink.close()
 
     def advance(self) -> None:
         self.bar.update()
@@ -137,12 +164,16 @@ class MetricsLog:
 
         Raises NotFiniteError, behind that, where the total loss is not finite.
         """
-        line = {"step": step, "epoch": round(epoch, 4), **values, "peak_memory_gib": peak_memory_gib()}
+        values = values | {"peak_memory_gib": peak_memory_gib()}
+        line = {"step": step, "epoch": round(epoch, 4), **values}
         if is_main():
             clean = {key: value if math.isfinite(value) else None for key, value in line.items()}
             with saving(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(clean) + "\n")
+            for sink in self.sinks:
+                sink.write(step, {key: value for key, value in clean.items() if value is not None and key != "step"})
         shown = {key: value for key, value in values.items() if "/cb" not in key}
+        self.bar.set_postfix({short: f"{values[key]:.4g}" for key, short in _ON_THE_BAR.items() if key in values})
         say(f"step {step} (epoch {epoch:.2f}): " + "  ".join(f"{key} {value:.4g}" for key, value in shown.items()))
         self._compare_with_limit(step, values.get("step_time_s"))
         for key in ("train/loss", "val/loss"):

@@ -31,7 +31,7 @@ from higgs_ds.files import saving, tidy, write_json, write_text
 from higgs_ds.hub import weight_files
 from higgs_ds.loss import LossWeights
 from higgs_ds.merge import check_layout
-from higgs_ds.metrics import say
+from higgs_ds.metrics import say, warn
 from higgs_ds.model.higgs import (
     DualLossModel,
     check_weights,
@@ -63,7 +63,7 @@ WRITTEN = re.compile(
 FREE_ON_RESUME = (
     "output_dir", "resume", "log_steps", "val_steps", "save_steps", "keep_checkpoints", "on_nonfinite",
     "merge_adapter_with_base", "export_layout", "deepspeed", "cache_dir", "early_stopping_patience",
-    "early_stopping_min_delta",
+    "early_stopping_min_delta", "report_to", "quiet",
     "activation_checkpointing", "offload_embeddings", "offload_checkpoints", "attn_implementation",
     "batch_size", "grad_accum", "epochs", "max_steps",
     "train_manifest", "val_manifest", "val_split", "split_by", "format", "reference", "normalize_text",
@@ -209,7 +209,7 @@ def _find_resumable(options: TrainOptions, output_dir: Path) -> Path | None:
     if resume == RESUME_AUTO:
         newest, passed_over = checkpoint.newest_complete(output_dir)
         for note in passed_over:
-            say(note)
+            warn(note)
         return newest
     reason = checkpoint.why_incomplete(Path(resume))
     if reason:

@@ -26,6 +26,11 @@ def unsupported(options: TrainOptions, ds_settings: dict[str, Any], on_gpu: bool
         problems.append(f"--attn_implementation {attention}: is for GPUs, and there is none here; leave it at sdpa")
     if package and options.model.precision != "bf16":
         problems.append(f"--attn_implementation {attention}: knows no float32; leave it at sdpa, or train in bf16")
+    problems += [
+        f"--report_to {name}: the package {name} is not installed; pip install {name}"
+        for name in options.run.report_to
+        if importlib.util.find_spec(name) is None
+    ]
     if lora.use_dora and zero["stage"] == 3:
         problems.append(
             "--use_dora: not at ZeRO stage 3: it needs whole weights outside of their layers' forward, where stage 3 "

@@ -14,8 +14,9 @@ from higgs_ds.errors import NotFiniteError, StoppedError
 from higgs_ds.finish import merge_into_folders, say_where
 from higgs_ds.loss import mean_losses
 from higgs_ds.loss_checks import doubts, may_pass_over, why_not_taken
-from higgs_ds.metrics import Meter, MetricsLog, say
+from higgs_ds.metrics import Meter, MetricsLog, be_quiet, warn
 from higgs_ds.preflight import seconds_left
+from higgs_ds.report_to import Sink, open_sinks
 from higgs_ds.signals import StopSignals
 from higgs_ds.startup import Run, start
 from higgs_ds.validate import validate
@@ -23,6 +24,8 @@ from higgs_ds.validate import validate
 
 def main(options: TrainOptions, given: set[str]) -> None:
     """Train as the options say. Every rank must call this, in a process group."""
+    if options.run.quiet:
+        be_quiet()
     run = start(options, given)
     train(run)
     say_where(run)
@@ -38,7 +41,7 @@ def train(run: Run) -> None:
     state, engine, options = run.state, run.engine, run.options
     meter = Meter(engine.weights, engine.device)
     meter.restore(state.meters)
-    log = MetricsLog(run.output_dir, state.step, state.total_steps, state.validation_due, seconds_left())
+    log = _open_log(run)
     with contextlib.closing(log), StopSignals() as signals:
         if state.validation_due:
             _validate(run, log, signals)
@@ -71,6 +74,15 @@ def train(run: Run) -> None:
                 raise _stopped(run, stopped_by)
             if last:
                 break
+
+
+def _open_log(run: Run) -> MetricsLog:
+    state, options = run.state, run.options
+
+    def sinks() -> list[Sink]:
+        return open_sinks(options.run.report_to, run.output_dir, state.step, options.flat())
+
+    return MetricsLog(run.output_dir, state.step, state.total_steps, state.validation_due, seconds_left(), sinks)
 
 
 def _log(run: Run, log: MetricsLog, meter: Meter, lr: float) -> None:
@@ -109,7 +121,7 @@ def _look_at_first_losses(run: Run, result: Step) -> None:
     config, sums = run.bundle.config, sum_over_ranks(result.sums.sum(0))
     losses = mean_losses(sums, result.counts, run.engine.weights)
     for doubt in doubts(losses.text, losses.audio, config.vocab_size, config.codebook_size):
-        say(f"warning: {doubt}")
+        warn(f"warning: {doubt}")
 
 
 def _pass_over(run: Run, meter: Meter, window: Window, result: Step) -> None:
@@ -119,7 +131,7 @@ def _pass_over(run: Run, meter: Meter, window: Window, result: Step) -> None:
     skips = run.options.optim.on_nonfinite == "skip"
     if skips and may_pass_over(len(state.skipped), state.step):
         state.skipped.append(state.step + 1)
-        say(f"warning: {why}")
+        warn(f"warning: {why}")
         return
     if state.step and not checkpoint_folder(run.output_dir, state.step).exists():
         _save(run, meter)

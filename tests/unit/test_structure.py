@@ -17,7 +17,7 @@ ROWS = [
     ["command_line", "model.layout"],
     ["model.parts"],
     ["model.routed", "model.lora"],
-    ["distributed", "ds_config", "optimizers", "support"],
+    ["distributed", "ds_config", "optimizers", "support", "report_to"],
     ["data.sample", "data.delay_pattern", "data.normalize", "data.formats.jsonio", "signals", "data.codec_layout"],
     ["data.templates", "data.audio", "data.codec", "data.prompt", "data.sampler", "data.prefetch"],
     ["data.formats.checks", "data.audio_codes", "data.hearing", "model.higgs"],
