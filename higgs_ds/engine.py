@@ -44,11 +44,13 @@ class Step:
     """What an optimizer step was made from, and whether it was taken.
 
     sums: this rank's loss sums of each micro-batch, float32 (M, 1 + C); counts: targets of all ranks, float64 (1 + C,).
+    hits: of this rank's targets, how many were the likeliest, as the model tells it, float32 (1 + C + 2,).
     taken: False where a loss or a gradient of any rank was not finite. Nothing but the schedule has moved then.
     """
 
     sums: torch.Tensor
     counts: torch.Tensor
+    hits: torch.Tensor
     taken: bool
 
 
@@ -103,11 +105,11 @@ class Engine:
         self.engine.train()
         counts = sum_over_ranks(torch.stack([batch.target_counts() for batch in batches]).sum(dim=0).to(self.device))
         per_target = target_weights(counts, self.weights)
-        sums = []
+        sums, hits = [], []
         skipped_before, taken = self.engine.skipped_steps, True
         for i, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
-            loss, micro_sums = self.engine(**batch.tensors(self.device), target_weights=per_target)
+            loss, micro_sums, micro_hits = self.engine(**batch.tensors(self.device), target_weights=per_target)
             # Every target weighs 1 / count of the whole window. DeepSpeed averages gradients over ranks, so that the
             # loss is multiplied by their number; over micro-batches it is told to sum. A window cut short, or a rank
             # without targets, therefore changes no target's weight.
@@ -121,11 +123,12 @@ class Engine:
             if taken:
                 self.engine.step()
             sums.append(micro_sums)
+            hits.append(micro_hits)
         # DeepSpeed passes over such a gradient, and only counts it.
         taken &= self.engine.skipped_steps == skipped_before
         if not taken:
             self.scheduler.step()  # as the engine does behind every other step
-        return Step(torch.stack(sums), counts, taken)
+        return Step(torch.stack(sums), counts, torch.stack(hits).sum(0), taken)
 
     def _look_at_gradients(self) -> bool:
         """At stage 0: their norm, and whether they are finite, which in float32 nothing else asks there."""
@@ -138,17 +141,18 @@ class Engine:
         return False
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss sums and target counts, float64 (1 + C,), over the micro-batches of all ranks."""
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss sums and target counts, float64 (1 + C,), and hits (1 + C + 2,), over the micro-batches of all ranks."""
         self.engine.eval()
         per_target = torch.ones(1 + len(self.weights.codebooks), device=self.device)
         sums = torch.zeros(len(per_target), dtype=torch.float64, device=self.device)
-        counts = torch.zeros_like(sums)
+        counts, hits = torch.zeros_like(sums), sums.new_zeros(len(sums) + 2)
         for batch in batches:
-            _, micro_sums = self.engine(**batch.tensors(self.device), target_weights=per_target)
+            _, micro_sums, micro_hits = self.engine(**batch.tensors(self.device), target_weights=per_target)
             sums += micro_sums
             counts += batch.target_counts().to(self.device)
-        return sum_over_ranks(sums), sum_over_ranks(counts)
+            hits += micro_hits
+        return sum_over_ranks(sums), sum_over_ranks(counts), sum_over_ranks(hits)
 
     @property
     def lr(self) -> float:

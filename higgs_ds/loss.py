@@ -20,7 +20,7 @@ CLASSES_AT_ONCE = 2**13  # of a text head: rows of its weight that a processor's
 
 def head_loss(
     hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross entropy of a frozen head's logits, in chunks: logits of all rows never are in memory together.
 
     The gradient of `hidden` is made chunk by chunk in the forward pass, while the logits are there (as in Liger Kernel,
@@ -31,7 +31,8 @@ def head_loss(
         hidden: (K, H); head: (P x S, H), for P parts of S classes each.
         targets: (K, P), -100 for none; target_weights: float32 (P,), what one target of each part weighs.
 
-    Returns the weighted loss, a float32 scalar, and the detached sums of each part, float32 (P,).
+    Returns the weighted loss, a float32 scalar; the detached sums of each part, float32 (P,); and which targets (K, P)
+    had the highest logit of their part, bool.
     """
     return _HeadLoss.apply(hidden, head, targets, target_weights)
 
@@ -40,21 +41,25 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         num_parts = targets.shape[1]
         sums = torch.zeros(num_parts, device=hidden.device)
+        hits = torch.zeros_like(targets, dtype=torch.bool)
         gradient = torch.empty_like(hidden)
         of_chunk, classes = (_class_by_class, CLASSES_AT_ONCE) if num_parts == 1 else (_all_classes, len(head))
         step = max(1, LOGITS_AT_ONCE // min(len(head), classes))
         for start in range(0, len(hidden), step):
             rows, wanted = hidden[start : start + step], targets[start : start + step]
-            chunk_sums, chunk_gradient = of_chunk(rows, head, wanted, target_weights, ctx.needs_input_grad[0])
+            chunk_sums, chunk_hits, chunk_gradient = of_chunk(
+                rows, head, wanted, target_weights, ctx.needs_input_grad[0]
+            )
             sums += chunk_sums
+            hits[start : start + step] = chunk_hits
             if chunk_gradient is not None:
                 gradient[start : start + step] = chunk_gradient
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(sums)
-        return (sums * target_weights).sum(), sums
+        ctx.mark_non_differentiable(sums, hits)
+        return (sums * target_weights).sum(), sums, hits
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
@@ -64,22 +69,24 @@ class _HeadLoss(torch.autograd.Function):
 
 def _all_classes(
     rows: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor, learning: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sums of each part (P,), and if `learning` the weighted gradient of the rows (n, H), of all classes at once."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Sums (P,), hits (n, P), and if `learning` the weighted gradient of the rows (n, H), of all classes at once."""
     logits = F.linear(rows, head).float().view(len(rows), len(target_weights), -1)
     sums = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(dim=0)
+    there = targets != IGNORE_INDEX
+    hits = (logits.gather(2, targets.clamp(min=0)[..., None])[..., 0] >= logits.amax(dim=2)) & there
     if not learning:
-        return sums, None
+        return sums, hits, None
     # Of a cross entropy by its logits: the probabilities, less 1 at the target.
     slope = logits.softmax(dim=-1)
     slope.scatter_add_(2, targets.clamp(min=0)[..., None], -torch.ones_like(slope[..., :1]))
-    slope *= (target_weights * (targets != IGNORE_INDEX))[..., None]
-    return sums, slope.flatten(1).to(head.dtype) @ head
+    slope *= (target_weights * there)[..., None]
+    return sums, hits, slope.flatten(1).to(head.dtype) @ head
 
 
 def _class_by_class(
     rows: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor, learning: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The same for a head of one part, some classes at a time, with a softmax that is made up as they come.
 
     What was summed is scaled down whenever a larger logit appears (Milakov and Gimelshein 2018, arXiv 1805.02867), and
@@ -104,10 +111,11 @@ def _class_by_class(
         highest = higher
     there = (targets != IGNORE_INDEX)[:, None]
     losses = (total.log() + highest - at_target) * there
+    hits = (at_target >= highest) & there
     if not learning:
-        return losses.sum(dim=0), None
+        return losses.sum(dim=0), hits, None
     gradient = (mean_row / total - head[targets.clamp(min=0)].float()) * (target_weights * there)
-    return losses.sum(dim=0), gradient.to(rows.dtype)
+    return losses.sum(dim=0), hits, gradient.to(rows.dtype)
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,22 @@ class Losses:
     def metrics(self, prefix: str) -> dict[str, float]:
         named = {f"{prefix}/loss": self.total, f"{prefix}/text_loss": self.text, f"{prefix}/audio_loss": self.audio}
         return named | {f"{prefix}/audio_loss/cb{k}": loss for k, loss in enumerate(self.codebooks)}
+
+
+def accuracies(hits: torch.Tensor, counts: torch.Tensor, prefix: str) -> dict[str, float]:
+    """Shares of targets that were the likeliest; none of a part without targets.
+
+    Args:
+        hits: (1 + C + 2,), of text, of each codebook, of the codes that end a stream, and how many of these there were.
+        counts: (1 + C,), targets of text and of each codebook.
+    """
+    hits, counts = hits.double().cpu(), counts.double().cpu()
+    shares = {
+        "text_accuracy": (hits[0], counts[0]),
+        "audio_accuracy": (hits[1:-2].sum(), counts[1:].sum()),
+        "eos_accuracy": (hits[-2], hits[-1]),
+    }
+    return {f"{prefix}/{name}": float(hit / count) for name, (hit, count) in shares.items() if count}
 
 
 def mean_losses(sums: torch.Tensor, counts: torch.Tensor, weights: LossWeights) -> Losses:

@@ -19,7 +19,7 @@ from higgs_ds.distributed import is_main, rank, sum_over_ranks, world_size
 from higgs_ds.engine import Step
 from higgs_ds.errors import NotFiniteError
 from higgs_ds.files import saving, write_text
-from higgs_ds.loss import LossWeights, mean_losses
+from higgs_ds.loss import LossWeights, accuracies, mean_losses
 from higgs_ds.report_to import Sink
 
 METRICS_FILE = "metrics.jsonl"
@@ -63,8 +63,10 @@ class Meter:
         self.steps = 0
         self.sums = torch.zeros(1 + len(self.weights.codebooks), dtype=torch.float64, device=self.device)
         self.counts = torch.zeros_like(self.sums)
+        self.hits = self.sums.new_zeros(len(self.sums) + 2)
         self.num_samples = 0
         self.num_tokens = 0
+        self.num_positions = 0  # with padding
         self.started_at = time.perf_counter()
 
     def add(self, step: Step, batches: Sequence[Batch]) -> None:
@@ -73,8 +75,10 @@ class Meter:
         if step.taken:
             self.sums += step.sums.sum(0)
             self.counts += step.counts
+            self.hits += step.hits
         self.num_samples += sum(batch.num_samples for batch in batches)
         self.num_tokens += sum(batch.num_tokens for batch in batches)
+        self.num_positions += sum(batch.places.numel() for batch in batches)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -85,9 +89,8 @@ class Meter:
 
     def state(self) -> dict[str, Any]:
         """What this rank has added since the last log line, as JSON values."""
-        sums, counts = self.sums.tolist(), self.counts.tolist()
-        sizes = {"num_samples": self.num_samples, "num_tokens": self.num_tokens, "steps": self.steps}
-        return {"sums": sums, "counts": counts, **sizes}
+        added = {"sums": self.sums.tolist(), "counts": self.counts.tolist(), "hits": self.hits.tolist()}
+        return added | {name: getattr(self, name) for name in ("num_samples", "num_tokens", "num_positions", "steps")}
 
     def restore(self, states: list[dict[str, Any]]) -> None:
         """Go on from the `state` of every rank of an earlier run; of another number of ranks, rank 0 takes all."""
@@ -95,28 +98,33 @@ class Meter:
             return
         mine = states if len(states) != world_size() else [states[rank()]]
         if len(states) == world_size() or is_main():
-            self.sums += torch.tensor([state["sums"] for state in mine], dtype=torch.float64).sum(0).to(self.device)
-            self.num_samples += sum(state["num_samples"] for state in mine)
-            self.num_tokens += sum(state["num_tokens"] for state in mine)
+            for name in ("sums", "hits"):
+                of_all = torch.tensor([state[name] for state in mine], dtype=torch.float64).sum(0)
+                setattr(self, name, getattr(self, name) + of_all.to(self.device))
+            for name in ("num_samples", "num_tokens", "num_positions"):
+                setattr(self, name, getattr(self, name) + sum(state[name] for state in mine))
         self.counts += torch.tensor(states[0]["counts"], dtype=torch.float64).to(self.device)
         self.steps += states[0]["steps"]
 
     def read(self) -> dict[str, float]:
-        """Mean losses and speed since the last reset, over all ranks; no losses where no step was taken.
+        """Mean losses, accuracies, padding and speed since the last reset, over all ranks; no losses where no step was
+        taken.
 
         Every rank must call this.
         """
-        sizes = torch.tensor([self.num_samples, self.num_tokens], dtype=torch.float64, device=self.device)
-        num_samples, num_tokens = sum_over_ranks(sizes).tolist()
+        own = [self.num_samples, self.num_tokens, self.num_positions]
+        sizes = torch.tensor(own, dtype=torch.float64, device=self.device)
+        num_samples, num_tokens, num_positions = sum_over_ranks(sizes).tolist()
         losses = mean_losses(sum_over_ranks(self.sums), self.counts, self.weights)
-        means = losses.metrics("train") if self.counts.any() else {}
+        hits = sum_over_ranks(self.hits)
+        means = losses.metrics("train") | accuracies(hits, self.counts, "train") if self.counts.any() else {}
         seconds = time.perf_counter() - self.started_at
         speed = {
             "samples_per_s": num_samples / seconds,
             "tokens_per_s": num_tokens / seconds,
             "step_time_s": seconds / self.steps,
         }
-        return means | speed
+        return means | {"padding": 1 - num_tokens / num_positions} | speed
 
 
 class MetricsLog:

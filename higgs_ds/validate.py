@@ -9,12 +9,12 @@ from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.sampler import share_of_rank
 from higgs_ds.distributed import rank, world_size
 from higgs_ds.engine import Engine
-from higgs_ds.loss import mean_losses
+from higgs_ds.loss import accuracies, mean_losses
 from higgs_ds.signals import StopSignals
 
 
 def validate(engine: Engine, data: Dataset, micro_batch_size: int, signals: StopSignals) -> dict[str, float] | None:
-    """Mean losses over `data`, or None where a signal has cut it short. Every rank must call this."""
+    """Mean losses and accuracies over `data`, or None where a signal has cut it short. Every rank must call this."""
     shares = share_of_rank(range(len(data)), micro_batch_size, rank(), world_size())
     stopped = False
 
@@ -26,5 +26,7 @@ def validate(engine: Engine, data: Dataset, micro_batch_size: int, signals: Stop
                 return
             yield data.batch(indices)
 
-    sums, counts = engine.evaluate(batches())
-    return None if stopped else mean_losses(sums, counts, engine.weights).metrics("val")
+    sums, counts, hits = engine.evaluate(batches())
+    if stopped:
+        return None
+    return mean_losses(sums, counts, engine.weights).metrics("val") | accuracies(hits, counts, "val")

@@ -270,21 +270,25 @@ class DualLossModel(nn.Module):
         audio_rows: torch.Tensor,
         audio_at: torch.Tensor,
         **heard: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and its unweighted sums, for a batch as `data.collate.Batch` describes it.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss, its unweighted sums, and how many targets were the likeliest, for a batch of `data.collate.Batch`.
 
         Args:
             target_weights: float32 (1 + C,), what one target of the text and of each codebook weighs in the loss.
             heard: the batch's features and where they go, for a model with a tower.
 
-        Returns the weighted loss, a float32 scalar, and the detached sums, float32 (1 + C,).
+        Returns the weighted loss, a float32 scalar; the detached sums, float32 (1 + C,); and hits, float32
+        (1 + C + 2,): of text, of each codebook, of the codes that end a stream, and how many of these there were.
         """
         hidden = self.decode(text_ids, codes, positions, places, audio_rows, audio_at, **heard)
         predicting = self.higgs.model.norm(hidden[torch.cat([text_places, audio_places])])
         text, audio = predicting.split([len(text_places), len(audio_places)])
-        text_loss, text_sum = self.higgs.text_lm_head(text, text_targets[:, None], target_weights[:1])
-        audio_loss, audio_sums = self.higgs.audio_lm_head(audio, audio_targets, target_weights[1:])
-        return text_loss + audio_loss, torch.cat([text_sum, audio_sums])
+        text_loss, text_sum, text_hits = self.higgs.text_lm_head(text, text_targets[:, None], target_weights[:1])
+        audio_loss, audio_sums, audio_hits = self.higgs.audio_lm_head(audio, audio_targets, target_weights[1:])
+        ends = audio_targets == self.higgs.config.audio_stream_eos_id
+        of_ends = torch.stack([(audio_hits & ends).sum(), ends.sum()])
+        hits = torch.cat([text_hits.sum(0), audio_hits.sum(0), of_ends]).float()
+        return text_loss + audio_loss, torch.cat([text_sum, audio_sums]), hits
 
     def _with_heard(
         self,

@@ -170,6 +170,6 @@ class LossHead(nn.Linear):
 
     def forward(  # type: ignore[override]
         self, hidden: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`loss.head_loss` of hidden states (K, H) and targets (K, P)."""
         return head_loss(hidden, self.weight, targets, target_weights)

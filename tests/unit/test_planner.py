@@ -101,7 +101,7 @@ def test_activations_against_a_real_forward(kind: str, recompute: int | None, le
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss, _ = model(**batch)
+        loss, *_ = model(**batch)
     del loss
     planned = measure_pass(config_with(settings), settings)
     print(planned.activations + planned.logits, sum(kept.values()))

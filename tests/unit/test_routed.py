@@ -104,7 +104,7 @@ def test_offloaded_checkpoints(base: Path) -> None:
         for layer in model.higgs.model.layers:
             layer.register_forward_pre_hook(lambda _, args, seen=inputs: seen.append(weakref.ref(args[0])))
         torch.manual_seed(3)
-        loss, _ = model(**batch.tensors(CPU), target_weights=torch.ones(9))
+        loss, *_ = model(**batch.tensors(CPU), target_weights=torch.ones(9))
         held.append([hidden() is not None for hidden in inputs])
         loss.backward()
         losses.append(loss)
@@ -125,13 +125,16 @@ def test_head_loss(monkeypatch: pytest.MonkeyPatch, num_parts: int, at_once: int
     hidden = torch.randn(11, 16, generator=draw, requires_grad=True)
     head = 2 * torch.randn(num_parts * 40, 16, generator=draw)
     targets = torch.randint(40, (11, num_parts), generator=draw)
+    targets[:5] = (hidden[:5] @ head.T).view(5, num_parts, 40).argmax(dim=2)
     targets[torch.rand(11, num_parts, generator=draw) < 0.3] = IGNORE_INDEX
     weights = torch.rand(num_parts, generator=draw)
-    weighted, sums = loss.head_loss(hidden, head, targets, weights)
+    weighted, sums, hits = loss.head_loss(hidden, head, targets, weights)
     (gradient,) = torch.autograd.grad(3 * weighted, hidden)
     logits = (hidden @ head.T).view(11, num_parts, 40)
     expected = torch.stack([F.cross_entropy(logits[:, k], targets[:, k], reduction="sum") for k in range(num_parts)])
     (expected_gradient,) = torch.autograd.grad(3 * (expected * weights).sum(), hidden)
+    assert hits.equal(logits.argmax(dim=2) == targets)
+    assert hits.any()
     torch.testing.assert_close(sums, expected.detach(), rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(weighted, (expected * weights).sum(), rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
@@ -141,7 +144,7 @@ def test_head_loss(monkeypatch: pytest.MonkeyPatch, num_parts: int, at_once: int
 
 def test_head_loss_of_no_rows() -> None:
     hidden = torch.zeros(0, 16, requires_grad=True)
-    weighted, sums = loss.head_loss(hidden, torch.randn(24, 16), torch.zeros(0, 3, dtype=torch.long), torch.ones(3))
+    weighted, sums, _ = loss.head_loss(hidden, torch.randn(24, 16), torch.zeros(0, 3, dtype=torch.long), torch.ones(3))
     weighted.backward()
     assert (weighted.item(), sums.tolist(), hidden.grad.shape) == (0.0, [0.0] * 3, (0, 16))
 

@@ -25,9 +25,10 @@ class CountingEngine:
     def __init__(self) -> None:
         self.batches = 0
 
-    def evaluate(self, batches: Iterable[object]) -> tuple[torch.Tensor, torch.Tensor]:
+    def evaluate(self, batches: Iterable[object]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         self.batches = sum(1 for _ in batches)
-        return torch.full((9,), float(self.batches)), torch.full((9,), float(self.batches))
+        seen = torch.full((11,), float(self.batches))
+        return seen[:9], seen[:9], seen
 
 
 class Samples:
