@@ -176,6 +176,7 @@ class RunOptions:
     report_to: tuple[str, ...] = option(
         (), "write the metrics there, too, besides metrics.jsonl: tensorboard, wandb", (TENSORBOARD, WANDB), "WHERE"
     )
+    no_report: bool = option(False, "do not draw report.html")
     quiet: bool = option(False, "show errors and warnings only")
     val_steps: int = option(100, "optimizer steps between validations")
     save_steps: int = option(1000, "optimizer steps between checkpoints")

@@ -78,6 +78,7 @@ def run_ranks(main: Callable[[], None]) -> int:
 def _leave_group(error: HiggsError) -> int:
     speaks, lost = is_main() or not error.on_all_ranks, isinstance(error, LostRankError)
     if speaks:
+        sys.stdout.flush()  # as in errors.exit_code_of
         print(f"error: {error}", file=sys.stderr, flush=True)
     if lost or not speaks:
         time.sleep(GIVE_WAY_S)

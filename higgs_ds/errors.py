@@ -72,6 +72,7 @@ def exit_code_of(main: Callable[[], None]) -> int:
     try:
         main()
     except HiggsError as error:
+        sys.stdout.flush()  # where both go to one file, the error comes behind what was said before it
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     return EXIT_OK

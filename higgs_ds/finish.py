@@ -12,6 +12,7 @@ from higgs_ds.export import ADAPTER_FOLDER
 from higgs_ds.files import replaced_folder
 from higgs_ds.merge import MergeReport, merge
 from higgs_ds.metrics import say, warn
+from higgs_ds.report import REPORT_FILE
 from higgs_ds.startup import Run
 
 FINAL_MODEL, ADAPTER_COPY, MERGED_MODEL = "final_model", "adapter", "merged_model"
@@ -20,6 +21,8 @@ FINAL_MODEL, ADAPTER_COPY, MERGED_MODEL = "final_model", "adapter", "merged_mode
 def say_where(run: Run) -> None:
     """Tell where the adapters are and what to do with them."""
     adapters, state = run.output_dir / ADAPTER_FOLDER, run.state
+    if not run.options.run.no_report:
+        say(f"report: {run.output_dir / REPORT_FILE}")
     best = state.best_step
     if state.stopped_early:
         say(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -49,6 +50,7 @@ def warn(text: str) -> None:
     """Print a line on rank 0 in any case."""
     if is_main():
         tqdm.write(text)
+        sys.stdout.flush()  # into a file, too, where lines would wait for each other
 
 
 class Meter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -48,22 +49,22 @@ from higgs_ds.model.nf4 import BaseQuantization
 from higgs_ds.model.parts import parts_in_full, parts_of
 from higgs_ds.planner import Setting, with_checkpointing
 from higgs_ds.preflight import check_room, seconds_left
-from higgs_ds.prepare import Preparation, check_folders, scratch_problems
+from higgs_ds.prepare import Checked, Preparation, check_folders, scratch_problems
 from higgs_ds.support import unsupported
 
 T = TypeVar("T")
-DROPPED_FILE = "dropped_samples.txt"
+DROPPED_FILE, SETTINGS_FILE, SUMMARY_FILE = "dropped_samples.txt", "settings.json", "data_summary.txt"
 # What a run writes by way of a temporary name, which a kill may leave behind.
 WRITTEN = re.compile(
     r"checkpoint-\d+|lora_adapters|final_model|adapter|merged_model|trainer_state\.json|settings\.json|"
-    r"metrics\.jsonl|dropped_samples\.txt"
+    r"metrics\.jsonl|dropped_samples\.txt|data_summary\.txt|report\.html"
 )
 # Options that may differ when a run goes on: they do not change what is trained. Batch size and accumulation may, as
 # long as the number of samples per step stays.
 FREE_ON_RESUME = (
     "output_dir", "resume", "log_steps", "val_steps", "save_steps", "keep_checkpoints", "on_nonfinite",
     "merge_adapter_with_base", "export_layout", "deepspeed", "cache_dir", "early_stopping_patience",
-    "early_stopping_min_delta", "report_to", "quiet",
+    "early_stopping_min_delta", "report_to", "quiet", "no_report",
     "activation_checkpointing", "offload_embeddings", "offload_checkpoints", "attn_implementation",
     "batch_size", "grad_accum", "epochs", "max_steps",
     "train_manifest", "val_manifest", "val_split", "split_by", "format", "reference", "normalize_text",
@@ -83,6 +84,7 @@ class Inputs:
     train: Dataset
     val: Dataset
     too_long: list[str]  # what --max_seq_len leaves out
+    summary: str  # of the data, in lines
     resume_from: Path | None
 
 
@@ -144,14 +146,21 @@ def _check_and_encode(options: TrainOptions, given: set[str]) -> Inputs:
         settings, options = resolved
         for manifest in checked:
             preparation.encode(manifest, distributed.device())
+        summary = distributed.on_main(lambda: _summary(preparation, checked))
         indexes = [preparation.keep(manifest) for manifest in checked]
     if options.model.whisper_conditioning and not indexes[0].any_heard():
-        raise InputError(
-            "--whisper_conditioning: no sample has audio in a system or user turn, which is all that the tower hears; "
-            "leave the option out, or put references there (--reference system, for recordings)"
+        nothing = (
+            "no sample has audio in a system or user turn, which is all that the tower hears; leave the option out"
         )
+        advice = "or put references there (--reference system, for recordings)"
+        distributed.raise_problems([f"--whisper_conditioning: {nothing}, {advice}"])
     train, val, too_long = _select(options, indexes, preparation.coder)
-    return Inputs(options, settings, output_dir, bundle, train, val, too_long, resume_from)
+    return Inputs(options, settings, output_dir, bundle, train, val, too_long, summary, resume_from)
+
+
+def _summary(preparation: Preparation, checked: list[Checked]) -> str:
+    parts = [f"{one.path}:\n{textwrap.indent(preparation.describe(one), '  ')}\n" for one in checked]
+    return "".join(parts)
 
 
 def _resolve_ds_config(options: TrainOptions, given: set[str]) -> tuple[dict[str, Any], TrainOptions]:
@@ -311,7 +320,8 @@ def _load(inputs: Inputs) -> Run:
 def _begin_output(inputs: Inputs, state: TrainerState) -> None:
     """Write down the settings; a run that goes on also sees to what it was killed before it could do."""
     with saving(inputs.output_dir):
-        write_json(inputs.output_dir / "settings.json", inputs.options.flat())
+        write_json(inputs.output_dir / SETTINGS_FILE, inputs.options.flat())
+        write_text(inputs.output_dir / SUMMARY_FILE, inputs.summary)
         if inputs.too_long:
             write_text(inputs.output_dir / DROPPED_FILE, "\n".join(inputs.too_long) + "\n")
     if inputs.resume_from is not None:

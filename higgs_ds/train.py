@@ -16,6 +16,7 @@ from higgs_ds.loss import mean_losses
 from higgs_ds.loss_checks import doubts, may_pass_over, why_not_taken
 from higgs_ds.metrics import Meter, MetricsLog, be_quiet, warn
 from higgs_ds.preflight import seconds_left
+from higgs_ds.report import Reporter
 from higgs_ds.report_to import Sink, open_sinks
 from higgs_ds.signals import StopSignals
 from higgs_ds.startup import Run, start
@@ -41,7 +42,7 @@ def train(run: Run) -> None:
     state, engine, options = run.state, run.engine, run.options
     meter = Meter(engine.weights, engine.device)
     meter.restore(state.meters)
-    log = _open_log(run)
+    log, reporter = _open_log(run), Reporter(run.output_dir, not options.run.no_report)
     with contextlib.closing(log), StopSignals() as signals:
         if state.validation_due:
             _validate(run, log, signals)
@@ -70,6 +71,7 @@ def train(run: Run) -> None:
                 last |= state.stopped_early
                 if last or stopped_by or state.step % options.run.save_steps == 0 or _is_to_be_kept(run):
                     _save(run, meter)
+                reporter.write(at_end=last or stopped_by is not None)
             if stopped_by:
                 raise _stopped(run, stopped_by)
             if last:

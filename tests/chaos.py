@@ -37,7 +37,8 @@ def command(manifest: Path, stage: int, output_dir: Path, cache: Path) -> list[s
     return (
         f"--deepspeed {PROJECT}/ds_configs/zero{stage}.json --output_dir {output_dir} --cache_dir {cache} --lr 1e-3 "
         f"--train_manifest {manifest} --allow_text_targets --precision fp32 --batch_size 1 --grad_accum 2 "
-        f"--log_steps 1 --val_steps 2 --save_steps 1 --max_steps {STEPS} --merge_adapter_with_base --resume auto"
+        f"--log_steps 1 --val_steps 2 --save_steps 1 --max_steps {STEPS} --merge_adapter_with_base --resume auto "
+        "--no_report"
     ).split()
 
 

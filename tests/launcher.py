@@ -49,11 +49,15 @@ def start_ranks(world_size: int, command: Sequence[str]) -> list[subprocess.Pope
     ]
 
 
-def train_runs(world_size: int, runs: Sequence[Sequence[str]], timeout_s: float = 900) -> None:
-    """Run several trainings, each given by its command line, one after another in one group of ranks."""
+def train_runs(world_size: int, runs: Sequence[Sequence[str]], timeout_s: float = 900, report: bool = False) -> None:
+    """Run several trainings, each given by its command line, one after another in one group of ranks.
+
+    Their pages are not drawn, unless `report` asks for it: that takes longer than such a run.
+    """
+    undrawn = [] if report else ["--no_report"]
     with tempfile.NamedTemporaryFile(mode="r", suffix=".log") as log:
         job = {
-            "ranks": world_size, "runs": [list(run) for run in runs], "log": log.name, "timeout_s": timeout_s,
+            "ranks": world_size, "runs": [[*run, *undrawn] for run in runs], "log": log.name, "timeout_s": timeout_s,
             "environment": dict(os.environ),
         }  # fmt: skip
         server = _server()

@@ -31,6 +31,7 @@ ROWS = [
     ["checkpoint", "prepare", "generate", "verify", "loss_checks"],
     ["merge", "preflight", "inspection"],
     ["startup"],
+    ["report"],
     ["finish"],
     ["train"],
 ]

@@ -1,0 +1,184 @@
+"""`report.html`: a run on one page that needs nothing else, made from what lies in its output folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from higgs_ds.checkpoint import STATE_FILE
+from higgs_ds.config import TrainOptions
+from higgs_ds.distributed import on_main
+from higgs_ds.export import ADAPTER_FOLDER
+from higgs_ds.files import saving, write_text
+from higgs_ds.metrics import METRICS_FILE
+from higgs_ds.startup import DROPPED_FILE, SETTINGS_FILE, SUMMARY_FILE
+
+REPORT_FILE = "report.html"
+EVERY_S = 60.0
+MOST_POINTS = 1000  # of a curve; of more, every n-th is drawn
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A drawing of some numbers by step: their keys, and how each is called in it."""
+
+    title: str
+    keys: dict[str, str]
+    logarithmic: bool = False
+
+
+class Reporter:
+    """Writes a run's page, while it runs not more often than once in EVERY_S. Every rank must call its methods."""
+
+    def __init__(self, output_dir: Path, wanted: bool) -> None:
+        self.output_dir, self.wanted = output_dir, wanted
+        self.written_at = -EVERY_S
+
+    def write(self, at_end: bool = False) -> None:
+        """Raises SaveError, on every rank."""
+
+        def write() -> None:
+            if self.wanted and (at_end or time.monotonic() - self.written_at > EVERY_S):
+                write_report(self.output_dir)
+                self.written_at = time.monotonic()
+
+        on_main(write)
+
+
+TRAIN_AND_VAL = {"train": "training", "val": "validation"}
+
+
+def _both(title: str, name: str) -> Curve:
+    return Curve(title, {f"{kind}/{name}": shown for kind, shown in TRAIN_AND_VAL.items()})
+
+
+def _by_codebook(kind: str, shown: str, num_codebooks: int) -> Curve:
+    return Curve(f"audio loss by codebook, {shown}", {f"{kind}/audio_loss/cb{k}": str(k) for k in range(num_codebooks)})
+
+
+def _curves(num_codebooks: int) -> list[Curve]:
+    return [
+        _both("loss", "loss"),
+        _both("text loss", "text_loss"),
+        _both("audio loss", "audio_loss"),
+        *(_by_codebook(kind, shown, num_codebooks) for kind, shown in TRAIN_AND_VAL.items()),
+        _both("text accuracy", "text_accuracy"),
+        _both("audio accuracy", "audio_accuracy"),
+        _both("accuracy of the stream's end", "eos_accuracy"),
+        Curve("learning rate", {"lr": ""}),
+        Curve("gradient norm", {"grad_norm": ""}, logarithmic=True),
+        Curve("tokens per second", {"tokens_per_s": ""}),
+        Curve("peak memory, GiB", {"peak_memory_gib": ""}),
+        Curve("share of positions that are padding", {"padding": ""}),
+    ]
+
+
+def write_report(output_dir: Path) -> Path:
+    """Write the page anew, from metrics, state and settings of a run; its path. Raises SaveError."""
+    lines = [json.loads(line) for line in (output_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    settings = json.loads((output_dir / SETTINGS_FILE).read_text(encoding="utf-8"))
+    state_file, summary = output_dir / STATE_FILE, output_dir / SUMMARY_FILE
+    state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}
+    last = lines[-1] if lines else {"step": 0, "epoch": 0.0}
+    num_codebooks = len({key for line in lines for key in line if re.fullmatch(r"train/audio_loss/cb\d+", key)})
+    drawn = [(curve, _points(lines, curve)) for curve in _curves(num_codebooks)]
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        files("higgs_ds").joinpath("assets/report.html.j2").read_text(encoding="utf-8")
+    )
+    page = template.render(
+        name=output_dir.resolve().name,
+        status="finished" if state.get("finished") and state.get("step") == last["step"] else "running or interrupted",
+        step=last["step"],
+        epoch=last["epoch"],
+        total_steps=state.get("total_steps", "?"),
+        written=time.strftime("%Y-%m-%d %H:%M:%S"),
+        numbers=_numbers(lines),
+        curves=[{"title": curve.title, "svg": draw(curve, points)} for curve, points in drawn if points],
+        data_summary=summary.read_text(encoding="utf-8") if summary.is_file() else "",
+        outputs=_outputs(output_dir),
+        settings=_settings(settings),
+    )
+    with saving(output_dir / REPORT_FILE):
+        write_text(output_dir / REPORT_FILE, page)
+    return output_dir / REPORT_FILE
+
+
+def _points(lines: Sequence[dict[str, Any]], curve: Curve) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and values of each of a curve's numbers that there are."""
+    found = {}
+    for key, label in curve.keys.items():
+        at = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        if at:
+            every = -(-len(at) // MOST_POINTS)
+            kept = [*at[:-1:every], at[-1]]
+            found[label] = ([step for step, _ in kept], [value for _, value in kept])
+    return found
+
+
+def draw(curve: Curve, points: dict[str, tuple[list[int], list[float]]]) -> str:
+    """A curve as SVG, by matplotlib."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": curve.title, "font.size": 9}):
+        figure = Figure(figsize=(4.6, 2.8))
+        axes = figure.add_axes((0.13, 0.1, 0.84, 0.79))
+        for label, (steps, values) in points.items():
+            axes.plot(steps, values, label=label, linewidth=1.2, marker="." if len(steps) < 30 else None)
+        axes.set_title(curve.title, fontsize=10)
+        axes.grid(alpha=0.3)
+        if not curve.logarithmic:
+            axes.ticklabel_format(axis="y", scilimits=(-3, 5))
+        else:
+            axes.set_yscale("symlog", linthresh=1e-3)  # a norm may be 0
+        if len(points) > 1 or "" not in points:
+            axes.legend(fontsize=7, ncols=2)
+        content = io.StringIO()
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    return content.getvalue()[content.getvalue().index("<svg") :]
+
+
+def _numbers(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """The last of each number that training and validation share, and of some others."""
+    last: dict[str, float] = {}
+    for line in lines:
+        last |= {key: value for key, value in line.items() if value is not None}
+
+    def shown(key: str) -> str:
+        return f"{last[key]:.4g}" if key in last else ""
+
+    shared = ("loss", "text_loss", "audio_loss", "text_accuracy", "audio_accuracy", "eos_accuracy")
+    alone = ("lr", "grad_norm", "tokens_per_s", "samples_per_s", "peak_memory_gib", "padding")
+    rows = [{"name": name, "train": shown(f"train/{name}"), "val": shown(f"val/{name}")} for name in shared]
+    return rows + [{"name": name, "train": shown(name), "val": ""} for name in alone]
+
+
+def _outputs(output_dir: Path) -> list[dict[str, str]]:
+    known = {
+        ADAPTER_FOLDER: "the adapter of the last checkpoint",
+        "merged_model": "the model with the adapter in its weights",
+        METRICS_FILE: "every number above",
+        SETTINGS_FILE: "every option, as --config takes them",
+        DROPPED_FILE: "samples that were left out for their length",
+    }
+    there = [{"href": name, "what": what} for name, what in known.items() if (output_dir / name).exists()]
+    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return there + [{"href": path.name, "what": "to go on from, with --resume"} for path in checkpoints]
+
+
+def _settings(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    defaults = json.loads(json.dumps(TrainOptions().flat()))
+    return [
+        {"name": name, "value": " ".join(map(str, value)) if isinstance(value, list) else value,
+         "changed": value != defaults.get(name)}
+        for name, value in settings.items() if value not in (None, False, [])
+    ]  # fmt: skip
