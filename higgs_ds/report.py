@@ -136,10 +136,12 @@ def draw(curve: Curve, points: dict[str, tuple[list[int], list[float]]]) -> str:
             axes.plot(steps, values, label=label, linewidth=1.2, marker="." if len(steps) < 30 else None)
         axes.set_title(curve.title, fontsize=10)
         axes.grid(alpha=0.3)
-        if not curve.logarithmic:
-            axes.ticklabel_format(axis="y", scilimits=(-3, 5))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        numbers = [value for _, values in points.values() for value in values]
+        if curve.logarithmic and min(numbers) > 0 and max(numbers) > 10 * min(numbers):
+            axes.set_yscale("log")
         else:
-            axes.set_yscale("symlog", linthresh=1e-3)  # a norm may be 0
+            axes.ticklabel_format(axis="y", scilimits=(-3, 5))
         if len(points) > 1 or "" not in points:
             axes.legend(fontsize=7, ncols=2)
         content = io.StringIO()
