@@ -19,8 +19,8 @@ from higgs_ds.config import TrainOptions
 from higgs_ds.distributed import on_main
 from higgs_ds.export import ADAPTER_FOLDER
 from higgs_ds.files import saving, write_text
-from higgs_ds.metrics import METRICS_FILE
-from higgs_ds.startup import DROPPED_FILE, SETTINGS_FILE, SUMMARY_FILE
+from higgs_ds.metrics import METRICS_FILE, SETTINGS_FILE, SUMMARY_FILE
+from higgs_ds.startup import DROPPED_FILE
 
 REPORT_FILE = "report.html"
 EVERY_S = 60.0
@@ -128,6 +128,7 @@ def draw(curve: Curve, points: dict[str, tuple[list[int], list[float]]]) -> str:
     """A curve as SVG, by matplotlib."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": curve.title, "font.size": 9}):
         figure = Figure(figsize=(4.6, 2.8))
@@ -136,7 +137,7 @@ def draw(curve: Curve, points: dict[str, tuple[list[int], list[float]]]) -> str:
             axes.plot(steps, values, label=label, linewidth=1.2, marker="." if len(steps) < 30 else None)
         axes.set_title(curve.title, fontsize=10)
         axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         numbers = [value for _, values in points.values() for value in values]
         if curve.logarithmic and min(numbers) > 0 and max(numbers) > 10 * min(numbers):
             axes.set_yscale("log")
