@@ -190,6 +190,10 @@ class RunOptions:
     resume: str = option(RESUME_NEVER, "never, auto (the newest checkpoint in output_dir), or a checkpoint folder")
     merge_adapter_with_base: bool = option(False, "merge at the end: final_model/ adapter/ merged_model/")
     export_layout: str = option(NATIVE, EXPORT_HELP, (*LAYOUTS, BOTH_LAYOUTS))
+    push_to_hub: bool = option(False, "upload the adapter to the Hugging Face hub at the end (`hf auth login` first)")
+    hub_repo_id: str | None = option(None, "repository to upload to, made where there is none", metavar="OWNER/NAME")
+    hub_private: bool = option(False, "make that repository a private one")
+    upload_merged_model: bool = option(False, "upload the merged model instead (needs --merge_adapter_with_base)")
     dry_run: bool = option(False, "only print how much memory each part will take, from the base's config.json alone")
     device_memory_gib: float | None = option(
         None, "memory of a GPU, in GiB, that a --dry_run plans for (default: that of the GPU here)"
@@ -358,6 +362,13 @@ def check_options(options: TrainOptions) -> list[str]:
             expect(name, 0 < flat[name] < float("inf"), "above 0")
             if not flat["dry_run"]:
                 problems.append(f"--{name}: is for a --dry_run only")
+    if flat["push_to_hub"] and flat["hub_repo_id"] is None:
+        problems.append("--push_to_hub: needs --hub_repo_id OWNER/NAME")
+    for name in ("hub_repo_id", "hub_private", "upload_merged_model"):
+        if flat[name] and not flat["push_to_hub"]:
+            problems.append(f"--{name}: needs --push_to_hub")
+    if flat["upload_merged_model"] and not flat["merge_adapter_with_base"]:
+        problems.append("--upload_merged_model: needs --merge_adapter_with_base, which makes the merged model")
     if flat["early_stopping_min_delta"] and flat["early_stopping_patience"] is None:
         problems.append("--early_stopping_min_delta: needs --early_stopping_patience")
     if flat["resume"] == RESUME_AUTO and flat["output_dir"] is None:

@@ -13,6 +13,7 @@ EXIT_NOT_FINITE = 4
 EXIT_MERGE_FAILED = 5
 EXIT_STOPPED = 6
 EXIT_LOST_RANK = 7
+EXIT_PUBLISH_FAILED = 8
 
 
 class HiggsError(Exception):
@@ -65,6 +66,12 @@ class MergeError(HiggsError):
     """Training ended well and its adapter is in place, but the merge asked for at its end failed."""
 
     exit_code = EXIT_MERGE_FAILED
+
+
+class PublishError(HiggsError):
+    """Training ended well and all of it is in place, but uploading it failed."""
+
+    exit_code = EXIT_PUBLISH_FAILED
 
 
 def exit_code_of(main: Callable[[], None]) -> int:

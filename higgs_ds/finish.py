@@ -12,6 +12,7 @@ from higgs_ds.export import ADAPTER_FOLDER
 from higgs_ds.files import replaced_folder
 from higgs_ds.merge import MergeReport, merge
 from higgs_ds.metrics import say, warn
+from higgs_ds.publish import facts_of, upload, write_card
 from higgs_ds.report import REPORT_FILE
 from higgs_ds.startup import Run
 
@@ -50,9 +51,12 @@ def merge_into_folders(run: Run) -> None:
             for name in (FINAL_MODEL, ADAPTER_COPY):
                 _copy_adapter(run, run.output_dir / name)
             adapter, merged = run.output_dir / ADAPTER_FOLDER, run.output_dir / MERGED_MODEL
-            return merge(
+            report = merge(
                 run.bundle.folder, adapter, merged, export_layout=run.options.run.export_layout, overwrite=True
             )
+            facts = facts_of(run.output_dir, run.bundle.name, run.adapter_format.in_full, run.options)
+            write_card(merged, "merged", facts)
+            return report
         except (HiggsError, OSError) as error:
             raise MergeError(
                 f"training has ended well and its adapter is in {run.output_dir / ADAPTER_FOLDER}, but merging it "
@@ -62,6 +66,20 @@ def merge_into_folders(run: Run) -> None:
     for line in distributed.on_main(make).lines():
         (warn if line.startswith("warning:") else say)(line)
     say(f"Merged model: {run.output_dir / MERGED_MODEL}")
+
+
+def write_cards(run: Run) -> None:
+    """Write the adapter's model card, which tells of the whole run."""
+    facts = facts_of(run.output_dir, run.bundle.name, run.adapter_format.in_full, run.options)
+    write_card(run.output_dir / ADAPTER_FOLDER, "adapter", facts)
+
+
+def publish(run: Run) -> None:
+    """Upload what was asked for. Every rank must call this. Raises PublishError, on every rank."""
+    options = run.options.run
+    what = MERGED_MODEL if options.upload_merged_model else ADAPTER_FOLDER
+    address = distributed.on_main(lambda: upload(run.output_dir / what, options))
+    say(f"published: {address}")
 
 
 def _copy_adapter(run: Run, folder: Path) -> None:

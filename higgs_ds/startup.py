@@ -32,7 +32,7 @@ from higgs_ds.files import saving, tidy, write_json, write_text
 from higgs_ds.hub import weight_files
 from higgs_ds.loss import LossWeights
 from higgs_ds.merge import check_layout
-from higgs_ds.metrics import say, warn
+from higgs_ds.metrics import SETTINGS_FILE, SUMMARY_FILE, say, warn
 from higgs_ds.model.higgs import (
     DualLossModel,
     check_weights,
@@ -50,10 +50,11 @@ from higgs_ds.model.parts import parts_in_full, parts_of
 from higgs_ds.planner import Setting, with_checkpointing
 from higgs_ds.preflight import check_room, seconds_left
 from higgs_ds.prepare import Checked, Preparation, check_folders, scratch_problems
+from higgs_ds.publish import check_login
 from higgs_ds.support import unsupported
 
 T = TypeVar("T")
-DROPPED_FILE, SETTINGS_FILE, SUMMARY_FILE = "dropped_samples.txt", "settings.json", "data_summary.txt"
+DROPPED_FILE = "dropped_samples.txt"
 # What a run writes by way of a temporary name, which a kill may leave behind.
 WRITTEN = re.compile(
     r"checkpoint-\d+|lora_adapters|final_model|adapter|merged_model|trainer_state\.json|settings\.json|"
@@ -65,6 +66,7 @@ FREE_ON_RESUME = (
     "output_dir", "resume", "log_steps", "val_steps", "save_steps", "keep_checkpoints", "on_nonfinite",
     "merge_adapter_with_base", "export_layout", "deepspeed", "cache_dir", "early_stopping_patience",
     "early_stopping_min_delta", "report_to", "quiet", "no_report",
+    "push_to_hub", "hub_repo_id", "hub_private", "upload_merged_model",
     "activation_checkpointing", "offload_embeddings", "offload_checkpoints", "attn_implementation",
     "batch_size", "grad_accum", "epochs", "max_steps",
     "train_manifest", "val_manifest", "val_split", "split_by", "format", "reference", "normalize_text",
@@ -133,6 +135,7 @@ def _check_and_encode(options: TrainOptions, given: set[str]) -> Inputs:
     no_cache = any(distributed.gather_objects(bool(no_scratch)))
     bundle = None if no_cache else attempt(lambda: _open_base(options, cache_dir))
     resume_from = attempt(lambda: _resume_from(options, output_dir))
+    attempt(lambda: distributed.on_main(lambda: check_login(options.run)))
     distributed.raise_problems(problems + no_scratch if no_scratch else [])
     if not all(distributed.gather_objects(bundle is not None)):
         bundle = None

@@ -29,7 +29,7 @@ ROWS = [
     ["data.survey", "bundle", "metrics", "validate", "adapter", "dry_run"],
     ["convert"],
     ["checkpoint", "prepare", "generate", "verify", "loss_checks"],
-    ["merge", "preflight", "inspection"],
+    ["merge", "preflight", "inspection", "publish"],
     ["startup"],
     ["report"],
     ["finish"],
