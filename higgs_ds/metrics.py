@@ -206,6 +206,12 @@ class MetricsLog:
             )
 
 
+def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`; none before the first is written."""
+    path = output_dir / METRICS_FILE
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
 def peak_memory_gib() -> float:
     """This rank's peak so far, in GiB: allocated on its GPU, or resident where it has none."""
     if torch.cuda.is_available():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from huggingface_hub.utils import httpx  # the one that the hub's client works w
 from higgs_ds.config import RunOptions, TrainOptions
 from higgs_ds.errors import InputError, PublishError
 from higgs_ds.files import saving, write_text
-from higgs_ds.metrics import METRICS_FILE, SUMMARY_FILE
+from higgs_ds.metrics import SUMMARY_FILE, read_metrics
 from higgs_ds.model.parts import Parts
 
 CARD = "README.md"
@@ -145,10 +144,9 @@ Or load it with PEFT:
 
 def facts_of(run_folder: Path, base: str, in_full: Parts, options: TrainOptions) -> dict[str, Any]:
     """What a card tells of a run. Paths are this machine's own: of the base the folder's name, others are left out."""
-    lines = (run_folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     last: dict[str, Any] = {}
-    for line in lines:
-        last |= {key: value for key, value in json.loads(line).items() if value is not None}
+    for line in read_metrics(run_folder):
+        last |= {key: value for key, value in line.items() if value is not None}
     shown = [f"{kind}/{name}" for kind in ("train", "val") for name in ("loss", "text_loss", "audio_loss")]
     shown += ["val/text_accuracy", "val/audio_accuracy", "val/eos_accuracy"]
     losses = {name: f"{last[name]:.4g}" for name in shown if name in last}

@@ -19,7 +19,7 @@ from higgs_ds.config import TrainOptions
 from higgs_ds.distributed import on_main
 from higgs_ds.export import ADAPTER_FOLDER
 from higgs_ds.files import saving, write_text
-from higgs_ds.metrics import METRICS_FILE, SETTINGS_FILE, SUMMARY_FILE
+from higgs_ds.metrics import METRICS_FILE, SETTINGS_FILE, SUMMARY_FILE, read_metrics
 from higgs_ds.startup import DROPPED_FILE
 
 REPORT_FILE = "report.html"
@@ -84,7 +84,7 @@ def _curves(num_codebooks: int) -> list[Curve]:
 
 def write_report(output_dir: Path) -> Path:
     """Write the page anew, from metrics, state and settings of a run; its path. Raises SaveError."""
-    lines = [json.loads(line) for line in (output_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(output_dir)
     settings = json.loads((output_dir / SETTINGS_FILE).read_text(encoding="utf-8"))
     state_file, summary = output_dir / STATE_FILE, output_dir / SUMMARY_FILE
     state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}

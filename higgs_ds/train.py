@@ -69,13 +69,15 @@ def train(run: Run) -> None:
             with meter.paused():
                 if len(run.val) and (last or state.step % options.run.val_steps == 0):
                     _validate(run, log, signals)
+                    reporter.write()
                 stopped_by, state.stopped_early = signals.agreed(), _is_out_of_patience(run)
                 if state.stopped_early and meter.steps:
                     _log(run, log, meter, lr)
                 last |= state.stopped_early
                 if last or stopped_by or state.step % options.run.save_steps == 0 or _is_to_be_kept(run):
                     _save(run, meter)
-                reporter.write(at_end=last or stopped_by is not None)
+                if last or stopped_by:
+                    reporter.write(at_end=True)
             if stopped_by:
                 raise _stopped(run, stopped_by)
             if last:

@@ -42,8 +42,10 @@ def test_main_job(main_job: tuple[Path, subprocess.CompletedProcess[str]]) -> No
     (output,) = (folder / "outputs").iterdir()
     assert sorted(path.name for path in output.iterdir()) == [
         "checkpoint-4",
+        "data_summary.txt",
         "lora_adapters",
         "metrics.jsonl",
+        "report.html",
         "settings.json",
         "trainer_state.json",
     ]
@@ -68,7 +70,8 @@ def test_first_run_prints_what_matters(main_job: tuple[Path, subprocess.Complete
     slow_cpu = torch.backends.cpu.get_cpu_capability() == "AVX2" and not torch.cuda.is_available()
     assert ("note:" in ours) == slow_cpu
     ours = [word for word in ours if word != "note:"]
-    before, behind = ["base:", "model:", "held", "LoRA", "data:", "steps:", "output:"], ["LoRA", "Merge", "Give"]
+    before = ["base:", "model:", "held", "LoRA", "data:", "steps:", "output:"]
+    behind = ["report:", "LoRA", "Merge", "Give"]
     assert ours == [*before, "step", "step", *behind]
 
 
@@ -76,7 +79,7 @@ def test_merge_and_speak(main_job: tuple[Path, subprocess.CompletedProcess[str]]
     folder, _ = main_job
     (output,) = (folder / "outputs").iterdir()
     where = "lora_adapters"
-    for path in (output / where).iterdir():
+    for path in (output / where).glob("adapter_*"):
         assert path.read_bytes() == (output / "checkpoint-4" / where / path.name).read_bytes()
     base = json.loads((output / where / "adapter_config.json").read_text())["base_model_name_or_path"]
     merge = [sys.executable, str(PROJECT / "launch" / "merge.py"), "--base_model_path", base]
