@@ -17,7 +17,7 @@ from higgs_ds.data.codec import CodecInfo, codec_digest, find_codec, read_codec_
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.delay_pattern import AudioStream
 from higgs_ds.data.hearing import POSITIONS_PER_S, Hearing
-from higgs_ds.data.prompt import AUDIO_DELAY, AUDIO_OUT, AUDIO_OUT_BOS, CachedTokenizer, missing_tokens
+from higgs_ds.data.prompt import AUDIO_DELAY, AUDIO_IN, AUDIO_OUT, AUDIO_OUT_BOS, CachedTokenizer, missing_tokens
 from higgs_ds.errors import InputError
 from higgs_ds.files import sha256_of
 from higgs_ds.hub import resolve_folder, weight_files, weight_shapes
@@ -123,7 +123,10 @@ def open_for_training(options: ModelOptions, cache_dir: Path) -> Bundle:
             tower = tower_geometry(whisper_folder)
             weight_shapes(weight_files(whisper_folder))
         added = Parts(options.audio_self_attention, tower).without(has)
-        return replace(bundle, config=with_parts(bundle.config, added), added=added, whisper_folder=whisper_folder)
+        config = with_parts(bundle.config, added)
+        if added:
+            config.audio_in_token_id = bundle.tokenizer.convert_tokens_to_ids(AUDIO_IN)
+        return replace(bundle, config=config, added=added, whisper_folder=whisper_folder)
 
     distributed.on_main(lambda: opened() and None)
     return distributed.agreed(opened)

@@ -34,9 +34,11 @@ def check_login(options: RunOptions) -> None:
         raise InputError("--push_to_hub: you are not logged in; run `hf auth login`, or set HF_TOKEN")
     try:
         HfApi().whoami()
-    except HfHubHTTPError as error:
-        raise InputError(f"--push_to_hub: the hub does not take your token ({_reason(error)}); log in anew") from error
-    except (httpx.HTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise InputError(
+                f"--push_to_hub: the hub does not take your token ({_reason(error)}); log in anew"
+            ) from error
         raise InputError(
             f"--push_to_hub: the hub cannot be reached ({_reason(error)}); leave the option out, and publish later "
             "with `hf upload`"

@@ -19,7 +19,7 @@ AUDIO_OUT_BOS, AUDIO_OUT = "<|audio_out_bos|>", "<|AUDIO_OUT|>"
 AUDIO_DELAY = "<|reserved_special_token_6|>"
 REQUIRED_TOKENS = (
     BEGIN_OF_TEXT, "<|start_header_id|>", "<|end_header_id|>", END_OF_TURN, END_OF_MESSAGE,
-    AUDIO_IN_BOS, AUDIO_EOS, AUDIO_OUT_BOS, AUDIO_OUT, AUDIO_DELAY,
+    AUDIO_IN_BOS, AUDIO_IN, AUDIO_EOS, AUDIO_OUT_BOS, AUDIO_OUT, AUDIO_DELAY,
 )  # fmt: skip
 
 
