@@ -179,6 +179,11 @@ class RunOptions:
     no_report: bool = option(False, "do not draw report.html")
     quiet: bool = option(False, "show errors and warnings only")
     val_steps: int = option(100, "optimizer steps between validations")
+    sample_steps: int | None = option(
+        None, "optimizer steps between samples: what the model says to fixed validation prompts, as WAV files"
+    )
+    num_samples: int = option(2, "how many of these prompts")
+    sample_temperature: float = option(0.0, "0 for greedy decoding, else sampled")
     save_steps: int = option(1000, "optimizer steps between checkpoints")
     keep_checkpoints: int | None = option(
         None, "keep this many of the newest checkpoints, and the one with the lowest validation loss (default: all)"
@@ -337,12 +342,20 @@ def check_options(options: TrainOptions) -> list[str]:
     for name in (
         "lora_r", "lora_alpha", "batch_size", "bucket_size", "grad_accum", "epochs", "log_steps", "val_steps",
         "save_steps", "max_steps", "max_tokens_per_batch", "keep_checkpoints", "early_stopping_patience", "lr_cycles",
+        "sample_steps", "num_samples",
     ):  # fmt: skip
         expect(name, flat[name] is None or flat[name] >= 1, "1 or more")
     for name in ("lora_dropout", "warmup_ratio"):
         expect(name, 0 <= flat[name] < 1, "from 0 to below 1")
     expect("lr_decay_ratio", 0 < flat["lr_decay_ratio"] <= 1, "above 0, up to 1")
-    for name in ("weight_decay", "max_grad_norm", "text_loss_weight", "audio_loss_weight", "early_stopping_min_delta"):
+    for name in (
+        "weight_decay",
+        "max_grad_norm",
+        "text_loss_weight",
+        "audio_loss_weight",
+        "early_stopping_min_delta",
+        "sample_temperature",
+    ):
         expect(name, 0 <= flat[name] < float("inf"), "0 or more")
     checkpointing = flat["activation_checkpointing"]
     named = ("none", "every_layer", "auto")

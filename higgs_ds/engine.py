@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -153,6 +154,12 @@ class Engine:
             counts += batch.target_counts().to(self.device)
             hits += micro_hits
         return sum_over_ranks(sums), sum_over_ranks(counts), sum_over_ranks(hits)
+
+    @contextlib.contextmanager
+    def speaking(self, folder: Path) -> Iterator[nn.Module]:
+        """For the block, the model as transformers generates with it, on this rank alone; not at stage 3."""
+        with self.engine.module.speaking(folder) as model:
+            yield model
 
     @property
     def lr(self) -> float:

@@ -72,7 +72,7 @@ def conversation(options: GenerateOptions) -> list[Message]:
     return [*messages, Message(USER, (options.text,))]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def speak(
     model: Any, bundle: Bundle, messages: list[Message], references: list[torch.Tensor], settings: dict[str, Any]
 ) -> Speech:
@@ -132,7 +132,12 @@ def _generation_settings(options: GenerateOptions) -> dict[str, Any]:
     """Keyword arguments of `generate` for what was given; the model's own settings hold for the rest."""
     settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens}
     if options.temperature is not None:
-        settings |= {"do_sample": options.temperature > 0}
+        settings |= generation_settings(options.temperature)
         if options.temperature > 0:
-            settings |= {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+            settings |= {"top_k": options.top_k, "top_p": options.top_p}
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def generation_settings(temperature: float) -> dict[str, Any]:
+    """Keyword arguments of `generate` for a temperature; 0 is greedy."""
+    return {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

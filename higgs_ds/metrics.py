@@ -24,6 +24,7 @@ from higgs_ds.loss import LossWeights, accuracies, mean_losses
 from higgs_ds.report_to import Sink
 
 METRICS_FILE, SETTINGS_FILE, SUMMARY_FILE = "metrics.jsonl", "settings.json", "data_summary.txt"
+SAMPLES_FOLDER, PROMPTS_FILE, REFERENCE_FOLDER = "samples", "prompts.json", "reference"
 # What the progress bar shows beside the remaining time, and how it is called there.
 _ON_THE_BAR = {
     "train/text_loss": "text", "train/audio_loss": "audio", "lr": "lr", "grad_norm": "grad", "tokens_per_s": "tok/s",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -16,14 +17,24 @@ import jinja2
 
 from higgs_ds.checkpoint import STATE_FILE
 from higgs_ds.config import TrainOptions
+from higgs_ds.data.audio import as_ogg
 from higgs_ds.distributed import on_main
 from higgs_ds.export import ADAPTER_FOLDER
 from higgs_ds.files import saving, write_text
-from higgs_ds.metrics import METRICS_FILE, SETTINGS_FILE, SUMMARY_FILE, read_metrics
+from higgs_ds.metrics import (
+    METRICS_FILE,
+    PROMPTS_FILE,
+    REFERENCE_FOLDER,
+    SAMPLES_FOLDER,
+    SETTINGS_FILE,
+    SUMMARY_FILE,
+    read_metrics,
+)
 from higgs_ds.startup import DROPPED_FILE
 
 REPORT_FILE = "report.html"
 EVERY_S = 60.0
+SOUND_BYTES = 2_500_000  # of Ogg Vorbis in the page, which takes a third more there
 MOST_POINTS = 1000  # of a curve; of more, every n-th is drawn
 
 
@@ -79,6 +90,8 @@ def _curves(num_codebooks: int) -> list[Curve]:
         Curve("tokens per second", {"tokens_per_s": ""}),
         Curve("peak memory, GiB", {"peak_memory_gib": ""}),
         Curve("share of positions that are padding", {"padding": ""}),
+        Curve("samples that stopped by themselves", {"sample/stop_rate": ""}),
+        Curve("length of samples over the reference's", {"sample/length_ratio": ""}),
     ]
 
 
@@ -103,6 +116,7 @@ def write_report(output_dir: Path) -> Path:
         written=time.strftime("%Y-%m-%d %H:%M:%S"),
         numbers=_numbers(lines),
         curves=[{"title": curve.title, "svg": draw(curve, points)} for curve, points in drawn if points],
+        spoken=_spoken(output_dir / SAMPLES_FOLDER),
         data_summary=summary.read_text(encoding="utf-8") if summary.is_file() else "",
         outputs=_outputs(output_dir),
         settings=_settings(settings),
@@ -165,12 +179,34 @@ def _numbers(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     return rows + [{"name": name, "train": shown(name), "val": ""} for name in alone]
 
 
+def _spoken(folder: Path) -> list[dict[str, Any]]:
+    """Of each prompt its words, the reference, and what was said at which step, newest first, as sound in the page.
+
+    Of more than SOUND_BYTES, the oldest are left to their files.
+    """
+    if not (folder / PROMPTS_FILE).is_file():
+        return []
+    words = json.loads((folder / PROMPTS_FILE).read_text(encoding="utf-8"))
+    steps = sorted((int(path.name.removeprefix("step-")) for path in folder.glob("step-*")), reverse=True)
+    left = SOUND_BYTES
+    sounds: list[dict[str, str]] = [{} for _ in words]
+    for name in (REFERENCE_FOLDER, *(f"step-{step}" for step in steps)):
+        for number, known in enumerate(sounds):
+            path = folder / name / f"{number}.wav"
+            sound = as_ogg(path) if left > 0 and path.is_file() else b""
+            left -= len(sound)
+            if sound:
+                known[name] = f"data:audio/ogg;base64,{base64.b64encode(sound).decode()}"
+    return [{"words": one, "sounds": known} for one, known in zip(words, sounds, strict=True)]
+
+
 def _outputs(output_dir: Path) -> list[dict[str, str]]:
     known = {
         ADAPTER_FOLDER: "the adapter of the last checkpoint",
         "merged_model": "the model with the adapter in its weights",
         METRICS_FILE: "every number above",
         SETTINGS_FILE: "every option, as --config takes them",
+        SAMPLES_FOLDER: "what the model said, as WAV files",
         DROPPED_FILE: "samples that were left out for their length",
     }
     there = [{"href": name, "what": what} for name, what in known.items() if (output_dir / name).exists()]

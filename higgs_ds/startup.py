@@ -65,7 +65,7 @@ WRITTEN = re.compile(
 FREE_ON_RESUME = (
     "output_dir", "resume", "log_steps", "val_steps", "save_steps", "keep_checkpoints", "on_nonfinite",
     "merge_adapter_with_base", "export_layout", "deepspeed", "cache_dir", "early_stopping_patience",
-    "early_stopping_min_delta", "report_to", "quiet", "no_report",
+    "early_stopping_min_delta", "report_to", "quiet", "no_report", "sample_steps", "num_samples", "sample_temperature",
     "push_to_hub", "hub_repo_id", "hub_private", "upload_merged_model",
     "activation_checkpointing", "offload_embeddings", "offload_checkpoints", "attn_implementation",
     "batch_size", "grad_accum", "epochs", "max_steps",
@@ -179,6 +179,8 @@ def _open_base(options: TrainOptions, cache_dir: Path) -> Bundle:
     bundle = open_for_training(options.model, cache_dir)
     if options.run.merge_adapter_with_base:
         check_layout(parts_of(bundle.config), options.run.export_layout)
+    if options.run.sample_steps is not None and parts_of(bundle.config).audio_tower is not None:
+        raise InputError("--sample_steps: speaks without what a Whisper tower hears; leave it out with such a base")
     check_weights(bundle.folder)
     check_biases(bundle.config, options.lora)
     weights = options.optim.codebook_weights

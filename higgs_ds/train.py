@@ -13,6 +13,7 @@ from higgs_ds.distributed import sum_over_ranks
 from higgs_ds.engine import Step
 from higgs_ds.errors import NotFiniteError, StoppedError
 from higgs_ds.finish import merge_into_folders, publish, say_where, write_cards
+from higgs_ds.listen import Listener
 from higgs_ds.loss import mean_losses
 from higgs_ds.loss_checks import doubts, may_pass_over, why_not_taken
 from higgs_ds.metrics import Meter, MetricsLog, be_quiet, warn
@@ -47,6 +48,7 @@ def train(run: Run) -> None:
     meter = Meter(engine.weights, engine.device)
     meter.restore(state.meters)
     log, reporter = _open_log(run), Reporter(run.output_dir, not options.run.no_report)
+    listener = Listener(run)
     with contextlib.closing(log), StopSignals() as signals:
         if state.validation_due:
             _validate(run, log, signals)
@@ -70,6 +72,8 @@ def train(run: Run) -> None:
                 if len(run.val) and (last or state.step % options.run.val_steps == 0):
                     _validate(run, log, signals)
                     reporter.write()
+                if listener.is_due(last):
+                    _listen(run, log, listener)
                 stopped_by, state.stopped_early = signals.agreed(), _is_out_of_patience(run)
                 if state.stopped_early and meter.steps:
                     _log(run, log, meter, lr)
@@ -108,6 +112,12 @@ def _validate(run: Run, log: MetricsLog, signals: StopSignals) -> None:
         log.write(state.step, state.epoch, values)
         state.val_losses[str(state.step)] = values["val/loss"]
         state.validation_due = False
+
+
+def _listen(run: Run, log: MetricsLog, listener: Listener) -> None:
+    values = listener.listen()
+    if values:
+        log.write(run.state.step, run.state.epoch, values)
 
 
 def _is_out_of_patience(run: Run) -> bool:

@@ -100,6 +100,14 @@ def _decode(clip: AudioClip) -> tuple[np.ndarray, int]:
     return waveform, rate
 
 
+def as_ogg(path: Path) -> bytes:
+    """An audio file as Ogg Vorbis, a tenth of its size as WAV."""
+    waveform, sample_rate = soundfile.read(path, dtype="float32")
+    content = io.BytesIO()
+    soundfile.write(content, waveform, sample_rate, format="OGG", subtype="VORBIS")
+    return content.getvalue()
+
+
 def write_audio(path: Path, waveform: torch.Tensor, sample_rate: int) -> None:
     """Write a mono waveform (num_samples,) as 16-bit PCM, as WAV or FLAC, whichever its name asks for."""
     content = io.BytesIO()

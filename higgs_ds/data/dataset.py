@@ -46,6 +46,10 @@ class Dataset:
         num_mel_bins = hearing.num_mel_bins if hearing else None
         return collate([self.encoded(i) for i in indices], self.coder.stream, self.coder.pad_id, num_mel_bins)
 
+    def sample(self, index: int) -> Sample:
+        """A conversation, whose clips are named by its source alone."""
+        return self.index.sample(int(self.rows[index]))[0]
+
     def encoded(self, index: int) -> EncodedSample:
         """A sample as ids and codes. Raises InputError where its codes have gone from the cache."""
         sample, clips = self.index.sample(int(self.rows[index]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ from higgs_ds.model.layout import (
 from higgs_ds.model.nf4 import BaseQuantization
 from higgs_ds.model.offload import OnHost, kept_on_host
 from higgs_ds.model.parts import NO_PARTS, Parts, config_of, model_class, parts_of, ready_for_parts
-from higgs_ds.model.routed import TRAINED_AS, LossHead, Routing
+from higgs_ds.model.routed import SPOKEN_AS, TRAINED_AS, LossHead, Routing
 
 TEXT_HEAD = "text_lm_head.weight"
 # Copies of the heads, which transformers would report as unknown weights; the heads themselves are loaded.
@@ -251,6 +251,23 @@ class DualLossModel(nn.Module):
                 module.__class__ = TRAINED_AS[type(module)]
         self.higgs.text_lm_head.__class__ = LossHead
         self.higgs.audio_lm_head.__class__ = LossHead
+
+    @contextlib.contextmanager
+    def speaking(self, folder: Path) -> Iterator[PeftModel]:
+        """For the block, the adapted model as transformers generates with it, by its folder's generation settings."""
+        changed = [(module, type(module)) for module in self.modules() if type(module) in SPOKEN_AS]
+        was_training = self.training
+        if (folder / GENERATION_CONFIG_NAME).is_file():
+            self.higgs.generation_config = GenerationConfig.from_pretrained(folder)
+        self.eval()
+        for module, trained_as in changed:
+            module.__class__ = SPOKEN_AS[trained_as]
+        try:
+            yield self.adapted
+        finally:
+            for module, trained_as in changed:
+                module.__class__ = trained_as
+            self.train(was_training)
 
     @property
     def higgs(self) -> HiggsAudioV2ForConditionalGeneration:

@@ -173,3 +173,11 @@ class LossHead(nn.Linear):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`loss.head_loss` of hidden states (K, H) and targets (K, P)."""
         return head_loss(hidden, self.weight, targets, target_weights)
+
+
+# What a model is spoken with again.
+SPOKEN_AS: dict[type[nn.Module], type[nn.Module]] = {
+    RoutedLayer: HiggsAudioV2DecoderLayer,
+    RoutedAttendingLayer: AttendingLayer,
+    LossHead: nn.Linear,
+}

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 from conftest import read_metrics
 from launcher import train_runs
 
 from higgs_ds.config import TrainOptions
 from higgs_ds.report import write_report
 
+ARGUMENTS = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -26,7 +28,7 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield browser
         browser.close()
 
@@ -49,8 +51,9 @@ def page(browser: Any) -> Iterator[Any]:
 def run(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, ds_file: Callable[[int], Path]) -> Path:
     folder = tmp_path_factory.mktemp("reported") / "my <voice>"
     options = (
-        f"--deepspeed {ds_file(3)} --precision fp32 --train_manifest {mixed_manifest} --allow_text_targets "
-        "--val_split 0.34 --batch_size 1 --grad_accum 1 --max_steps 4 --log_steps 1 --val_steps 2 --save_steps 2"
+        f"--deepspeed {ds_file(2)} --precision fp32 --train_manifest {mixed_manifest} --allow_text_targets "
+        "--val_split 0.34 --batch_size 1 --grad_accum 1 --max_steps 4 --log_steps 1 --val_steps 2 --save_steps 2 "
+        "--sample_steps 2"
     )
     train_runs(2, [[*options.split(), "--output_dir", str(folder)]], report=True)
     return folder
@@ -85,6 +88,30 @@ def test_page_of_a_run(run: Path, page: Any, tmp_path: Path) -> None:
     assert "--allow_text_targets True" in page.locator(".changed").all_inner_texts()
     page.screenshot(path=tmp_path / "page.png", full_page=True)
     assert (tmp_path / "page.png").stat().st_size > 50_000
+
+
+def test_what_was_said_plays(run: Path, page: Any) -> None:
+    """Reference and samples of each prompt, from within the page, although a random model says little."""
+    page.goto((run / "report.html").as_uri())
+    words = json.loads((run / "samples" / "prompts.json").read_text())
+    table = page.locator("#samples")
+    assert table.locator("th").all_inner_texts() == words
+    players = table.locator("audio")
+    written = list((run / "samples").rglob("*.wav"))
+    assert players.count() == len(written) >= len(words)
+    names = table.locator("td:first-child").all_inner_texts()
+    assert names.count("reference") == len(words)
+    for i in range(players.count()):
+        length = players.nth(i).evaluate("""async player => {
+            player.muted = true;
+            await player.play();
+            while (player.currentTime == 0) await new Promise(resolve => setTimeout(resolve, 20));
+            return [player.currentTime, player.duration];
+        }""")
+        assert 0 < length[0] <= length[1]
+    durations = sorted(soundfile.info(path).duration for path in written)
+    played = sorted(players.evaluate_all("players => players.map(player => player.duration)"))
+    assert played == pytest.approx(durations, abs=0.02)
 
 
 def test_a_thousand_steps(tmp_path: Path, page: Any) -> None:

@@ -31,7 +31,7 @@ ROWS = [
     ["checkpoint", "prepare", "generate", "verify", "loss_checks"],
     ["merge", "preflight", "inspection", "publish"],
     ["startup"],
-    ["report"],
+    ["report", "listen"],
     ["finish"],
     ["train"],
 ]

@@ -1,0 +1,117 @@
+"""--sample_steps: what the model in training says to fixed prompts, as WAV files beside what it should have said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from higgs_ds import distributed
+from higgs_ds.data.audio import write_audio
+from higgs_ds.data.codec import Codec
+from higgs_ds.data.dataset import Dataset
+from higgs_ds.data.sample import Sample
+from higgs_ds.files import saving, write_json
+from higgs_ds.generate import Speech, generation_settings, speak
+from higgs_ds.metrics import PROMPTS_FILE, REFERENCE_FOLDER, SAMPLES_FOLDER
+from higgs_ds.startup import Run
+
+LONGEST, FRAMES_MORE = 2, 25  # where generation is cut off: twice the reference's length, and a second
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample up to a turn that the model is to say; codes (C, F) of the clips in front of it, and of the turn."""
+
+    sample: Sample
+    turn: int
+    given: list[torch.Tensor]
+    target: torch.Tensor
+
+    @property
+    def words(self) -> str:
+        """What was written in the turn before, which is what is to be said."""
+        return " ".join(part for part in self.sample.messages[self.turn - 1].parts if isinstance(part, str))
+
+
+def prompts_of(data: Dataset, count: int) -> list[Prompt]:
+    """The first samples of the data that have audio to be said, up to `count` of them."""
+    found: list[Prompt] = []
+    for index in range(len(data)):
+        if len(found) == count:
+            break
+        sample = data.sample(index)
+        turns = [turn for turn, message in enumerate(sample.messages) if sample.is_target(turn) and message.clips]
+        if turns:
+            codes = data.encoded(index).codes
+            before = sum(len(message.clips) for message in sample.messages[: turns[0]])
+            found.append(Prompt(sample, turns[0], codes[:before], codes[before]))
+    return found
+
+
+class Listener:
+    """Makes the samples of a run, from the same prompts each time. Every rank must call its methods."""
+
+    def __init__(self, run: Run) -> None:
+        """Prompts are of the validation samples, or where there are none of the training samples."""
+        self.run, self.every = run, run.options.run.sample_steps
+        self.folder = run.output_dir / SAMPLES_FOLDER
+        data = run.val if len(run.val) else run.train
+        wanted = self.every is not None and distributed.is_main()
+        self.prompts = prompts_of(data, run.options.run.num_samples) if wanted else []
+
+    def is_due(self, last: bool) -> bool:
+        return self.every is not None and (last or self.run.state.step % self.every == 0)
+
+    def listen(self) -> dict[str, float]:
+        """Write what the model says now; how often it stopped by itself, and its lengths over the references'.
+
+        Raises SaveError, on every rank.
+        """
+
+        def listen() -> dict[str, float]:
+            with torch.random.fork_rng():  # which loading a model draws from, too
+                return self._listen()
+
+        return distributed.on_main(listen)
+
+    def _listen(self) -> dict[str, float]:
+        codec = Codec(self.run.bundle.codec.folder, torch.device("cpu"))
+        spoken = []
+        with self.run.engine.speaking(self.run.bundle.folder) as model:
+            for prompt in self.prompts:
+                torch.manual_seed(SEED)
+                spoken.append(self._speak(model, prompt))
+        if not (self.folder / PROMPTS_FILE).is_file():
+            self._write_references(codec)
+        for number, speech in enumerate(spoken):
+            self._write(codec, f"step-{self.run.state.step}", number, speech.codes)
+        if not spoken:
+            return {}
+        lengths = [s.codes.shape[1] / p.target.shape[1] for s, p in zip(spoken, self.prompts, strict=True)]
+        return {
+            "sample/stop_rate": sum(speech.stopped for speech in spoken) / len(spoken),
+            "sample/length_ratio": sum(lengths) / len(lengths),
+        }
+
+    def _speak(self, model: torch.nn.Module, prompt: Prompt) -> Speech:
+        settings = generation_settings(self.run.options.run.sample_temperature)
+        settings["max_new_tokens"] = LONGEST * prompt.target.shape[1] + FRAMES_MORE
+        return speak(model, self.run.bundle, list(prompt.sample.messages[: prompt.turn]), prompt.given, settings)
+
+    def _write_references(self, codec: Codec) -> None:
+        for number, prompt in enumerate(self.prompts):
+            self._write(codec, REFERENCE_FOLDER, number, prompt.target)
+        with saving(self.folder):
+            write_json(self.folder / PROMPTS_FILE, [prompt.words for prompt in self.prompts])
+
+    def _write(self, codec: Codec, name: str, number: int, codes: torch.Tensor) -> None:
+        """Write codes (C, F) as sound; of none, an empty file would be all, and nothing is written."""
+        path = self.folder / name / f"{number}.wav"
+        with saving(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if codes.shape[1]:
+                # A model without training may put the stream's own tokens between the codes.
+                waveform = codec.decode(codes.clamp(max=self.run.bundle.stream.bos_id - 1))
+                write_audio(path, waveform, codec.sample_rate)
