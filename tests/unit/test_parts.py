@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from conftest import PROJECT, VOICES, whisper_folder
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, WhisperConfig, WhisperFeatureExtractor
 
+from higgs_ds.command_line import parse_train_options
 from higgs_ds.config import LoraOptions
 from higgs_ds.data.audio import read_audio, write_audio
 from higgs_ds.data.collate import EncodedSample, collate
@@ -23,6 +25,7 @@ from higgs_ds.model.higgs import DualLossModel, load_base
 from higgs_ds.model.lora import add_lora
 from higgs_ds.model.parts import AudioTower, ExtendedModel, Parts, tower_geometry
 from higgs_ds.relayout import native_folder
+from higgs_ds.startup import start
 
 GOLDEN = PROJECT / "tests" / "golden"
 CPU = torch.device("cpu")
@@ -186,3 +189,24 @@ def test_added_parts_change_nothing_at_first(base: Path, tmp_path: Path, kind: s
 def test_whisper_folder_must_be_one(base: Path) -> None:
     with pytest.raises(InputError, match=r"--whisper_ckpt .*model_type is 'higgs_audio_v2'; the tower is made from"):
         tower_geometry(base)
+
+
+@pytest.mark.usefixtures("lone_rank")
+def test_a_tower_that_hears_nothing_is_refused(
+    mixed_manifest: Path, ds_file: Callable[[int], Path], tmp_path: Path
+) -> None:
+    """No sample of this manifest has audio in a system or user turn."""
+    line = (
+        f"--deepspeed {ds_file(2)} --train_manifest {mixed_manifest} --output_dir {tmp_path}/run --allow_text_targets"
+    )
+    options = [
+        *line.split(),
+        "--allow_text_targets",
+        "--whisper_conditioning",
+        "--whisper_ckpt",
+        str(whisper_folder(tmp_path / "whisper")),
+    ]
+    with pytest.raises(InputError, match="--whisper_conditioning: no sample has audio in a system or user turn"):
+        start(*parse_train_options(options))
+    with pytest.raises(InputError, match="--sample_steps: speaks without what a Whisper tower hears"):
+        start(*parse_train_options([*options, "--sample_steps", "2"]))
