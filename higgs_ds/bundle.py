@@ -17,13 +17,13 @@ from higgs_ds.data.codec import CodecInfo, codec_digest, find_codec, read_codec_
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.delay_pattern import AudioStream
 from higgs_ds.data.hearing import POSITIONS_PER_S, Hearing
-from higgs_ds.data.prompt import AUDIO_DELAY, AUDIO_IN, AUDIO_OUT, AUDIO_OUT_BOS, CachedTokenizer, missing_tokens
+from higgs_ds.data.prompt import AUDIO_DELAY, AUDIO_OUT, AUDIO_OUT_BOS, CachedTokenizer, missing_tokens
 from higgs_ds.errors import InputError
 from higgs_ds.files import sha256_of
 from higgs_ds.hub import resolve_folder, weight_files, weight_shapes
 from higgs_ds.model.higgs import read_config
 from higgs_ds.model.layout import MODEL_TYPES, read_json_config
-from higgs_ds.model.parts import NO_PARTS, Parts, parts_of, tower_geometry, with_parts
+from higgs_ds.model.parts import NO_PARTS, Parts, parts_of, parts_to_add, with_parts
 from higgs_ds.relayout import native_codec, native_folder
 
 
@@ -117,16 +117,10 @@ def open_for_training(options: ModelOptions, cache_dir: Path) -> Bundle:
 
     def opened() -> Bundle:
         bundle = open_bundle(options.base_ckpt, options.base_revision, options.codec_ckpt, cache_dir)
-        has, whisper_folder, tower = parts_of(bundle.config), None, None
-        if options.whisper_conditioning and has.audio_tower is None:
-            whisper_folder = resolve_folder(options.whisper_ckpt, "--whisper_ckpt")
-            tower = tower_geometry(whisper_folder)
+        added, whisper_folder = parts_to_add(options, bundle.config, resolve_folder)
+        if whisper_folder is not None:
             weight_shapes(weight_files(whisper_folder))
-        added = Parts(options.audio_self_attention, tower).without(has)
-        config = with_parts(bundle.config, added)
-        if added:
-            config.audio_in_token_id = bundle.tokenizer.convert_tokens_to_ids(AUDIO_IN)
-        return replace(bundle, config=config, added=added, whisper_folder=whisper_folder)
+        return replace(bundle, config=with_parts(bundle.config, added), added=added, whisper_folder=whisper_folder)
 
     distributed.on_main(lambda: opened() and None)
     return distributed.agreed(opened)

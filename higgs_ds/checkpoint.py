@@ -59,11 +59,13 @@ class TrainerState:
 
     def is_out_of_patience(self, patience: int | None, min_delta: float) -> bool:
         """Whether that many validations in a row, up to the last, were not lower than all before by `min_delta`."""
+        if patience is None:
+            return False
         lowest, without = math.inf, 0
         for _, loss in sorted(self.val_losses.items(), key=lambda item: int(item[0])):
             lower = loss < lowest - min_delta
             lowest, without = (loss, 0) if lower else (lowest, without + 1)
-        return patience is not None and without >= patience
+        return without >= patience
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
@@ -154,6 +156,12 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     if not output_dir.is_dir():
         return []
     return sorted(filter(lambda path: _NAME.match(path.name), output_dir.iterdir()), key=_step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a checkpoint's folder, by its name; None for another folder."""
+    match = _NAME.match(folder.name)
+    return int(match[1]) if match else None
 
 
 def _step_of(checkpoint: Path) -> int:

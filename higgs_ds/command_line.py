@@ -101,11 +101,14 @@ def meant_option(name: str, known: Sequence[str]) -> str:
 
 def parse_train_options(argv: Sequence[str] | None = None) -> tuple[TrainOptions, set[str]]:
     """The options of launch/train.py, and which of them were given, on the command line or in a file."""
-    parser = _train_parser(
+    parser = Parser(
         prog="launch/train.py",
         usage="deepspeed launch/train.py [--config FILE] [--deepspeed FILE] [options]",
         description="Train LoRA adapters for Higgs Audio v2. Without options: the built-in base and sample voices.",
     )
+    for group_class in typing.get_type_hints(TrainOptions).values():
+        add_options(parser, group_class)
+    _add_common(parser)
     given = _given_with_file(parser, argv)
     return TrainOptions().replace(**given), set(given)
 
@@ -124,14 +127,6 @@ def parse_prepare_options(argv: Sequence[str] | None = None) -> tuple[DataOption
     given = _given_with_file(parser, argv, also_known=TrainOptions().flat())
     made = [group(**{f.name: given[f.name] for f in dataclasses.fields(group) if f.name in given}) for group in groups]
     return typing.cast(tuple[DataOptions, ModelOptions, PrepareOptions], tuple(made))
-
-
-def _train_parser(**shown: Any) -> Parser:
-    parser = Parser(**shown)
-    for group_class in typing.get_type_hints(TrainOptions).values():
-        add_options(parser, group_class)
-    _add_common(parser)
-    return parser
 
 
 def _add_common(parser: Parser) -> None:
@@ -178,7 +173,7 @@ def read_options_file(path: Path, parser: Parser, also_known: Iterable[str] = ()
         elif name in actions and value is not None:
             try:
                 made[name] = _converted(actions[name], value)
-            except (TypeError, ValueError, argparse.ArgumentTypeError):
+            except (TypeError, ValueError):
                 problems.append(f"{where}: {name}: {value!r} is not {_expected(actions[name])}")
     if problems:
         raise InputError(problems)

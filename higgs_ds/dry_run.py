@@ -17,7 +17,7 @@ from higgs_ds.config import DEFAULT_DS_CONFIG, TrainOptions, check_options, reco
 from higgs_ds.errors import InputError
 from higgs_ds.hub import resolve_config_folder
 from higgs_ds.model.higgs import read_config
-from higgs_ds.model.parts import Parts, parts_of, tower_geometry, with_parts
+from higgs_ds.model.parts import parts_to_add, with_parts
 from higgs_ds.planner import CONTEXT_BYTES, Plan, Setting, plan, with_checkpointing
 from higgs_ds.support import unsupported
 
@@ -77,10 +77,7 @@ def _base_config(options: TrainOptions) -> HiggsAudioV2Config:
         config = builtin_config()
     else:
         config = read_config(resolve_config_folder(model.base_ckpt, "--base_ckpt", model.base_revision))
-    has, tower = parts_of(config), None
-    if model.whisper_conditioning and has.audio_tower is None:
-        tower = tower_geometry(resolve_config_folder(model.whisper_ckpt, "--whisper_ckpt"))
-    return with_parts(config, Parts(model.audio_self_attention, tower).without(has))
+    return with_parts(config, parts_to_add(model, config, resolve_config_folder)[0])
 
 
 def _device_gib() -> float | None:

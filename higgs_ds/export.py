@@ -131,13 +131,19 @@ tags: [lora, text-to-speech, higgs-audio-v2]
 
 Trained with higgs_ds on {on}: rank {config.r}, alpha {config.lora_alpha}, float32.
 {in_full}
-Merge it into its base:
+{how_to_use_adapter("BASE")}
+"""
 
-    python launch/merge.py --base_model_path BASE --lora_adapter_path THIS_FOLDER --output_path MERGED
+
+def how_to_use_adapter(base: str) -> str:
+    """For a model card: what to do with an adapter."""
+    return f"""Merge it into its base:
+
+    python launch/merge.py --base_model_path {base} --lora_adapter_path THIS_FOLDER --output_path MERGED
 
 Or load it with PEFT:
 
     from peft import PeftModel
     from transformers import HiggsAudioV2ForConditionalGeneration
-    model = PeftModel.from_pretrained(HiggsAudioV2ForConditionalGeneration.from_pretrained("BASE"), "THIS_FOLDER")
-"""
+    model = HiggsAudioV2ForConditionalGeneration.from_pretrained("{base}")
+    model = PeftModel.from_pretrained(model, "THIS_FOLDER")"""

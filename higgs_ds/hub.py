@@ -43,7 +43,7 @@ def _resolve(name: str, asked_by: str, download: Callable[[], Path]) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()
-    if name.count("/") != 1 or name[0] in "./~":
+    if not is_hub_id(name):
         raise InputError(f"{asked_by} {name}: no such folder (a hub id has the form OWNER/NAME)")
     try:
         return download()
@@ -55,6 +55,11 @@ def _resolve(name: str, asked_by: str, download: Callable[[], Path]) -> Path:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model, as its index names them. Raises InputError where any is missing."""
     return indexed_files(folder, WEIGHT_INDEX) or _all_there(folder, ["model.safetensors"])
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a repository's, OWNER/NAME, and not of a path."""
+    return name.count("/") == 1 and name[0] not in "./~"
 
 
 def indexed_files(folder: Path, index: str) -> list[Path]:

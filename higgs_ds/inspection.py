@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
 
 from higgs_ds.adapter import Adapter, check_fit, read_adapter
 from higgs_ds.checkpoint import (
@@ -21,6 +20,7 @@ from higgs_ds.checkpoint import (
     TrainerState,
     find_checkpoints,
     read_state,
+    step_of,
     why_incomplete,
 )
 from higgs_ds.config import InspectOptions
@@ -80,8 +80,7 @@ def find_adapters(options: InspectOptions) -> None:
 
 def describe_adapter(folder: Path) -> FoundAdapter:
     """What is known of an adapter."""
-    parent = folder.parent.name
-    step = int(parent.removeprefix("checkpoint-")) if parent.startswith("checkpoint-") else None
+    step = step_of(folder.parent)
     try:
         adapter = read_adapter(folder)
         config = LoraConfig.from_pretrained(folder)
@@ -94,18 +93,13 @@ def describe_adapter(folder: Path) -> FoundAdapter:
         rank=config.r,
         alpha=config.lora_alpha,
         targets=sorted(config.target_modules),
-        tensors=_num_tensors(folder / ADAPTER_WEIGHTS),
+        tensors=len(weight_shapes([folder / ADAPTER_WEIGHTS])),
         size_mib=stat.st_size / 2**20,
         base_in_4bit=adapter.quantization is not None,
         in_full=str(adapter.in_full),
         of_step=step,
         changed=time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime)),
     )
-
-
-def _num_tensors(path: Path) -> int:
-    with safe_open(path, framework="pt") as file:
-        return len(file.keys())
 
 
 def _tips(folder: Path) -> list[str]:
@@ -172,9 +166,8 @@ def validate_checkpoint(options: InspectOptions) -> None:
     report.add("as written", reason, "every file has the size and SHA-256 of its manifest")
     report.try_to("adapter", lambda: _of_adapter(read_adapter(folder / ADAPTER_FOLDER)))
     if reason is None:
-        report.add("optimizer", _moments_problem(folder), "both of Adam's moments for every tensor of the adapter")
-        state = read_state(folder)
-        report.add("state", None, _of_state(state))
+        report.try_to("optimizer", lambda: _of_moments(folder))
+        report.add("state", None, _of_state(read_state(folder)))
     report.show(options.as_json)
     if not options.as_json:
         print(f"go on from it: --resume {folder}")
@@ -185,28 +178,23 @@ def _of_adapter(adapter: Adapter) -> str:
 
 
 def _of_state(state: TrainerState) -> str:
-    best = min(state.val_losses.items(), key=lambda item: item[1], default=None)
-    shown = f", best validation loss {best[1]:.4g} at step {best[0]}" if best else ""
+    best = state.best_step
+    shown = f", best validation loss {state.val_losses[str(best)]:.4g} at step {best}" if best is not None else ""
     return f"step {state.step} of {state.total_steps}, epoch {state.epoch:.2f}{shown}"
 
 
-def _moments_problem(folder: Path) -> str | None:
-    try:
-        with safe_open(folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS, framework="pt") as file:
-            names = set(file.keys())
-        with safe_open(folder / OPTIMIZER_FILE, framework="pt") as file:
-            found = set(file.keys())
-    except (OSError, SafetensorError) as error:
-        return str(error)
-    missing = sorted({f"{moment}.{name}" for moment in MOMENTS for name in names} - found)
-    return f"lacks {len(missing)}, for instance {missing[0]}" if missing else None
+def _of_moments(folder: Path) -> str:
+    names, found = (weight_shapes([folder / name]) for name in (f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}", OPTIMIZER_FILE))
+    missing = sorted({f"{moment}.{name}" for moment in MOMENTS for name in names} - found.keys())
+    if missing:
+        raise InputError(f"lacks {len(missing)}, for instance {missing[0]}")
+    return "both of Adam's moments for every tensor of the adapter"
 
 
 def validate_adapter(options: InspectOptions) -> None:
     """Look through an adapter, also beside a base. Raises InputError, behind its report, where it is not good."""
     report = Report(str(options.path))
-    readable = report.try_to("files", lambda: _of_adapter(read_adapter(options.path)))
-    if readable:
+    if report.try_to("files", lambda: _of_adapter(read_adapter(options.path))):
         adapter = read_adapter(options.path)
         moved = adapter.whole or any(factors.b.any() for factors in adapter.factors.values())
         untrained = "every second factor is zero, as before training: it would change nothing"

@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from higgs_ds.loss import LossWeights, accuracies, mean_losses
 from higgs_ds.report_to import Sink
 
 METRICS_FILE, SETTINGS_FILE, SUMMARY_FILE = "metrics.jsonl", "settings.json", "data_summary.txt"
+DROPPED_FILE = "dropped_samples.txt"
 SAMPLES_FOLDER, PROMPTS_FILE, REFERENCE_FOLDER = "samples", "prompts.json", "reference"
 # What the progress bar shows beside the remaining time, and how it is called there.
 _ON_THE_BAR = {
@@ -211,6 +212,14 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`; none before the first is written."""
     path = output_dir / METRICS_FILE
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def last_values(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The last of each number in lines of `metrics.jsonl`."""
+    last: dict[str, Any] = {}
+    for line in lines:
+        last |= {key: value for key, value in line.items() if value is not None}
+    return last
 
 
 def peak_memory_gib() -> float:

@@ -12,8 +12,10 @@ from huggingface_hub.utils import httpx  # the one that the hub's client works w
 
 from higgs_ds.config import RunOptions, TrainOptions
 from higgs_ds.errors import InputError, PublishError
+from higgs_ds.export import how_to_use_adapter
 from higgs_ds.files import saving, write_text
-from higgs_ds.metrics import SUMMARY_FILE, read_metrics
+from higgs_ds.hub import is_hub_id
+from higgs_ds.metrics import SUMMARY_FILE, last_values, read_metrics
 from higgs_ds.model.parts import Parts
 
 CARD = "README.md"
@@ -86,7 +88,7 @@ def write_card(folder: Path, kind: str, facts: dict[str, Any]) -> None:
     """
     base = facts["base"]
     header = ModelCardData(
-        base_model=base if _is_hub_id(base) else None,
+        base_model=base if is_hub_id(base) else None,
         library_name="peft" if kind == "adapter" else "transformers",
         pipeline_tag="text-to-speech",
         tags=["higgs-audio-v2", "text-to-speech", *(["lora"] if kind == "adapter" else [])],
@@ -127,16 +129,7 @@ Trained with higgs_ds from `{base}`{facts["in_full"]}.
 
 def _use(kind: str, facts: dict[str, Any]) -> str:
     if kind == "adapter":
-        return f"""Merge it into its base:
-
-    python launch/merge.py --base_model_path {facts["base"]} --lora_adapter_path THIS_FOLDER --output_path MERGED
-
-Or load it with PEFT:
-
-    from peft import PeftModel
-    from transformers import HiggsAudioV2ForConditionalGeneration
-    model = HiggsAudioV2ForConditionalGeneration.from_pretrained("{facts["base"]}")
-    model = PeftModel.from_pretrained(model, "THIS_FOLDER")"""
+        return how_to_use_adapter(facts["base"])
     if facts["layout"] == "original":
         return "With boson_multimodal's `serve_engine`, as its base."
     return """    from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
@@ -146,9 +139,7 @@ Or load it with PEFT:
 
 def facts_of(run_folder: Path, base: str, in_full: Parts, options: TrainOptions) -> dict[str, Any]:
     """What a card tells of a run. Paths are this machine's own: of the base the folder's name, others are left out."""
-    last: dict[str, Any] = {}
-    for line in read_metrics(run_folder):
-        last |= {key: value for key, value in line.items() if value is not None}
+    last = last_values(read_metrics(run_folder))
     shown = [f"{kind}/{name}" for kind in ("train", "val") for name in ("loss", "text_loss", "audio_loss")]
     shown += ["val/text_accuracy", "val/audio_accuracy", "val/eos_accuracy"]
     losses = {name: f"{last[name]:.4g}" for name in shown if name in last}
@@ -156,14 +147,10 @@ def facts_of(run_folder: Path, base: str, in_full: Parts, options: TrainOptions)
     changed = {name: value for name, value in options.flat().items() if value != defaults[name] and name not in _OWN}
     summary = (run_folder / SUMMARY_FILE).read_text(encoding="utf-8")
     return {
-        "base": base if _is_hub_id(base) else Path(base).name,
+        "base": base if is_hub_id(base) else Path(base).name,
         "in_full": f"; in full: {in_full}" if in_full else "",
         "layout": options.run.export_layout,
         "settings": changed,
-        "data": re.sub(r"^(?! ).*[/\\\\](?=[^/\\\\]*:$)", "", summary, flags=re.MULTILINE),
+        "data": re.sub(r"^(?! ).*[/\\](?=[^/\\]*:$)", "", summary, flags=re.MULTILINE),
         "losses": losses | ({"step": last["step"]} if "step" in last else {}),
     }
-
-
-def _is_hub_id(base: str) -> bool:
-    return base.count("/") == 1 and not base.startswith((".", "/", "~"))

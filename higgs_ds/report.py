@@ -15,22 +15,23 @@ from typing import Any
 
 import jinja2
 
-from higgs_ds.checkpoint import STATE_FILE
+from higgs_ds.checkpoint import STATE_FILE, find_checkpoints
 from higgs_ds.config import TrainOptions
 from higgs_ds.data.audio import as_ogg
 from higgs_ds.distributed import on_main
 from higgs_ds.export import ADAPTER_FOLDER
 from higgs_ds.files import saving, write_text
 from higgs_ds.metrics import (
+    DROPPED_FILE,
     METRICS_FILE,
     PROMPTS_FILE,
     REFERENCE_FOLDER,
     SAMPLES_FOLDER,
     SETTINGS_FILE,
     SUMMARY_FILE,
+    last_values,
     read_metrics,
 )
-from higgs_ds.startup import DROPPED_FILE
 
 REPORT_FILE = "report.html"
 EVERY_S = 60.0
@@ -58,11 +59,12 @@ class Reporter:
         """Raises SaveError, on every rank."""
 
         def write() -> None:
-            if self.wanted and (at_end or time.monotonic() - self.written_at > EVERY_S):
+            if at_end or time.monotonic() - self.written_at > EVERY_S:
                 write_report(self.output_dir)
                 self.written_at = time.monotonic()
 
-        on_main(write)
+        if self.wanted:
+            on_main(write)
 
 
 TRAIN_AND_VAL = {"train": "training", "val": "validation"}
@@ -166,9 +168,7 @@ def draw(curve: Curve, points: dict[str, tuple[list[int], list[float]]]) -> str:
 
 def _numbers(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """The last of each number that training and validation share, and of some others."""
-    last: dict[str, float] = {}
-    for line in lines:
-        last |= {key: value for key, value in line.items() if value is not None}
+    last = last_values(lines)
 
     def shown(key: str) -> str:
         return f"{last[key]:.4g}" if key in last else ""
@@ -210,7 +210,7 @@ def _outputs(output_dir: Path) -> list[dict[str, str]]:
         DROPPED_FILE: "samples that were left out for their length",
     }
     there = [{"href": name, "what": what} for name, what in known.items() if (output_dir / name).exists()]
-    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    checkpoints = reversed(find_checkpoints(output_dir))
     return there + [{"href": path.name, "what": "to go on from, with --resume"} for path in checkpoints]
 
 

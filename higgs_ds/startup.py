@@ -32,7 +32,7 @@ from higgs_ds.files import saving, tidy, write_json, write_text
 from higgs_ds.hub import weight_files
 from higgs_ds.loss import LossWeights
 from higgs_ds.merge import check_layout
-from higgs_ds.metrics import SETTINGS_FILE, SUMMARY_FILE, say, warn
+from higgs_ds.metrics import DROPPED_FILE, SETTINGS_FILE, SUMMARY_FILE, say, warn
 from higgs_ds.model.higgs import (
     DualLossModel,
     check_weights,
@@ -46,7 +46,7 @@ from higgs_ds.model.higgs import (
 )
 from higgs_ds.model.lora import add_lora, check_biases, describe
 from higgs_ds.model.nf4 import BaseQuantization
-from higgs_ds.model.parts import parts_in_full, parts_of
+from higgs_ds.model.parts import Parts, parts_in_full, parts_of
 from higgs_ds.planner import Setting, with_checkpointing
 from higgs_ds.preflight import check_room, seconds_left
 from higgs_ds.prepare import Checked, Preparation, check_folders, scratch_problems
@@ -54,7 +54,6 @@ from higgs_ds.publish import check_login
 from higgs_ds.support import unsupported
 
 T = TypeVar("T")
-DROPPED_FILE = "dropped_samples.txt"
 # What a run writes by way of a temporary name, which a kill may leave behind.
 WRITTEN = re.compile(
     r"checkpoint-\d+|lora_adapters|final_model|adapter|merged_model|trainer_state\.json|settings\.json|"
@@ -88,6 +87,11 @@ class Inputs:
     too_long: list[str]  # what --max_seq_len leaves out
     summary: str  # of the data, in lines
     resume_from: Path | None
+
+    @property
+    def in_full(self) -> Parts:
+        """Optional parts of the model that are trained whole."""
+        return parts_in_full(self.options.model, self.bundle.config)
 
 
 @dataclass
@@ -305,8 +309,7 @@ def _load(inputs: Inputs) -> Run:
     distributed.on_main(lambda: _check_room(inputs, state))
     model, quantization = distributed.agreed(lambda: _adapted_model(inputs))
     trained = adapter_parameters(model)
-    in_full = parts_in_full(options.model, bundle.config)
-    _report(inputs, sampler, state, describe(model, num_parameters(bundle.folder, in_full), in_full))
+    _report(inputs, sampler, state, describe(model, num_parameters(bundle.folder, inputs.in_full), inputs.in_full))
     if resume_from is not None:
         checkpoint.load_adapter_into(resume_from, trained)
     weights = LossWeights.of(
@@ -318,7 +321,7 @@ def _load(inputs: Inputs) -> Run:
     if resume_from is not None:
         checkpoint.load_into_engine(resume_from, engine, state)
     distributed.on_main(lambda: _begin_output(inputs, state))
-    form = AdapterFormat(model.peft_config["default"], quantization, in_full)
+    form = AdapterFormat(model.peft_config["default"], quantization, inputs.in_full)
     return Run(options, inputs.output_dir, bundle, inputs.train, inputs.val, sampler, engine, form, state)
 
 
@@ -347,9 +350,8 @@ def _state(inputs: Inputs, sampler: WindowSampler) -> TrainerState:
 
 def _check_room(inputs: Inputs, state: TrainerState) -> None:
     """Raise InputError where what is to be written does not fit, or --lora_targets is not in the base."""
-    config = inputs.bundle.config
-    in_full = parts_in_full(inputs.options.model, config)
-    shapes = add_lora(empty_model(config, torch.float32), inputs.options.lora, "", torch.float32, in_full)
+    empty = empty_model(inputs.bundle.config, torch.float32)
+    shapes = add_lora(empty, inputs.options.lora, "", torch.float32, inputs.in_full)
     adapter_bytes = 4 * sum(parameter.numel() for parameter in adapter_parameters(shapes).values())
     base_bytes = sum(path.stat().st_size for path in weight_files(inputs.bundle.folder))
     check_room(inputs.output_dir, state, inputs.options.run, adapter_bytes, base_bytes)
@@ -387,8 +389,7 @@ def _adapted_model(inputs: Inputs) -> tuple[PeftModel, BaseQuantization | None]:
     every = recompute_every(options.model)
     if every is not None:
         checkpoint_layers(model, every)
-    in_full = parts_in_full(options.model, bundle.config)
-    return add_lora(model, options.lora, bundle.name, dtype, in_full), quantization
+    return add_lora(model, options.lora, bundle.name, dtype, inputs.in_full), quantization
 
 
 def _report(inputs: Inputs, sampler: WindowSampler, state: TrainerState, adapters: str) -> None:

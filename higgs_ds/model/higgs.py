@@ -337,6 +337,8 @@ class DualLossModel(nn.Module):
         hidden = torch.cat([text, model.embed_audio_tokens(codes)])
         position_embeddings = model.rotary_emb(hidden, torch.arange(places.shape[1], device=places.device)[None])
         routing = Routing(len(text_ids), positions, places, audio_rows, audio_at)
+        if parts_of(self.higgs.config).audio_self_attention:
+            routing = routing.with_audio_rotations(position_embeddings)
         for layer in model.layers:
             offloaded = self.offload_checkpoints and layer.gradient_checkpointing
             with kept_on_host() if offloaded else contextlib.nullcontext():

@@ -8,6 +8,7 @@ turns, and what it makes of them stands in front of their codes, as text does.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,21 @@ def tower_geometry(whisper_folder: Path) -> dict[str, Any]:
         )
     whisper = WhisperConfig(**config)
     return {name: getattr(whisper, name) for name in TOWER_GEOMETRY}
+
+
+def parts_to_add(
+    options: ModelOptions, config: HiggsAudioV2Config, find_whisper: Callable[[str, str], Path]
+) -> tuple[Parts, Path | None]:
+    """The parts that options ask for and a base lacks, and the folder of the Whisper model a tower is made from.
+
+    Args:
+        find_whisper: gives the folder of a name, and says in its errors which option asked.
+    """
+    has, folder, tower = parts_of(config), None, None
+    if options.whisper_conditioning and has.audio_tower is None:
+        folder = find_whisper(options.whisper_ckpt, "--whisper_ckpt")
+        tower = tower_geometry(folder)
+    return Parts(options.audio_self_attention, tower).without(has), folder
 
 
 def parts_in_full(options: ModelOptions, config: HiggsAudioV2Config) -> Parts:

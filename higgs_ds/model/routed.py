@@ -7,7 +7,7 @@ Here a batch comes in an order (`data.collate.Batch`) that all layers share. The
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class Routing:
     """Where each position of a batch is: `positions` (N,) of the places, `places` (B, T) of the positions.
 
     `audio_rows` (B, S) has the audio of each sample without its text, by number, and A, that of all audio, for padding;
-    `audio_at` (A,) is where each is there.
+    `audio_at` (A,) is where each is there; `audio_rotations` are the cosines and sines of their positions, (B, S, D),
+    for a model whose layers attend among audio.
     """
 
     num_text: int
@@ -35,6 +36,7 @@ class Routing:
     places: torch.Tensor
     audio_rows: torch.Tensor
     audio_at: torch.Tensor
+    audio_rotations: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def to_sequences(self, x: torch.Tensor) -> torch.Tensor:
         """From places (N, H) to positions (B, T, H)."""
@@ -53,10 +55,12 @@ class Routing:
         """From the audio of each sample (B, S, H) to audio places (A, H)."""
         return rows.flatten(0, 1).index_select(0, self.audio_at)
 
-    def audio_columns(self) -> torch.Tensor:
-        """Which column of its sample each of `audio_rows` is at (B, S); that of padding is any."""
+    def with_audio_rotations(self, rotations: tuple[torch.Tensor, torch.Tensor]) -> Routing:
+        """With those of `audio_rows`, from the cosines and sines of all columns (1, T, D); those of padding are any."""
         columns = self.positions[self.num_text :] % self.places.shape[1]
-        return torch.cat([columns, columns.new_zeros(1)])[self.audio_rows]
+        columns = torch.cat([columns, columns.new_zeros(1)])[self.audio_rows]
+        cos, sin = rotations
+        return replace(self, audio_rotations=(cos[0][columns], sin[0][columns]))
 
 
 class _Permute(torch.autograd.Function):
@@ -144,9 +148,8 @@ class RoutedAttendingLayer(AttendingLayer, RoutedLayer):
         self, hidden: torch.Tensor, routing: Routing, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         text, audio = hidden[: routing.num_text], hidden[routing.num_text :]
-        cos, sin = (rotation[0][routing.audio_columns()] for rotation in position_embeddings)
         rows = routing.to_audio_rows(self.audio_input_layernorm(audio))
-        attended, _ = self.audio_attn(rows, (cos, sin))
+        attended, _ = self.audio_attn(rows, routing.audio_rotations)
         audio = audio + routing.to_audio_places(attended)
         normed = torch.cat([self.input_layernorm(text), self.audio_post_audio_attn_layer_norm(audio)])
         return self.attend_and_feed(torch.cat([text, audio]), normed, routing, position_embeddings)
