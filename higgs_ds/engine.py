@@ -157,7 +157,7 @@ class Engine:
 
     @contextlib.contextmanager
     def speaking(self, folder: Path) -> Iterator[nn.Module]:
-        """For the block, the model as transformers generates with it, on this rank alone; not at stage 3."""
+        """For the block, the model as transformers generates with it, on this rank alone; at stage 3 on all of them."""
         with self.engine.module.speaking(folder) as model:
             yield model
 

@@ -58,8 +58,10 @@ class Listener:
         self.run, self.every = run, run.options.run.sample_steps
         self.folder = run.output_dir / SAMPLES_FOLDER
         data = run.val if len(run.val) else run.train
-        wanted = self.every is not None and distributed.is_main()
-        self.prompts = prompts_of(data, run.options.run.num_samples) if wanted else []
+        # Where ranks share the weights, all of them speak: each layer's are gathered when it comes to it.
+        self.together = run.engine.stage == 3
+        speaks = self.every is not None and (self.together or distributed.is_main())
+        self.prompts = prompts_of(data, run.options.run.num_samples) if speaks else []
 
     def is_due(self, last: bool) -> bool:
         return self.every is not None and (last or self.run.state.step % self.every == 0)
@@ -69,20 +71,20 @@ class Listener:
 
         Raises SaveError, on every rank.
         """
+        with torch.random.fork_rng():  # which loading a model draws from, too
+            spoken = self._speak_all() if self.together or distributed.is_main() else []
+            return distributed.on_main(lambda: self._write_all(spoken))
 
-        def listen() -> dict[str, float]:
-            with torch.random.fork_rng():  # which loading a model draws from, too
-                return self._listen()
-
-        return distributed.on_main(listen)
-
-    def _listen(self) -> dict[str, float]:
-        codec = Codec(self.run.bundle.codec.folder, torch.device("cpu"))
+    def _speak_all(self) -> list[Speech]:
         spoken = []
         with self.run.engine.speaking(self.run.bundle.folder) as model:
             for prompt in self.prompts:
                 torch.manual_seed(SEED)
                 spoken.append(self._speak(model, prompt))
+        return spoken
+
+    def _write_all(self, spoken: list[Speech]) -> dict[str, float]:
+        codec = Codec(self.run.bundle.codec.folder, torch.device("cpu"))
         if not (self.folder / PROMPTS_FILE).is_file():
             self._write_references(codec)
         for number, speech in enumerate(spoken):
@@ -98,6 +100,8 @@ class Listener:
     def _speak(self, model: torch.nn.Module, prompt: Prompt) -> Speech:
         settings = generation_settings(self.run.options.run.sample_temperature)
         settings["max_new_tokens"] = LONGEST * prompt.target.shape[1] + FRAMES_MORE
+        if self.together:
+            settings["synced_gpus"] = True  # a rank that is through goes on until all are
         return speak(model, self.run.bundle, list(prompt.sample.messages[: prompt.turn]), prompt.given, settings)
 
     def _write_references(self, codec: Codec) -> None:

@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +187,12 @@ class MetricsLog:
                 sink.write(step, {key: value for key, value in clean.items() if value is not None and key != "step"})
         shown = {key: value for key, value in values.items() if "/cb" not in key}
         self.bar.set_postfix({short: f"{values[key]:.4g}" for key, short in _ON_THE_BAR.items() if key in values})
-        say(f"step {step} (epoch {epoch:.2f}): " + "  ".join(f"{key} {value:.4g}" for key, value in shown.items()))
-        self._compare_with_limit(step, values.get("step_time_s"))
+        step_time_s = values.get("step_time_s")
+        left_s = (self.total_steps - step) * (step_time_s or 0)
+        left = f", {timedelta(seconds=round(left_s))} left" if left_s else ""
+        numbers = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        say(f"step {step} (epoch {epoch:.2f}{left}): {numbers}")
+        self._compare_with_limit(step, step_time_s)
         for key in ("train/loss", "val/loss"):
             if not math.isfinite(values.get(key, 0.0)):
                 error = NotFiniteError(f"{key} is {values[key]} at step {step}; see {self.path}. Lower --lr")

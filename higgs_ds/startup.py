@@ -30,6 +30,7 @@ from higgs_ds.errors import InputError
 from higgs_ds.export import AdapterFormat, adapter_parameters
 from higgs_ds.files import saving, tidy, write_json, write_text
 from higgs_ds.hub import weight_files
+from higgs_ds.inputs import Inputs
 from higgs_ds.loss import LossWeights
 from higgs_ds.merge import check_layout
 from higgs_ds.metrics import DROPPED_FILE, SETTINGS_FILE, SUMMARY_FILE, say, warn
@@ -37,7 +38,6 @@ from higgs_ds.model.higgs import (
     DualLossModel,
     check_weights,
     checkpoint_layers,
-    describe_model,
     empty_model,
     load_base,
     load_base_in_4bit,
@@ -46,9 +46,10 @@ from higgs_ds.model.higgs import (
 )
 from higgs_ds.model.lora import add_lora, check_biases, describe
 from higgs_ds.model.nf4 import BaseQuantization
-from higgs_ds.model.parts import Parts, parts_in_full, parts_of
+from higgs_ds.model.parts import parts_of
+from higgs_ds.overview import overview
 from higgs_ds.planner import Setting, with_checkpointing
-from higgs_ds.preflight import check_room, seconds_left
+from higgs_ds.preflight import check_room
 from higgs_ds.prepare import Checked, Preparation, check_folders, scratch_problems
 from higgs_ds.publish import check_login
 from higgs_ds.support import unsupported
@@ -72,26 +73,6 @@ FREE_ON_RESUME = (
     "allow_text_targets", "max_clip_s", "max_seq_len", "skip_bad", "num_workers", "base_ckpt", "base_revision",
     "codec_ckpt", "dry_run", "device_memory_gib", "plan_ranks",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the checks have found good, with all audio encoded."""
-
-    options: TrainOptions
-    ds_settings: dict[str, Any]
-    output_dir: Path
-    bundle: Bundle
-    train: Dataset
-    val: Dataset
-    too_long: list[str]  # what --max_seq_len leaves out
-    summary: str  # of the data, in lines
-    resume_from: Path | None
-
-    @property
-    def in_full(self) -> Parts:
-        """Optional parts of the model that are trained whole."""
-        return parts_in_full(self.options.model, self.bundle.config)
 
 
 @dataclass
@@ -283,7 +264,7 @@ def _with_checkpointing(inputs: Inputs) -> Inputs:
         return inputs
     choice, here = "none", distributed.device()
     if here.type == "cuda":
-        asked = inputs.options.replace(max_seq_len=max(inputs.train.lengths))
+        asked = inputs.options.replace(max_seq_len=inputs.longest)
         setting = Setting(inputs.bundle.config, asked, inputs.ds_settings, distributed.world_size())
         decided = with_checkpointing(setting, torch.cuda.get_device_properties(here).total_memory)
         choice = distributed.broadcast_object(decided.options.model.activation_checkpointing)
@@ -306,10 +287,9 @@ def _load(inputs: Inputs) -> Run:
         max_tokens=optim.max_tokens_per_batch,
     )
     state = distributed.agreed(lambda: _state(inputs, sampler))
-    distributed.on_main(lambda: _check_room(inputs, state))
+    distributed.on_main(lambda: _look_ahead(inputs, sampler, state))
     model, quantization = distributed.agreed(lambda: _adapted_model(inputs))
     trained = adapter_parameters(model)
-    _report(inputs, sampler, state, describe(model, num_parameters(bundle.folder, inputs.in_full), inputs.in_full))
     if resume_from is not None:
         checkpoint.load_adapter_into(resume_from, trained)
     weights = LossWeights.of(
@@ -348,13 +328,22 @@ def _state(inputs: Inputs, sampler: WindowSampler) -> TrainerState:
     return saved
 
 
-def _check_room(inputs: Inputs, state: TrainerState) -> None:
-    """Raise InputError where what is to be written does not fit, or --lora_targets is not in the base."""
+def _look_ahead(inputs: Inputs, sampler: WindowSampler, state: TrainerState) -> None:
+    """Say what is about to be trained, on what, and where it will be.
+
+    Raises InputError where what is to be written does not fit, or --lora_targets is not in the base.
+    """
     empty = empty_model(inputs.bundle.config, torch.float32)
     shapes = add_lora(empty, inputs.options.lora, "", torch.float32, inputs.in_full)
     adapter_bytes = 4 * sum(parameter.numel() for parameter in adapter_parameters(shapes).values())
     base_bytes = sum(path.stat().st_size for path in weight_files(inputs.bundle.folder))
     check_room(inputs.output_dir, state, inputs.options.run, adapter_bytes, base_bytes)
+    if not inputs.options.run.quiet:
+        adapters = describe(shapes, num_parameters(inputs.bundle.folder, inputs.in_full), inputs.in_full)
+        say(overview(inputs, sampler, state, adapters))
+    on_cpu = distributed.device().type == "cpu"
+    if on_cpu and inputs.options.model.precision == "bf16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        say("note: this CPU has no instructions for bf16; --precision fp32 is much faster here")
 
 
 def _training_settings(inputs: Inputs, sampler: WindowSampler) -> dict[str, Any]:
@@ -375,8 +364,7 @@ def _adapted_model(inputs: Inputs) -> tuple[PeftModel, BaseQuantization | None]:
     if options.model.load_in_4bit:
         here = distributed.device()
         # Stage 3 takes the weights to the GPUs itself, each rank its share.
-        sharded = inputs.ds_settings["zero_optimization"]["stage"] == 3
-        keep_on = torch.device("cpu") if sharded else here
+        keep_on = torch.device("cpu") if inputs.zero_stage == 3 else here
         model, quantization = load_base_in_4bit(bundle.folder, dtype, here, keep_on, bundle.added)
     else:
         model = load_base(bundle.folder, dtype, bundle.added)
@@ -390,35 +378,3 @@ def _adapted_model(inputs: Inputs) -> tuple[PeftModel, BaseQuantization | None]:
     if every is not None:
         checkpoint_layers(model, every)
     return add_lora(model, options.lora, bundle.name, dtype, inputs.in_full), quantization
-
-
-def _report(inputs: Inputs, sampler: WindowSampler, state: TrainerState, adapters: str) -> None:
-    """Say what is about to be trained, on what, and where it will be."""
-    options, bundle = inputs.options, inputs.bundle
-    built_in = "" if options.model.base_ckpt else " (built in, random: for trying out, it speaks noise)"
-    four_bit = "NF4 in " if options.model.load_in_4bit else ""
-    say(f"base: {bundle.name}{built_in}, in the {bundle.layout} layout")
-    say(f"model: {describe_model(bundle.config)}; added: {bundle.added}")
-    say(f"held in {four_bit}{options.model.precision}, ZeRO stage {inputs.ds_settings['zero_optimization']['stage']}")
-    say(adapters)
-    say(f"data: {len(inputs.train):,} samples to train on, {len(inputs.val):,} to validate on")
-    if inputs.too_long:
-        say(
-            f"left out: {len(inputs.too_long):,} samples longer than --max_seq_len {options.data.max_seq_len}, "
-            f"for instance {inputs.too_long[0]}; all are in {inputs.output_dir / DROPPED_FILE}"
-        )
-    micro_batch = f"{sampler.max_tokens} tokens" if sampler.max_tokens else f"{options.optim.batch_size}"
-    say(
-        f"steps: {state.total_steps}, {sampler.num_steps(1)} in the first epoch, of {sampler.window_size} "
-        f"{'micro-batches' if sampler.max_tokens else 'samples'} ({micro_batch} per rank x "
-        f"{options.optim.grad_accum} accumulated x {distributed.world_size()} ranks), {sampler.padding():.1%} padding"
-    )
-    on_cpu = distributed.device().type == "cpu"
-    if on_cpu and options.model.precision == "bf16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        say("note: this CPU has no instructions for bf16; --precision fp32 is much faster here")
-    if inputs.resume_from is not None:
-        say(f"resumed: {inputs.resume_from}, at step {state.step}")
-    left = seconds_left()
-    if left is not None:
-        say(f"time: Slurm's limit for this job is in {left / 3600:.1f} h")
-    say(f"output: {inputs.output_dir}")

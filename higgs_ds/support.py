@@ -31,11 +31,6 @@ def unsupported(options: TrainOptions, ds_settings: dict[str, Any], on_gpu: bool
         for name in options.run.report_to
         if importlib.util.find_spec(name) is None
     ]
-    if options.run.sample_steps is not None and zero["stage"] == 3:
-        problems.append(
-            "--sample_steps: not at ZeRO stage 3, where no rank has the whole model to speak with; take "
-            "ds_configs/zero2.json, or leave it out and use launch/generate.py with the adapter"
-        )
     if lora.use_dora and zero["stage"] == 3:
         problems.append(
             "--use_dora: not at ZeRO stage 3: it needs whole weights outside of their layers' forward, where stage 3 "

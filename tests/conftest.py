@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 PROJECT = Path(__file__).resolve().parent.parent
 VOICES = PROJECT / "samples" / "voices"
 SYSTEM = "Generate audio following instruction."
+_BROWSER_ARGUMENTS = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+_CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,6 +34,42 @@ def base(cache_dir: Path) -> Path:
     from higgs_ds.builtin import builtin_base
 
     return builtin_base(cache_dir)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if _CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=_CHROMIUM, args=_BROWSER_ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A page that must neither complain nor ask for anything but files."""
+    page = browser.new_page(viewport={"width": 1240, "height": 900})
+    complaints, asked = [], []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    yield page
+    assert not complaints
+    assert all(url.startswith(("file:", "data:")) for url in asked)
+    page.close()
+
+
+def play(player: Any) -> list[float]:
+    """Play an audio element of a page; how far it is when its time first moves, and how long it is, in seconds."""
+    return player.evaluate("""async player => {
+        player.muted = true;
+        await player.play();
+        while (player.currentTime == 0) await new Promise(resolve => setTimeout(resolve, 20));
+        return [player.currentTime, player.duration];
+    }""")
 
 
 @pytest.fixture

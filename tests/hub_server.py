@@ -1,4 +1,4 @@
-"""A hub on this machine: the HTTP calls that huggingface_hub makes to publish a repository, answered from memory."""
+"""A hub on this machine: the HTTP calls by which huggingface_hub publishes or downloads a repository, from memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 TOKEN = "hf_ofThisTestOnlyAndNoOther"
+COMMIT = "0" * 40
 
 
 @dataclass
@@ -52,6 +53,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self._answer(self.rfile.read(int(self.headers.get("Content-Length", 0))))
 
         do_PUT = do_POST
+        do_HEAD = do_GET
 
         def _answer(self, body: bytes | None) -> None:
             hub.asked.append(f"{self.command} {self.path}")
@@ -76,6 +78,13 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 hub.repositories.setdefault(name, {})
                 hub.private.setdefault(name, bool(asked.get("private") or asked.get("visibility") == "private"))
                 return (409 if known else 200), {"url": f"{hub.address}/{name}", "name": name}
+            if path.startswith("/api/datasets/"):
+                name = "/".join(path.split("/")[3:5])
+                files = [{"rfilename": file} for file in hub.repositories[name]]
+                return 200, {"id": name, "sha": COMMIT, "siblings": files}
+            if path.startswith("/datasets/"):
+                _, _, owner, name, _, _, file = path.split("/", 6)
+                return 200, hub.repositories[f"{owner}/{name}"][file]
             if path == "/api/validate-yaml":
                 return 200, {"errors": [], "warnings": []}
             if path.startswith("/objects/"):
@@ -100,7 +109,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     self._commit(hub.repositories[name], (body or b"").splitlines())
                     return 200, {"commitUrl": f"{hub.address}/{name}/commit/1", "commitOid": "1" * 40, "success": True}
                 if what == "revision":
-                    return 200, {"id": name, "sha": "0" * 40, "siblings": []}
+                    return 200, {"id": name, "sha": COMMIT, "siblings": []}
             return 404, {"error": f"no such path: {path}"}
 
         def _commit(self, files: dict[str, bytes], lines: list[bytes]) -> None:
@@ -113,12 +122,16 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     files[value["path"]] = hub.objects[value["oid"]]
 
         def _send(self, code: int, value: Any) -> None:
-            content = json.dumps(value).encode()
+            content = value if isinstance(value, bytes) else json.dumps(value).encode()
             self.send_response(code)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
+            if isinstance(value, bytes):
+                self.send_header("ETag", f'"{hashlib.sha256(value).hexdigest()}"')
+                self.send_header("X-Repo-Commit", COMMIT)
             self.end_headers()
-            self.wfile.write(content)
+            if self.command != "HEAD":
+                self.wfile.write(content)
 
         def log_message(self, *_: object) -> None:
             pass

@@ -52,9 +52,9 @@ def start_ranks(world_size: int, command: Sequence[str]) -> list[subprocess.Pope
 def train_runs(world_size: int, runs: Sequence[Sequence[str]], timeout_s: float = 900, report: bool = False) -> None:
     """Run several trainings, each given by its command line, one after another in one group of ranks.
 
-    Their pages are not drawn, unless `report` asks for it: that takes longer than such a run.
+    Their tables are not planned and, unless `report` asks for it, their pages not drawn: that takes longer than a run.
     """
-    undrawn = [] if report else ["--no_report"]
+    undrawn = ["--quiet"] if report else ["--quiet", "--no_report"]
     with tempfile.NamedTemporaryFile(mode="r", suffix=".log") as log:
         job = {
             "ranks": world_size, "runs": [[*run, *undrawn] for run in runs], "log": log.name, "timeout_s": timeout_s,

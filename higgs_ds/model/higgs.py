@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,6 +102,7 @@ def load_base(folder: Path, dtype: torch.dtype, to_add: Parts = NO_PARTS) -> Hig
 
 def empty_model(config: HiggsAudioV2Config, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGeneration:
     """A frozen model with its text head whose weights have shapes, but neither values nor memory."""
+    config = copy.deepcopy(config)  # the model keeps it, and the next line would be seen by whoever reads the dtype
     config.dtype = dtype
     with init_empty_weights(include_buffers=True):
         model = model_class(config)(config, use_text_head=True)

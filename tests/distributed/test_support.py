@@ -1,4 +1,4 @@
-"""The support table of the README: every pair that it says yes to is trained here, every other is refused."""
+"""The support table of docs/small_cards.md: every pair that it says yes to is trained here, every other is refused."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def test_supported(results: Path, base: str, name: str, checkpointing: str) -> N
     assert found[1] != found[0]
 
 
-def test_table_in_the_readme() -> None:
+def test_table_in_the_documents() -> None:
     """It names every DeepSpeed file, and says yes to each of its pairs with a base and with checkpointing."""
-    rows = re.findall(r"^\| `(\w+)\.json` \|((?: yes \|)+)$", (PROJECT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)\.json` \|((?: yes \|)+)$", (PROJECT / "docs" / "small_cards.md").read_text(), re.MULTILINE)
     assert sorted(name for name, _ in rows) == DS_CONFIGS
     assert {cells.count("yes") for _, cells in rows} == {len(BASES) * len(CHECKPOINTING)}
 

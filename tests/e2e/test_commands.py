@@ -50,7 +50,6 @@ def test_main_job(main_job: tuple[Path, subprocess.CompletedProcess[str]]) -> No
         "trainer_state.json",
     ]
     adapters = output.relative_to(folder) / "lora_adapters"
-    assert "LoRA on 20 modules, 204,800 of 6,514,432 parameters (3.14%): audio_mlp.down_proj, " in done.stdout
     assert f"LoRA adapters: {adapters}" in done.stdout
     assert f"--lora_adapter_path {adapters} --output_path MERGED" in done.stdout
     assert f"Give the merger {adapters}, not a checkpoint-N directory" in done.stdout
@@ -70,9 +69,32 @@ def test_first_run_prints_what_matters(main_job: tuple[Path, subprocess.Complete
     slow_cpu = torch.backends.cpu.get_cpu_capability() == "AVX2" and not torch.cuda.is_available()
     assert ("note:" in ours) == slow_cpu
     ours = [word for word in ours if word != "note:"]
-    before = ["base:", "model:", "held", "LoRA", "data:", "steps:", "output:"]
+    before = ["base", "model", "trained", "data", "steps", "memory", "time", "output"]
     behind = ["report:", "LoRA", "Merge", "Give"]
-    assert ours == [*before, "step", "step", *behind]
+    assert [word for word in ours if word] == [*before, "step", "step", *behind]
+
+
+def test_table_at_the_start(main_job: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = main_job
+    rows: dict[str, str] = {}
+    for line in done.stdout.split("\nstep ")[0].splitlines():
+        name, said = line[:10].strip() or list(rows)[-1], line[10:]
+        rows[name] = f"{rows[name]} {said}" if name in rows else said
+    assert re.search(r"random: for trying out.* held in bf16$", rows["base"])
+    assert "2 layers of width 256" in rows["model"]
+    assert rows["model"].endswith("bfloat16 in its files")
+    assert "LoRA on 20 modules, 204,800 of 6,514,432 parameters (3.14%): audio_mlp.down_proj, " in rows["trained"]
+    (summary,) = folder.glob("outputs/*/data_summary.txt")
+    (longest,) = re.findall(r"to (\d+) a sample", summary.read_text())
+    assert "23 samples to train on, 1 to validate on;" in rows["data"]
+    assert f"{longest} in the longest sample" in rows["data"]
+    assert rows["steps"].startswith("4, 2 in the first epoch, of 16 samples (2 per rank x 8 accumulated x 1 rank);")
+    planned, weights, trained, in_pass = (float(n) for n in re.findall(r"0\.\d+", rows["memory"]))
+    assert planned == pytest.approx(weights + trained + in_pass, abs=0.002)
+    # Weights and adapters in 16 bits; gradients, masters and Adam's two moments in 32.
+    assert weights + trained == pytest.approx((2 * 6_514_432 + 16 * 204_800) / 2**30, abs=0.001)
+    assert rows["memory"].endswith("at ZeRO stage 2")
+    assert rows["output"] == str(summary.parent.relative_to(folder))
 
 
 def test_merge_and_speak(main_job: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
@@ -110,8 +132,10 @@ def test_merge_at_the_end_on_two_ranks(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "--activation_checkpointing auto: none" in done.stdout  # the tiny base fits any GPU
-    assert "NF4 in bf16, ZeRO stage 1" in done.stdout
-    assert "LoRA on 20 modules, 204,800 of 6,514,432 parameters (3.14%): audio_mlp.down_proj, " in done.stdout
+    said = " ".join(done.stdout.split())
+    assert "held in NF4 in bf16" in said
+    assert "at ZeRO stage 1" in said
+    assert "LoRA on 20 modules, 204,800 of 6,514,432 parameters (3.14%): audio_mlp.down_proj, " in said
     assert "MA " not in done.stdout + done.stderr  # what DeepSpeed's stage 1 prints of memory
     assert "Merged into: the dequantized weights" in done.stdout
     assert "Self-check: merged and adapted logits differ by " in done.stdout

@@ -4,47 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import soundfile
-from conftest import read_metrics
+from conftest import play, read_metrics
 from launcher import train_runs
 
 from higgs_ds.config import TrainOptions
 from higgs_ds.report import write_report
-
-ARGUMENTS = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    """A page that must neither complain nor ask for anything but files."""
-    page = browser.new_page(viewport={"width": 1240, "height": 900})
-    complaints, asked = [], []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    yield page
-    assert not complaints
-    assert all(url.startswith(("file:", "data:")) for url in asked)
-    page.close()
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +72,7 @@ def test_what_was_said_plays(run: Path, page: Any) -> None:
     names = table.locator("td:first-child").all_inner_texts()
     assert names.count("reference") == len(words)
     for i in range(players.count()):
-        length = players.nth(i).evaluate("""async player => {
-            player.muted = true;
-            await player.play();
-            while (player.currentTime == 0) await new Promise(resolve => setTimeout(resolve, 20));
-            return [player.currentTime, player.duration];
-        }""")
+        length = play(players.nth(i))
         assert 0 < length[0] <= length[1]
     durations = sorted(soundfile.info(path).duration for path in written)
     played = sorted(players.evaluate_all("players => players.map(player => player.duration)"))

@@ -30,6 +30,8 @@ ROWS = [
     ["convert"],
     ["checkpoint", "prepare", "generate", "verify", "loss_checks"],
     ["merge", "preflight", "inspection", "publish"],
+    ["inputs"],
+    ["overview"],
     ["startup"],
     ["report", "listen"],
     ["finish"],
