@@ -229,6 +229,9 @@ class MergeOptions:
         (MERGE_DEQUANTIZED, MERGE_ORIGINAL),
     )
     export_layout: str = option(NATIVE, EXPORT_HELP, (*LAYOUTS, BOTH_LAYOUTS))
+    codec_ckpt: str | None = option(
+        None, "audio codec that goes with the model, a folder or a hub id (default: named by the base)", metavar="CODEC"
+    )
     no_verify: bool = option(False, "do not compare the merged model's logits with the adapter's beside its base")
 
 

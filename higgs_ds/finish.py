@@ -52,8 +52,9 @@ def merge_into_folders(run: Run) -> None:
                 _copy_adapter(run, run.output_dir / name)
             adapter, merged = run.output_dir / ADAPTER_FOLDER, run.output_dir / MERGED_MODEL
             report = merge(
-                run.bundle.folder, adapter, merged, export_layout=run.options.run.export_layout, overwrite=True
-            )
+                run.bundle.folder, adapter, merged, export_layout=run.options.run.export_layout, overwrite=True,
+                codec_folder=run.bundle.codec.folder if run.options.model.codec_ckpt else None,
+            )  # fmt: skip
             facts = facts_of(run.output_dir, run.bundle.name, run.adapter_format.in_full, run.options)
             write_card(merged, "merged", facts)
             return report

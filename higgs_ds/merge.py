@@ -14,7 +14,7 @@ from transformers import HiggsAudioV2Config
 from higgs_ds.adapter import Adapter, BaseWeights, check_fit, read_adapter
 from higgs_ds.config import MERGE_DEQUANTIZED, MERGE_ORIGINAL, NATIVE, ORIGINAL, MergeOptions
 from higgs_ds.data.audio_codes import default_cache_dir
-from higgs_ds.data.codec import CODEC_SUBFOLDER
+from higgs_ds.data.codec import CODEC_SUBFOLDER, PROCESSOR_CONFIG, find_codec
 from higgs_ds.errors import InputError, SaveError
 from higgs_ds.files import (
     new_folder,
@@ -28,11 +28,10 @@ from higgs_ds.files import (
 from higgs_ds.hub import WEIGHT_INDEX, byte_ranges, companions, read_tensor, resolve_folder, weight_files, weight_shapes
 from higgs_ds.model.higgs import read_config
 from higgs_ds.model.parts import Parts, parts_of, with_parts
-from higgs_ds.relayout import native_folder, rewrite
+from higgs_ds.relayout import native_codec, native_folder, rewrite
 from higgs_ds.verify import Agreement, compare_merged
 
 LARGEST_DIFFERENCE = 0.1  # of the logits, root mean square; rounding the weights to bf16 makes about a hundredth
-PROCESSOR_CONFIG = "processor_config.json"
 PARTS_FILE = "parts.safetensors"
 
 
@@ -69,8 +68,13 @@ def main(options: MergeOptions) -> None:
         options.merge_base,
         verify=not options.no_verify,
         export_layout=options.export_layout,
+        codec_folder=_codec(base, options.codec_ckpt),
     )
     print("\n".join([*report.lines(), f"Merged model: {options.output_path}"]))
+
+
+def _codec(base_folder: Path, name: str | None) -> Path | None:
+    return None if name is None else native_codec(find_codec(base_folder, name), "--codec_ckpt", default_cache_dir())
 
 
 def merge(
@@ -81,6 +85,7 @@ def merge(
     verify: bool = True,
     export_layout: str = NATIVE,
     overwrite: bool = False,
+    codec_folder: Path | None = None,
 ) -> MergeReport:
     """Write the merged model, with tokenizer, template, codec reference and generation settings, to a new folder.
 
@@ -91,6 +96,7 @@ def merge(
             trained, or "original"; None for what the adapter was trained on.
         verify: compare the result's logits with those of the adapter beside the base.
         export_layout: "native", "original", or "both", each in a folder of its own below `output_folder`.
+        codec_folder: the codec that goes with the model, native; None for the one that the base names.
 
     Raises InputError: one of the folders is not what it should be, they do not fit together, or the output is there
     already; SaveError where writing or the comparison fails. Nothing is left behind then, and a folder that was to be
@@ -115,7 +121,7 @@ def merge(
     with saving(output_folder), (replaced_folder if overwrite else new_folder)(output_folder) as folder:
         native, within = (folder, Path()) if export_layout == NATIVE else (folder / NATIVE, Path(NATIVE))
         native.mkdir(exist_ok=True)
-        _copy_companions(base_folder, native, output_folder / within)
+        _copy_companions(base_folder, native, output_folder / within, codec_folder)
         for shard in shards:
             _merge_shard(shard, native / shard.name, changed, adapter, base)
         if added:
@@ -208,17 +214,18 @@ def _merged(name: str, tensor: torch.Tensor, adapter: Adapter, base: BaseWeights
     return adapter.merged(name, weight) if name in adapter.factors else weight
 
 
-def _copy_companions(base_folder: Path, folder: Path, final_folder: Path) -> None:
-    """Copy everything of the base but its weights, and its codec where that is a folder on this machine."""
+def _copy_companions(base_folder: Path, folder: Path, final_folder: Path, codec_folder: Path | None) -> None:
+    """Copy everything of the base but its weights, and the codec where that is a folder on this machine."""
     for path in companions(base_folder):
         shutil.copy(path, folder)
-    if (folder / PROCESSOR_CONFIG).is_file():
-        config = json.loads((folder / PROCESSOR_CONFIG).read_text(encoding="utf-8"))
-        reference = config.get("audio_tokenizer") or {}
-        codec = base_folder / CODEC_SUBFOLDER
-        if not codec.is_dir():
-            codec = Path(reference.get("audio_tokenizer_name_or_path") or "")
-        if codec.is_absolute() and codec.is_dir():
-            shutil.copytree(codec, folder / CODEC_SUBFOLDER)
-            reference["audio_tokenizer_name_or_path"] = str(final_folder.resolve() / CODEC_SUBFOLDER)
-            write_json(folder / PROCESSOR_CONFIG, config)
+    if not (folder / PROCESSOR_CONFIG).is_file():
+        return
+    config = json.loads((folder / PROCESSOR_CONFIG).read_text(encoding="utf-8"))
+    reference = config.get("audio_tokenizer") or {}
+    codec = codec_folder or base_folder / CODEC_SUBFOLDER
+    if not codec.is_dir():
+        codec = Path(reference.get("audio_tokenizer_name_or_path") or "")
+    if codec.is_absolute() and codec.is_dir():
+        shutil.copytree(codec, folder / CODEC_SUBFOLDER)
+        reference["audio_tokenizer_name_or_path"] = str(final_folder.resolve() / CODEC_SUBFOLDER)
+        write_json(folder / PROCESSOR_CONFIG, config)

@@ -9,16 +9,25 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import DacFeatureExtractor
 
-from higgs_ds.data.codec import CODEC_SUBFOLDER, check_codec_tensors, read_codec_json
+from higgs_ds.data.codec import (
+    CODEC_SUBFOLDER,
+    ORIGINAL_CODEC,
+    PROCESSOR_CONFIG,
+    check_codec_tensors,
+    read_codec_json,
+)
 from higgs_ds.data.codec_layout import is_original_codec, native_codec_config, native_codec_tensors
+from higgs_ds.data.prompt import AUDIO_DELAY, AUDIO_EOS, AUDIO_OUT, AUDIO_OUT_BOS
 from higgs_ds.errors import InputError, SaveError
-from higgs_ds.files import new_folder, release_freed_memory, room_at, saving, sha256_of, write_json
+from higgs_ds.files import new_folder, release_freed_memory, room_at, saving, sha256_of, write_json, write_text
 from higgs_ds.hub import (
     KEPT_CONFIG,
     WEIGHT_INDEX,
@@ -42,6 +51,8 @@ from higgs_ds.model.layout import (
 )
 
 SHARD_BYTES = 2**30
+SAMPLE_RATE = 24000  # Hz, of all codecs of this family
+_FORM = 2  # of what is kept in the cache: raise it with every change to what is written
 ORIGINAL_CODEC_FILE = "model.pth"
 _PICKLED = (".bin", ".pth", ".pt")
 
@@ -64,9 +75,9 @@ def native_folder(folder: Path, asked_by: str, cache_dir: Path) -> Path:
     config = read_json_config(folder, asked_by)
     if MODEL_TYPES[config["model_type"]] == NATIVE and not pickled_files(folder):
         return folder
-    files = pickled_files(folder) or weight_files(folder)
-    stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    identity = hashlib.sha256(repr((sha256_of(folder / "config.json"), stamps)).encode()).hexdigest()
+    weights = pickled_files(folder) or weight_files(folder)
+    stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+    identity = hashlib.sha256(repr((_FORM, sha256_of(folder / "config.json"), stamps)).encode()).hexdigest()
     target = cache_dir / "converted" / identity[:32]
     if not target.is_dir():
         rewrite(folder, target, NATIVE, asked_by)
@@ -126,7 +137,32 @@ def rewrite(source: Path, target: Path, to: str, asked_by: str) -> list[str]:
         write_json(folder / "config.json", made)
         if to == NATIVE and config is not made:
             write_json(folder / KEPT_CONFIG, config)
+            if not (folder / PROCESSOR_CONFIG).is_file():
+                own_codec = target.resolve() / CODEC_SUBFOLDER
+                write_processor(folder, made, str(own_codec) if (folder / CODEC_SUBFOLDER).is_dir() else ORIGINAL_CODEC)
     return dropped
+
+
+def write_processor(folder: Path, config: dict[str, Any], codec: str) -> None:
+    """Write what transformers' processor loads, which folders in the original layout lack, with a codec's place."""
+    extractor = DacFeatureExtractor(sampling_rate=SAMPLE_RATE, hop_length=1)  # the codec pads clips by itself
+    values = {
+        "processor_class": "HiggsAudioV2Processor",
+        "feature_extractor": extractor.to_dict(),
+        "audio_tokenizer": {
+            "audio_tokenizer_class": "HiggsAudioV2TokenizerModel",
+            "audio_tokenizer_name_or_path": codec,
+        },
+        "audio_token": AUDIO_OUT,
+        "audio_bos_token": AUDIO_OUT_BOS,
+        "audio_eos_token": AUDIO_EOS,
+        "audio_delay_token": AUDIO_DELAY,
+        "audio_stream_bos_id": config["audio_stream_bos_id"],
+        "audio_stream_eos_id": config["audio_stream_eos_id"],
+    }
+    write_json(folder / PROCESSOR_CONFIG, values)
+    template = files("higgs_ds").joinpath("assets/chat_template.jinja").read_text(encoding="utf-8")
+    write_text(folder / "chat_template.jinja", template)
 
 
 def _config_and_names(

@@ -15,10 +15,11 @@ from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 from higgs_ds.data.codec_layout import is_original_codec
 from higgs_ds.errors import InputError
 from higgs_ds.files import sha256_of
-from higgs_ds.hub import KEPT_CONFIG, resolve_folder
+from higgs_ds.hub import resolve_folder
 
 CODEC_SUBFOLDER = "audio_tokenizer"  # a model folder may bring its codec along
-ORIGINAL_CODEC = "bosonai/higgs-audio-v2-tokenizer"
+ORIGINAL_CODEC = "bosonai/higgs-audio-v2-tokenizer"  # which bases in the original layout were released with
+PROCESSOR_CONFIG = "processor_config.json"  # of transformers' processor, which names the codec
 MODEL_TYPE = "higgs_audio_v2_tokenizer"
 
 
@@ -48,18 +49,15 @@ class Codec:
 def find_codec(base_folder: Path, name: str | None) -> Path:
     """The codec's folder: the one named, else the one that the base brings along, else the one that it refers to.
 
-    A base in its original layout refers to none; it was released with ORIGINAL_CODEC.
     Raises InputError where none is named, or what is named is no codec.
     """
-    processor_config = base_folder / "processor_config.json"
+    processor_config = base_folder / PROCESSOR_CONFIG
     asked_by = "--codec_ckpt"
     if name is None and (base_folder / CODEC_SUBFOLDER).is_dir():
         name = str(base_folder / CODEC_SUBFOLDER)
     if name is None and processor_config.is_file():
         reference = json.loads(processor_config.read_text(encoding="utf-8")).get("audio_tokenizer") or {}
         name, asked_by = reference.get("audio_tokenizer_name_or_path"), f"{processor_config}: audio codec"
-    if name is None and (base_folder / KEPT_CONFIG).is_file():
-        name, asked_by = ORIGINAL_CODEC, f"{base_folder}: audio codec of bases in the original layout"
     if not name:
         raise InputError(f"{base_folder}: names no audio codec; give one with --codec_ckpt")
     folder = resolve_folder(name, asked_by)

@@ -55,7 +55,9 @@ def test_supported(results: Path, base: str, name: str, checkpointing: str) -> N
 
 def test_table_in_the_documents() -> None:
     """It names every DeepSpeed file, and says yes to each of its pairs with a base and with checkpointing."""
-    rows = re.findall(r"^\| `(\w+)\.json` \|((?: yes \|)+)$", (PROJECT / "docs" / "small_cards.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\w+)\.json` \|((?: yes \|)+)$", (PROJECT / "docs" / "small_cards.md").read_text(), re.MULTILINE
+    )
     assert sorted(name for name, _ in rows) == DS_CONFIGS
     assert {cells.count("yes") for _, cells in rows} == {len(BASES) * len(CHECKPOINTING)}
 

@@ -88,8 +88,10 @@ class Workshop:
 
 def in_hub_cache(home: Path, name: str, files: Path) -> None:
     """As if a repository had been downloaded, at the commit that its name stands for."""
-    snapshot = home / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / PINNED[name]
-    shutil.copytree(files, snapshot)
+    repository = home / "hub" / f"models--{name.replace('/', '--')}"
+    shutil.copytree(files, repository / "snapshots" / PINNED[name])
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(PINNED[name])  # the newest, which transformers asks for
 
 
 @pytest.fixture(scope="session")
@@ -183,6 +185,26 @@ def test_two_machines(trained: Workshop) -> None:
     said = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert sum("x 1 accumulated x 2 ranks" in " ".join(text.split()) for text in said) == 1
+
+
+def test_blocks_for_transformers(trained: Workshop, tmp_path: Path) -> None:
+    """What docs/serving.md has for transformers and PEFT: with a merged model of the real base's name, and with all of
+    a run on a native base.
+    """
+    blocks = re.findall(r"^```py run\n(.*?)^```$", (PROJECT / "docs" / "serving.md").read_text(), re.M | re.S)
+    assert len(blocks) == 2
+    (tmp_path / "launch").symlink_to(PROJECT / "launch")
+    for name in ("clips", "my_clips"):
+        (tmp_path / name).symlink_to(trained.folder / name)
+    on_native = Workshop(tmp_path, trained.environment)
+    on_native.run(
+        cut(NEW_USERS[1].replace("my_first_voice", "my_voice").replace("ds_configs", f"{PROJECT}/ds_configs"))
+    )
+    for shop, number, written in ((trained, 1, "hello.wav"), (on_native, 2, "cloned.wav")):
+        (shop.folder / "blocks.py").write_text("\n".join(blocks[:number]))
+        (shop.folder / written).unlink(missing_ok=True)
+        shop.run("python blocks.py")
+        assert soundfile.info(shop.folder / written).samplerate == 24000
 
 
 def test_hub_commands(workshop: Workshop, tmp_path: Path) -> None:

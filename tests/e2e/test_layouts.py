@@ -9,8 +9,10 @@ import pytest
 from conftest import PROJECT
 from launcher import train_runs
 from safetensors.torch import load_file
+from transformers import AutoProcessor
 
 from higgs_ds.data.codec import find_codec
+from higgs_ds.merge import merge
 from higgs_ds.model.layout import original_name
 from higgs_ds.relayout import rewrite, stored_tensors
 
@@ -32,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, base: P
         1,
         [
             [*native, str(root / "native"), "--export_layout", "both"],
-            [*original, str(root / "original"), "--grad_accum", "2", "--export_layout", "original"],
+            [*original, str(root / "original"), "--grad_accum", "2", "--export_layout", "both"],
         ],
     )
     train_runs(2, [[*original, str(root / "two"), "--grad_accum", "1", "--cache_dir", str(root / "cache")]])
@@ -49,10 +51,29 @@ def test_same_adapters(runs: Path) -> None:
 
 def test_merged_in_each_layout(runs: Path) -> None:
     native = load_file(runs / "native" / "merged_model" / "native" / "model.safetensors")
-    for folder in (runs / "native" / "merged_model" / "original", runs / "original" / "merged_model"):
+    for folder in (runs / run / "merged_model" / "original" for run in ("native", "original")):
         assert json.loads((folder / "config.json").read_text())["model_type"] == "higgs_audio"
         found = {stored.name: stored.read() for stored in stored_tensors(folder)}
         assert {original_name(name) for name in native} == found.keys()
         assert all(tensor.equal(found[original_name(name) or ""]) for name, tensor in native.items())
         assert (folder / "tokenizer.json").is_file()
-    assert not (runs / "original" / "merged_model" / "native").exists()
+
+
+def test_merged_of_an_original_base_is_complete(runs: Path, base: Path) -> None:
+    """It has the processor that original folders lack, as the native base has it, with the codec of the training."""
+    folder = runs / "original" / "merged_model" / "native"
+    expected, found = (AutoProcessor.from_pretrained(where) for where in (base, folder))
+    assert found.audio_tokenizer.name_or_path == str(folder / "audio_tokenizer")
+    values, others = expected.to_dict(), found.to_dict()
+    values.pop("audio_tokenizer"), others.pop("audio_tokenizer")
+    assert values == others
+    chat = [{"role": "system", "content": "Speak."}, {"role": "user", "content": "Hello."}]
+    inputs = [p.apply_chat_template(chat, add_generation_prompt=True, tokenize=True) for p in (expected, found)]
+    assert inputs[0] == inputs[1]
+
+
+def test_original_layout_alone(runs: Path, tmp_path: Path) -> None:
+    merge(runs / "base", runs / "original" / "lora_adapters", tmp_path / "merged", export_layout="original")
+    assert not (tmp_path / "merged" / "native").exists()
+    expected = runs / "original" / "merged_model" / "original" / "model.safetensors"
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == expected.read_bytes()
