@@ -19,7 +19,7 @@ demo: install ## train, save, merge and speak, with the built-in base and sample
 	@echo "The built-in codec is random: the WAV is noise, of the length that the model has learned."
 
 test: install ## all tests; those that need a GPU or a missing system package are skipped, by name
-	$(BIN)/python -m pytest -ra -n 2 --dist loadfile
+	$(BIN)/python -m pytest -ra -n 2 --dist loadfile --durations 25
 
 KILLS ?= 100
 SEED ?= 1

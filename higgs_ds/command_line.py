@@ -20,6 +20,7 @@ from higgs_ds.config import (
     REQUIRED,
     ConvertOptions,
     DataOptions,
+    EvaluateOptions,
     GenerateOptions,
     InspectOptions,
     MergeOptions,
@@ -129,8 +130,13 @@ def parse_prepare_options(argv: Sequence[str] | None = None) -> tuple[DataOption
     return typing.cast(tuple[DataOptions, ModelOptions, PrepareOptions], tuple(made))
 
 
+def _add_local_rank(parser: Parser) -> None:
+    """What the deepspeed launcher gives to every script."""
+    parser.add_argument("--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
 def _add_common(parser: Parser) -> None:
-    parser.add_argument("--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # the launcher's
+    _add_local_rank(parser)
     parser.add_argument(
         "--config",
         type=Path,
@@ -251,6 +257,19 @@ def parse_generate_options(argv: Sequence[str] | None = None) -> GenerateOptions
         description="Speak a text with a base, an adapter or a merged model.",
     )
     return parser.parse_group(GenerateOptions, argv)
+
+
+def parse_evaluate_options(argv: Sequence[str] | None = None) -> EvaluateOptions:
+    """The options of launch/evaluate.py."""
+    parser = Parser(
+        prog="launch/evaluate.py",
+        usage="[deepspeed|python] launch/evaluate.py --test_manifest PATH [options]",
+        description="Have a model say what held-out samples say, and measure how far it is from them.",
+    )
+    add_options(parser, EvaluateOptions)
+    _add_local_rank(parser)
+    given = _given(parser, argv)
+    return EvaluateOptions(**{name: value for name, value in given.items() if name != "local_rank"})
 
 
 def _given(parser: Parser, argv: Sequence[str] | None) -> dict[str, Any]:

@@ -277,6 +277,34 @@ class GenerateOptions:
 
 
 @dataclass(frozen=True)
+class EvaluateOptions:
+    """Evaluation"""
+
+    test_manifest: Path = option(REQUIRED, "samples that were held out, a file or a folder", metavar="PATH")
+    format: str = option("auto", "format of the manifest; auto: told from its content", ("auto", *FORMATS))
+    base_model_path: str | None = option(
+        None,
+        "base or merged model, a folder or a hub id (default: the adapter's base, or the built-in one)",
+        metavar="BASE",
+    )
+    lora_adapter_path: Path | None = option(None, "adapter to speak with", metavar="DIR")
+    codec_ckpt: str | None = option(None, "audio codec, a folder or a hub id (default: named by the base)")
+    output_dir: Path = option(Path("evaluation"), "folder for the numbers and the WAV files", metavar="DIR")
+    num_samples: int | None = option(None, "speak only the first so many samples (default: all)")
+    temperature: float = option(0.0, "0 for greedy decoding, else sampled")
+    seed: int = option(42, "seed of the sampling")
+    recognizer: str | None = option(
+        None,
+        "count the words that are heard: by pocketsphinx, over the manifest's own words (English), or by a speech "
+        "recognizer of transformers, a folder or a hub id",
+        metavar="RECOGNIZER",
+    )
+    cache_dir: Path | None = option(
+        None, "where encoded audio is kept ($HIGGS_DS_CACHE, or ~/.cache/higgs_ds)", metavar="DIR"
+    )
+
+
+@dataclass(frozen=True)
 class TrainOptions:
     """All options of launch/train.py, in groups."""
 

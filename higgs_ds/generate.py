@@ -34,25 +34,28 @@ class Speech:
     stopped: bool
 
 
+@dataclass(frozen=True)
+class Speaker:
+    """A base or merged model, and the adapter that it is to speak with, without any weight."""
+
+    bundle: Bundle
+    adapter: Adapter | None
+    adapter_folder: Path | None
+
+
 def main(options: GenerateOptions) -> None:
     """Make a WAV file as the options say. Raises InputError before any weight is loaded."""
-    bundle, adapter = _check(options)
+    speaker = _check(options)
+    bundle = speaker.bundle
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec = Codec(bundle.codec.folder, device)
     messages = conversation(options)
     references = [
         codec.encode(read_audio(clip, codec.sample_rate)[None])[0] for message in messages for clip in message.clips
     ]
-    to_add = adapter.in_full.without(parts_of(bundle.config)) if adapter else NO_PARTS
-    model = load_for_generation(bundle.folder, adapter.quantization if adapter else None, device, to_add)
-    if to_add:
-        model.make_parts(to_add)
-    if adapter is not None:
-        assert options.lora_adapter_path is not None
-        with adapter_in_native_names(options.lora_adapter_path, adapter) as folder:
-            model = PeftModel.from_pretrained(model, folder)
+    model = load_speaker(speaker, device)
     torch.manual_seed(options.seed)
-    speech = speak(model.eval(), bundle, messages, references, _generation_settings(options))
+    speech = speak(model, bundle, messages, references, _generation_settings(options))
     if speech.codes.shape[1] == 0:
         raise InputError("the model stopped before its first frame: there is nothing to write; is it trained?")
     # A model without training may put the stream's own tokens between the codes; the codec has no sound for them.
@@ -61,6 +64,32 @@ def main(options: GenerateOptions) -> None:
         write_audio(options.output, waveform, bundle.codec.sample_rate)
     ending = "stopped by itself" if speech.stopped else "cut off at --max_new_tokens, it did not stop by itself"
     print(f"WAV: {options.output} ({len(waveform) / bundle.codec.sample_rate:.2f} s, {ending})")
+
+
+def open_speaker(
+    base_name: str | None, adapter_folder: Path | None, codec_name: str | None, cache_dir: Path
+) -> Speaker:
+    """The model named, by default the adapter's base or the built-in one, with the adapter. Raises InputError."""
+    adapter = None
+    if adapter_folder is not None:
+        adapter = read_adapter(adapter_folder)
+        base_name = base_name or PeftConfig.from_pretrained(adapter_folder).base_model_name_or_path
+    elif base_name and (Path(base_name) / ADAPTER_CONFIG).is_file():
+        raise InputError(f"--base_model_path {base_name}: is an adapter; give it as --lora_adapter_path")
+    return Speaker(open_bundle(base_name, None, codec_name, cache_dir), adapter, adapter_folder)
+
+
+def load_speaker(speaker: Speaker, device: torch.device) -> Any:
+    """The model with its adapter, on a device, as transformers and PEFT generate with it."""
+    bundle, adapter = speaker.bundle, speaker.adapter
+    to_add = adapter.in_full.without(parts_of(bundle.config)) if adapter else NO_PARTS
+    model = load_for_generation(bundle.folder, adapter.quantization if adapter else None, device, to_add)
+    if to_add:
+        model.make_parts(to_add)
+    if adapter is not None and speaker.adapter_folder is not None:
+        with adapter_in_native_names(speaker.adapter_folder, adapter) as folder:
+            model = PeftModel.from_pretrained(model, folder)
+    return model.eval()
 
 
 def conversation(options: GenerateOptions) -> list[Message]:
@@ -96,9 +125,9 @@ def speak(
     return Speech(revert_delay_pattern(new_rows, stream), bool((new_rows[-1] == stream.eos_id).all()))
 
 
-def _check(options: GenerateOptions) -> tuple[Bundle, Adapter | None]:
+def _check(options: GenerateOptions) -> Speaker:
     problems = []
-    adapter = None
+    speaker = None
     if not options.text.strip():
         problems.append("--text: give the text to be spoken")
     if (options.ref_audio is None) != (options.ref_text is None):
@@ -108,14 +137,10 @@ def _check(options: GenerateOptions) -> tuple[Bundle, Adapter | None]:
     reason = why_not_writable(options.output.parent)
     if reason or options.output.is_dir():
         problems.append(f"--output {options.output}: cannot be written to: {reason or 'is a folder'}")
-    name = options.base_model_path
     try:
-        if options.lora_adapter_path is not None:
-            adapter = read_adapter(options.lora_adapter_path)
-            name = name or PeftConfig.from_pretrained(options.lora_adapter_path).base_model_name_or_path
-        elif name and (Path(name) / ADAPTER_CONFIG).is_file():
-            problems.append(f"--base_model_path {name}: is an adapter; give it as --lora_adapter_path")
-        bundle = None if problems else open_bundle(name, None, options.codec_ckpt, default_cache_dir())
+        speaker = open_speaker(
+            options.base_model_path, options.lora_adapter_path, options.codec_ckpt, default_cache_dir()
+        )
     except InputError as error:
         problems += error.problems
     if options.ref_audio is not None:
@@ -123,9 +148,9 @@ def _check(options: GenerateOptions) -> tuple[Bundle, Adapter | None]:
             read_audio(AudioClip(options.ref_audio), 24000)
         except AudioError as error:
             problems.append(f"--ref_audio {options.ref_audio}: {error}")
-    if problems or bundle is None:
+    if problems or speaker is None:
         raise InputError(problems)
-    return bundle, adapter
+    return speaker
 
 
 def _generation_settings(options: GenerateOptions) -> dict[str, Any]:

@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from higgs_ds import distributed
 from higgs_ds.data.audio import write_audio
 from higgs_ds.data.codec import Codec
-from higgs_ds.data.dataset import Dataset
-from higgs_ds.data.sample import Sample
 from higgs_ds.files import saving, write_json
 from higgs_ds.generate import Speech, generation_settings, speak
 from higgs_ds.metrics import PROMPTS_FILE, REFERENCE_FOLDER, SAMPLES_FOLDER
+from higgs_ds.prompts import Prompt, prompts_of
 from higgs_ds.startup import Run
 
-LONGEST, FRAMES_MORE = 2, 25  # where generation is cut off: twice the reference's length, and a second
 SEED = 7
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A sample up to a turn that the model is to say; codes (C, F) of the clips in front of it, and of the turn."""
-
-    sample: Sample
-    turn: int
-    given: list[torch.Tensor]
-    target: torch.Tensor
-
-    @property
-    def words(self) -> str:
-        """What was written in the turn before, which is what is to be said."""
-        return " ".join(part for part in self.sample.messages[self.turn - 1].parts if isinstance(part, str))
-
-
-def prompts_of(data: Dataset, count: int) -> list[Prompt]:
-    """The first samples of the data that have audio to be said, up to `count` of them."""
-    found: list[Prompt] = []
-    for index in range(len(data)):
-        if len(found) == count:
-            break
-        sample = data.sample(index)
-        turns = [turn for turn, message in enumerate(sample.messages) if sample.is_target(turn) and message.clips]
-        if turns:
-            codes = data.encoded(index).codes
-            before = sum(len(message.clips) for message in sample.messages[: turns[0]])
-            found.append(Prompt(sample, turns[0], codes[:before], codes[before]))
-    return found
 
 
 class Listener:
@@ -99,7 +65,7 @@ class Listener:
 
     def _speak(self, model: torch.nn.Module, prompt: Prompt) -> Speech:
         settings = generation_settings(self.run.options.run.sample_temperature)
-        settings["max_new_tokens"] = LONGEST * prompt.target.shape[1] + FRAMES_MORE
+        settings["max_new_tokens"] = prompt.max_new_tokens
         if self.together:
             settings["synced_gpus"] = True  # a rank that is through goes on until all are
         return speak(model, self.run.bundle, list(prompt.sample.messages[: prompt.turn]), prompt.given, settings)

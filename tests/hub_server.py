@@ -80,8 +80,11 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return (409 if known else 200), {"url": f"{hub.address}/{name}", "name": name}
             if path.startswith("/api/datasets/"):
                 name = "/".join(path.split("/")[3:5])
-                files = [{"rfilename": file} for file in hub.repositories[name]]
-                return 200, {"id": name, "sha": COMMIT, "siblings": files}
+                files = hub.repositories[name]
+                if "/tree/" in path:
+                    return 200, [{"type": "file", "path": file, "size": len(content), "oid": "1" * 40}
+                                 for file, content in files.items()]  # fmt: skip
+                return 200, {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
             if path.startswith("/datasets/"):
                 _, _, owner, name, _, _, file = path.split("/", 6)
                 return 200, hub.repositories[f"{owner}/{name}"][file]

@@ -67,6 +67,8 @@ HERE = [command for command in ALL if not runs_elsewhere(command)]
 NEW_USERS = commands_in(
     (PROJECT / "README.md").read_text(encoding="utf-8").split("## From a folder of clips")[1].split("\n## ")[0]
 )[:3]
+# What others begin with: the README's run on the real base's name, and its adapter merged.
+IN_ORDER = [c for c in HERE if re.match("deepspeed .*--output_dir my_voice --base|python launch/merge.* merged$", c)]
 NODES, HUB = "torchrun --nnodes 2 ", "hf "  # which take more than one process
 
 
@@ -129,10 +131,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Workshop:
 @pytest.fixture(scope="session")
 def trained(workshop: Workshop) -> Workshop:
     """The same, behind the README's run on the real base's name, with its adapter merged."""
-    (train,) = [c for c in commands_in((PROJECT / "README.md").read_text()) if "--output_dir my_voice --base" in c]
-    workshop.run(cut(train))
-    (merge,) = [c for c in HERE if c.startswith("python launch/merge.py") and c.endswith("--output_path merged")]
-    workshop.run(merge)
+    for command in IN_ORDER:
+        workshop.run(cut(command))
     return workshop
 
 
@@ -164,7 +164,9 @@ def elsewhere(command: str) -> str:
     return re.sub(r"(--output_dir|--output_path) \S+", rf"\1 {fresh}", command)
 
 
-@pytest.mark.parametrize("command", [c for c in HERE if c not in NEW_USERS and not c.startswith((NODES, HUB))])
+@pytest.mark.parametrize(
+    "command", [c for c in HERE if c not in NEW_USERS + IN_ORDER and not c.startswith((NODES, HUB))]
+)
 def test_runs(trained: Workshop, command: str) -> None:
     done = trained.run(elsewhere(cut(command)))
     assert "Traceback" not in done.stdout + done.stderr

@@ -68,8 +68,9 @@ def test_merged_of_an_original_base_is_complete(runs: Path, base: Path) -> None:
     values.pop("audio_tokenizer"), others.pop("audio_tokenizer")
     assert values == others
     chat = [{"role": "system", "content": "Speak."}, {"role": "user", "content": "Hello."}]
-    inputs = [p.apply_chat_template(chat, add_generation_prompt=True, tokenize=True) for p in (expected, found)]
-    assert inputs[0] == inputs[1]
+    assert (
+        len({p.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for p in (expected, found)}) == 1
+    )
 
 
 def test_original_layout_alone(runs: Path, tmp_path: Path) -> None:

@@ -85,5 +85,5 @@ def test_written_figures_are_those_of_the_files(monkeypatch: pytest.MonkeyPatch)
     assert page == "\n".join(summary.page()) + "\n", "run python benchmarks/summary.py"
     section = (PROJECT / "README.md").read_text(encoding="utf-8").split("## Small, fast")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")]
-    assert len(rows) == 4
+    assert len(rows) == 6
     assert set(rows) <= set(page.splitlines())

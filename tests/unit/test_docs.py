@@ -11,6 +11,7 @@ from conftest import PROJECT
 from higgs_ds.command_line import Parser, add_options
 from higgs_ds.config import (
     ConvertOptions,
+    EvaluateOptions,
     GenerateOptions,
     MergeOptions,
     PrepareOptions,
@@ -22,7 +23,7 @@ OF_NOW = [path for path in DOCUMENTS if path.name not in ("benchmarks.md", "log.
 # Of other programs, or that the commands which look at folders have by themselves.
 OTHERS = {
     "--hostfile", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--config", "--help", "--json",
-    "--local", "--repo",
+    "--local", "--repo", "--omni", "--port",
 }  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def known_options() -> set[str]:
     for group in (*vars(TrainOptions()).values(), PrepareOptions()):
         add_options(parser, type(group))
     names = {f"--{name}" for name in parser.names()}
-    for group_class in (MergeOptions, ConvertOptions, GenerateOptions):
+    for group_class in (MergeOptions, ConvertOptions, EvaluateOptions, GenerateOptions):
         one = Parser()
         add_options(one, group_class)
         names |= {f"--{name}" for name in one.names()}

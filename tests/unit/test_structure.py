@@ -13,8 +13,8 @@ from conftest import PROJECT
 # From the bottom up: a module may import those of lower rows, and `may_share` of its own row.
 ROWS = [
     ["errors"],
-    ["config", "files", "quiet", "hub", "loss", "model.nf4", "model.offload"],
-    ["command_line", "model.layout"],
+    ["config", "files", "quiet", "hub", "loss", "measures", "model.nf4", "model.offload"],
+    ["command_line", "recognizers", "model.layout"],
     ["model.parts"],
     ["model.routed", "model.lora"],
     ["distributed", "ds_config", "optimizers", "support", "report_to"],
@@ -26,10 +26,10 @@ ROWS = [
     ["data.formats.native", "data.formats.swift", "data.formats.lists", "data.formats.table", "data.encode"],
     ["data.formats.recognition", "activations", "relayout"],
     ["data.formats.reader", "data.summary", "data.dataset", "engine", "export", "planner"],
-    ["data.survey", "bundle", "metrics", "validate", "adapter", "dry_run"],
+    ["data.survey", "bundle", "metrics", "validate", "adapter", "dry_run", "prompts"],
     ["convert"],
     ["checkpoint", "prepare", "generate", "verify", "loss_checks"],
-    ["merge", "preflight", "inspection", "publish"],
+    ["merge", "preflight", "inspection", "publish", "evaluate"],
     ["inputs"],
     ["overview"],
     ["startup"],

@@ -1,0 +1,46 @@
+"""Samples up to a turn that a model is to say, with what it should have said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from higgs_ds.data.dataset import Dataset
+from higgs_ds.data.sample import Sample
+
+LONGEST, FRAMES_MORE = 2, 25  # where generation is cut off: twice the reference's length, and a second
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample up to a turn that the model is to say; codes (C, F) of the clips in front of it, and of the turn."""
+
+    sample: Sample
+    turn: int
+    given: list[torch.Tensor]
+    target: torch.Tensor
+
+    @property
+    def words(self) -> str:
+        """What was written in the turn before, which is what is to be said."""
+        return " ".join(part for part in self.sample.messages[self.turn - 1].parts if isinstance(part, str))
+
+    @property
+    def max_new_tokens(self) -> int:
+        return LONGEST * self.target.shape[1] + FRAMES_MORE
+
+
+def prompts_of(data: Dataset, count: int | None) -> list[Prompt]:
+    """The first samples of the data that have audio to be said, up to `count` of them."""
+    found: list[Prompt] = []
+    for index in range(len(data)):
+        if len(found) == count:
+            break
+        sample = data.sample(index)
+        turns = [turn for turn, message in enumerate(sample.messages) if sample.is_target(turn) and message.clips]
+        if turns:
+            codes = data.encoded(index).codes
+            before = sum(len(message.clips) for message in sample.messages[: turns[0]])
+            found.append(Prompt(sample, turns[0], codes[:before], codes[before]))
+    return found

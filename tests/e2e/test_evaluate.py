@@ -1,0 +1,88 @@
+"""launch/evaluate.py: what it says is what plain transformers says; ranks share the samples and change nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from conftest import PROJECT, speech_sample, text_sample, write_manifest
+from launcher import free_port
+from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
+
+ENTRIES = [
+    speech_sample("Good morning.", "anna_00.flac", duration=0.5),
+    speech_sample("Turn left here.", "ben_00.flac", duration=0.7),
+    speech_sample("The next bus leaves.", "ben_01.flac", duration=0.4),
+]
+
+
+def evaluate(folder: Path, options: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable]
+    if ranks > 1:
+        torchrun = str(Path(sys.executable).parent / "torchrun")
+        launcher = [torchrun, "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    command = [*launcher, str(PROJECT / "launch" / "evaluate.py"), *options.split()]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated")
+    manifest = write_manifest(folder / "held_out.jsonl", ENTRIES)
+    for ranks in (1, 2):
+        done = evaluate(folder, f"--test_manifest {manifest} --output_dir {ranks} --recognizer pocketsphinx", ranks)
+        assert done.returncode == 0, done.stderr
+        (folder / f"{ranks}.txt").write_text(done.stdout)
+    return folder
+
+
+def test_said_is_what_transformers_says(folder: Path, base: Path) -> None:
+    processor = AutoProcessor.from_pretrained(base)
+    model = HiggsAudioV2ForConditionalGeneration.from_pretrained(base, dtype=torch.bfloat16).eval()
+    results = json.loads((folder / "1" / "evaluation.json").read_text())
+    for number, (entry, item) in enumerate(zip(ENTRIES, results["items"], strict=True)):
+        reference = soundfile.info(folder / "1" / "reference" / f"{number}.wav").frames // 960
+        inputs = processor.apply_chat_template(
+            entry["messages"][:2], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        rows = model.generate(**inputs, max_new_tokens=2 * reference + 25, do_sample=False)
+        expected = processor.batch_decode(rows)[0].float().flatten()
+        said, rate = soundfile.read(folder / "1" / f"{number}.wav", dtype="float32")
+        assert rate == 24000
+        torch.testing.assert_close(torch.from_numpy(said), expected.clamp(-1, 1), rtol=0, atol=1e-4)
+        assert item["length_ratio"] == pytest.approx(len(expected) / 960 / reference)
+        assert item["stopped"] == bool((rows[0, -1] == 1025).all())
+        assert item["words"] == entry["messages"][1]["content"]
+
+
+def test_ranks_change_nothing(folder: Path) -> None:
+    one, two = (json.loads((folder / name / "evaluation.json").read_text()) for name in ("1", "2"))
+    assert one == two
+    assert (folder / "1.txt").read_text().splitlines()[:-1] == (folder / "2.txt").read_text().splitlines()[:-1]
+    for path in (folder / "1").rglob("*.wav"):
+        assert path.read_bytes() == (folder / "2" / path.relative_to(folder / "1")).read_bytes()
+
+
+def test_table(folder: Path) -> None:
+    results = json.loads((folder / "1" / "evaluation.json").read_text())
+    names = {"samples", "stop_rate", "length_ratio", "exact_first_codebook", "code_agreement", "mel_distance_db"}
+    assert names | {"median_pitch_hz", "word_error_rate", "reference_word_error_rate"} <= results.keys()
+    assert results["samples"] == 3
+    lines = (folder / "1.txt").read_text().splitlines()
+    assert lines[0].split() == ["samples", "3"]
+    assert lines[-1] == "evaluation: 1/evaluation.json"
+
+
+def test_refused(tmp_path: Path) -> None:
+    """All at once: a sample without audio, a number, a recognizer."""
+    manifest = write_manifest(tmp_path / "bad.jsonl", [text_sample("Question?", "Answer.")])
+    done = evaluate(tmp_path, f"--test_manifest {manifest} --num_samples 0 --temperature -1 --base_model_path nowhere")
+    assert done.returncode == 2
+    for problem in ("--num_samples 0: must be 1 or more", "--temperature -1.0: must be", f"{manifest}:1", "nowhere"):
+        assert problem in done.stderr
+    assert "Traceback" not in done.stderr
