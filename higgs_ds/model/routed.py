@@ -77,7 +77,7 @@ class _Permute(torch.autograd.Function):
 
 
 class _Again(torch.autograd.Function):
-    """A cheap function of activations, run again in the backward pass: its inputs are kept, none of its steps.
+    """A cheap function of tensors, run again in the backward pass: its inputs are kept, none of its steps.
 
     Whatever else the function works with gets no gradient.
     """
@@ -90,19 +90,25 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
         with torch.enable_grad():
-            inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
             output = ctx.function(*inputs)
-        return None, *torch.autograd.grad(output, inputs, gradients)
+        made = iter(torch.autograd.grad(output, [tensor for tensor in inputs if tensor.requires_grad], gradients))
+        return None, *(next(made) if need else None for need in needed)
 
 
 class LeanNorm(HiggsAudioV2RMSNorm):
-    """A frozen norm that keeps its input alone. transformers' keeps float32 copies, too."""
+    """A norm that keeps its input alone. transformers' keeps float32 copies, too."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight.requires_grad:  # it would get no gradient
-            return super().forward(x)
-        return _Again.apply(super().forward, x)
+        return _Again.apply(self._normed, x, self.weight)
+
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """transformers' own steps (Zhang and Sennrich 2019, arXiv 1910.07467), of a weight that may get a gradient."""
+        wide = x.float()
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return weight * scaled.to(x.dtype)
 
 
 class LeanMLP(HiggsAudioV2MLP):
@@ -166,7 +172,7 @@ TRAINED_AS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 class LossHead(nn.Linear):
-    """A frozen head that gives its loss. A loaded head becomes one by its class.
+    """A head that gives its loss. A loaded head becomes one by its class.
 
     The loss is made in here because ZeRO-3 gathers a head's weight around the calls of its module.
     """

@@ -118,26 +118,28 @@ def test_offloaded_checkpoints(base: Path) -> None:
 @pytest.mark.parametrize("at_once", [loss.LOGITS_AT_ONCE, 8 * 40 * 3, 1])
 @pytest.mark.parametrize("num_parts", [8, 1])
 def test_head_loss(monkeypatch: pytest.MonkeyPatch, num_parts: int, at_once: int, classes_at_once: int) -> None:
-    """In one chunk, in chunks of a few rows or classes, and one at a time: torch's cross entropy and its gradient."""
+    """In one chunk, in chunks of a few rows or classes, and one at a time: torch's cross entropy and its gradients."""
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
     monkeypatch.setattr(loss, "CLASSES_AT_ONCE", classes_at_once)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(11, 16, generator=draw, requires_grad=True)
-    head = 2 * torch.randn(num_parts * 40, 16, generator=draw)
+    head = (2 * torch.randn(num_parts * 40, 16, generator=draw)).requires_grad_()
     targets = torch.randint(40, (11, num_parts), generator=draw)
-    targets[:5] = (hidden[:5] @ head.T).view(5, num_parts, 40).argmax(dim=2)
+    targets[:5] = (hidden[:5] @ head.T).detach().view(5, num_parts, 40).argmax(dim=2)
     targets[torch.rand(11, num_parts, generator=draw) < 0.3] = IGNORE_INDEX
     weights = torch.rand(num_parts, generator=draw)
     weighted, sums, hits = loss.head_loss(hidden, head, targets, weights)
-    (gradient,) = torch.autograd.grad(3 * weighted, hidden)
+    gradients = torch.autograd.grad(3 * weighted, (hidden, head))
+    frozen, *_ = loss.head_loss(hidden, head.detach(), targets, weights)
     logits = (hidden @ head.T).view(11, num_parts, 40)
     expected = torch.stack([F.cross_entropy(logits[:, k], targets[:, k], reduction="sum") for k in range(num_parts)])
-    (expected_gradient,) = torch.autograd.grad(3 * (expected * weights).sum(), hidden)
+    expected_gradients = torch.autograd.grad(3 * (expected * weights).sum(), (hidden, head))
     assert hits.equal(logits.argmax(dim=2) == targets)
     assert hits.any()
     torch.testing.assert_close(sums, expected.detach(), rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(weighted, (expected * weights).sum(), rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-5)
+    assert torch.autograd.grad(3 * frozen, hidden)[0].equal(gradients[0])
     with torch.no_grad():
         assert loss.head_loss(hidden, head, targets, weights)[1].equal(sums)
 
