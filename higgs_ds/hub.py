@@ -54,7 +54,7 @@ def _resolve(name: str, asked_by: str, download: Callable[[], Path]) -> Path:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model, as its index names them. Raises InputError where any is missing."""
-    return indexed_files(folder, WEIGHT_INDEX) or _all_there(folder, ["model.safetensors"])
+    return indexed_files(folder, WEIGHT_INDEX) or all_there(folder, ["model.safetensors"])
 
 
 def is_hub_id(name: str) -> bool:
@@ -66,10 +66,11 @@ def indexed_files(folder: Path, index: str) -> list[Path]:
     """The files that an index of weights names; none without an index. Raises InputError where one is missing."""
     if not (folder / index).is_file():
         return []
-    return _all_there(folder, json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+    return all_there(folder, json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
 
 
-def _all_there(folder: Path, names: Iterable[str]) -> list[Path]:
+def all_there(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Files by name. Raises InputError where one is missing."""
     files = [folder / name for name in sorted(set(names))]
     missing = [path.name for path in files if not path.is_file()]
     if missing:

@@ -26,8 +26,8 @@ from higgs_ds.data.codec import (
 )
 from higgs_ds.data.codec_layout import is_original_codec, native_codec_config, native_codec_tensors
 from higgs_ds.data.prompt import AUDIO_DELAY, AUDIO_EOS, AUDIO_OUT, AUDIO_OUT_BOS
-from higgs_ds.errors import InputError, SaveError
-from higgs_ds.files import new_folder, release_freed_memory, room_at, saving, sha256_of, write_json, write_text
+from higgs_ds.errors import InputError
+from higgs_ds.files import new_folder, room_at, saving, sha256_of, write_json, write_text
 from higgs_ds.hub import (
     KEPT_CONFIG,
     WEIGHT_INDEX,
@@ -49,8 +49,8 @@ from higgs_ds.model.layout import (
     read_json_config,
     special_tokens,
 )
+from higgs_ds.shards import write_shards
 
-SHARD_BYTES = 2**30
 SAMPLE_RATE = 24000  # Hz, of all codecs of this family
 _FORM = 2  # of what is kept in the cache: raise it with every change to what is written
 ORIGINAL_CODEC_FILE = "model.pth"
@@ -128,7 +128,8 @@ def rewrite(source: Path, target: Path, to: str, asked_by: str) -> list[str]:
             f"GiB, and {free / 2**30:.1f} GiB are free there"
         )
     with saving(target), new_folder(target) as folder:
-        _write_shards(groups, folder)
+        sizes = {name: sum(part.size for part in parts) for name, parts in groups.items()}
+        write_shards(sizes, map(_joined, groups.values()), folder)
         for path in companions(source):
             if path.name not in ("config.json", KEPT_CONFIG) and not path.name.endswith(".index.json"):
                 shutil.copy(path, folder)
@@ -239,38 +240,6 @@ def _unpickled(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path}: holds something else than tensors by name")
     return dict(state)
-
-
-def _write_shards(groups: Mapping[str, list[Stored]], folder: Path) -> None:
-    """Write tensors into files of about SHARD_BYTES, one of them in memory at a time, and compare what was written."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, parts in groups.items():
-        own = sum(part.size for part in parts)
-        if shards[-1] and size + own > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += own
-    places: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _joined(groups[name]) for name in names}
-        save_file(tensors, folder / file, {"format": "pt"})
-        for name, tensor in tensors.items():
-            if not _bits(read_tensor(folder / file, name)).equal(_bits(tensor)):
-                raise SaveError(f"{folder / file}: {name} reads back otherwise than written")
-            places[name] = file
-        del tensors
-        release_freed_memory()
-    if len(shards) > 1:
-        total = sum(part.size for parts in groups.values() for part in parts)
-        write_json(folder / WEIGHT_INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's bytes: NaN equals itself there."""
-    return tensor.flatten().view(torch.uint8)
 
 
 def _joined(parts: list[Stored]) -> torch.Tensor:

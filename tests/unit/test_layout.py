@@ -14,7 +14,7 @@ from conftest import PROJECT
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from higgs_ds import relayout
+from higgs_ds import relayout, shards
 from higgs_ds.adapter import read_adapter
 from higgs_ds.bundle import open_bundle
 from higgs_ds.config import ConvertOptions, LoraOptions
@@ -86,7 +86,7 @@ def test_original_there_and_back(name: str, tmp_path: Path) -> None:
 
 def test_native_there_and_back(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through several files; a configuration that comes back as it was in all that the model reads."""
-    monkeypatch.setattr(relayout, "SHARD_BYTES", 3_000_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 3_000_000)
     convert(ConvertOptions(base, tmp_path / "original", "original"))
     assert len(list((tmp_path / "original").glob("model-*.safetensors"))) > 3
     assert not any(name.startswith("model.") for name in tensors_of(tmp_path / "original"))
