@@ -119,7 +119,7 @@ def our_engine(folder: Path, precision: str, four_bit: bool, every: int | None, 
     from higgs_ds.distributed import device, world_size
     from higgs_ds.ds_config import read_ds_config, resolve
     from higgs_ds.engine import Engine
-    from higgs_ds.export import adapter_parameters
+    from higgs_ds.export import trained_parameters
     from higgs_ds.loss import LossWeights
     from higgs_ds.model.higgs import DualLossModel, checkpoint_layers, load_base, load_base_in_4bit
     from higgs_ds.model.lora import add_lora
@@ -136,7 +136,7 @@ def our_engine(folder: Path, precision: str, four_bit: bool, every: int | None, 
     meter.weights_are_there()
     model = DualLossModel(add_lora(base, options.lora, "", dtype))
     weights = LossWeights.of(1, 1, NUM_CODEBOOKS, None)
-    return Engine(model, adapter_parameters(model.adapted), settings, options.optim, 1000, weights)
+    return Engine(model, trained_parameters(model.adapted), settings, options.optim, 1000, weights)
 
 
 def native_trainer(

@@ -1,7 +1,8 @@
 """What a forward and backward pass keeps and takes, counted in bytes without weights and without computing anything.
 
-The adapted model itself runs, with two and with three of its layers, on tensors that have shapes but no values (torch's
-meta device), while every allocation and release is counted. A layer's cost is the difference, and the same for each.
+The model itself runs as it is trained, with two and with three of its layers, on tensors that have shapes but no values
+(torch's meta device), while every allocation and release is counted. A layer's cost is the difference, and the same for
+each.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 import json
 import math
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, HiggsAudioV2Config
 
-from higgs_ds.config import LoraOptions
+from higgs_ds.config import EMBEDDINGS, LoraOptions, TuneOptions
+from higgs_ds.model.full import group_of, make_trainable
 from higgs_ds.model.higgs import DualLossModel, checkpoint_layers, empty_model
-from higgs_ds.model.lora import add_lora
 from higgs_ds.model.nf4 import BLOCK_SIZE, is_quantized_weight
 from higgs_ds.model.parts import NO_PARTS, Parts, config_of, parts_of
 
@@ -49,6 +50,7 @@ class PassSettings:
     on_gpu: bool
     keeps_inputs: bool
     in_full: Parts = NO_PARTS
+    tune: TuneOptions = field(default_factory=TuneOptions)
 
     @property
     def text_positions(self) -> int:
@@ -86,7 +88,15 @@ def _measure_pass(config_json: str, settings: PassSettings) -> PassMemory:
     few, more = (_run(config_of(values | {"num_hidden_layers": n}), settings) for n in (2, 3))
     further = values["num_hidden_layers"] - 2
     kept, logits, peak = (two + further * (three - two) for two, three in zip(few, more, strict=True))
-    return PassMemory(kept, logits, peak - kept - logits)
+    # Embeddings get their gradients last, when nothing else is left: a peak that does not grow with the layers.
+    return PassMemory(kept, logits, max(peak, _embedding_gradients(config_of(values), settings)) - kept - logits)
+
+
+def _embedding_gradients(config: HiggsAudioV2Config, settings: PassSettings) -> int:
+    """Bytes of the largest gradient of an embedding, or 0 where these are not trained."""
+    model = make_trainable(empty_model(config, settings.dtype), settings.tune, settings.lora, "", settings.dtype)
+    of_embeddings = [p for name, p in model.named_parameters() if p.requires_grad and group_of(name) == EMBEDDINGS]
+    return max((parameter.nbytes for parameter in of_embeddings), default=0)
 
 
 def _run(config: HiggsAudioV2Config, settings: PassSettings) -> tuple[int, int, int]:
@@ -119,12 +129,16 @@ def _model(config: HiggsAudioV2Config, settings: PassSettings) -> DualLossModel:
         if isinstance(module, nn.Linear):
             four_bit = settings.four_bit and is_quantized_weight(f"{name}.weight")
             if four_bit or settings.keeps_inputs:
-                higgs.set_submodule(name, _FrozenLinear(module, four_bit))
+                higgs.set_submodule(name, _CountedLinear(module, four_bit))
     if settings.recompute_every is not None:
         checkpoint_layers(higgs, settings.recompute_every)
     if parts_of(config).audio_tower is not None:
         higgs.model.audio_tower.config._attn_implementation = ATTENTION
-    adapted = add_lora(higgs, settings.lora, "", settings.dtype, settings.in_full).to(META)
+    adapted = make_trainable(higgs, settings.tune, settings.lora, "", settings.dtype, settings.in_full).to(META)
+    for module in adapted.modules():
+        if isinstance(module, nn.Embedding) and module.weight.requires_grad:
+            module.weight.requires_grad_(False)  # counted by `_embedding_gradients`
+            module.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
     if settings.on_gpu:
         for name, module in list(adapted.named_modules()):
             if isinstance(module, nn.Dropout):
@@ -225,8 +239,8 @@ def _attention(
 AttentionInterface.register(ATTENTION, _attention)
 
 
-class _FrozenLinear(nn.Linear):
-    """A frozen linear layer that allocates as one in 4 bits does (`four_bit`), or as one under ZeRO-3, or both."""
+class _CountedLinear(nn.Linear):
+    """A linear layer that allocates as a frozen one in 4 bits does (`four_bit`), or as one under ZeRO-3, or both."""
 
     def __init__(self, linear: nn.Linear, four_bit: bool) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, META, linear.weight.dtype)
@@ -249,9 +263,10 @@ class _KeepsInput(torch.autograd.Function):
         return x.matmul(weight.t())
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         _, weight = ctx.saved_tensors
-        return grads[0].matmul(weight), None
+        of_input = grads[0].matmul(weight) if ctx.needs_input_grad[0] else None
+        return of_input, torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
 
 class _Dequantized(torch.autograd.Function):

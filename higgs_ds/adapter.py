@@ -27,6 +27,7 @@ from higgs_ds.model import nf4
 from higgs_ds.model.layout import native_name
 from higgs_ds.model.nf4 import BaseQuantization
 from higgs_ds.model.parts import NO_PARTS, Parts
+from higgs_ds.trained import TRAINED_FOLDER
 
 PEFT_PREFIX = "base_model.model."
 _LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -198,6 +199,8 @@ def check_fit(adapter: Adapter, shapes: dict[str, tuple[int, ...]], adapter_fold
 def _no_adapter(folder: Path) -> str:
     near = sorted({path.parent for parent in (folder, folder.parent) for path in _adapters_below(parent)})
     where = "; adapters nearby: " + ", ".join(map(str, near)) if near else ""
+    if (folder / TRAINED_FOLDER).is_dir():
+        return f"{folder}: is a checkpoint of full fine-tuning, and no adapter; launch/export.py makes a model of it"
     if folder.name.startswith("checkpoint-"):
         return (
             f"{folder}: is a checkpoint directory, for going on with training (--resume), and no adapter; give the "

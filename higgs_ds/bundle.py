@@ -45,9 +45,8 @@ class Bundle:
 
     @property
     def identity(self) -> str:
-        """The same for one base wherever it lies: SHA-256 over its configuration and its files' names and sizes."""
-        sizes = [(path.name, path.stat().st_size) for path in weight_files(self.folder)]
-        return hashlib.sha256(repr((sha256_of(self.folder / "config.json"), sizes)).encode()).hexdigest()
+        """As `base_identity` tells."""
+        return base_identity(self.folder)
 
     @property
     def pad_id(self) -> int:
@@ -74,6 +73,12 @@ class Bundle:
         stretch_s = tower["max_source_positions"] // POSITIONS_PER_S
         frames = stretch_s * self.codec.sample_rate // self.codec.hop_length
         return Hearing(tower["num_mel_bins"], stretch_s, frames, cache_dir / "features")
+
+
+def base_identity(folder: Path) -> str:
+    """The same for one base wherever it lies: SHA-256 over its configuration and its files' names and sizes."""
+    sizes = [(path.name, path.stat().st_size) for path in weight_files(folder)]
+    return hashlib.sha256(repr((sha256_of(folder / "config.json"), sizes)).encode()).hexdigest()
 
 
 def open_bundle(name: str | None, revision: str | None, codec_name: str | None, cache_dir: Path) -> Bundle:

@@ -9,23 +9,28 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from higgs_ds.distributed import gather_objects, on_main, rank
+from higgs_ds.distributed import gather_objects, on_main_with, rank
 from higgs_ds.engine import Engine
 from higgs_ds.errors import InputError
 from higgs_ds.export import ADAPTER_FOLDER, ADAPTER_WEIGHTS, AdapterFormat, write_adapter
 from higgs_ds.files import remove_folder, replaced_folder, saving, sha256_of, write_json
 from higgs_ds.metrics import Meter
 from higgs_ds.optimizers import MOMENTS
+from higgs_ds.shards import StoredTensors, shard_files, write_shards
+from higgs_ds.trained import TRAINED_FOLDER, FullFormat, write_trained
 
 STATE_FILE, MANIFEST_FILE = "trainer_state.json", "manifest.json"
-OPTIMIZER_FILE, RNG_FILE = "optimizer.safetensors", "rng_state.safetensors"
+OPTIMIZER_STEM, RNG_FILE = "optimizer", "rng_state.safetensors"
+OPTIMIZER_FILE = f"{OPTIMIZER_STEM}.safetensors"  # of large ones there are several
 _NAME = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -73,9 +78,16 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    output_dir: Path, engine: Engine, state: TrainerState, meter: Meter, form: AdapterFormat, keep: int | None = None
+    output_dir: Path,
+    engine: Engine,
+    state: TrainerState,
+    meter: Meter,
+    form: AdapterFormat | FullFormat,
+    keep: int | None = None,
 ) -> None:
     """Write `checkpoint-N/` and renew `lora_adapters/` and `trainer_state.json` beside it. Every rank must call this.
+
+    Weights that are trained in full go from the ranks to the files one after another, about a gigabyte at a time.
 
     Args:
         keep: how many of the newest checkpoints are kept, besides the best; None for all.
@@ -85,23 +97,27 @@ def save_checkpoint(
     """
     state.scheduler = engine.scheduler.state_dict()
     state.meters = gather_objects(meter.state())
-    masters = engine.gather()
-    moments = {moment: engine.gather(moment) for moment in MOMENTS}
     rng_states = gather_objects(_rng_state())
     target = checkpoint_folder(output_dir, state.step)
+    sizes = engine.master_bytes
 
-    def write() -> None:
+    def write(tensors: Iterator[torch.Tensor]) -> None:
         with saving(target), replaced_folder(target) as folder:
-            write_adapter(folder / ADAPTER_FOLDER, masters, form, state.has_learned)
-            named = {f"{moment}.{name}": tensor for moment in MOMENTS for name, tensor in moments[moment].items()}
-            save_file(named, folder / OPTIMIZER_FILE)
+            masters = islice(tensors, len(sizes))
+            if isinstance(form, FullFormat):
+                write_trained(folder / TRAINED_FOLDER, sizes, masters, form)
+            else:
+                named = dict(zip(sizes, masters, strict=True))
+                write_adapter(folder / ADAPTER_FOLDER, named, form, state.has_learned)
+            of_moments = {f"{moment}.{name}": size for moment in MOMENTS for name, size in sizes.items()}
+            write_shards(of_moments, tensors, folder, OPTIMIZER_STEM)
             by_rank = {f"{r}.{kind}": tensor for r, states in enumerate(rng_states) for kind, tensor in states.items()}
             save_file(by_rank, folder / RNG_FILE)
             write_json(folder / STATE_FILE, state.to_json())
             write_json(folder / MANIFEST_FILE, _manifest(folder))
         publish(target, output_dir, state, keep)
 
-    on_main(write)
+    on_main_with(engine.gather(None, *MOMENTS), write)
 
 
 def publish(checkpoint: Path, output_dir: Path, state: TrainerState, keep: int | None) -> None:
@@ -109,8 +125,9 @@ def publish(checkpoint: Path, output_dir: Path, state: TrainerState, keep: int |
 
     Raises SaveError.
     """
-    with saving(output_dir / ADAPTER_FOLDER), replaced_folder(output_dir / ADAPTER_FOLDER) as folder:
-        shutil.copytree(checkpoint / ADAPTER_FOLDER, folder, dirs_exist_ok=True)
+    if (checkpoint / ADAPTER_FOLDER).is_dir():
+        with saving(output_dir / ADAPTER_FOLDER), replaced_folder(output_dir / ADAPTER_FOLDER) as folder:
+            shutil.copytree(checkpoint / ADAPTER_FOLDER, folder, dirs_exist_ok=True)
     with saving(output_dir / STATE_FILE):
         write_json(output_dir / STATE_FILE, state.to_json())
     for folder in superfluous(output_dir, state, keep) if keep is not None else ():
@@ -199,9 +216,21 @@ def check_same_run(saved: TrainerState, fresh: TrainerState, folder: Path) -> No
         raise InputError([*problems, "--resume goes on with the same settings; begin anew in another --output_dir"])
 
 
-def load_adapter_into(folder: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Give a model's adapters the values of a checkpoint, before an engine takes the model."""
-    tensors = load_file(folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS)
+def masters_in(folder: Path) -> Mapping[str, torch.Tensor]:
+    """The float32 masters in a checkpoint, by name: of adapters, or of weights that are trained in full."""
+    if (folder / TRAINED_FOLDER).is_dir():
+        return StoredTensors(shard_files(folder / TRAINED_FOLDER))
+    return StoredTensors([folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS])
+
+
+def moments_in(folder: Path, moment: str) -> Mapping[str, torch.Tensor]:
+    """One of Adam's moments in a checkpoint, by the names of the masters."""
+    return StoredTensors(shard_files(folder, OPTIMIZER_STEM), f"{moment}.")
+
+
+def load_masters_into(folder: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Give what is trained in a model the values of a checkpoint, before an engine takes the model."""
+    tensors = masters_in(folder)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -209,12 +238,8 @@ def load_adapter_into(folder: Path, parameters: dict[str, torch.nn.Parameter]) -
 
 def load_into_engine(folder: Path, engine: Engine, state: TrainerState) -> None:
     """Give an engine the masters, moments, schedule and random state of a checkpoint. Every rank must call this."""
-    moments = load_file(folder / OPTIMIZER_FILE)
-    by_moment = {
-        moment: {name.removeprefix(f"{moment}."): t for name, t in moments.items() if name.startswith(f"{moment}.")}
-        for moment in MOMENTS
-    }
-    engine.restore(load_file(folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS), by_moment, state.step - len(state.skipped))
+    moments = {moment: moments_in(folder, moment) for moment in MOMENTS}
+    engine.restore(masters_in(folder), moments, state.step - len(state.skipped))
     engine.restore_schedule(state.scheduler)
     states = load_file(folder / RNG_FILE)
     if f"{rank()}.cpu" in states:

@@ -21,6 +21,7 @@ from higgs_ds.config import (
     ConvertOptions,
     DataOptions,
     EvaluateOptions,
+    ExportOptions,
     GenerateOptions,
     InspectOptions,
     MergeOptions,
@@ -105,7 +106,7 @@ def parse_train_options(argv: Sequence[str] | None = None) -> tuple[TrainOptions
     parser = Parser(
         prog="launch/train.py",
         usage="deepspeed launch/train.py [--config FILE] [--deepspeed FILE] [options]",
-        description="Train LoRA adapters for Higgs Audio v2. Without options: the built-in base and sample voices.",
+        description="Train Higgs Audio v2: adapters, or its own weights. Without options: built-in base and samples.",
     )
     for group_class in typing.get_type_hints(TrainOptions).values():
         add_options(parser, group_class)
@@ -237,6 +238,16 @@ def parse_merge_options(argv: Sequence[str] | None = None) -> MergeOptions:
         description="Merge a LoRA adapter into its base, in float32, tensor by tensor; the result loads by itself.",
     )
     return parser.parse_group(MergeOptions, argv)
+
+
+def parse_export_options(argv: Sequence[str] | None = None) -> ExportOptions:
+    """The options of launch/export.py."""
+    parser = Parser(
+        prog="launch/export.py",
+        usage="python launch/export.py --checkpoint_path DIR --output_path DIR [options]",
+        description="Make a complete model of a checkpoint of a run with --finetune full; it loads by itself.",
+    )
+    return parser.parse_group(ExportOptions, argv)
 
 
 def parse_convert_options(argv: Sequence[str] | None = None) -> ConvertOptions:

@@ -13,7 +13,10 @@ from higgs_ds.errors import InputError
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DS_CONFIG = PROJECT_ROOT / "ds_configs" / "zero2.json"
 FORMATS = ("chatml", "native", "swift", "metadata", "paired", "list", "csv", "table")
+FINETUNE = FULL, LORA, QLORA = ("full", "lora", "qlora")
 LORA_TARGET_GROUPS = ("attention", "text_mlp", "audio_mlp")
+EMBEDDINGS, HEADS = "embeddings", "heads"
+TRAIN_GROUPS = (*LORA_TARGET_GROUPS, EMBEDDINGS, HEADS)
 ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 LAYOUTS = NATIVE, ORIGINAL = ("native", "original")
@@ -31,7 +34,9 @@ def option(default: Any, help_text: str, choices: tuple[str, ...] | None = None,
     return field(default=default, metadata={"help": help_text, "choices": choices, "metavar": metavar})
 
 
-EXPORT_HELP = "layout of the merged model: what transformers reads, what boson_multimodal reads, or a folder of each"
+EXPORT_HELP = (
+    "layout of the merged or complete model: what transformers reads, what boson_multimodal reads, or a folder of each"
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,25 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class TuneOptions:
+    """Fine-tuning"""
+
+    finetune: str = option(
+        LORA,
+        "train all weights or groups of them (full), adapters (lora), or adapters on a 4-bit base (qlora, as is lora "
+        "with --load_in_4bit)",
+        FINETUNE,
+    )
+    train_groups: tuple[str, ...] = option(
+        TRAIN_GROUPS,
+        "which weights --finetune full trains; a norm goes with what it stands in front of, the last with the heads; "
+        "embeddings and heads are not tied, each is trained or not by itself",
+        TRAIN_GROUPS,
+        "GROUP",
+    )
+
+
+@dataclass(frozen=True)
 class LoraOptions:
     """LoRA"""
 
@@ -145,7 +169,7 @@ class OptimOptions:
         "adamw", "AdamW with its state in float32 or in 8 bits; paged: may move to host memory when the GPU is full",
         OPTIMIZERS,
     )  # fmt: skip
-    lr: float = option(2e-4, "peak learning rate of AdamW")
+    lr: float = option(2e-4, "peak learning rate of AdamW; weights that are trained in full usually take far less")
     lr_scheduler_type: str = option(
         "cosine", "learning rate schedule behind the warm-up; warmup_stable_decay falls at the very end alone",
         ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "warmup_stable_decay"),
@@ -193,9 +217,13 @@ class RunOptions:
     )
     early_stopping_min_delta: float = option(0.0, "by how much a validation loss must be lower to count as lower")
     resume: str = option(RESUME_NEVER, "never, auto (the newest checkpoint in output_dir), or a checkpoint folder")
-    merge_adapter_with_base: bool = option(False, "merge at the end: final_model/ adapter/ merged_model/")
+    merge_adapter_with_base: bool = option(
+        False, "merge at the end: final_model/ adapter/ merged_model/ (with --finetune full, final_model/ is complete)"
+    )
     export_layout: str = option(NATIVE, EXPORT_HELP, (*LAYOUTS, BOTH_LAYOUTS))
-    push_to_hub: bool = option(False, "upload the adapter to the Hugging Face hub at the end (`hf auth login` first)")
+    push_to_hub: bool = option(
+        False, "upload the adapter, or the complete model, to the Hugging Face hub at the end (`hf auth login` first)"
+    )
     hub_repo_id: str | None = option(None, "repository to upload to, made where there is none", metavar="OWNER/NAME")
     hub_private: bool = option(False, "make that repository a private one")
     upload_merged_model: bool = option(False, "upload the merged model instead (needs --merge_adapter_with_base)")
@@ -242,6 +270,18 @@ class ConvertOptions:
     input_path: Path = option(REQUIRED, "a base, a merged model or an adapter", metavar="DIR")
     output_path: Path = option(REQUIRED, "a new folder for the result", metavar="DIR")
     to: str = option(REQUIRED, "what transformers reads, or what boson_multimodal reads", LAYOUTS)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Export"""
+
+    checkpoint_path: Path = option(REQUIRED, "a checkpoint-N/ of a run with --finetune full", metavar="DIR")
+    output_path: Path = option(REQUIRED, "a new folder for the complete model", metavar="DIR")
+    base_model_path: str | None = option(
+        None, "the base, a folder or a hub id (default: as the checkpoint names it)", metavar="BASE"
+    )
+    export_layout: str = option(NATIVE, EXPORT_HELP, (*LAYOUTS, BOTH_LAYOUTS))
 
 
 @dataclass(frozen=True)
@@ -306,13 +346,28 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """All options of launch/train.py, in groups."""
+    """All options of launch/train.py, in groups.
+
+    `--finetune qlora` and `--load_in_4bit` say the same of adapters: where one of them is given, both are set.
+    """
 
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
+    tune: TuneOptions = field(default_factory=TuneOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     run: RunOptions = field(default_factory=RunOptions)
+
+    def __post_init__(self) -> None:
+        if self.tune.finetune == QLORA:
+            object.__setattr__(self, "model", dataclasses.replace(self.model, load_in_4bit=True))
+        elif self.tune.finetune == LORA and self.model.load_in_4bit:
+            object.__setattr__(self, "tune", dataclasses.replace(self.tune, finetune=QLORA))
+
+    @property
+    def in_full(self) -> bool:
+        """Whether the model's own weights are trained, and no adapters."""
+        return self.tune.finetune == FULL
 
     def replace(self, **values: Any) -> TrainOptions:
         """A copy with some options changed, each named as on the command line."""
@@ -361,10 +416,37 @@ def recompute_every(options: ModelOptions) -> int | None:
     return {"none": None, "every_layer": 1}[value] if value in ("none", "every_layer") else int(value)
 
 
+def _finetune_problems(options: TrainOptions) -> list[str]:
+    """Options that do not go with what --finetune says."""
+    groups = options.tune.train_groups
+    if not options.in_full:
+        needless = groups != TRAIN_GROUPS
+        return ["--train_groups: is for --finetune full; adapters go where --lora_targets says"] if needless else []
+    problems = []
+    if options.model.load_in_4bit:
+        problems.append(
+            "--load_in_4bit: weights in 4 bits cannot be trained by --finetune full; leave it out, or train adapters "
+            "on them (--finetune qlora)"
+        )
+    problems += [
+        f"--{one.name}: is for adapters, and --finetune full trains none; leave it out"
+        for one in dataclasses.fields(options.lora)
+        if getattr(options.lora, one.name) != one.default
+    ]
+    if not groups:
+        problems.append(f"--train_groups: nothing would be trained; name one or more of {', '.join(TRAIN_GROUPS)}")
+    if options.model.offload_embeddings and EMBEDDINGS in groups:
+        problems.append(
+            "--offload_embeddings: embeddings that are trained cannot be in host memory; leave it out, or train other "
+            f"groups (--train_groups {' '.join(group for group in TRAIN_GROUPS if group != EMBEDDINGS)})"
+        )
+    return problems
+
+
 def check_options(options: TrainOptions) -> list[str]:
     """Problems of single options; empty where there are none."""
     flat = options.flat()
-    problems = check_data_options(options.data)
+    problems = check_data_options(options.data) + _finetune_problems(options)
 
     def expect(name: str, holds: bool, allowed: str) -> None:
         if not holds:
@@ -411,7 +493,7 @@ def check_options(options: TrainOptions) -> list[str]:
     for name in ("hub_repo_id", "hub_private", "upload_merged_model"):
         if flat[name] and not flat["push_to_hub"]:
             problems.append(f"--{name}: needs --push_to_hub")
-    if flat["upload_merged_model"] and not flat["merge_adapter_with_base"]:
+    if flat["upload_merged_model"] and not flat["merge_adapter_with_base"] and not options.in_full:
         problems.append("--upload_merged_model: needs --merge_adapter_with_base, which makes the merged model")
     if flat["early_stopping_min_delta"] and flat["early_stopping_patience"] is None:
         problems.append("--early_stopping_min_delta: needs --early_stopping_patience")

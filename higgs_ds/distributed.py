@@ -8,7 +8,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -233,3 +233,25 @@ def on_main(action: Callable[[], Any]) -> Any:
         outcome.on_all_ranks = True
         raise outcome
     return outcome
+
+
+def on_main_with(made: Iterator[T], action: Callable[[Iterator[T]], Any]) -> Any:
+    """As `on_main`, for an action that takes what all ranks make together, one after another.
+
+    What the action leaves is made all the same: each time, the other ranks wait for rank 0.
+    """
+
+    def act() -> Any:
+        try:
+            return action(made)
+        finally:
+            _exhaust(made)
+
+    if not is_main():
+        _exhaust(made)
+    return on_main(act)
+
+
+def _exhaust(made: Iterator[Any]) -> None:
+    for _ in made:
+        pass

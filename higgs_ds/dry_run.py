@@ -13,7 +13,7 @@ from transformers import HiggsAudioV2Config
 from higgs_ds import distributed, ds_config
 from higgs_ds.activations import TEXT_POSITIONS
 from higgs_ds.builtin import builtin_config
-from higgs_ds.config import DEFAULT_DS_CONFIG, TrainOptions, check_options, recompute_every
+from higgs_ds.config import DEFAULT_DS_CONFIG, LORA, TrainOptions, check_options, recompute_every
 from higgs_ds.errors import InputError
 from higgs_ds.hub import resolve_config_folder
 from higgs_ds.model.higgs import read_config
@@ -88,7 +88,7 @@ def describe(setting: Setting, made: Plan) -> list[str]:
     """The plan as lines of text."""
     options, config = setting.options, setting.config
     size, length = setting.batch_shape()
-    data, optim, lora = options.data, options.optim, options.lora
+    data, optim, lora, tune = options.data, options.optim, options.lora, options.tune
     assumed = data.max_seq_len is None and optim.max_tokens_per_batch is None
     text = min(TEXT_POSITIONS, (length + 1) // 2)
     base = options.model.base_ckpt or "built in"
@@ -101,7 +101,7 @@ def describe(setting: Setting, made: Plan) -> list[str]:
     rows = {
         **{f"weights, {group}": size_bytes for group, size_bytes in made.weights.items()},
         "weights, scales of 4 bits": made.quantization,
-        "LoRA": made.lora,
+        "weights that are trained" if options.in_full else "LoRA": made.trained,
         "gradients": made.gradients,
         "optimizer state, float32 masters": made.optimizer,
         "DeepSpeed's buckets": made.buckets,
@@ -116,7 +116,9 @@ def describe(setting: Setting, made: Plan) -> list[str]:
         "planned per GPU from config.json alone; nothing was loaded or measured",
         f"base: {base}, {config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{four_bit}{options.model.precision}",
-        f"LoRA: rank {lora.lora_r} on {', '.join(lora.lora_targets)}; optimizer {optim.optim}",
+        f"full: {', '.join(tune.train_groups)}; optimizer {optim.optim}"
+        if options.in_full
+        else f"LoRA: rank {lora.lora_r} on {', '.join(lora.lora_targets)}; optimizer {optim.optim}",
         f"ZeRO stage {setting.stage}, {''.join(offloaded)}on {setting.ranks} GPU{'s' if setting.ranks > 1 else ''}",
         f"batch: {size} x {length} positions{guess}, activations {recompute}",
         f"planned as speech: of each sample {text} positions are text, all others audio",
@@ -193,8 +195,12 @@ def _changes(setting: Setting, given: set[str]) -> Iterator[Change]:
     ]
     if recompute_every(setting.options.model) is not None:
         candidates.append({"offload_checkpoints": True})
+    if setting.options.in_full:
+        candidates.append({"finetune": LORA})
     flat = setting.options.flat()
     for values in candidates:
+        if check_options(setting.options.replace(**values)) != check_options(setting.options):
+            continue  # with --finetune full, not all of them are to be had
         if any(flat[name] != value for name, value in values.items()):
             yield _change(setting, values)
     for name in ("small_card.json", "zero2_offload.json", "zero3.json"):

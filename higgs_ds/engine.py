@@ -1,7 +1,7 @@
 """The only user of DeepSpeed: start an engine, run one optimizer step, gather what is trained, put it back.
 
-Adapters' float32 masters and Adam's moments leave and enter here as whole tensors by name, so that what is on disk
-knows nothing of ZeRO stages or the number of ranks.
+Float32 masters of what is trained and Adam's moments leave and enter here as whole tensors by name, so that what is on
+disk knows nothing of ZeRO stages or the number of ranks.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,22 +177,27 @@ class Engine:
         """Norm of the last step's gradients over all ranks, before clipping."""
         return float(self._stage0_grad_norm if self.stage == 0 else self.engine.get_global_grad_norm())
 
-    @torch.no_grad()
-    def gather(self, moment: str | None = None) -> dict[str, torch.Tensor]:
-        """The float32 masters of what is trained, or one of Adam's moments, whole, on the CPU of rank 0.
+    @property
+    def master_bytes(self) -> dict[str, int]:
+        """Bytes of each float32 master, or of each of Adam's moments, in the order of `gather`."""
+        return {name: 4 * getattr(p, "ds_numel", p.numel()) for name, p in self.trained.items()}
 
-        Every rank must call this; the others get an empty dict.
+    @torch.no_grad()
+    def gather(self, *moments: str | None) -> Iterator[torch.Tensor]:
+        """The float32 masters of what is trained (None), or Adam's moments: one whole tensor after another.
+
+        Every rank must go through all of them. They are on the CPU of rank 0, and empty on the others.
         """
-        gathered = {}
-        with self._float_moments() if moment else contextlib.nullcontext():
-            for name, parameter in self.trained.items():
-                whole = self._gather_one(parameter, moment)
-                if rank() == 0:
-                    gathered[name] = whole.detach().float().cpu()
-        return gathered
+        for moment in moments:
+            with self._float_moments() if moment else contextlib.nullcontext():
+                for parameter in self.trained.values():
+                    whole = self._gather_one(parameter, moment)
+                    yield whole.detach().float().cpu() if rank() == 0 else torch.empty(0)
 
     @torch.no_grad()
-    def restore(self, masters: dict[str, torch.Tensor], moments: dict[str, dict[str, torch.Tensor]], step: int) -> None:
+    def restore(
+        self, masters: Mapping[str, torch.Tensor], moments: Mapping[str, Mapping[str, torch.Tensor]], step: int
+    ) -> None:
         """Put masters and moments, by name and whole, back where `gather` took them from, on every rank.
 
         The model's own, lower precision copies must hold the same values already.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -24,8 +24,8 @@ QUANTIZATION_KEY, DIGEST_KEY, PARTS_KEY = "base_quantization", "sha256", "parts_
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
-def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """What is trained, by the names that PEFT gives it in a file."""
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained: adapters by the names that PEFT gives them in a file, a model's own weights by theirs."""
     return {_name_in_file(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

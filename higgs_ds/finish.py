@@ -1,4 +1,4 @@
-"""After the last step: where everything is, and the merge where it was asked for."""
+"""After the last step: where everything is, and the merged or complete model."""
 
 from __future__ import annotations
 
@@ -7,37 +7,85 @@ from pathlib import Path
 
 from higgs_ds import distributed
 from higgs_ds.checkpoint import checkpoint_folder
+from higgs_ds.complete import complete_model
 from higgs_ds.errors import HiggsError, MergeError
 from higgs_ds.export import ADAPTER_FOLDER
 from higgs_ds.files import replaced_folder
 from higgs_ds.merge import MergeReport, merge
 from higgs_ds.metrics import say, warn
 from higgs_ds.publish import facts_of, upload, write_card
-from higgs_ds.report import REPORT_FILE
+from higgs_ds.report import REPORT_FILE, Reporter
 from higgs_ds.startup import Run
 
 FINAL_MODEL, ADAPTER_COPY, MERGED_MODEL = "final_model", "adapter", "merged_model"
 
 
-def say_where(run: Run) -> None:
-    """Tell where the adapters are and what to do with them."""
-    adapters, state = run.output_dir / ADAPTER_FOLDER, run.state
+def finish(run: Run) -> None:
+    """Tell where what was trained is; make and publish what was asked for. Every rank must call this.
+
+    Raises MergeError, PublishError, on every rank.
+    """
+    _say_how_it_ended(run)
+    if run.options.in_full:
+        make_complete_model(run)
+    else:
+        distributed.on_main(lambda: _write_card(run, ADAPTER_FOLDER, "adapter"))
+        _say_where_adapters_are(run)
+        if run.options.run.merge_adapter_with_base:
+            merge_into_folders(run)
+    if run.options.run.push_to_hub:
+        publish(run)
+
+
+def _say_how_it_ended(run: Run) -> None:
+    state, best = run.state, run.state.best_step
     if not run.options.run.no_report:
         say(f"report: {run.output_dir / REPORT_FILE}")
-    best = state.best_step
     if state.stopped_early:
         say(
             f"stopped early, at step {state.step} of {state.total_steps}: the lowest validation loss was at step {best}"
         )
     if best is not None and best != state.step and checkpoint_folder(run.output_dir, best).is_dir():
-        of_best = checkpoint_folder(run.output_dir, best) / ADAPTER_FOLDER
+        of_best = checkpoint_folder(run.output_dir, best) / ("" if run.options.in_full else ADAPTER_FOLDER)
         say(f"Lowest validation loss, {state.val_losses[str(best)]:.4g}: {of_best}")
+
+
+def _say_where_adapters_are(run: Run) -> None:
+    adapters = run.output_dir / ADAPTER_FOLDER
     say(f"LoRA adapters: {adapters}")
     say(
         f"Merge them: python launch/merge.py --base_model_path {run.bundle.name} "
         f"--lora_adapter_path {adapters} --output_path MERGED"
     )
     say(f"Give the merger {adapters}, not a checkpoint-N directory: those are for --resume.")
+
+
+def make_complete_model(run: Run) -> None:
+    """Make final_model/ of the last checkpoint, and tell how to make one of another. Every rank must call this.
+
+    Raises MergeError, on every rank, where that fails; training has ended well by then.
+    """
+    checkpoint, final = checkpoint_folder(run.output_dir, run.state.step), run.output_dir / FINAL_MODEL
+    by_hand = (
+        f"python launch/export.py --base_model_path {run.bundle.name} --checkpoint_path {run.output_dir}/checkpoint-N "
+        f"--output_path MODEL --export_layout {run.options.run.export_layout}"
+    )
+
+    def make() -> None:
+        try:
+            layout = run.options.run.export_layout
+            complete_model(checkpoint, run.bundle.folder, final, layout, overwrite=True, codec_folder=_own_codec(run))
+            _write_card(run, FINAL_MODEL, "full")
+        except (HiggsError, OSError) as error:
+            raise MergeError(
+                f"training has ended well and its weights are in {checkpoint}, but making the complete model of them "
+                f"failed: {error}\nTry again: {by_hand}"
+            ) from error
+
+    distributed.on_main(make)
+    Reporter(run.output_dir, not run.options.run.no_report).write(at_end=True)  # which now has it
+    say(f"Complete model: {final}")
+    say(f"A model of another checkpoint: {by_hand}")
 
 
 def merge_into_folders(run: Run) -> None:
@@ -53,10 +101,9 @@ def merge_into_folders(run: Run) -> None:
             adapter, merged = run.output_dir / ADAPTER_FOLDER, run.output_dir / MERGED_MODEL
             report = merge(
                 run.bundle.folder, adapter, merged, export_layout=run.options.run.export_layout, overwrite=True,
-                codec_folder=run.bundle.codec.folder if run.options.model.codec_ckpt else None,
+                codec_folder=_own_codec(run),
             )  # fmt: skip
-            facts = facts_of(run.output_dir, run.bundle.name, run.adapter_format.in_full, run.options)
-            write_card(merged, "merged", facts)
+            _write_card(run, MERGED_MODEL, "merged")
             return report
         except (HiggsError, OSError) as error:
             raise MergeError(
@@ -69,16 +116,22 @@ def merge_into_folders(run: Run) -> None:
     say(f"Merged model: {run.output_dir / MERGED_MODEL}")
 
 
-def write_cards(run: Run) -> None:
-    """Write the adapter's model card, which tells of the whole run."""
-    facts = facts_of(run.output_dir, run.bundle.name, run.adapter_format.in_full, run.options)
-    write_card(run.output_dir / ADAPTER_FOLDER, "adapter", facts)
+def _own_codec(run: Run) -> Path | None:
+    """The codec that the run was given, in place of the base's."""
+    return run.bundle.codec.folder if run.options.model.codec_ckpt else None
+
+
+def _write_card(run: Run, folder: str, kind: str) -> None:
+    """Write a model card, which tells of the whole run."""
+    facts = facts_of(run.output_dir, run.bundle.name, run.form.in_full, run.options)
+    write_card(run.output_dir / folder, kind, facts)
 
 
 def publish(run: Run) -> None:
     """Upload what was asked for. Every rank must call this. Raises PublishError, on every rank."""
     options = run.options.run
     what = MERGED_MODEL if options.upload_merged_model else ADAPTER_FOLDER
+    what = FINAL_MODEL if run.options.in_full else what
     address = distributed.on_main(lambda: upload(run.output_dir / what, options))
     say(f"published: {address}")
 

@@ -15,21 +15,25 @@ from higgs_ds.adapter import Adapter, check_fit, read_adapter
 from higgs_ds.checkpoint import (
     MANIFEST_FILE,
     OPTIMIZER_FILE,
+    OPTIMIZER_STEM,
     RNG_FILE,
     STATE_FILE,
     TrainerState,
     find_checkpoints,
+    masters_in,
     read_state,
     step_of,
     why_incomplete,
 )
-from higgs_ds.config import InspectOptions
+from higgs_ds.config import FULL, InspectOptions
 from higgs_ds.data.audio_codes import default_cache_dir
 from higgs_ds.errors import InputError
 from higgs_ds.export import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
 from higgs_ds.hub import resolve_folder, weight_files, weight_shapes
 from higgs_ds.optimizers import MOMENTS
 from higgs_ds.relayout import native_folder
+from higgs_ds.shards import shard_files
+from higgs_ds.trained import FACTS_FILE, TRAINED_FOLDER, read_trained
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,12 @@ def _tips(folder: Path) -> list[str]:
     checkpoints = find_checkpoints(folder)
     runs = sorted({path.parent for path in folder.rglob(STATE_FILE) if not path.parent.name.startswith("checkpoint-")})
     tips = [f"no adapter below {folder} (a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS})"]
-    if checkpoints or runs:
+    if any(_is_in_full(run) for run in runs):
+        tips.append(
+            "runs with --finetune full train no adapter: the model is in final_model/, and launch/export.py makes one "
+            "of a checkpoint-N"
+        )
+    elif checkpoints or runs:
         tips.append(
             f"there are runs: {', '.join(map(str, runs or [folder]))}; an adapter lies in {ADAPTER_FOLDER}/ once the "
             "first checkpoint is saved, which a signal (SIGUSR1, SIGTERM) also asks for"
@@ -115,6 +124,13 @@ def _tips(folder: Path) -> list[str]:
         tips.append("adapters lie in OUTPUT_DIR/lora_adapters/, the output folder that training tells at its end")
         tips.append(f"give a folder above it: python launch/find_lora_adapters.py {folder.resolve().parent}")
     return tips
+
+
+def _is_in_full(run: Path) -> bool:
+    try:
+        return bool(read_state(run).settings.get("finetune") == FULL)
+    except (OSError, ValueError, TypeError, AttributeError):  # there is none, or it is of something else
+        return False
 
 
 @dataclass
@@ -158,13 +174,20 @@ def validate_checkpoint(options: InspectOptions) -> None:
         near = ", ".join(map(str, find_checkpoints(folder)))
         raise InputError(f"{folder}: is no checkpoint-N folder" + (f"; there are {near}" if near else ""))
     report = Report(str(folder))
-    files = (MANIFEST_FILE, STATE_FILE, OPTIMIZER_FILE, RNG_FILE, f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}",
-             f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}")  # fmt: skip
+    in_full = (folder / TRAINED_FOLDER).is_dir() or _is_in_full(folder)
+    files = [MANIFEST_FILE, STATE_FILE, RNG_FILE]
+    if in_full:  # the names of the others depend on how many there are; the manifest tells them
+        files.append(f"{TRAINED_FOLDER}/{FACTS_FILE}")
+    else:
+        files += [OPTIMIZER_FILE, f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}", f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}"]
     missing = [name for name in files if not (folder / name).is_file()]
     report.add("files", f"lacks {', '.join(missing)}" if missing else None, f"all {len(files)} are there")
     reason = why_incomplete(folder)
     report.add("as written", reason, "every file has the size and SHA-256 of its manifest")
-    report.try_to("adapter", lambda: _of_adapter(read_adapter(folder / ADAPTER_FOLDER)))
+    if in_full:
+        report.try_to("weights", lambda: _of_weights(folder))
+    else:
+        report.try_to("adapter", lambda: _of_adapter(read_adapter(folder / ADAPTER_FOLDER)))
     if reason is None:
         report.try_to("optimizer", lambda: _of_moments(folder))
         report.add("state", None, _of_state(read_state(folder)))
@@ -177,6 +200,14 @@ def _of_adapter(adapter: Adapter) -> str:
     return f"{len(adapter.factors)} layers adapted, in full: {adapter.in_full}, all finite"
 
 
+def _of_weights(checkpoint: Path) -> str:
+    weights, form = read_trained(checkpoint)
+    broken = [name for name in weights if not weights[name].isfinite().all()]
+    if broken:
+        raise InputError(f"{broken[0]} holds NaN or infinity")
+    return f"{len(weights)} weights trained in full ({', '.join(form.groups)}; in full: {form.in_full}), all finite"
+
+
 def _of_state(state: TrainerState) -> str:
     best = state.best_step
     shown = f", best validation loss {state.val_losses[str(best)]:.4g} at step {best}" if best is not None else ""
@@ -184,11 +215,11 @@ def _of_state(state: TrainerState) -> str:
 
 
 def _of_moments(folder: Path) -> str:
-    names, found = (weight_shapes([folder / name]) for name in (f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}", OPTIMIZER_FILE))
+    names, found = masters_in(folder), weight_shapes(shard_files(folder, OPTIMIZER_STEM))
     missing = sorted({f"{moment}.{name}" for moment in MOMENTS for name in names} - found.keys())
     if missing:
         raise InputError(f"lacks {len(missing)}, for instance {missing[0]}")
-    return "both of Adam's moments for every tensor of the adapter"
+    return "both of Adam's moments for every tensor that is trained"
 
 
 def validate_adapter(options: InspectOptions) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,12 +70,13 @@ def main(options: MergeOptions) -> None:
         options.merge_base,
         verify=not options.no_verify,
         export_layout=options.export_layout,
-        codec_folder=_codec(base, options.codec_ckpt),
+        codec_folder=named_codec(base, options.codec_ckpt),
     )
     print("\n".join([*report.lines(), f"Merged model: {options.output_path}"]))
 
 
-def _codec(base_folder: Path, name: str | None) -> Path | None:
+def named_codec(base_folder: Path, name: str | None) -> Path | None:
+    """The codec that --codec_ckpt names, native; None where it names none. Raises InputError."""
     return None if name is None else native_codec(find_codec(base_folder, name), "--codec_ckpt", default_cache_dir())
 
 
@@ -114,21 +117,31 @@ def merge(
     models = 1 if export_layout == NATIVE else 2  # another layout is written from the native one
     added = {name: tensor for name, tensor in adapter.whole.items() if name not in shapes}
     needed = sum(path.stat().st_size for path in shards) + sum(tensor.nbytes for tensor in added.values())
-    _check_output(output_folder, models * needed, overwrite)
+    check_output(output_folder, models * needed, overwrite)
     base = BaseWeights(adapter.quantization, merge_base == MERGE_DEQUANTIZED)
     changed = {name for name in shapes if name in adapter.factors or name in adapter.whole or base.is_quantized(name)}
     changed |= {name.removesuffix("weight") + "bias" for name in adapter.factors if adapter.bias(name) is not None}
+    with model_folder(base_folder, output_folder, export_layout, overwrite, codec_folder) as native:
+        for shard in shards:
+            write_shard(shard, native / shard.name, changed, lambda name, old: _merged(name, old, adapter, base))
+        if added:
+            add_parts(native, shards, added, config)
+        report = MergeReport(merge_base, base.quantized, base.differing)
+        if verify:
+            report.agreement = _verified(base_folder, native, adapter, merge_base)
+    return report
+
+
+@contextlib.contextmanager
+def model_folder(
+    base_folder: Path, output_folder: Path, export_layout: str, overwrite: bool, codec_folder: Path | None
+) -> Iterator[Path]:
+    """Where a native model's weights are to be written, beside a base's other files; it becomes `output_folder`."""
     with saving(output_folder), (replaced_folder if overwrite else new_folder)(output_folder) as folder:
         native, within = (folder, Path()) if export_layout == NATIVE else (folder / NATIVE, Path(NATIVE))
         native.mkdir(exist_ok=True)
         _copy_companions(base_folder, native, output_folder / within, codec_folder)
-        for shard in shards:
-            _merge_shard(shard, native / shard.name, changed, adapter, base)
-        if added:
-            _add_parts(native, shards, added, config)
-        report = MergeReport(merge_base, base.quantized, base.differing)
-        if verify:
-            report.agreement = _verified(base_folder, native, adapter, merge_base)
+        yield native
         if export_layout != NATIVE:
             rewrite(native, folder / ORIGINAL, ORIGINAL, "merged model")
         if export_layout == ORIGINAL:
@@ -136,7 +149,6 @@ def merge(
             for path in (folder / ORIGINAL).iterdir():
                 path.rename(folder / path.name)
             (folder / ORIGINAL).rmdir()
-    return report
 
 
 def _verified(base_folder: Path, merged_folder: Path, adapter: Adapter, merge_base: str) -> Agreement:
@@ -149,7 +161,8 @@ def _verified(base_folder: Path, merged_folder: Path, adapter: Adapter, merge_ba
     return agreement
 
 
-def _check_output(folder: Path, needed_bytes: int, overwrite: bool) -> None:
+def check_output(folder: Path, needed_bytes: int, overwrite: bool) -> None:
+    """Raise InputError where a model of so many bytes cannot be written to a folder, or other things are there."""
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not overwrite)):
         raise InputError(f"{folder}: is there already; choose a new folder for the merged model")
     reason = why_not_writable(folder)
@@ -162,16 +175,22 @@ def _check_output(folder: Path, needed_bytes: int, overwrite: bool) -> None:
         )
 
 
-def _merge_shard(source: Path, target: Path, changed: set[str], adapter: Adapter, base: BaseWeights) -> None:
-    """Copy one file of weights, and write those that change over the copies, which they equal in type and size."""
+def write_shard(
+    source: Path, target: Path, changed: Collection[str], value: Callable[[str, torch.Tensor], torch.Tensor]
+) -> None:
+    """Copy one file of weights, and write those that change over the copies, which they equal in type and size.
+
+    Args:
+        value: what a weight of this name and old value becomes.
+    """
     shutil.copyfile(source, target)
     for name, (start, stop) in byte_ranges(target).items():
         if name not in changed:
             continue
         tensor = read_tensor(source, name)
-        merged = _merged(name, tensor, adapter, base).to(tensor.dtype).contiguous()
+        merged = value(name, tensor).to(tensor.dtype).contiguous()
         if not merged.isfinite().all():
-            raise SaveError(f"{source}: {name} is not finite once merged")
+            raise SaveError(f"{source}: {name} is not finite once it is {tensor.dtype}")
         with target.open("r+b") as file:
             file.seek(start)
             written = file.write(merged.flatten().view(torch.uint8).numpy().data)
@@ -180,7 +199,7 @@ def _merge_shard(source: Path, target: Path, changed: set[str], adapter: Adapter
         release_freed_memory()
 
 
-def _add_parts(folder: Path, shards: list[Path], added: dict[str, torch.Tensor], config: HiggsAudioV2Config) -> None:
+def add_parts(folder: Path, shards: list[Path], added: Mapping[str, torch.Tensor], config: HiggsAudioV2Config) -> None:
     """Write the weights of parts that the base lacks, in the dtype of its norms, and tell of them."""
     places = {name: shard.name for shard in shards for name in weight_shapes([shard])}
     dtype = read_tensor(folder / places["model.norm.weight"], "model.norm.weight").dtype

@@ -15,8 +15,8 @@ from transformers import HiggsAudioV2Config
 
 from higgs_ds.activations import PassSettings, measure_pass
 from higgs_ds.config import TrainOptions, recompute_every
+from higgs_ds.model.full import make_trainable
 from higgs_ds.model.higgs import empty_model
-from higgs_ds.model.lora import add_lora
 from higgs_ds.model.nf4 import BLOCK_SIZE, is_quantized_weight
 from higgs_ds.model.parts import Parts, config_of, parts_in_full
 
@@ -41,13 +41,14 @@ ZERO_DEFAULTS = {
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter, or one of each decoder layer."""
+    """One parameter, or one of each decoder layer. Adapters, and optional parts beside them, are of group LORA."""
 
     group: str
     numel: int
     count: int
     in_layers: bool
     four_bit: bool
+    trained: bool
 
     def stored(self, element_bytes: int) -> tuple[int, int]:
         """Elements as they are kept, and bytes of each: packed, two weights make a byte."""
@@ -66,13 +67,14 @@ class Weight:
 class Plan:
     """Bytes per rank: on its device by part, and in host memory by part.
 
-    `weights` is by group; `quantization` are the 4-bit weights' scales; `gathered` are weights that ZeRO-3 holds whole
-    for a while; `step` is taken in the optimizer step alone, when all that a pass takes is free.
+    `weights` are the frozen ones by group, `trained` adapters or other weights that are trained; `quantization` are the
+    4-bit weights' scales; `gathered` are weights that ZeRO-3 holds whole for a while; `step` is taken in the optimizer
+    step alone, when all that a pass takes is free.
     """
 
     weights: dict[str, int]
     quantization: int
-    lora: int
+    trained: int
     gradients: int
     optimizer: int
     buckets: int
@@ -86,7 +88,7 @@ class Plan:
     @property
     def resident(self) -> int:
         """Bytes that stay from step to step, with the gradients."""
-        return sum(self.weights.values()) + self.quantization + self.lora + self.gradients + self.optimizer
+        return sum(self.weights.values()) + self.quantization + self.trained + self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
@@ -144,8 +146,8 @@ class Setting:
 def plan(setting: Setting) -> Plan:
     """Bytes of every part. Raises InputError where the base lacks what --lora_targets names."""
     weights = model_weights(setting)
-    trained = [weight for weight in weights if weight.group == LORA]
-    on_device, on_host = _frozen_bytes(setting, [weight for weight in weights if weight.group != LORA])
+    trained = [weight for weight in weights if weight.trained]
+    on_device, on_host = _frozen_bytes(setting, [weight for weight in weights if not weight.trained])
     size, length = setting.batch_shape()
     taken = measure_pass(
         setting.config,
@@ -155,6 +157,7 @@ def plan(setting: Setting) -> Plan:
             recompute_every=recompute_every(setting.options.model),
             lora=setting.options.lora,
             in_full=setting.in_full,
+            tune=setting.options.tune,
             batch_size=size,
             length=length,
             on_gpu=setting.on_gpu,
@@ -165,7 +168,7 @@ def plan(setting: Setting) -> Plan:
     partial = Plan(
         weights=on_device,
         quantization=sum(weight.statistics_bytes * weight.count for weight in weights),
-        lora=0,
+        trained=0,
         gradients=0,
         optimizer=0,
         buckets=0,
@@ -198,18 +201,19 @@ def with_checkpointing(setting: Setting, device_bytes: float) -> Setting:
 
 
 def model_weights(setting: Setting) -> list[Weight]:
-    """All parameters of the adapted model."""
+    """All parameters of the model as it is trained."""
     values = setting.config.to_dict()
     model = empty_model(config_of(values | {"num_hidden_layers": 1}), setting.dtype)
-    adapted = add_lora(model, setting.options.lora, "", setting.dtype, setting.in_full)
+    options = setting.options
+    ready = make_trainable(model, options.tune, options.lora, "", setting.dtype, setting.in_full)
     found = []
-    for name, parameter in adapted.named_parameters():
-        in_layers = ".model.layers." in name
-        count = setting.config.num_hidden_layers if in_layers else 1
+    for name, parameter in ready.named_parameters():
         plain_name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-        group = LORA if parameter.requires_grad else group_of(plain_name)
-        four_bit = setting.options.model.load_in_4bit and is_quantized_weight(plain_name)
-        found.append(Weight(group, parameter.numel(), count, in_layers, four_bit))
+        in_layers, trained = plain_name.startswith("model.layers."), parameter.requires_grad
+        count = setting.config.num_hidden_layers if in_layers else 1
+        group = LORA if trained and not options.in_full else group_of(plain_name)
+        four_bit = options.model.load_in_4bit and is_quantized_weight(plain_name)
+        found.append(Weight(group, parameter.numel(), count, in_layers, four_bit, trained))
     return found
 
 
@@ -272,17 +276,17 @@ def _gathered_bytes(setting: Setting, weights: list[Weight]) -> int:
 
 
 def _with_training_state(setting: Setting, known: Plan, trained: list[Weight]) -> Plan:
-    """Add adapters, gradients, optimizer state and buckets, as DeepSpeed's optimizer of this stage allocates them."""
+    """Add what is trained, gradients, optimizer state and buckets, as DeepSpeed's optimizer of this stage has them."""
     return {0: _stage0, 1: _stage1, 2: _stage2, 3: _stage3}[setting.stage](setting, known, trained)
 
 
 def _stage0(setting: Setting, known: Plan, trained: list[Weight]) -> Plan:
-    """Each rank holds everything; in float32 the adapters are their own masters."""
+    """Each rank holds everything; in float32, what is trained is its own master."""
     element, numel = setting.dtype.itemsize, _numel(trained)
     masters = 4 * numel if element < 4 else 0
     return replace(
         known,
-        lora=element * numel,
+        trained=element * numel,
         gradients=element * numel,
         optimizer=masters + sum(_state_bytes(setting, weight.numel) * weight.count for weight in trained),
         buckets=element * numel if setting.ranks > 1 else 0,
@@ -295,7 +299,9 @@ def _stage1(setting: Setting, known: Plan, trained: list[Weight]) -> Plan:
     element, accumulated, numel = setting.dtype.itemsize, setting.accumulation_bytes, _numel(trained)
     flat = _flat_numel(numel, setting.ranks)
     mine = flat // setting.ranks
-    state = replace(known, lora=flat * element, gradients=numel * accumulated, buckets=_buckets(setting, accumulated))
+    state = replace(
+        known, trained=flat * element, gradients=numel * accumulated, buckets=_buckets(setting, accumulated)
+    )
     if setting.offloads("optimizer"):
         return _with_offloaded_state(setting, state, trained, mine)
     if (element, accumulated) == (2, 4):
@@ -313,7 +319,7 @@ def _stage2(setting: Setting, known: Plan, trained: list[Weight]) -> Plan:
     element, flat = setting.dtype.itemsize, _flat_numel(_numel(trained), setting.ranks)
     mine = flat // setting.ranks
     state = replace(
-        known, lora=flat * element, gradients=mine * setting.accumulation_bytes, buckets=_buckets(setting, element)
+        known, trained=flat * element, gradients=mine * setting.accumulation_bytes, buckets=_buckets(setting, element)
     )
     if setting.offloads("optimizer"):
         return _with_offloaded_state(setting, replace(state, gradients=mine * element), trained, mine)
@@ -324,25 +330,25 @@ def _stage3(setting: Setting, known: Plan, trained: list[Weight]) -> Plan:
     """Everything in equal parts, each parameter by itself; one bucket, always there."""
     element, accumulated = setting.dtype.itemsize, setting.accumulation_bytes
     mine = sum(_partition(weight.numel, setting.ranks) * weight.count for weight in trained)
-    state = replace(known, lora=mine * element, buckets=_buckets(setting, element, always_one=True))
+    state = replace(known, trained=mine * element, buckets=_buckets(setting, element, always_one=True))
     optimizer = 4 * mine + _state_bytes(setting, mine)
     if not setting.offloads("optimizer"):
         return replace(state, gradients=mine * accumulated, optimizer=optimizer, step=8 * mine)
     host = known.host | {"optimizer": optimizer, "gradients": (4 + accumulated) * mine}
     if setting.offloads("param"):
-        host["LoRA"] = state.lora
-        state = replace(state, lora=0)
+        host["weights that are trained"] = state.trained
+        state = replace(state, trained=0)
     return replace(state, host=host)
 
 
 def _with_offloaded_state(setting: Setting, state: Plan, trained: list[Weight], mine: int) -> Plan:
-    """Move the optimizer of stage 1 or 2 to the host, with float32 gradients and a copy of this rank's adapters."""
+    """Move the optimizer of stage 1 or 2 to the host, with float32 gradients and a copy of what this rank trains."""
     element = setting.dtype.itemsize
     staging = max(weight.numel for weight in trained) * element  # once on the device, once on the host
     host = state.host | {
         "optimizer": 4 * mine + _state_bytes(setting, mine),
         "gradients": (4 + element) * mine,
-        "copy of LoRA": element * mine + staging,
+        "copy of what is trained": element * mine + staging,
     }
     return replace(state, buckets=state.buckets + staging, host=host)
 

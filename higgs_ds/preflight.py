@@ -15,11 +15,19 @@ from higgs_ds.files import room_at
 GIB = 2**30
 
 
-def check_room(output_dir: Path, state: TrainerState, options: RunOptions, adapter_bytes: int, base_bytes: int) -> None:
+def check_room(
+    output_dir: Path,
+    state: TrainerState,
+    options: RunOptions,
+    trained_bytes: int,
+    base_bytes: int,
+    in_full: bool = False,
+) -> None:
     """Raise InputError where a disk has less room than the rest of a run takes.
 
     Args:
-        adapter_bytes: of an adapter in float32; base_bytes: of the base's weights, and so of a merged model's.
+        trained_bytes: of what is trained, in float32: an adapter, or weights `in_full`.
+        base_bytes: of the base's weights, and so of a merged or complete model's.
     """
     saves = sum(
         step == state.total_steps or step % options.save_steps == 0
@@ -28,13 +36,15 @@ def check_room(output_dir: Path, state: TrainerState, options: RunOptions, adapt
     # Those that are kept, the best, and one that is there before another is deleted.
     at_once = saves if options.keep_checkpoints is None else min(saves, options.keep_checkpoints + 2)
     takes = {
-        f"{at_once} checkpoints": at_once * 3 * adapter_bytes,  # an adapter and Adam's two moments
-        "adapters": 2 * adapter_bytes,  # the old one and the new one
+        f"{at_once} checkpoints": at_once * 3 * trained_bytes,  # what is trained and Adam's two moments
     }
-    if options.merge_adapter_with_base:
-        # Another layout is written from the native one.
-        models = 1 if options.export_layout == NATIVE else 2
-        takes |= {"their copies": 4 * adapter_bytes, "the merged model": models * base_bytes}
+    model_bytes = (1 if options.export_layout == NATIVE else 2) * base_bytes  # other layouts come from the native one
+    if in_full:
+        takes["the complete model"] = model_bytes
+    else:
+        takes["adapters"] = 2 * trained_bytes  # the old one and the new one
+    if options.merge_adapter_with_base and not in_full:
+        takes |= {"their copies": 4 * trained_bytes, "the merged model": model_bytes}
     needed, free = sum(takes.values()), room_at(output_dir)
     if needed > free:
         parts = ", ".join(f"{size / GIB:.2f} GiB for {what}" for what, size in takes.items())

@@ -1,4 +1,4 @@
-"""--push_to_hub: the adapter or the merged model to the Hugging Face hub, by its own client; no token is shown."""
+"""--push_to_hub: adapter, merged or complete model to the Hugging Face hub, by its own client; no token is shown."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def write_card(folder: Path, kind: str, facts: dict[str, Any]) -> None:
     """Write the model card of an adapter or a merged model: its base, data, settings, losses, how to use it.
 
     Args:
-        kind: "adapter" or "merged"; facts: base, data, settings, losses, layout, of the run.
+        kind: "adapter", "merged" or "full"; facts: base, data, settings, losses, layout, of the run.
 
     Raises SaveError.
     """
@@ -146,9 +146,11 @@ def facts_of(run_folder: Path, base: str, in_full: Parts, options: TrainOptions)
     defaults = TrainOptions().flat()
     changed = {name: value for name, value in options.flat().items() if value != defaults[name] and name not in _OWN}
     summary = (run_folder / SUMMARY_FILE).read_text(encoding="utf-8")
+    trained = [*options.tune.train_groups] if options.in_full else []
+    trained += [str(in_full)] if in_full else []
     return {
         "base": base if is_hub_id(base) else Path(base).name,
-        "in_full": f"; in full: {in_full}" if in_full else "",
+        "in_full": f"; in full: {', '.join(trained)}" if trained else "",
         "layout": options.run.export_layout,
         "settings": changed,
         "data": re.sub(r"^(?! ).*[/\\](?=[^/\\]*:$)", "", summary, flags=re.MULTILINE),

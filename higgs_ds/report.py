@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 
 from higgs_ds.checkpoint import STATE_FILE, find_checkpoints
-from higgs_ds.config import TrainOptions
+from higgs_ds.config import FULL, TrainOptions
 from higgs_ds.data.audio import as_ogg
 from higgs_ds.distributed import on_main
 from higgs_ds.export import ADAPTER_FOLDER
@@ -120,7 +120,7 @@ def write_report(output_dir: Path) -> Path:
         curves=[{"title": curve.title, "svg": draw(curve, points)} for curve, points in drawn if points],
         spoken=_spoken(output_dir / SAMPLES_FOLDER),
         data_summary=summary.read_text(encoding="utf-8") if summary.is_file() else "",
-        outputs=_outputs(output_dir),
+        outputs=_outputs(output_dir, settings.get("finetune") == FULL),
         settings=_settings(settings),
     )
     with saving(output_dir / REPORT_FILE):
@@ -200,8 +200,9 @@ def _spoken(folder: Path) -> list[dict[str, Any]]:
     return [{"words": one, "sounds": known} for one, known in zip(words, sounds, strict=True)]
 
 
-def _outputs(output_dir: Path) -> list[dict[str, str]]:
+def _outputs(output_dir: Path, in_full: bool) -> list[dict[str, str]]:
     known = {
+        **({"final_model": "the complete model"} if in_full else {}),
         ADAPTER_FOLDER: "the adapter of the last checkpoint",
         "merged_model": "the model with the adapter in its weights",
         METRICS_FILE: "every number above",

@@ -7,13 +7,14 @@ import socket
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from peft import PeftModel
+from torch import nn
 
 from higgs_ds import checkpoint, distributed, ds_config
 from higgs_ds.builtin import SAMPLE_MANIFEST
@@ -27,13 +28,14 @@ from higgs_ds.data.index import Index
 from higgs_ds.data.sampler import WindowSampler, split_validation
 from higgs_ds.engine import Engine
 from higgs_ds.errors import InputError
-from higgs_ds.export import AdapterFormat, adapter_parameters
+from higgs_ds.export import AdapterFormat, trained_parameters
 from higgs_ds.files import saving, tidy, write_json, write_text
 from higgs_ds.hub import weight_files
 from higgs_ds.inputs import Inputs
 from higgs_ds.loss import LossWeights
 from higgs_ds.merge import check_layout
 from higgs_ds.metrics import DROPPED_FILE, SETTINGS_FILE, SUMMARY_FILE, say, warn
+from higgs_ds.model.full import describe, make_trainable
 from higgs_ds.model.higgs import (
     DualLossModel,
     check_weights,
@@ -44,7 +46,7 @@ from higgs_ds.model.higgs import (
     num_parameters,
     offload_embeddings,
 )
-from higgs_ds.model.lora import add_lora, check_biases, describe
+from higgs_ds.model.lora import check_biases
 from higgs_ds.model.nf4 import BaseQuantization
 from higgs_ds.model.parts import parts_of
 from higgs_ds.overview import overview
@@ -53,6 +55,7 @@ from higgs_ds.preflight import check_room
 from higgs_ds.prepare import Checked, Preparation, check_folders, scratch_problems
 from higgs_ds.publish import check_login
 from higgs_ds.support import unsupported
+from higgs_ds.trained import FullFormat
 
 T = TypeVar("T")
 # What a run writes by way of a temporary name, which a kill may leave behind.
@@ -86,7 +89,7 @@ class Run:
     val: Dataset
     sampler: WindowSampler
     engine: Engine
-    adapter_format: AdapterFormat
+    form: AdapterFormat | FullFormat
     state: TrainerState
 
 
@@ -162,7 +165,7 @@ def _resolve_ds_config(options: TrainOptions, given: set[str]) -> tuple[dict[str
 
 def _open_base(options: TrainOptions, cache_dir: Path) -> Bundle:
     bundle = open_for_training(options.model, cache_dir)
-    if options.run.merge_adapter_with_base:
+    if options.run.merge_adapter_with_base or options.in_full:
         check_layout(parts_of(bundle.config), options.run.export_layout)
     if options.run.sample_steps is not None and parts_of(bundle.config).audio_tower is not None:
         raise InputError("--sample_steps: speaks without what a Whisper tower hears; leave it out with such a base")
@@ -288,10 +291,10 @@ def _load(inputs: Inputs) -> Run:
     )
     state = distributed.agreed(lambda: _state(inputs, sampler))
     distributed.on_main(lambda: _look_ahead(inputs, sampler, state))
-    model, quantization = distributed.agreed(lambda: _adapted_model(inputs))
-    trained = adapter_parameters(model)
+    model, quantization = distributed.agreed(lambda: _model_to_train(inputs))
+    trained = trained_parameters(model)
     if resume_from is not None:
-        checkpoint.load_adapter_into(resume_from, trained)
+        checkpoint.load_masters_into(resume_from, trained)
     weights = LossWeights.of(
         optim.text_loss_weight, optim.audio_loss_weight, bundle.config.num_codebooks, optim.codebook_weights
     )
@@ -301,8 +304,16 @@ def _load(inputs: Inputs) -> Run:
     if resume_from is not None:
         checkpoint.load_into_engine(resume_from, engine, state)
     distributed.on_main(lambda: _begin_output(inputs, state))
-    form = AdapterFormat(model.peft_config["default"], quantization, inputs.in_full)
+    form = _form(inputs, model, quantization)
     return Run(options, inputs.output_dir, bundle, inputs.train, inputs.val, sampler, engine, form, state)
+
+
+def _form(inputs: Inputs, model: nn.Module, quantization: BaseQuantization | None) -> AdapterFormat | FullFormat:
+    """What is written beside the tensors that are trained."""
+    bundle, tune = inputs.bundle, inputs.options.tune
+    if isinstance(model, PeftModel):
+        return AdapterFormat(model.peft_config["default"], quantization, inputs.in_full)
+    return FullFormat(tune.train_groups, bundle.name, bundle.identity, inputs.in_full)
 
 
 def _begin_output(inputs: Inputs, state: TrainerState) -> None:
@@ -333,22 +344,28 @@ def _look_ahead(inputs: Inputs, sampler: WindowSampler, state: TrainerState) -> 
 
     Raises InputError where what is to be written does not fit, or --lora_targets is not in the base.
     """
+    options = inputs.options
     empty = empty_model(inputs.bundle.config, torch.float32)
-    shapes = add_lora(empty, inputs.options.lora, "", torch.float32, inputs.in_full)
-    adapter_bytes = 4 * sum(parameter.numel() for parameter in adapter_parameters(shapes).values())
+    shapes = make_trainable(empty, options.tune, options.lora, "", torch.float32, inputs.in_full)
+    trained_bytes = 4 * sum(parameter.numel() for parameter in trained_parameters(shapes).values())
     base_bytes = sum(path.stat().st_size for path in weight_files(inputs.bundle.folder))
-    check_room(inputs.output_dir, state, inputs.options.run, adapter_bytes, base_bytes)
-    if not inputs.options.run.quiet:
-        adapters = describe(shapes, num_parameters(inputs.bundle.folder, inputs.in_full), inputs.in_full)
-        say(overview(inputs, sampler, state, adapters))
+    check_room(inputs.output_dir, state, options.run, trained_bytes, base_bytes, options.in_full)
+    if not options.run.quiet:
+        base_parameters = num_parameters(inputs.bundle.folder, inputs.in_full)
+        say(overview(inputs, sampler, state, describe(shapes, options.tune, base_parameters, inputs.in_full)))
+    if options.in_full and options.run.merge_adapter_with_base:
+        warn("warning: --merge_adapter_with_base: --finetune full leaves nothing to merge; final_model/ is complete")
     on_cpu = distributed.device().type == "cpu"
-    if on_cpu and inputs.options.model.precision == "bf16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if on_cpu and options.model.precision == "bf16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         say("note: this CPU has no instructions for bf16; --precision fp32 is much faster here")
 
 
 def _training_settings(inputs: Inputs, sampler: WindowSampler) -> dict[str, Any]:
     """What must be the same for a run to go on from a checkpoint."""
     settings = {name: value for name, value in inputs.options.flat().items() if name not in FREE_ON_RESUME}
+    # --load_in_4bit tells lora and qlora apart.
+    unused = asdict(inputs.options.lora) if inputs.options.in_full else asdict(inputs.options.tune)
+    settings = {name: value for name, value in settings.items() if name not in unused}
     return {
         **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
         "micro_batches_per_step" if sampler.max_tokens else "samples_per_step": sampler.window_size,
@@ -357,7 +374,7 @@ def _training_settings(inputs: Inputs, sampler: WindowSampler) -> dict[str, Any]
     }
 
 
-def _adapted_model(inputs: Inputs) -> tuple[PeftModel, BaseQuantization | None]:
+def _model_to_train(inputs: Inputs) -> tuple[nn.Module, BaseQuantization | None]:
     options, bundle = inputs.options, inputs.bundle
     dtype = torch.bfloat16 if options.model.precision == "bf16" else torch.float32
     quantization = None
@@ -377,4 +394,4 @@ def _adapted_model(inputs: Inputs) -> tuple[PeftModel, BaseQuantization | None]:
     every = recompute_every(options.model)
     if every is not None:
         checkpoint_layers(model, every)
-    return add_lora(model, options.lora, bundle.name, dtype, inputs.in_full), quantization
+    return make_trainable(model, options.tune, options.lora, bundle.name, dtype, inputs.in_full), quantization

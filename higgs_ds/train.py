@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 
-from higgs_ds import distributed
 from higgs_ds.checkpoint import checkpoint_folder, save_checkpoint
 from higgs_ds.config import TrainOptions
 from higgs_ds.data.prefetch import prefetched
@@ -12,7 +11,7 @@ from higgs_ds.data.sampler import Window
 from higgs_ds.distributed import sum_over_ranks
 from higgs_ds.engine import Step
 from higgs_ds.errors import NotFiniteError, StoppedError
-from higgs_ds.finish import merge_into_folders, publish, say_where, write_cards
+from higgs_ds.finish import finish
 from higgs_ds.listen import Listener
 from higgs_ds.loss import mean_losses
 from higgs_ds.loss_checks import doubts, may_pass_over, why_not_taken
@@ -31,12 +30,7 @@ def main(options: TrainOptions, given: set[str]) -> None:
         be_quiet()
     run = start(options, given)
     train(run)
-    distributed.on_main(lambda: write_cards(run))
-    say_where(run)
-    if run.options.run.merge_adapter_with_base:
-        merge_into_folders(run)
-    if run.options.run.push_to_hub:
-        publish(run)
+    finish(run)
 
 
 def train(run: Run) -> None:
@@ -132,7 +126,7 @@ def _is_to_be_kept(run: Run) -> bool:
 
 def _save(run: Run, meter: Meter) -> None:
     keep = run.options.run.keep_checkpoints
-    save_checkpoint(run.output_dir, run.engine, run.state, meter, run.adapter_format, keep)
+    save_checkpoint(run.output_dir, run.engine, run.state, meter, run.form, keep)
 
 
 def _look_at_first_losses(run: Run, result: Step) -> None:

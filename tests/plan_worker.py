@@ -27,10 +27,10 @@ from higgs_ds.data.audio_codes import default_cache_dir  # noqa: E402
 from higgs_ds.data.collate import Batch  # noqa: E402
 from higgs_ds.ds_config import read_ds_config, resolve  # noqa: E402
 from higgs_ds.engine import Engine  # noqa: E402
-from higgs_ds.export import adapter_parameters  # noqa: E402
+from higgs_ds.export import trained_parameters  # noqa: E402
 from higgs_ds.loss import LossWeights  # noqa: E402
+from higgs_ds.model.full import make_trainable  # noqa: E402
 from higgs_ds.model.higgs import DualLossModel, load_base, load_base_in_4bit, offload_embeddings  # noqa: E402
-from higgs_ds.model.lora import add_lora  # noqa: E402
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
@@ -53,10 +53,10 @@ def all_tensors() -> list[torch.Tensor]:
 
 def in_model(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
     """What the model consists of on this rank: its parameters or their parts, scales of 4-bit weights."""
-    parts: dict[str, list[torch.Tensor]] = {"frozen": [], "lora": [], "quantization": [], "host": []}
+    parts: dict[str, list[torch.Tensor]] = {"frozen": [], "trained": [], "quantization": [], "host": []}
     for parameter in model.parameters():
         part = getattr(parameter, "ds_tensor", parameter)
-        parts["lora" if parameter.requires_grad else "frozen"].append(part)
+        parts["trained" if parameter.requires_grad else "frozen"].append(part)
     for module in model.modules():
         state = getattr(module, "quant_state", None)
         if state is not None:
@@ -90,11 +90,11 @@ def count(argv: list[str]) -> dict[str, int]:
     higgs = load_base_in_4bit(folder, dtype, here, here)[0] if four_bit else load_base(folder, dtype)
     if options.model.offload_embeddings:
         offload_embeddings(higgs)
-    adapted = add_lora(higgs, options.lora, "", dtype)
+    adapted = make_trainable(higgs, options.tune, options.lora, "", dtype)
     batch = speech_batch(1, 16, 8, higgs.config.num_codebooks, 1024)
     earlier = all_tensors()
     engine = Engine(
-        DualLossModel(adapted), adapter_parameters(adapted), settings, options.optim, 10, LossWeights.of(1, 1, 8, None)
+        DualLossModel(adapted), trained_parameters(adapted), settings, options.optim, 10, LossWeights.of(1, 1, 8, None)
     )
     parts = {name: storages(tensors) for name, tensors in in_model(engine.engine.module).items()}
     gradients = []
@@ -108,7 +108,7 @@ def count(argv: list[str]) -> dict[str, int]:
 
     engine.engine.step = counted_step
     engine.train_step([batch, batch])
-    own = {key: size for key, size in storages(optimizer_tensors(engine)).items() if key not in parts["lora"]}
+    own = {key: size for key, size in storages(optimizer_tensors(engine)).items() if key not in parts["trained"]}
     return {
         **{name: sum(sizes.values()) for name, sizes in parts.items()},
         "gradients": max(gradients),

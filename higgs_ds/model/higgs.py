@@ -238,13 +238,19 @@ def offload_embeddings(higgs: HiggsAudioV2ForConditionalGeneration) -> None:
 
 
 class DualLossModel(nn.Module):
-    """The adapted model and its loss in one forward, with the heads applied only where there is a target.
+    """The model that is trained and its loss in one forward, with the heads applied only where there is a target.
 
     Both heads are called in every forward, on no rows if need be, so that all ranks run the same collectives.
     """
 
-    def __init__(self, adapted: PeftModel, offload_checkpoints: bool = False) -> None:
-        """`offload_checkpoints`: the inputs of recomputed layers wait in host memory for the backward pass."""
+    def __init__(
+        self, adapted: PeftModel | HiggsAudioV2ForConditionalGeneration, offload_checkpoints: bool = False
+    ) -> None:
+        """Take a model with adapters, or one whose own weights are trained.
+
+        Args:
+            offload_checkpoints: the inputs of recomputed layers wait in host memory for the backward pass.
+        """
         super().__init__()
         self.adapted = adapted
         self.offload_checkpoints = offload_checkpoints
@@ -255,7 +261,7 @@ class DualLossModel(nn.Module):
         self.higgs.audio_lm_head.__class__ = LossHead
 
     @contextlib.contextmanager
-    def speaking(self, folder: Path) -> Iterator[PeftModel]:
+    def speaking(self, folder: Path) -> Iterator[PeftModel | HiggsAudioV2ForConditionalGeneration]:
         """For the block, the adapted model as transformers generates with it, by its folder's generation settings."""
         changed = [(module, type(module)) for module in self.modules() if type(module) in SPOKEN_AS]
         was_training = self.training
@@ -273,7 +279,7 @@ class DualLossModel(nn.Module):
 
     @property
     def higgs(self) -> HiggsAudioV2ForConditionalGeneration:
-        return self.adapted.get_base_model()
+        return self.adapted.get_base_model() if isinstance(self.adapted, PeftModel) else self.adapted
 
     def forward(
         self,

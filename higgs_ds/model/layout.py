@@ -35,7 +35,8 @@ _DROPPED = re.compile(r"^audio_codebook_weights$|rotary_emb\.(original_)?inv_fre
 # Rows that are trained and rows that are not may lie apart, behind one another.
 _PART = re.compile(r"^(?P<whole>.+)\.(embedding|linear)_(?P<part>frozen|trainable)\.(?P<leaf>weight|bias)$")
 # A native checkpoint may still hold these, beside the heads that they are copies of.
-LEFTOVERS = ("audio_decoder_proj.audio_lm_head.weight", "audio_decoder_proj.text_lm_head.weight")
+COPIES = "audio_decoder_proj."
+LEFTOVERS = (f"{COPIES}audio_lm_head.weight", f"{COPIES}text_lm_head.weight")
 
 
 def read_json_config(folder: Path, asked_by: str) -> dict[str, Any]:

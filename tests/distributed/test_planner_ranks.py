@@ -71,7 +71,7 @@ def test_plan_against_counted_bytes(
     planned = {
         "frozen": sum(made.weights.values()),
         "quantization": made.quantization,
-        "lora": made.lora,
+        "trained": made.trained,
         "gradients": made.gradients,
         "optimizer": made.optimizer,
         "host": made.host.get("embeddings", 0),

@@ -14,7 +14,7 @@ from higgs_ds.command_line import parse_train_options
 from higgs_ds.data.collate import Batch
 from higgs_ds.dry_run import make_setting
 from higgs_ds.engine import Engine
-from higgs_ds.export import adapter_parameters
+from higgs_ds.export import trained_parameters
 from higgs_ds.loss import LossWeights
 from higgs_ds.model.higgs import DualLossModel, read_config
 from higgs_ds.model.lora import add_lora
@@ -56,7 +56,7 @@ def test_total_against_allocated_memory(tmp_path: Path, stage: int, recompute: s
     earlier = torch.cuda.memory_allocated()
     engine = Engine(
         DualLossModel(adapted),
-        adapter_parameters(adapted),
+        trained_parameters(adapted),
         setting.ds_settings,
         setting.options.optim,
         10,

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from higgs_ds import prepare
 from higgs_ds.adapter import read_adapter
 from higgs_ds.bundle import open_bundle
-from higgs_ds.checkpoint import MANIFEST_FILE, OPTIMIZER_FILE, RNG_FILE, _manifest, load_adapter_into, newest_complete
+from higgs_ds.checkpoint import MANIFEST_FILE, OPTIMIZER_FILE, RNG_FILE, _manifest, load_masters_into, newest_complete
 from higgs_ds.config import DataOptions
 from higgs_ds.data.audio import AudioError, read_audio
 from higgs_ds.data.codec import Codec, find_codec
@@ -147,7 +147,7 @@ def test_checkpoint(tmp_path: Path, bad_bytes: bytes, name: str) -> None:
     assert newest_complete(folder.parent)[0] == folder
     if name.endswith(ADAPTER_WEIGHTS):
         with pytest.raises(Exception, match="header"):
-            load_adapter_into(folder, {"a": torch.nn.Parameter(torch.zeros(1))})
+            load_masters_into(folder, {"a": torch.nn.Parameter(torch.zeros(1))})
 
 
 @pytest.mark.usefixtures("lone_rank")

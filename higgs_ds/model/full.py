@@ -1,0 +1,97 @@
+"""Full fine-tuning: which of a model's own weights are trained. And whichever of the ways to fine-tune was chosen."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from higgs_ds.config import EMBEDDINGS, FULL, HEADS, LoraOptions, TuneOptions
+from higgs_ds.errors import InputError
+from higgs_ds.model.lora import GROUP_OF_MODULE, add_lora
+from higgs_ds.model.lora import describe as describe_lora
+from higgs_ds.model.parts import ATTENTION_MODULES, NO_PARTS, TOWER_MODULES, Parts
+
+# A norm belongs to the part of the layer that it stands in front of.
+_GROUP_OF_NORM = {
+    "input_layernorm": "attention",
+    "audio_input_layernorm": "attention",
+    ATTENTION_MODULES[1]: "attention",
+    "post_attention_layernorm": "text_mlp",
+    "audio_post_attention_layernorm": "audio_mlp",
+}
+_GROUP_OUTSIDE = {
+    "embed_tokens": EMBEDDINGS,
+    "embed_audio_tokens": EMBEDDINGS,
+    "norm": HEADS,
+    "text_lm_head": HEADS,
+    "audio_lm_head": HEADS,
+}
+_GROUP_IN_LAYER = GROUP_OF_MODULE | _GROUP_OF_NORM
+
+
+def group_of(name: str) -> str | None:
+    """The group of --train_groups that a parameter belongs to; None for a tower's, which has an option of its own.
+
+    Raises KeyError for a parameter of no model of this family.
+    """
+    path = name.split(".")
+    if not set(TOWER_MODULES).isdisjoint(path):
+        return None
+    if path[:2] == ["model", "layers"]:
+        return _GROUP_IN_LAYER[path[3]]
+    return _GROUP_OUTSIDE[path[1] if path[0] == "model" else path[0]]
+
+
+def train_in_full(model: nn.Module, groups: Sequence[str], in_full: Parts = NO_PARTS) -> nn.Module:
+    """Unfreeze the weights of a frozen model that are in some groups, and optional parts that are trained `in_full`.
+
+    Raises InputError where one weight bears two names of which only one is in a group.
+    """
+    by_weight: dict[int, set[bool]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        trained = group_of(name) in groups or in_full.has(name)
+        by_weight.setdefault(id(parameter), set()).add(trained)
+        parameter.requires_grad_(trained)
+    if any(len(trained) > 1 for trained in by_weight.values()):
+        raise InputError("--train_groups: the base has one weight for two groups; give both, or neither")
+    return model
+
+
+def make_trainable(
+    model: nn.Module,
+    tune: TuneOptions,
+    lora: LoraOptions,
+    base_name: str,
+    dtype: torch.dtype,
+    in_full: Parts = NO_PARTS,
+) -> nn.Module:
+    """A frozen model made ready for what --finetune says: itself with weights unfrozen, or wrapped with adapters.
+
+    Raises InputError where it lacks what is to be trained.
+    """
+    if tune.finetune == FULL:
+        return train_in_full(model, tune.train_groups, in_full)
+    return add_lora(model, lora, base_name, dtype, in_full)
+
+
+def describe(model: nn.Module, tune: TuneOptions, base_parameters: int, in_full: Parts = NO_PARTS) -> str:
+    """One line on what is trained.
+
+    Args:
+        base_parameters: of the base without its parts that are trained `in_full`.
+    """
+    if isinstance(model, PeftModel):
+        return describe_lora(model, base_parameters, in_full)
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            counts[group_of(name) or str(Parts(audio_tower=in_full.audio_tower))] += parameter.numel()
+    trained = counts.total()
+    whole = base_parameters + sum(p.numel() for name, p in model.named_parameters() if in_full.has(name))
+    of_groups = ", ".join(f"{group} {count:,}" for group, count in counts.items())
+    full = f"; optional parts: {in_full}" if in_full else ""
+    return f"full fine-tuning: {trained:,} of {whole:,} parameters ({trained / whole:.2%}): {of_groups}{full}"
