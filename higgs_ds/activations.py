@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, HiggsAudioV2Config
 
-from higgs_ds.config import EMBEDDINGS, LoraOptions, TuneOptions
+from higgs_ds.config import EMBEDDINGS, FULL, LoraOptions, TuneOptions
 from higgs_ds.model.full import group_of, make_trainable
 from higgs_ds.model.higgs import DualLossModel, checkpoint_layers, empty_model
 from higgs_ds.model.nf4 import BLOCK_SIZE, is_quantized_weight
@@ -94,9 +94,10 @@ def _measure_pass(config_json: str, settings: PassSettings) -> PassMemory:
 
 def _embedding_gradients(config: HiggsAudioV2Config, settings: PassSettings) -> int:
     """Bytes of the largest gradient of an embedding, or 0 where these are not trained."""
-    model = make_trainable(empty_model(config, settings.dtype), settings.tune, settings.lora, "", settings.dtype)
-    of_embeddings = [p for name, p in model.named_parameters() if p.requires_grad and group_of(name) == EMBEDDINGS]
-    return max((parameter.nbytes for parameter in of_embeddings), default=0)
+    if settings.tune.finetune != FULL or EMBEDDINGS not in settings.tune.train_groups:
+        return 0
+    named = empty_model(config, settings.dtype).named_parameters()
+    return max(parameter.nbytes for name, parameter in named if group_of(name) == EMBEDDINGS)
 
 
 def _run(config: HiggsAudioV2Config, settings: PassSettings) -> tuple[int, int, int]:
@@ -135,10 +136,11 @@ def _model(config: HiggsAudioV2Config, settings: PassSettings) -> DualLossModel:
     if parts_of(config).audio_tower is not None:
         higgs.model.audio_tower.config._attn_implementation = ATTENTION
     adapted = make_trainable(higgs, settings.tune, settings.lora, "", settings.dtype, settings.in_full).to(META)
+    trained = torch.empty((), device=META, requires_grad=True)
     for module in adapted.modules():
         if isinstance(module, nn.Embedding) and module.weight.requires_grad:
             module.weight.requires_grad_(False)  # counted by `_embedding_gradients`
-            module.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+            module.register_forward_hook(lambda _module, _inputs, output: _OfTrained.apply(output, trained))
     if settings.on_gpu:
         for name, module in list(adapted.named_modules()):
             if isinstance(module, nn.Dropout):
@@ -287,6 +289,18 @@ def _dequantize(weight: torch.Tensor) -> torch.Tensor:
     result = torch.empty_like(weight)
     del scales  # alive until here
     return result
+
+
+class _OfTrained(torch.autograd.Function):
+    """An output as if the weights behind it were trained, whose gradients are counted elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None]:
+        return None, None
 
 
 class _FusedDropout(nn.Module):

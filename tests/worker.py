@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from higgs_ds import distributed
 from higgs_ds.command_line import parse_train_options
+from higgs_ds.finish import finish
 from higgs_ds.startup import Run, start
 from higgs_ds.train import main, train
 
@@ -42,6 +43,7 @@ def train_all(runs: list[list[str]]) -> None:
             run = start(*parse_train_options(argv[:at] + argv[at + 2 :]))
             train(run)
             dump_logits(run, Path(argv[at + 1]))
+            finish(run)
         else:
             main(*parse_train_options(argv))
 

@@ -28,6 +28,14 @@ SETTINGS = [
     (2, 1, ""),
     (2, 2, "--lora_r 32 --offload_embeddings"),
     (2, 3, "--precision fp32 --lora_r 5"),
+    (1, 0, "--finetune full"),
+    (1, 1, "--finetune full --precision fp32"),
+    (1, 2, "--finetune full"),
+    (2, 0, "--finetune full --precision fp32 --train_groups attention heads --offload_embeddings"),
+    (2, 1, "--finetune full"),
+    (2, 2, "--finetune full --train_groups audio_mlp embeddings"),
+    (2, 3, "--finetune full"),
+    (2, 3, "--finetune full --precision fp32 --train_groups text_mlp heads"),
     (2, 3, "--load_in_4bit --lora_targets attention audio_mlp"),
 ]
 

@@ -81,6 +81,8 @@ def test_table_in_the_documents() -> None:
             "--offload_checkpoints",
             "--offload_checkpoints: there are no checkpoints with --activation_checkpointing none",
         ),
+        ("--finetune full --load_in_4bit --lora_r 8", "--load_in_4bit: weights in 4 bits cannot be trained by"),
+        ("--finetune full --load_in_4bit --lora_r 8", "--lora_r: is for adapters, and --finetune full trains none"),
         pytest.param(
             "--optim paged_adamw",
             "--optim paged_adamw: pages a GPU's memory, and there is no GPU here",

@@ -90,6 +90,22 @@ def test_the_merged_model(train: Train, hub: Hub, tmp_path: Path) -> None:
     assert "HiggsAudioV2ForConditionalGeneration.from_pretrained" in text
 
 
+def test_the_complete_model(train: Train, hub: Hub, tmp_path: Path) -> None:
+    """Of full fine-tuning, with the card of one."""
+    done = train("--finetune", "full", "--train_groups", "heads", "attention", "--merge_adapter_with_base")
+    assert done.returncode == 0, done.stderr
+    assert "--merge_adapter_with_base: --finetune full leaves nothing to merge" in done.stdout + done.stderr
+    files, final = hub.repositories["tester/my-voice"], tmp_path / "run" / "final_model"
+    assert files == {str(path.relative_to(final)): path.read_bytes() for path in final.rglob("*") if path.is_file()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja",
+            "audio_tokenizer/model.safetensors"} <= files.keys()  # fmt: skip
+    header, text = card_of(files)
+    assert header["library_name"] == "transformers"
+    assert "; in full: heads, attention." in text
+    assert "--finetune full" in text
+    assert not (tmp_path / "run" / "merged_model").exists()
+
+
 def test_refused_combinations() -> None:
     def problems(**options: object) -> list[str]:
         return check_options(TrainOptions().replace(**options))

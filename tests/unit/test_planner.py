@@ -16,9 +16,10 @@ from transformers import HiggsAudioV2Config
 from higgs_ds import dry_run
 from higgs_ds.activations import PassSettings, measure_pass
 from higgs_ds.command_line import parse_train_options
-from higgs_ds.config import LoraOptions, check_options
+from higgs_ds.config import FULL, LoraOptions, TuneOptions, check_options
 from higgs_ds.errors import InputError
 from higgs_ds.model import nf4
+from higgs_ds.model.full import make_trainable
 from higgs_ds.model.higgs import DualLossModel, checkpoint_layers, empty_model, read_config
 from higgs_ds.model.lora import add_lora
 from higgs_ds.model.parts import Parts, model_class, with_parts
@@ -56,7 +57,9 @@ def real_model(settings: PassSettings) -> DualLossModel:
             nf4.fill(higgs.get_submodule(name.rpartition(".")[0]), nf4.quantize(weight, settings.dtype))
     if settings.recompute_every is not None:
         checkpoint_layers(higgs, settings.recompute_every)
-    return DualLossModel(add_lora(higgs, settings.lora, "", settings.dtype, settings.in_full)).train()
+    return DualLossModel(
+        make_trainable(higgs, settings.tune, settings.lora, "", settings.dtype, settings.in_full)
+    ).train()
 
 
 def real_batch(settings: PassSettings) -> dict[str, torch.Tensor]:
@@ -73,7 +76,7 @@ def real_batch(settings: PassSettings) -> dict[str, torch.Tensor]:
 
 def settings_of(kind: str, recompute: int | None, length: int) -> PassSettings:
     return PassSettings(
-        dtype=torch.float32 if kind in ("fp32", "parts") else torch.bfloat16,
+        dtype=torch.bfloat16 if kind in ("bf16", "nf4") else torch.float32,
         four_bit=kind == "nf4",
         recompute_every=recompute,
         lora=LoraOptions(lora_r=4),
@@ -81,13 +84,14 @@ def settings_of(kind: str, recompute: int | None, length: int) -> PassSettings:
         length=length,
         on_gpu=False,
         keeps_inputs=False,
-        in_full=Parts(True, TOWER) if kind == "parts" else Parts(),
+        in_full=Parts(True, TOWER) if "parts" in kind else Parts(),
+        tune=TuneOptions(FULL) if "full" in kind else TuneOptions(),
     )
 
 
 @pytest.mark.parametrize("length", [30, 90])
 @pytest.mark.parametrize("recompute", [None, 1, 2])
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "parts"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "parts", "full", "full parts"])
 def test_activations_against_a_real_forward(kind: str, recompute: int | None, length: int) -> None:
     settings = settings_of(kind, recompute, length)
     model, batch = real_model(settings), real_batch(settings)
@@ -109,8 +113,9 @@ def test_activations_against_a_real_forward(kind: str, recompute: int | None, le
 
 
 @pytest.mark.parametrize("recompute", [None, 1, 2])
-def test_peak_against_torchs_allocator(recompute: int | None) -> None:
-    settings = settings_of("fp32", recompute, 90)
+@pytest.mark.parametrize("kind", ["fp32", "full"])
+def test_peak_against_torchs_allocator(kind: str, recompute: int | None) -> None:
+    settings = settings_of(kind, recompute, 90)
     model, batch = real_model(settings), real_batch(settings)
     model(**batch)[0].backward()  # what is allocated once, and the gradients, are there now
     with torch.profiler.profile(
@@ -136,6 +141,34 @@ def test_released_geometry_has_the_released_size() -> None:
     assert sum(weight.numel * weight.count for weight in weights if weight.group == LORA) == 39_452_672
     assert {weight.group for weight in weights} == {*GROUPS, LORA} - {"Whisper tower"}
     assert read_config(BIG).codebook_size == 1026
+
+
+def test_full_fine_tuning_counts_every_weight() -> None:
+    """Each is trained or frozen, none is of an adapter; embeddings alone can be left where they are."""
+    line = f"--dry_run --base_ckpt {BIG} --finetune full --train_groups attention text_mlp audio_mlp heads"
+    weights = model_weights(dry_run.make_setting(*parse_train_options(line.split())))
+    trained = sum(weight.numel * weight.count for weight in weights if weight.trained)
+    frozen = sum(weight.numel * weight.count for weight in weights if not weight.trained)
+    assert trained + frozen == 5_771_283_456
+    assert frozen == (128256 + 8 * 1026) * 3072
+    assert {weight.group for weight in weights} == {*GROUPS} - {"Whisper tower"}
+
+
+def test_full_fine_tuning_is_planned_and_advised(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without what cannot be had with it."""
+    lines = printed(capsys, f"--base_ckpt {BIG} --finetune full --device_memory_gib 80 --plan_ranks 1 --batch_size 1")
+    assert any(
+        line.startswith("full: attention, text_mlp, audio_mlp, embeddings, heads; optimizer adamw") for line in lines
+    )
+    by_name = {
+        line[:36].strip(): float(line.split()[-2]) for line in lines if line.endswith(" GiB") and line[:1] != " "
+    }
+    assert by_name["weights that are trained"] == pytest.approx(5_771_283_456 * 2 / 2**30, abs=0.01)
+    assert by_name["optimizer state, float32 masters"] == pytest.approx(5_771_283_456 * 12 / 2**30, abs=0.01)
+    proposed = [line.split(" saves")[0].strip() for line in lines if " saves" in line]
+    assert "--finetune lora" in proposed
+    assert "--optim adamw_8bit" in proposed
+    assert not {"--load_in_4bit", "--offload_embeddings"} & set(proposed)
 
 
 def test_parts_are_counted_whole() -> None:

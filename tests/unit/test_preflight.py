@@ -57,6 +57,15 @@ def test_room_for_a_merged_model(tmp_path: Path) -> None:
         check_room(tmp_path, state, RunOptions(merge_adapter_with_base=True), 100, 2 * free)
 
 
+def test_room_for_full_fine_tuning(tmp_path: Path) -> None:
+    """Masters and moments of each checkpoint, and the complete model; no adapters."""
+    free = shutil.disk_usage(tmp_path).free
+    state, options = TrainerState(10, {}), RunOptions(merge_adapter_with_base=True)
+    check_room(tmp_path, state, options, int(free * 0.2), int(free * 0.3), in_full=True)
+    with pytest.raises(InputError, match=r"GiB for 1 checkpoints, .* GiB for the complete model\)"):
+        check_room(tmp_path, state, options, int(free * 0.2), int(free * 0.5), in_full=True)
+
+
 def test_time_limit_of_slurm() -> None:
     assert seconds_left({}) is None
     assert seconds_left({"SLURM_JOB_END_TIME": ""}) is None
