@@ -282,6 +282,9 @@ class ExportOptions:
         None, "the base, a folder or a hub id (default: as the checkpoint names it)", metavar="BASE"
     )
     export_layout: str = option(NATIVE, EXPORT_HELP, (*LAYOUTS, BOTH_LAYOUTS))
+    codec_ckpt: str | None = option(
+        None, "audio codec that goes with the model, a folder or a hub id (default: named by the base)", metavar="CODEC"
+    )
 
 
 @dataclass(frozen=True)

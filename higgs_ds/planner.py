@@ -36,6 +36,7 @@ ZERO_DEFAULTS = {
     "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_param_persistence_threshold": 100_000,
     "stage3_max_reuse_distance": 1_000_000_000,
+    "sub_group_size": 1_000_000_000,
 }
 
 
@@ -333,7 +334,9 @@ def _stage3(setting: Setting, known: Plan, trained: list[Weight]) -> Plan:
     state = replace(known, trained=mine * element, buckets=_buckets(setting, element, always_one=True))
     optimizer = 4 * mine + _state_bytes(setting, mine)
     if not setting.offloads("optimizer"):
-        return replace(state, gradients=mine * accumulated, optimizer=optimizer, step=8 * mine)
+        # Stepped group by group: gradients in float32, and what Adam takes for itself.
+        at_once = min(mine, int(setting.zero["sub_group_size"]))
+        return replace(state, gradients=mine * accumulated, optimizer=optimizer, step=8 * at_once)
     host = known.host | {"optimizer": optimizer, "gradients": (4 + accumulated) * mine}
     if setting.offloads("param"):
         host["weights that are trained"] = state.trained

@@ -12,6 +12,7 @@ from higgs_ds.command_line import Parser, add_options
 from higgs_ds.config import (
     ConvertOptions,
     EvaluateOptions,
+    ExportOptions,
     GenerateOptions,
     MergeOptions,
     PrepareOptions,
@@ -39,7 +40,7 @@ def known_options() -> set[str]:
     for group in (*vars(TrainOptions()).values(), PrepareOptions()):
         add_options(parser, type(group))
     names = {f"--{name}" for name in parser.names()}
-    for group_class in (MergeOptions, ConvertOptions, EvaluateOptions, GenerateOptions):
+    for group_class in (MergeOptions, ExportOptions, ConvertOptions, EvaluateOptions, GenerateOptions):
         one = Parser()
         add_options(one, group_class)
         names |= {f"--{name}" for name in one.names()}

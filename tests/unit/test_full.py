@@ -94,6 +94,7 @@ def test_bf16_follows_float32(base: Path) -> None:
 def test_every_weight_is_in_one_group(base: Path) -> None:
     config = read_config(base)
     names = [name for name, _ in empty_model(config, torch.float32).named_parameters()]
+    assert config.dtype == torch.bfloat16  # as it was
     groups = {name: group_of(name) for name in names}
     assert set(groups.values()) == set(TRAIN_GROUPS)
     for name, group in {
