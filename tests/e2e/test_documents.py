@@ -67,8 +67,9 @@ HERE = [command for command in ALL if not runs_elsewhere(command)]
 NEW_USERS = commands_in(
     (PROJECT / "README.md").read_text(encoding="utf-8").split("## From a folder of clips")[1].split("\n## ")[0]
 )[:3]
-# What others begin with: the README's run on the real base's name, and its adapter merged.
-IN_ORDER = [c for c in HERE if re.match("deepspeed .*--output_dir my_voice --base|python launch/merge.* merged$", c)]
+# What others begin with: the README's run on the real base's name, its adapter merged, and a run of full fine-tuning.
+FIRST = "deepspeed .*--output_dir my_voice --base|python launch/merge.* merged$|deepspeed .*--finetune full"
+IN_ORDER = [c for c in HERE if re.match(FIRST, c)]
 NODES, HUB = "torchrun --nnodes 2 ", "hf "  # which take more than one process
 
 
@@ -139,7 +140,7 @@ def trained(workshop: Workshop) -> Workshop:
 def cut(command: str) -> str:
     """A command at the size of a test."""
     command = re.sub(r"--nproc_per_node 8", "--nproc_per_node 2", command)
-    command = command.replace("checkpoint-1000", "checkpoint-1").replace("pip install", "pip install --dry-run")
+    command = re.sub(r"checkpoint-\d+", "checkpoint-1", command).replace("pip install", "pip install --dry-run")
     if "launch/train.py" in command and "--dry_run" not in command and "--help" not in command:
         port = f" --master_port {free_port()}" if command.startswith("deepspeed") else ""
         command = command.replace(" launch/train.py", f"{port} launch/train.py")
