@@ -8,8 +8,8 @@ DEMO := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
 # In float32, because bf16 matmuls take thirty times as long on a CPU without instructions for them.
 demo: install ## train, save, merge and speak, with the built-in base and sample voices
 	$(BIN)/deepspeed launch/train.py --deepspeed ds_configs/zero2.json --output_dir $(DEMO) \
-	  --batch_size 8 --grad_accum 1 --max_steps 240 --lr 5e-3 --lora_r 32 --lora_alpha 64 --lora_dropout 0 \
-	  --precision fp32 --log_steps 40 --merge_adapter_with_base
+	  --batch_size 8 --grad_accum 1 --max_steps 120 --lr 5e-3 --lora_r 32 --lora_alpha 64 --lora_dropout 0 \
+	  --precision fp32 --log_steps 20 --merge_adapter_with_base
 	$(BIN)/python launch/generate.py --base_model_path $(DEMO)/merged_model --text "Good morning." \
 	  --output $(DEMO)/speech.wav
 	@echo

@@ -18,7 +18,7 @@ CHECKPOINTING = ("none", "every_layer")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path) -> Path:
+def results(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, small_base: Path) -> Path:
     """Two steps of every pair on two ranks, in folders BASE-FILE-CHECKPOINTING; at stage 3 everything is parted."""
     root = tmp_path_factory.mktemp("support")
     runs = []
@@ -33,7 +33,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path) -> P
                 runs.append(
                     f"--deepspeed {root}/{name}.json --output_dir {root}/{base}-{name}-{checkpointing} {option} {more} "
                     f"--train_manifest {mixed_manifest} --val_split 0 --allow_text_targets --batch_size 1 "
-                    "--grad_accum 1 --max_steps 2 --lr 5e-3 --lora_dropout 0 --log_steps 1 "
+                    f"--grad_accum 1 --max_steps 2 --lr 5e-3 --lora_dropout 0 --log_steps 1 --base_ckpt {small_base} "
                     f"--activation_checkpointing {checkpointing}".split()
                 )
     train_runs(2, runs)
@@ -42,14 +42,14 @@ def results(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path) -> P
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("name", DS_CONFIGS)
-@pytest.mark.parametrize("base", BASES)
-def test_supported(results: Path, base: str, name: str, checkpointing: str) -> None:
+@pytest.mark.parametrize("held", BASES)
+def test_supported(results: Path, held: str, name: str, checkpointing: str) -> None:
     expected, found = (
         [line["train/loss"] for line in read_metrics(results / run)]
-        for run in (f"{base}-zero2-none", f"{base}-{name}-{checkpointing}")
+        for run in (f"{held}-zero2-none", f"{held}-{name}-{checkpointing}")
     )
     assert len(found) == 2
-    assert found == pytest.approx(expected, abs=1e-5 if base == "fp32" else 0.02)
+    assert found == pytest.approx(expected, abs=1e-5 if held == "fp32" else 0.02)
     assert found[1] != found[0]
 
 
