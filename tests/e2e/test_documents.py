@@ -40,6 +40,7 @@ ELSEWHERE = {
     "deepspeed --hostfile hosts ": ("tests/distributed/test_hostfile.py", "--hostfile"),
     "sbatch launch/slurm/train.sbatch": ("tests/slurm/test_slurm_cluster.py", "train.sbatch"),
     "deepspeed launch/prepare.py": ("tests/e2e/test_prepare_command.py", "prepare.py"),
+    "deepspeed launch/evaluate.py": ("tests/e2e/test_evaluate.py", "def test_ranks_change_nothing("),
 }
 SMALLER = {"python benchmarks/manifest.py": " --lines 2000", "python benchmarks/padding.py": " --samples 500"}
 
