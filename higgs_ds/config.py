@@ -342,6 +342,9 @@ class EvaluateOptions:
         "recognizer of transformers, a folder or a hub id",
         metavar="RECOGNIZER",
     )
+    compare_with: Path | None = option(
+        None, "evaluation.json of another evaluation, whose numbers are shown beside these", metavar="FILE"
+    )
     cache_dir: Path | None = option(
         None, "where encoded audio is kept ($HIGGS_DS_CACHE, or ~/.cache/higgs_ds)", metavar="DIR"
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +28,7 @@ from higgs_ds.recognizers import Recognizer, check_recognizer, open_recognizer
 
 RESULTS_FILE = "evaluation.json"
 REFERENCE = "reference"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,20 @@ def main(options: EvaluateOptions) -> None:
     cache_dir = options.cache_dir or default_cache_dir()
     data = DataOptions(train_manifest=options.test_manifest, format=options.format, cache_dir=cache_dir)
     problems = check_folders(output_dir=options.output_dir) + scratch_problems(data, cache_dir) + _problems(options)
-    speaker = None
-    try:
-        check_recognizer(options.recognizer)
-        speaker = distributed.agreed(
-            lambda: open_speaker(options.base_model_path, options.lora_adapter_path, options.codec_ckpt, cache_dir)
-        )
-    except InputError as error:
-        problems += error.problems
+
+    def attempt(look: Callable[[], T]) -> T | None:
+        """The answer, the same on all ranks; without one, its problems are kept for later."""
+        try:
+            return distributed.agreed(look)
+        except InputError as error:
+            problems.extend(error.problems)
+            return None
+
+    attempt(lambda: check_recognizer(options.recognizer))
+    earlier = attempt(lambda: _read(options.compare_with))
+    speaker = attempt(
+        lambda: open_speaker(options.base_model_path, options.lora_adapter_path, options.codec_ckpt, cache_dir)
+    )
     with Preparation(data, speaker.bundle if speaker else None, cache_dir) as preparation:
         checked = preparation.check(options.test_manifest)
         distributed.raise_problems(problems + checked.problems)
@@ -90,7 +99,7 @@ def main(options: EvaluateOptions) -> None:
     gathered = dict(pair for of_rank in distributed.gather_objects(items) for pair in of_rank)
     results = summary([gathered[number] for number in sorted(gathered)])
     distributed.on_main(lambda: _write(options.output_dir, results))
-    say(table(results))
+    say(table(results, earlier))
     say(f"evaluation: {options.output_dir / RESULTS_FILE}")
 
 
@@ -177,15 +186,35 @@ def _median(values: list[float]) -> float | None:
     return float(torch.tensor(known).median()) if known else None
 
 
-def table(results: dict[str, Any]) -> str:
-    """The results without single samples, in lines."""
-    lines = []
-    for name, value in results.items():
-        if name == "items":
-            continue
-        shown = [("-" if one is None else f"{one:.4g}") for one in (value if isinstance(value, list) else [value])]
-        lines.append(f"{name.replace('_', ' '):<28}{' '.join(shown)}")
-    return "\n".join(lines)
+def table(results: dict[str, Any], earlier: dict[str, Any] | None = None) -> str:
+    """The results without single samples, in lines; those of another evaluation in a second column."""
+    names = [name for name in results if name != "items"]
+    columns = [["", *(_shown(results[name]) for name in names)]]
+    if earlier is not None:
+        columns[0][0] = "here"
+        columns.append(["compared with", *(_shown(earlier.get(name)) for name in names)])
+    width = max(map(len, columns[0])) + 3
+    titles = ["", *(name.replace("_", " ") for name in names)]
+    rows = zip(titles, *columns, strict=True)
+    lines = [f"{title:<28}" + "".join(f"{value:<{width}}" for value in values).rstrip() for title, *values in rows]
+    return "\n".join(lines if earlier is not None else lines[1:])
+
+
+def _shown(value: Any) -> str:
+    return " ".join("-" if one is None else f"{one:.4g}" for one in (value if isinstance(value, list) else [value]))
+
+
+def _read(path: Path | None) -> dict[str, Any] | None:
+    """The results of another evaluation. Raises InputError where a file holds none."""
+    if path is None:
+        return None
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--compare_with {path}: cannot be read: {error}") from error
+    if not isinstance(results, dict) or "stop_rate" not in results:
+        raise InputError(f"--compare_with {path}: is no {RESULTS_FILE} of launch/evaluate.py")
+    return results
 
 
 def _write(folder: Path, results: dict[str, Any]) -> None:

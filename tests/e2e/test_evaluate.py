@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,11 +79,27 @@ def test_table(folder: Path) -> None:
     assert lines[-1] == "evaluation: 1/evaluation.json"
 
 
+def test_beside_another_evaluation(folder: Path) -> None:
+    options = f"--test_manifest {folder}/held_out.jsonl --num_samples 1 --output_dir fewer"
+    done = evaluate(folder, f"{options} --compare_with 1/evaluation.json")
+    assert done.returncode == 0, done.stderr
+    head, samples, *rows = (re.split(r"\s{3,}", line.strip()) for line in done.stdout.splitlines()[:-1])
+    assert (head, samples) == (["here", "compared with"], ["samples", "1", "3"])
+    assert rows[0][0] == "stop rate"
+    assert all(len(row) == 3 for row in rows)
+
+
 def test_refused(tmp_path: Path) -> None:
     """All at once: a sample without audio, a number, a recognizer."""
     manifest = write_manifest(tmp_path / "bad.jsonl", [text_sample("Question?", "Answer.")])
-    done = evaluate(tmp_path, f"--test_manifest {manifest} --num_samples 0 --temperature -1 --base_model_path nowhere")
-    assert done.returncode == 2
-    for problem in ("--num_samples 0: must be 1 or more", "--temperature -1.0: must be", f"{manifest}:1", "nowhere"):
-        assert problem in done.stderr
-    assert "Traceback" not in done.stderr
+    options = f"--test_manifest {manifest} --num_samples 0 --temperature -1"
+    for more, problem in (
+        ("--base_model_path nowhere", "nowhere: "),
+        (f"--compare_with {tmp_path}/none.json", f"--compare_with {tmp_path}/none.json: cannot be read"),
+        (f"--compare_with {PROJECT}/ds_configs/zero0.json", "is no evaluation.json of"),
+    ):
+        done = evaluate(tmp_path, f"{options} {more}")
+        assert done.returncode == 2
+        for told in ("--num_samples 0: must be 1 or more", "--temperature -1.0: must be", f"{manifest}:1", problem):
+            assert told in done.stderr
+        assert "Traceback" not in done.stderr
