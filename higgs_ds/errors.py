@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 EXIT_OK = 0
 EXIT_BUG = 1
@@ -72,6 +75,15 @@ class PublishError(HiggsError):
     """Training ended well and all of it is in place, but uploading it failed."""
 
     exit_code = EXIT_PUBLISH_FAILED
+
+
+def collected(problems: list[str], action: Callable[[], T]) -> T | None:
+    """The answer of `action`; where it raises InputError, None, and what was wrong is added to `problems`."""
+    try:
+        return action()
+    except InputError as error:
+        problems.extend(error.problems)
+        return None
 
 
 def exit_code_of(main: Callable[[], None]) -> int:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from higgs_ds.data.audio import write_audio
 from higgs_ds.data.audio_codes import default_cache_dir
 from higgs_ds.data.codec import Codec
 from higgs_ds.data.dataset import Dataset
-from higgs_ds.errors import InputError
+from higgs_ds.errors import InputError, collected
 from higgs_ds.files import saving, write_json
 from higgs_ds.generate import generation_settings, load_speaker, open_speaker, speak
 from higgs_ds.measures import agreement, median_pitch_hz, mel_distance_db, word_errors, words_of
@@ -28,7 +27,6 @@ from higgs_ds.recognizers import Recognizer, check_recognizer, open_recognizer
 
 RESULTS_FILE = "evaluation.json"
 REFERENCE = "reference"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,19 +54,13 @@ def main(options: EvaluateOptions) -> None:
     cache_dir = options.cache_dir or default_cache_dir()
     data = DataOptions(train_manifest=options.test_manifest, format=options.format, cache_dir=cache_dir)
     problems = check_folders(output_dir=options.output_dir) + scratch_problems(data, cache_dir) + _problems(options)
-
-    def attempt(look: Callable[[], T]) -> T | None:
-        """The answer, the same on all ranks; without one, its problems are kept for later."""
-        try:
-            return distributed.agreed(look)
-        except InputError as error:
-            problems.extend(error.problems)
-            return None
-
-    attempt(lambda: check_recognizer(options.recognizer))
-    earlier = attempt(lambda: _read(options.compare_with))
-    speaker = attempt(
-        lambda: open_speaker(options.base_model_path, options.lora_adapter_path, options.codec_ckpt, cache_dir)
+    collected(problems, lambda: check_recognizer(options.recognizer))
+    earlier = collected(problems, lambda: _read(options.compare_with))
+    speaker = collected(
+        problems,
+        lambda: distributed.agreed(
+            lambda: open_speaker(options.base_model_path, options.lora_adapter_path, options.codec_ckpt, cache_dir)
+        ),
     )
     with Preparation(data, speaker.bundle if speaker else None, cache_dir) as preparation:
         checked = preparation.check(options.test_manifest)

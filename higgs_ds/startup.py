@@ -6,10 +6,9 @@ import re
 import socket
 import textwrap
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.index import Index
 from higgs_ds.data.sampler import WindowSampler, split_validation
 from higgs_ds.engine import Engine
-from higgs_ds.errors import InputError
+from higgs_ds.errors import InputError, collected
 from higgs_ds.export import AdapterFormat, trained_parameters
 from higgs_ds.files import saving, tidy, write_json, write_text
 from higgs_ds.hub import weight_files
@@ -57,7 +56,6 @@ from higgs_ds.publish import check_login
 from higgs_ds.support import unsupported
 from higgs_ds.trained import FullFormat
 
-T = TypeVar("T")
 # What a run writes by way of a temporary name, which a kill may leave behind.
 WRITTEN = re.compile(
     r"checkpoint-\d+|lora_adapters|final_model|adapter|merged_model|trainer_state\.json|settings\.json|"
@@ -107,23 +105,15 @@ def start(options: TrainOptions, given: set[str]) -> Run:
 
 def _check_and_encode(options: TrainOptions, given: set[str]) -> Inputs:
     problems: list[str] = []
-
-    def attempt(action: Callable[[], T]) -> T | None:
-        try:
-            return action()
-        except InputError as error:
-            problems.extend(error.problems)
-            return None
-
     output_dir = _output_dir(options)
     cache_dir = options.data.cache_dir or default_cache_dir()
     problems += check_folders(output_dir=output_dir)
     no_scratch = scratch_problems(options.data, cache_dir)
-    resolved = attempt(lambda: _resolve_ds_config(options, given))
+    resolved = collected(problems, lambda: _resolve_ds_config(options, given))
     no_cache = any(distributed.gather_objects(bool(no_scratch)))
-    bundle = None if no_cache else attempt(lambda: _open_base(options, cache_dir))
-    resume_from = attempt(lambda: _resume_from(options, output_dir))
-    attempt(lambda: distributed.on_main(lambda: check_login(options.run)))
+    bundle = None if no_cache else collected(problems, lambda: _open_base(options, cache_dir))
+    resume_from = collected(problems, lambda: _resume_from(options, output_dir))
+    collected(problems, lambda: distributed.on_main(lambda: check_login(options.run)))
     distributed.raise_problems(problems + no_scratch if no_scratch else [])
     if not all(distributed.gather_objects(bundle is not None)):
         bundle = None

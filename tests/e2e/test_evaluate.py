@@ -90,16 +90,17 @@ def test_beside_another_evaluation(folder: Path) -> None:
 
 
 def test_refused(tmp_path: Path) -> None:
-    """All at once: a sample without audio, a number, a recognizer."""
+    """All at once: a sample without audio, two numbers, a base, another evaluation that is none."""
     manifest = write_manifest(tmp_path / "bad.jsonl", [text_sample("Question?", "Answer.")])
     options = f"--test_manifest {manifest} --num_samples 0 --temperature -1"
-    for more, problem in (
-        ("--base_model_path nowhere", "nowhere: "),
-        (f"--compare_with {tmp_path}/none.json", f"--compare_with {tmp_path}/none.json: cannot be read"),
-        (f"--compare_with {PROJECT}/ds_configs/zero0.json", "is no evaluation.json of"),
+    for file, problem in (
+        (tmp_path / "none.json", "cannot be read"),
+        (PROJECT / "ds_configs" / "zero0.json", "is no evaluation.json of"),
     ):
-        done = evaluate(tmp_path, f"{options} {more}")
+        done = evaluate(tmp_path, f"{options} --base_model_path nowhere --compare_with {file}")
         assert done.returncode == 2
-        for told in ("--num_samples 0: must be 1 or more", "--temperature -1.0: must be", f"{manifest}:1", problem):
+        found = f"--compare_with {file}: {problem}"
+        numbers = ("--num_samples 0: must be 1 or more", "--temperature -1.0: must be")
+        for told in (*numbers, f"{manifest}:1", "nowhere: ", found):
             assert told in done.stderr
         assert "Traceback" not in done.stderr
