@@ -1,4 +1,4 @@
-"""Resident memory and step time over a long run of the built-in base, with validations and checkpoints in between.
+"""Resident memory and step time over a long run of the random base, with validations and checkpoints in between.
 
     python benchmarks/long_run.py [--steps 2000] [--json]
 
@@ -53,8 +53,9 @@ def main() -> None:
 
 def train(folder: Path, steps: int) -> subprocess.Popen[bytes]:
     options = (
-        f"--deepspeed ds_configs/zero2.json --output_dir {folder} --precision fp32 --batch_size 1 --grad_accum 1 "
-        f"--max_steps {steps} --log_steps {LOG_STEPS} --val_steps 250 --save_steps 250 --keep_checkpoints 2"
+        "--base_ckpt tiny-random-base --train_manifest samples/voices.jsonl --deepspeed ds_configs/zero2.json "
+        f"--output_dir {folder} --precision fp32 --batch_size 1 --grad_accum 1 --max_steps {steps} "
+        f"--log_steps {LOG_STEPS} --val_steps 250 --save_steps 250 --keep_checkpoints 2"
     )
     command = [sys.executable, "launch/train.py", *options.split()]
     return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL)

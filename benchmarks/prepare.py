@@ -5,7 +5,7 @@
 Clips are noise in the rhythm of speech, as long as those of benchmarks/epoch.py. Ahead: launch/prepare.py as a user
 runs it, first on an empty cache, then on a full one; its start, which takes as long for many clips as for few, counts.
 In the loop: one process with as many threads as torch takes, which reads and encodes clip by clip in each epoch; its
-start does not count. The codec has the released one's geometry, or is the built-in one, and random weights.
+start does not count. The codec has the released one's geometry, or is the random base's, and random weights.
 
 Ahead, a worker process is started for each 60 s of audio, at most one a core. The machine should be otherwise idle:
 torch's threads wait for one another, and lose far more than their share to other processes. An epoch on one thread is
@@ -87,13 +87,13 @@ def compare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_codec(folder: Path, kind: str) -> None:
-    """The built-in base, in the cache, where it is looked for; and the codec."""
+    """The random base, in the cache, where it is looked for; and the codec."""
     import torch
     from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
-    from higgs_ds.builtin import CODEC_NAME, builtin_base
+    from higgs_ds.tiny_random import CODEC_NAME, random_base
 
-    base = builtin_base(folder / "cache")
+    base = random_base(folder / "cache")
     if kind == BUILTIN:
         (folder / "codec").symlink_to(base.parent / CODEC_NAME)
         return
@@ -129,7 +129,7 @@ def write_clips(folder: Path, count: int) -> None:
 def run_ahead(folder: Path) -> float:
     """Seconds of launch/prepare.py, from its start to its end."""
     command: list[str | Path] = [sys.executable, PROJECT / "launch" / "prepare.py"]
-    command += ["--train_manifest", folder / "clips.jsonl"]
+    command += ["--base_ckpt", "tiny-random-base", "--train_manifest", folder / "clips.jsonl"]
     command += ["--cache_dir", folder / "cache", "--codec_ckpt", folder / "codec"]
     began = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

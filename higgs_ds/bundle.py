@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, HiggsAudioV2Config, PreTrainedTokenizerBase
 
 from higgs_ds import distributed
-from higgs_ds.builtin import builtin_base
+from higgs_ds.builtin import find_base, which_builtin
 from higgs_ds.config import ModelOptions
 from higgs_ds.data.audio_codes import CodeCache
 from higgs_ds.data.codec import CodecInfo, codec_digest, find_codec, read_codec_info
@@ -86,7 +86,9 @@ def open_bundle(name: str | None, revision: str | None, codec_name: str | None, 
 
     Raises InputError with all that does not fit; SaveError.
     """
-    folder = resolve_folder(name, "--base_ckpt", revision) if name else builtin_base(cache_dir)
+    folder = find_base(name, "--base_ckpt", cache_dir, revision)
+    # What is told of a built-in base is where it lies: programs that read an adapter know no names of this project.
+    called = name if name and which_builtin(name) is None else str(folder)
     layout = MODEL_TYPES[read_json_config(folder, "--base_ckpt")["model_type"]]
     folder = native_folder(folder, "--base_ckpt", cache_dir)
     config = read_config(folder)
@@ -111,7 +113,7 @@ def open_bundle(name: str | None, revision: str | None, codec_name: str | None, 
         )
     if problems:
         raise InputError(problems)
-    return Bundle(name or str(folder), folder, config, tokenizer, codec, layout)
+    return Bundle(called, folder, config, tokenizer, codec, layout)
 
 
 def open_for_training(options: ModelOptions, cache_dir: Path) -> Bundle:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from higgs_ds.builtin import find_base
 from higgs_ds.bundle import base_identity
 from higgs_ds.checkpoint import why_incomplete
 from higgs_ds.config import NATIVE, ExportOptions
 from higgs_ds.data.audio_codes import default_cache_dir
 from higgs_ds.errors import InputError
-from higgs_ds.hub import resolve_folder, weight_files, weight_shapes
+from higgs_ds.hub import weight_files, weight_shapes
 from higgs_ds.merge import add_parts, check_layout, check_output, model_folder, named_codec, write_shard
 from higgs_ds.model.higgs import read_config
 from higgs_ds.model.layout import COPIES, LEFTOVERS
@@ -21,7 +22,7 @@ from higgs_ds.trained import FullFormat, read_trained
 def main(options: ExportOptions) -> None:
     """Make a model as the options say, and print where it is."""
     base = options.base_model_path or read_trained(options.checkpoint_path)[1].base
-    folder = resolve_folder(base, "--base_model_path")
+    folder = find_base(base, "--base_model_path", default_cache_dir())
     codec_folder = named_codec(folder, options.codec_ckpt)
     complete_model(
         options.checkpoint_path, folder, options.output_path, options.export_layout, codec_folder=codec_folder

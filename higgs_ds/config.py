@@ -44,7 +44,7 @@ class DataOptions:
     """Data"""
 
     train_manifest: Path | None = option(
-        None, "training samples, a file or a folder (without it: the built-in sample voices)", metavar="PATH"
+        None, "training samples, a file or a folder (without it: the built-in digits)", metavar="PATH"
     )
     val_manifest: Path | None = option(None, "validation samples; without it a share is split off", metavar="PATH")
     format: str = option("auto", "format of the manifests; auto: told from their content", ("auto", *FORMATS))
@@ -76,7 +76,9 @@ class ModelOptions:
     """Model"""
 
     base_ckpt: str | None = option(
-        None, "base model, a folder or a hub id (without it: the built-in random tiny base)", metavar="BASE"
+        None,
+        "base model, a folder, a hub id or a built-in one: speaking-base, tiny-random-base (without it: the first)",
+        metavar="BASE",
     )
     base_revision: str | None = option(
         None,
@@ -303,7 +305,7 @@ class GenerateOptions:
     text: str = option("", "what is to be spoken")
     base_model_path: str | None = option(
         None,
-        "base or merged model, a folder or a hub id (default: the adapter's base, or the built-in one)",
+        "base or merged model, a folder, a hub id or a built-in one (default: the adapter's base, or speaking-base)",
         metavar="BASE",
     )
     lora_adapter_path: Path | None = option(None, "adapter to speak with", metavar="DIR")
@@ -327,7 +329,7 @@ class EvaluateOptions:
     format: str = option("auto", "format of the manifest; auto: told from its content", ("auto", *FORMATS))
     base_model_path: str | None = option(
         None,
-        "base or merged model, a folder or a hub id (default: the adapter's base, or the built-in one)",
+        "base or merged model, a folder, a hub id or a built-in one (default: the adapter's base, or speaking-base)",
         metavar="BASE",
     )
     lora_adapter_path: Path | None = option(None, "adapter to speak with", metavar="DIR")

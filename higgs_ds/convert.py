@@ -13,7 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from higgs_ds.adapter import PEFT_PREFIX, Adapter, read_adapter
+from higgs_ds.builtin import find_base
 from higgs_ds.config import ConvertOptions
+from higgs_ds.data.audio_codes import default_cache_dir
 from higgs_ds.errors import InputError
 from higgs_ds.export import (
     ADAPTER_CARD,
@@ -25,7 +27,6 @@ from higgs_ds.export import (
     digest,
 )
 from higgs_ds.files import new_folder, saving
-from higgs_ds.hub import resolve_folder
 from higgs_ds.model.layout import MODEL_TYPES, NATIVE, ORIGINAL, native_name, original_name, read_json_config
 from higgs_ds.relayout import pickled_files, rewrite
 
@@ -38,7 +39,7 @@ def main(options: ConvertOptions) -> None:
     if (source / ADAPTER_CONFIG).is_file():
         convert_adapter(source, target, to)
     else:
-        folder = resolve_folder(str(source), "--input_path")
+        folder = find_base(str(source), "--input_path", default_cache_dir())
         layout = MODEL_TYPES[read_json_config(folder, "--input_path")["model_type"]]
         if layout == to and not pickled_files(folder):
             raise _already(source, to)

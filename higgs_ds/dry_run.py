@@ -12,7 +12,7 @@ from transformers import HiggsAudioV2Config
 
 from higgs_ds import distributed, ds_config
 from higgs_ds.activations import TEXT_POSITIONS
-from higgs_ds.builtin import builtin_config
+from higgs_ds.builtin import builtin_config, which_builtin
 from higgs_ds.config import DEFAULT_DS_CONFIG, LORA, TrainOptions, check_options, recompute_every
 from higgs_ds.errors import InputError
 from higgs_ds.hub import resolve_config_folder
@@ -73,9 +73,11 @@ def make_setting(options: TrainOptions, given: set[str]) -> Setting:
 
 def _base_config(options: TrainOptions) -> HiggsAudioV2Config:
     model = options.model
-    if model.base_ckpt is None:
-        config = builtin_config()
+    built_in = which_builtin(model.base_ckpt)
+    if built_in is not None:
+        config = builtin_config(built_in)
     else:
+        assert model.base_ckpt is not None  # that would be the default
         config = read_config(resolve_config_folder(model.base_ckpt, "--base_ckpt", model.base_revision))
     return with_parts(config, parts_to_add(model, config, resolve_config_folder)[0])
 
@@ -91,7 +93,8 @@ def describe(setting: Setting, made: Plan) -> list[str]:
     data, optim, lora, tune = options.data, options.optim, options.lora, options.tune
     assumed = data.max_seq_len is None and optim.max_tokens_per_batch is None
     text = min(TEXT_POSITIONS, (length + 1) // 2)
-    base = options.model.base_ckpt or "built in"
+    built_in = which_builtin(options.model.base_ckpt)
+    base = options.model.base_ckpt if built_in is None else f"{built_in} (built in)"
     every = recompute_every(options.model)
     recompute = "kept" if every is None else f"recomputed in {'every layer' if every == 1 else f'1 layer of {every}'}"
     recompute += " from host memory" if options.model.offload_checkpoints and every else ""

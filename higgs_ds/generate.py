@@ -69,7 +69,7 @@ def main(options: GenerateOptions) -> None:
 def open_speaker(
     base_name: str | None, adapter_folder: Path | None, codec_name: str | None, cache_dir: Path
 ) -> Speaker:
-    """The model named, by default the adapter's base or the built-in one, with the adapter. Raises InputError."""
+    """The model named, by default the adapter's base or a built-in one, with the adapter. Raises InputError."""
     adapter = None
     if adapter_folder is not None:
         adapter = read_adapter(adapter_folder)

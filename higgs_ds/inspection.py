@@ -12,6 +12,7 @@ from typing import Any
 from peft import LoraConfig
 
 from higgs_ds.adapter import Adapter, check_fit, read_adapter
+from higgs_ds.builtin import find_base
 from higgs_ds.checkpoint import (
     MANIFEST_FILE,
     OPTIMIZER_FILE,
@@ -29,7 +30,7 @@ from higgs_ds.config import FULL, InspectOptions
 from higgs_ds.data.audio_codes import default_cache_dir
 from higgs_ds.errors import InputError
 from higgs_ds.export import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
-from higgs_ds.hub import resolve_folder, weight_files, weight_shapes
+from higgs_ds.hub import weight_files, weight_shapes
 from higgs_ds.optimizers import MOMENTS
 from higgs_ds.relayout import native_folder
 from higgs_ds.shards import shard_files
@@ -239,6 +240,7 @@ def validate_adapter(options: InspectOptions) -> None:
 
 
 def _fits(adapter: Adapter, folder: Path, base: str) -> str:
-    base_folder = native_folder(resolve_folder(base, "--base_model_path"), "--base_model_path", default_cache_dir())
+    found = find_base(base, "--base_model_path", default_cache_dir())
+    base_folder = native_folder(found, "--base_model_path", default_cache_dir())
     check_fit(adapter, weight_shapes(weight_files(base_folder)), folder, base_folder)
     return f"every adapted layer is in {base}, in its shape"

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import HiggsAudioV2Config
 
 from higgs_ds.adapter import Adapter, BaseWeights, check_fit, read_adapter
+from higgs_ds.builtin import find_base
 from higgs_ds.config import MERGE_DEQUANTIZED, MERGE_ORIGINAL, NATIVE, ORIGINAL, MergeOptions
 from higgs_ds.data.audio_codes import default_cache_dir
 from higgs_ds.data.codec import CODEC_SUBFOLDER, PROCESSOR_CONFIG, find_codec
@@ -27,7 +28,7 @@ from higgs_ds.files import (
     why_not_writable,
     write_json,
 )
-from higgs_ds.hub import WEIGHT_INDEX, byte_ranges, companions, read_tensor, resolve_folder, weight_files, weight_shapes
+from higgs_ds.hub import WEIGHT_INDEX, byte_ranges, companions, read_tensor, weight_files, weight_shapes
 from higgs_ds.model.higgs import read_config
 from higgs_ds.model.parts import Parts, parts_of, with_parts
 from higgs_ds.relayout import native_codec, native_folder, rewrite
@@ -62,7 +63,7 @@ class MergeReport:
 
 def main(options: MergeOptions) -> None:
     """Merge as the options say, and print what from and where to."""
-    base = resolve_folder(options.base_model_path, "--base_model_path")
+    base = find_base(options.base_model_path, "--base_model_path", default_cache_dir())
     report = merge(
         base,
         options.lora_adapter_path,

@@ -7,6 +7,7 @@ import textwrap
 import torch
 
 from higgs_ds import distributed
+from higgs_ds.builtin import BUILT_IN, which_builtin
 from higgs_ds.checkpoint import TrainerState
 from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.inputs import Inputs
@@ -47,10 +48,11 @@ def _row(name: str, text: str) -> str:
 
 def _base(inputs: Inputs) -> str:
     options, bundle = inputs.options.model, inputs.bundle
-    built_in = "" if options.base_ckpt else " (built in, random: for trying out, it speaks noise)"
+    built_in = which_builtin(options.base_ckpt)
+    told = "" if built_in is None else f" ({BUILT_IN[built_in]})"
     four_bit = "NF4 in " if options.load_in_4bit else ""
     added = f"; added: {bundle.added}" if bundle.added else ""
-    return f"{bundle.name}{built_in}, in the {bundle.layout} layout, held in {four_bit}{options.precision}{added}"
+    return f"{bundle.name}{told}, in the {bundle.layout} layout, held in {four_bit}{options.precision}{added}"
 
 
 def _data(inputs: Inputs, sampler: WindowSampler) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from conftest import speech_sample, text_sample, write_manifest
 from forks import start, training, wait
+from launcher import RANDOM
 from safetensors.torch import load_file
 
 from higgs_ds.checkpoint import find_checkpoints, why_incomplete
@@ -34,12 +35,13 @@ STEPS = 5
 
 
 def command(manifest: Path, stage: int, output_dir: Path, cache: Path) -> list[str]:
-    return (
+    options = (
         f"--deepspeed {PROJECT}/ds_configs/zero{stage}.json --output_dir {output_dir} --cache_dir {cache} --lr 1e-3 "
         f"--train_manifest {manifest} --allow_text_targets --precision fp32 --batch_size 1 --grad_accum 2 "
         f"--log_steps 1 --val_steps 2 --save_steps 1 --max_steps {STEPS} --merge_adapter_with_base --resume auto "
         "--no_report"
-    ).split()
+    )
+    return [*RANDOM, *options.split()]
 
 
 def run_to_the_end(ranks: int, argv: Sequence[str], log: Path) -> None:

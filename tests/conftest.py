@@ -1,4 +1,4 @@
-"""What several tests share: the built-in base, a small mixed manifest, DeepSpeed files for tests."""
+"""What several tests share: the random base, a small mixed manifest, DeepSpeed files for tests."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 PROJECT = Path(__file__).resolve().parent.parent
 VOICES = PROJECT / "samples" / "voices"
+VOICES_MANIFEST = PROJECT / "samples" / "voices.jsonl"
 SYSTEM = "Generate audio following instruction."
 _BROWSER_ARGUMENTS = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
 _CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -31,9 +32,10 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base(cache_dir: Path) -> Path:
-    from higgs_ds.builtin import builtin_base
+    """The random base, which is made fast, and whose numbers tests know."""
+    from higgs_ds.tiny_random import random_base
 
-    return builtin_base(cache_dir)
+    return random_base(cache_dir)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def play(player: Any) -> list[float]:
 
 @pytest.fixture(scope="session")
 def small_base(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in base at a quarter of its width, for many runs in bf16, for which CPUs may lack instructions."""
+    """The random base at a quarter of its width, for many runs in bf16, for which CPUs may lack instructions."""
     import torch
     from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 

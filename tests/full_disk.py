@@ -20,15 +20,16 @@ from pathlib import Path
 
 from conftest import PROJECT, speech_sample, text_sample, write_manifest
 from forks import preparing, start, training, wait
+from launcher import RANDOM
 
 from higgs_ds import generate, merge
-from higgs_ds.builtin import builtin_base
 from higgs_ds.checkpoint import publish, read_state
 from higgs_ds.command_line import parse_generate_options, parse_merge_options
 from higgs_ds.metrics import MetricsLog
+from higgs_ds.tiny_random import random_base
 
 FULL, READ_ONLY = "full", "read-only"
-KIB_LEFT = [0, 2, 900, 1800, 2500, 2800]  # the built-in base's adapter has 800 KiB, a checkpoint 2,400
+KIB_LEFT = [0, 2, 900, 1800, 2500, 2800]  # the random base's adapter has 800 KiB, a checkpoint 2,400
 
 
 def train(output_dir: Path, cache: Path, manifest: Path, *more: str) -> Callable[[], None]:
@@ -37,7 +38,7 @@ def train(output_dir: Path, cache: Path, manifest: Path, *more: str) -> Callable
         f"--train_manifest {manifest} --allow_text_targets --precision fp32 --batch_size 1 --grad_accum 1 "
         "--log_steps 1 --val_steps 100 --save_steps 1 --max_steps 8"
     )
-    return training([*options.split(), *more])
+    return training([*RANDOM, *options.split(), *more])
 
 
 def words_of(log: Path) -> str:
@@ -142,7 +143,7 @@ def main(folder: Path) -> None:
     cache, log = folder / "cache", folder / "undisturbed.log"
     assert wait(start(1, train(folder / "undisturbed", cache, manifest), log), 300) == [0], log.read_text()
     midst = in_the_midst(folder, cache, manifest)
-    print(json.dumps({"midst": midst, "start": from_the_start(folder, cache, builtin_base(cache))}))
+    print(json.dumps({"midst": midst, "start": from_the_start(folder, cache, random_base(cache))}))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import torch  # noqa: E402
 from conftest import speech_batch  # noqa: E402
 
 from higgs_ds import distributed  # noqa: E402
-from higgs_ds.builtin import builtin_base  # noqa: E402
 from higgs_ds.command_line import parse_train_options  # noqa: E402
 from higgs_ds.data.audio_codes import default_cache_dir  # noqa: E402
 from higgs_ds.data.collate import Batch  # noqa: E402
@@ -31,6 +30,7 @@ from higgs_ds.export import trained_parameters  # noqa: E402
 from higgs_ds.loss import LossWeights  # noqa: E402
 from higgs_ds.model.full import make_trainable  # noqa: E402
 from higgs_ds.model.higgs import DualLossModel, load_base, load_base_in_4bit, offload_embeddings  # noqa: E402
+from higgs_ds.tiny_random import random_base  # noqa: E402
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
@@ -84,7 +84,7 @@ def count(argv: list[str]) -> dict[str, int]:
     # Stage 3 is to let go of every weight that it has gathered as soon as a layer has passed.
     settings["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
     earlier_packed = all_packed()  # of the runs before; kept, so that no new storage takes the place of an old one
-    folder = builtin_base(default_cache_dir())
+    folder = random_base(default_cache_dir())
     here, dtype = torch.device("cpu"), getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[options.model.precision])
     four_bit = options.model.load_in_4bit
     higgs = load_base_in_4bit(folder, dtype, here, here)[0] if four_bit else load_base(folder, dtype)

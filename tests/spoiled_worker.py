@@ -17,6 +17,7 @@ from higgs_ds.quiet import quiet_libraries
 quiet_libraries()
 
 import torch  # noqa: E402
+from launcher import RANDOM  # noqa: E402
 
 from higgs_ds import distributed  # noqa: E402
 from higgs_ds.command_line import parse_train_options  # noqa: E402
@@ -28,7 +29,7 @@ from higgs_ds.train import train  # noqa: E402
 
 
 def train_spoiled(argv: list[str], steps: list[int], rank: int, kind: str) -> str | None:
-    run = start(*parse_train_options(argv))
+    run = start(*parse_train_options([*RANDOM, *argv]))
     engine, done = run.engine, []
     original, norm = engine.train_step, engine.engine.module.higgs.model.norm
 

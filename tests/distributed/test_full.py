@@ -51,7 +51,7 @@ MORE = {
 
 @pytest.fixture(scope="module")
 def float_base(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in base with float32 weights, in two files."""
+    """The random base with float32 weights, in two files."""
     folder = tmp_path_factory.mktemp("float") / "base"
     shutil.copytree(base, folder)
     (folder / "model.safetensors").unlink()
@@ -229,7 +229,7 @@ def test_in_the_original_layout(runs: Path) -> None:
     assert json.loads((final / "original" / "config.json").read_text())["model_type"] == "higgs_audio"
 
 
-def test_exported_by_hand(runs: Path, base: Path, float_base: Path, tmp_path: Path) -> None:
+def test_exported_by_hand(runs: Path, float_base: Path, tmp_path: Path) -> None:
     """The last checkpoint gives what the run itself has made; another base, or folder, is refused."""
     run = folder_of(runs, "stage 3")
     export(ExportOptions(run / "checkpoint-4", tmp_path / "model"))
@@ -238,7 +238,7 @@ def test_exported_by_hand(runs: Path, base: Path, float_base: Path, tmp_path: Pa
     export(ExportOptions(run / "checkpoint-2", tmp_path / "earlier", str(float_base), "original"))
     assert json.loads((tmp_path / "earlier" / "config.json").read_text())["model_type"] == "higgs_audio"
     for options, words in (
-        (ExportOptions(run / "checkpoint-4", tmp_path / "other", str(base)), "is not the base that"),
+        (ExportOptions(run / "checkpoint-4", tmp_path / "other", "tiny-random-base"), "is not the base that"),
         (ExportOptions(run, tmp_path / "other"), "holds no trained_weights/; give a checkpoint-N/"),
         (ExportOptions(run / "checkpoint-4", tmp_path / "model"), "is there already"),
     ):

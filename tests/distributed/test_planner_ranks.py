@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launcher import start_ranks
+from launcher import RANDOM, start_ranks
 
 from higgs_ds.command_line import parse_train_options
 from higgs_ds.dry_run import make_setting
@@ -74,7 +74,7 @@ def test_plan_against_counted_bytes(
     setting: tuple[int, int, str],
 ) -> None:
     ranks, stage, options = setting
-    argv = [*command(stage, options, ds_file), "--dry_run", "--plan_ranks", str(ranks)]
+    argv = [*RANDOM, *command(stage, options, ds_file), "--dry_run", "--plan_ranks", str(ranks)]
     made = plan(make_setting(*parse_train_options(argv)))
     planned = {
         "frozen": sum(made.weights.values()),

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT, read_metrics
-from launcher import start_ranks, train_runs
+from launcher import RANDOM, start_ranks, train_runs
 from safetensors.torch import load_file
 
 SHIPPED = sorted((PROJECT / "ds_configs").glob("*.json"))
-TRAIN = [sys.executable, str(PROJECT / "launch" / "train.py")]
+TRAIN = [sys.executable, str(PROJECT / "launch" / "train.py"), *RANDOM]
 
 
 def run_options(manifest: Path, ds_json: Path, output_dir: Path, precision: str) -> list[str]:

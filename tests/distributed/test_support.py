@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROJECT, read_metrics
-from launcher import start_ranks, train_runs
+from launcher import RANDOM, start_ranks, train_runs
 
 BASES = {"bf16": "", "fp32": "--precision fp32", "nf4": "--load_in_4bit"}
 DS_CONFIGS = sorted(path.stem for path in (PROJECT / "ds_configs").glob("*.json"))
@@ -91,8 +91,9 @@ def test_table_in_the_documents() -> None:
     ],
 )
 def test_refused(tmp_path: Path, options: str, reason: str) -> None:
-    command = f"{PROJECT}/launch/train.py --output_dir {tmp_path}/out {options.format(root=PROJECT / 'ds_configs')}"
-    (process,) = start_ranks(1, [sys.executable, *command.split()])
+    line = f"--output_dir {tmp_path}/out {options.format(root=PROJECT / 'ds_configs')}"
+    command = [sys.executable, str(PROJECT / "launch" / "train.py"), *RANDOM, *line.split()]
+    (process,) = start_ranks(1, command)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2, output
     assert reason in output

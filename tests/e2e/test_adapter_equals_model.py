@@ -19,7 +19,7 @@ PASSED_TO_FORWARD = ("input_ids", "audio_input_ids", "audio_input_ids_mask")
 
 @pytest.fixture(scope="module")
 def float_base(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in base with float32 weights."""
+    """The random base with float32 weights."""
     import shutil
 
     folder = tmp_path_factory.mktemp("float") / "base"

@@ -1,6 +1,6 @@
 """Every command in the README and the documents is run, as it is printed, in a folder as a user has it.
 
-A hub id stands for the built-in base in the original layout, as it would lie in the hub's cache. Runs are cut to one
+A hub id stands for the random base in the original layout, as it would lie in the hub's cache. Runs are cut to one
 step, eight GPUs to two ranks.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import soundfile
-from conftest import PROJECT, VOICES, play
+from conftest import PROJECT, VOICES, VOICES_MANIFEST, play
 from hub_server import TOKEN, local_hub
 from launcher import free_port
 
@@ -105,7 +105,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Workshop:
         (folder / name).symlink_to(PROJECT / name)
     transcripts = {
         sample["messages"][-1]["content"]["audio_url"]: sample["messages"][-2]["content"]
-        for sample in map(json.loads, (PROJECT / "samples" / "voices.jsonl").read_text().splitlines())
+        for sample in map(json.loads, VOICES_MANIFEST.read_text().splitlines())
     }
     for clips in ("my_clips", "clips"):
         (folder / clips).mkdir()

@@ -21,6 +21,8 @@ ENTRIES = [
     speech_sample("The next bus leaves.", "ben_01.flac", duration=0.4),
 ]
 
+RANDOM = "--base_model_path tiny-random-base"
+
 
 def evaluate(folder: Path, options: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable]
@@ -36,7 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated")
     manifest = write_manifest(folder / "held_out.jsonl", ENTRIES)
     for ranks in (1, 2):
-        done = evaluate(folder, f"--test_manifest {manifest} --output_dir {ranks} --recognizer pocketsphinx", ranks)
+        options = f"{RANDOM} --test_manifest {manifest} --output_dir {ranks} --recognizer pocketsphinx"
+        done = evaluate(folder, options, ranks)
         assert done.returncode == 0, done.stderr
         (folder / f"{ranks}.txt").write_text(done.stdout)
     return folder
@@ -80,7 +83,7 @@ def test_table(folder: Path) -> None:
 
 
 def test_beside_another_evaluation(folder: Path) -> None:
-    options = f"--test_manifest {folder}/held_out.jsonl --num_samples 1 --output_dir fewer"
+    options = f"{RANDOM} --test_manifest {folder}/held_out.jsonl --num_samples 1 --output_dir fewer"
     done = evaluate(folder, f"{options} --compare_with 1/evaluation.json")
     assert done.returncode == 0, done.stderr
     head, samples, *rows = (re.split(r"\s{3,}", line.strip()) for line in done.stdout.splitlines()[:-1])

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import PROJECT
 from hub_server import TOKEN, Hub, local_hub
-from launcher import free_port, rank_environment
+from launcher import RANDOM, free_port, rank_environment
 
 from higgs_ds.config import TrainOptions, check_options
 
@@ -42,7 +42,7 @@ def train(tmp_path: Path, mixed_manifest: Path, ds_file: Callable[[int], Path], 
             "--allow_text_targets --val_split 0.34 --batch_size 1 --grad_accum 1 --max_steps 2 --val_steps 1 "
             "--no_report --push_to_hub --hub_repo_id tester/my-voice"
         )
-        command = [sys.executable, f"{PROJECT}/launch/train.py", *line.split(), *more]
+        command = [sys.executable, f"{PROJECT}/launch/train.py", *RANDOM, *line.split(), *more]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert not token or token not in done.stdout + done.stderr
         return done

@@ -1,8 +1,12 @@
-"""The built-in base is the same on every build, and loads and works as any base does, by transformers alone."""
+"""The built-in bases: by name, the same on every build, loaded and at work as any base is, by transformers alone."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +15,16 @@ from conftest import PROJECT
 from safetensors.torch import load_file
 from transformers import AutoProcessor, AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 
-from higgs_ds.builtin import builtin_base
+from higgs_ds import builtin, dry_run
+from higgs_ds.builtin import DEFAULT_BASE, SPEAKING_CODEC, builtin_base, builtin_config, find_base, is_builtin
+from higgs_ds.bundle import open_bundle
+from higgs_ds.command_line import parse_train_options
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.prompt import render_generation, tokenize
 from higgs_ds.data.sample import AudioClip, Message
+from higgs_ds.errors import InputError
 from higgs_ds.files import sha256_of
+from higgs_ds.tiny_random import random_base, random_config
 
 VOICE = PROJECT / "samples" / "voices" / "ben_00.flac"
 CLIP = AudioClip(VOICE)
@@ -39,7 +48,7 @@ def test_same_on_every_machine(base: Path, name: str) -> None:
 def test_built_twice_alike(base: Path, tmp_path: Path) -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    again = builtin_base(tmp_path)
+    again = random_base(tmp_path)
     assert torch.get_rng_state().equal(before)  # building leaves the user's random numbers alone
     names = sorted(str(path.relative_to(again.parent)) for path in again.parent.rglob("*") if path.is_file())
     assert "tiny-random-base/model.safetensors" in names
@@ -79,7 +88,6 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_chat_template_is_the_training_layout(base: Path, name: str) -> None:
     """The template and processor, which inference uses, give the ids and codes that training uses."""
-    from higgs_ds.bundle import open_bundle
     from higgs_ds.data.codec import Codec
     from higgs_ds.data.delay_pattern import apply_delay_pattern
 
@@ -124,3 +132,152 @@ def test_tokenizer_keeps_any_text(base: Path) -> None:
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert len(ids) == len(text.encode())
         assert tokenizer.decode(ids) == text
+
+
+@pytest.fixture(scope="module")
+def speaking(cache_dir: Path) -> Path:
+    return builtin_base(DEFAULT_BASE, cache_dir)
+
+
+@pytest.fixture
+def own_assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the project's assets, in their place."""
+    copied = shutil.copytree(builtin.ASSETS, tmp_path / "assets")
+    monkeypatch.setattr(builtin, "ASSETS", copied)
+    return copied
+
+
+def test_names(base: Path, speaking: Path, cache_dir: Path) -> None:
+    assert is_builtin("speaking-base")
+    assert is_builtin("tiny-random-base")
+    assert not is_builtin("tiny-random-codec")
+    assert find_base("tiny-random-base", "--base_ckpt", cache_dir) == base
+    for name in ("speaking-base", None):
+        assert find_base(name, "--base_ckpt", cache_dir) == speaking
+        # What an adapter's base is called: a folder, which PEFT finds, too.
+        assert open_bundle(name, None, None, cache_dir).name == str(speaking)
+    assert open_bundle("tiny-random-base", None, None, cache_dir).name == str(base)
+
+
+def test_unknown_names(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no-base: is no built-in base; there are speaking-base and tiny-random-base"):
+        builtin_base("no-base", tmp_path)
+    with pytest.raises(InputError, match="no-base: is no built-in base"):
+        builtin_config("no-base")
+    with pytest.raises(InputError, match="--base_ckpt no-base: no such folder"):
+        find_base("no-base", "--base_ckpt", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["speaking-base", "tiny-random-base"])
+def test_a_folder_of_the_same_name_comes_first(
+    base: Path, speaking: Path, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    other = base if name == "speaking-base" else speaking
+    shutil.copytree(other, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    found = find_base(name, "--base_ckpt", cache_dir)
+    assert found == tmp_path / name
+    bundle = open_bundle(name, None, None, cache_dir)
+    assert (bundle.name, bundle.folder) == (name, tmp_path / name)
+    setting = dry_run.make_setting(*parse_train_options(["--dry_run", "--base_ckpt", name]))
+    expected = random_config() if other == base else builtin_config(DEFAULT_BASE)
+    assert setting.config.hidden_size == expected.hidden_size
+    assert find_base(None, "--base_ckpt", cache_dir) == speaking  # what is not named is not looked for
+
+
+@pytest.mark.parametrize(
+    "missing", ["speaking-base/model.safetensors", "speaking-base/tokenizer.json", "speaking-codec"]
+)
+def test_missing_assets(own_assets: Path, base: Path, cache_dir: Path, tmp_path: Path, missing: str) -> None:
+    path = own_assets / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    named = missing if "/" in missing else f"{missing}/config.json, {missing}/model.safetensors"
+    expected = f"{own_assets}: lacks {named} of the built-in base speaking-base; the project is not installed whole"
+    for ask in (lambda: builtin_base(DEFAULT_BASE, tmp_path / "cache"), lambda: builtin_config(DEFAULT_BASE)):
+        with pytest.raises(InputError) as caught:
+            ask()
+        assert caught.value.problems[0].startswith(expected)
+    assert not (tmp_path / "cache").exists()
+    assert builtin_base("tiny-random-base", cache_dir) == base  # which needs none of them
+
+
+def test_damaged_assets(own_assets: Path, tmp_path: Path) -> None:
+    path = own_assets / "speaking-codec" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match=f"{path}: is no safetensors file, or a damaged one"):
+        builtin_base(DEFAULT_BASE, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", [DEFAULT_BASE, SPEAKING_CODEC])
+def test_the_assets_in_float32(speaking: Path, name: str) -> None:
+    asset, folder = builtin.ASSETS / name, speaking.parent / name
+    stored, copied = load_file(asset / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert stored.keys() == copied.keys()
+    assert any(tensor.dtype == torch.float16 for tensor in stored.values())
+    for key, tensor in stored.items():
+        assert copied[key].dtype == (torch.float32 if tensor.is_floating_point() else tensor.dtype), key
+        assert copied[key].equal(tensor.to(copied[key].dtype)), key
+    text = (asset / "config.json").read_text(encoding="utf-8")
+    assert '"dtype": "float16"' in text
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8")) == json.loads(
+        text.replace('"dtype": "float16"', '"dtype": "float32"')
+    )
+    assert (folder / "README.md").read_bytes() == (asset / "README.md").read_bytes()
+
+
+def test_the_speaking_base_by_transformers_alone(speaking: Path) -> None:
+    processor = AutoProcessor.from_pretrained(speaking)
+    model, info = HiggsAudioV2ForConditionalGeneration.from_pretrained(
+        speaking, use_text_head=True, output_loading_info=True
+    )
+    assert not any(info.values())
+    assert model.dtype == torch.float32
+    assert processor.audio_tokenizer.dtype == torch.float32
+    told = processor_config(speaking)["audio_tokenizer"]["audio_tokenizer_name_or_path"]
+    assert told == str(speaking.parent / SPEAKING_CODEC)
+    expected = builtin_config(DEFAULT_BASE)
+    assert expected.dtype == torch.float32
+    assert model.config.hidden_size == expected.hidden_size
+    assert (speaking / "generation_config.json").is_file()
+
+
+def processor_config(folder: Path) -> dict[str, dict[str, str]]:
+    return json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("part", ["speaking-base/config.json", "speaking-codec/README.md", "chat_template.jinja"])
+def test_other_assets_make_another_folder(own_assets: Path, speaking: Path, cache_dir: Path, part: str) -> None:
+    assert builtin_base(DEFAULT_BASE, cache_dir) == speaking  # the same, wherever they lie
+    with (own_assets / part).open("a") as file:
+        file.write("\n")
+    other = builtin_base(DEFAULT_BASE, cache_dir)
+    assert other != speaking
+    assert processor_config(other)["audio_tokenizer"]["audio_tokenizer_name_or_path"].startswith(str(other.parent))
+
+
+def test_two_processes_at_once(tmp_path: Path, speaking: Path) -> None:
+    """Both make it, as neither begins before the other stands ready, and find it whole."""
+    code = (
+        "import sys; from pathlib import Path; from higgs_ds.builtin import builtin_base; print(flush=True); "
+        "input(); print(builtin_base('speaking-base', Path(sys.argv[1])))"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        assert process.stdout
+        assert process.stdout.readline() == "\n"
+    said = [process.communicate("\n", timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    folders = {Path(out.strip()) for out, _ in said}
+    (folder,) = folders
+    assert folder == tmp_path / speaking.parent.name / DEFAULT_BASE
+    for name in (DEFAULT_BASE, SPEAKING_CODEC):
+        weights = f"{name}/model.safetensors"
+        assert sha256_of(folder.parent / weights) == sha256_of(speaking.parent / weights)
+    assert sorted(path.name for path in folder.parent.iterdir()) == [DEFAULT_BASE, SPEAKING_CODEC]

@@ -12,8 +12,10 @@ import pytest
 from launcher import train_runs
 from safetensors.torch import load_file, save_file
 
-from higgs_ds.config import InspectOptions
+from higgs_ds import convert, merge
+from higgs_ds.config import ConvertOptions, InspectOptions, MergeOptions
 from higgs_ds.errors import InputError
+from higgs_ds.files import sha256_of
 from higgs_ds.inspection import find_adapters, validate_adapter, validate_checkpoint
 
 
@@ -144,3 +146,19 @@ def test_adapters_that_are_not_good(run: Path, base: Path, tmp_path: Path, capsy
     with pytest.raises(InputError, match="not good: fits"):
         validate_adapter(InspectOptions(folder, str(base)))
     assert "in the base it is" in capsys.readouterr().out
+
+
+def test_built_in_bases_by_name(run: Path, base: Path, tmp_path: Path) -> None:
+    """For every command that takes an adapter and its base, or a base to convert."""
+    adapter = run / "lora_adapters"
+    validate_adapter(InspectOptions(adapter, "tiny-random-base"))
+    with pytest.raises(InputError, match="not good: fits"):
+        validate_adapter(InspectOptions(adapter, "speaking-base"))
+    files: dict[str, list[str]] = {}
+    for number, name in enumerate(("tiny-random-base", str(base))):
+        merge.main(MergeOptions(name, adapter, tmp_path / f"merged-{number}", no_verify=True))
+        convert.main(ConvertOptions(Path(name), tmp_path / f"converted-{number}", "original"))
+        made = sorted(path for kind in ("merged", "converted") for path in (tmp_path / f"{kind}-{number}").glob("*.s*"))
+        files[name] = [sha256_of(path) for path in made]
+    assert len(files[str(base)]) == 2
+    assert files["tiny-random-base"] == files[str(base)]

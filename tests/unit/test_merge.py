@@ -26,7 +26,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> HiggsAudioV2ForCon
 
 @pytest.fixture(scope="module")
 def float_base(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in base in float32 and in several shards."""
+    """The random base in float32 and in several shards."""
     folder = tmp_path_factory.mktemp("float") / "base"
     load(base).save_pretrained(folder, max_shard_size="3MB")
     for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from conftest import PROJECT, VOICES
+from conftest import PROJECT, VOICES, VOICES_MANIFEST
 
-from higgs_ds.builtin import SAMPLE_MANIFEST
 from higgs_ds.config import DataOptions
 from higgs_ds.data.formats.reader import read_entries
 
 
 def test_committed_voices() -> None:
-    entries = list(read_entries(SAMPLE_MANIFEST, DataOptions()))
+    entries = list(read_entries(VOICES_MANIFEST, DataOptions()))
     assert [fault for entry in entries for fault in entry.faults] == []
     samples = [entry.sample for entry in entries if entry.sample]
     assert len(samples) == 24
@@ -36,7 +35,7 @@ def test_made_by_the_script(tmp_path: Path) -> None:
     (tmp_path / "voices").mkdir()
     runpy.run_path(str(tmp_path / "make_voices.py"), run_name="__main__")
     made = [json.loads(line) for line in (tmp_path / "voices.jsonl").read_text(encoding="utf-8").splitlines()]
-    committed = [json.loads(line) for line in SAMPLE_MANIFEST.read_text(encoding="utf-8").splitlines()]
+    committed = [json.loads(line) for line in VOICES_MANIFEST.read_text(encoding="utf-8").splitlines()]
     assert made == committed
     for path in VOICES.iterdir():
         again, kept = soundfile.info(tmp_path / "voices" / path.name), soundfile.info(path)

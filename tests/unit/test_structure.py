@@ -22,9 +22,9 @@ ROWS = [
     ["data.sample", "data.delay_pattern", "data.normalize", "data.formats.jsonio", "signals", "data.codec_layout"],
     ["data.templates", "data.audio", "data.codec", "data.prompt", "data.sampler", "data.prefetch"],
     ["data.formats.checks", "data.audio_codes", "data.hearing", "model.higgs"],
-    ["data.formats.turns", "data.formats.recordings", "data.collate", "data.index", "builtin"],
+    ["data.formats.turns", "data.formats.recordings", "data.collate", "data.index", "tiny_random"],
     ["data.formats.chatml", "data.formats.csv_file", "data.formats.metadata", "data.formats.paired", "data.coder"],
-    ["data.formats.native", "data.formats.swift", "data.formats.lists", "data.formats.table", "data.encode"],
+    ["data.formats.native", "data.formats.swift", "data.formats.lists", "data.formats.table", "data.encode", "builtin"],
     ["data.formats.recognition", "activations", "relayout"],
     ["data.formats.reader", "data.summary", "data.dataset", "engine", "export", "planner"],
     ["data.survey", "bundle", "metrics", "validate", "trained", "dry_run", "prompts"],
@@ -93,8 +93,9 @@ def users_of(library: str, name: str | None = None) -> set[str]:
 def test_one_user_of_each_engine() -> None:
     assert users_of("deepspeed") == {"engine"}
     assert users_of("bitsandbytes") == {"model.nf4", "optimizers"}
-    assert users_of("transformers", "HiggsAudioV2ForConditionalGeneration") == {"model.higgs", "model.parts", "builtin"}
-    assert users_of("transformers", "HiggsAudioV2TokenizerModel") == {"data.codec", "builtin"}
+    of_model = {"model.higgs", "model.parts", "tiny_random"}
+    assert users_of("transformers", "HiggsAudioV2ForConditionalGeneration") == of_model
+    assert users_of("transformers", "HiggsAudioV2TokenizerModel") == {"data.codec", "tiny_random"}
 
 
 def test_config_and_formats_import_no_torch() -> None:
