@@ -194,7 +194,7 @@ def long_run() -> Iterator[str]:
     result, source = newest("long_run")
     yield "## A long run"
     yield ""
-    yield f"Resident memory over {result['steps']:,} steps of the built-in base in float32, with a validation and a"
+    yield f"Resident memory over {result['steps']:,} steps of the random base in float32, with a validation and a"
     yield f"checkpoint every 250; from step {result['settled']} on {result['lowest_mib']:,.0f} to"
     yield f"{result['highest_mib']:,.0f} MiB, the last tenth {result['last_over_first_tenth']:.3f} times the first."
     steps, resident = result["resident_mib"].keys(), result["resident_mib"].values()
