@@ -1,0 +1,91 @@
+"""Make the base that is to be trained: tokenizer, configuration, and weights that begin as the codec's vectors.
+
+python pretraining/base.py outputs/corpus outputs/codec/speaking-codec outputs/untrained-base
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, HiggsAudioV2ForConditionalGeneration, PreTrainedTokenizerFast
+
+from higgs_ds.tiny_random import CODEBOOK_SIZE, base_config, build_processor, save_model, with_special_tokens
+
+VOCABULARY = 371  # of the text, special tokens not counted
+# As large as they get in training: what says the same sound is alike from the start.
+EMBEDDING_STD, HEAD_STD = 0.05, 0.07
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("codec", type=Path)
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args(argv)
+    torch.manual_seed(options.seed)
+    tokenizer = trained_tokenizer(options.corpus / "base_train.jsonl")
+    model = untrained(tokenizer, load_file(options.codec / "model.safetensors"))
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    save_model(model, options.output_dir)
+    model.generation_config.save_pretrained(options.output_dir)
+    build_processor(tokenizer, options.codec.resolve()).save_pretrained(options.output_dir)
+    print(f"base: {options.output_dir}, {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+def trained_tokenizer(manifest: Path) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of the texts of a manifest, and the model's special tokens."""
+    lines = manifest.read_text(encoding="utf-8").splitlines()
+    texts = [turn["content"] for line in lines for turn in json.loads(line)["messages"][:-1]]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    return with_special_tokens(backend)
+
+
+def untrained(
+    tokenizer: PreTrainedTokenizerFast, codec: dict[str, torch.Tensor]
+) -> HiggsAudioV2ForConditionalGeneration:
+    """Four dual-FFN layers of width 192, random but for what stands for codes."""
+    config = base_config(
+        tokenizer,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        head_dim=32,
+    )
+    model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        do_sample=False,
+        max_new_tokens=750,  # 30 s at 25 frames/s
+    )
+    embeddings = model.model.embed_audio_tokens.embed_audio_tokens.weight.view(config.num_codebooks, -1, 192)
+    heads = model.audio_lm_head.weight.view(config.num_codebooks, -1, 192)
+    with torch.no_grad():
+        for book in range(config.num_codebooks):
+            vectors = codec[f"quantizer.quantizers.{book}.codebook.embed"]
+            if vectors.any():
+                projection = torch.nn.init.orthogonal_(torch.empty(192, vectors.shape[1]))
+                wide = (vectors - vectors.mean(dim=0)) @ projection.T
+                embeddings[book, :CODEBOOK_SIZE] = wide * (EMBEDDING_STD / wide.std())
+                heads[book, :CODEBOOK_SIZE] = wide * (HEAD_STD / wide.std())
+    return model
+
+
+if __name__ == "__main__":
+    main()

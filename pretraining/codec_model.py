@@ -1,0 +1,104 @@
+"""The codec that is trained: transformers' own classes, at a size for two CPU cores."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
+
+RATIOS = [8, 5, 4, 2, 3]  # a frame is 960 samples at 24 kHz
+LATENT = 32
+SEMANTIC = 16
+RESIDUAL = 0.2
+CODEBOOK_SIZE = 1024
+# From this block of the encoder on, convolutions see no neighbours: a word's codes hardly depend on the words beside it.
+FIRST_SHORT_SIGHTED_BLOCK = 2
+
+
+def build_codec() -> HiggsAudioV2TokenizerModel:
+    """An untrained codec whose semantic branch adds nothing, with the released codec's interface."""
+    config = HiggsAudioV2TokenizerConfig(
+        target_bandwidths=[0.5, 1, 1.5, 2],
+        sample_rate=24000,
+        codebook_size=CODEBOOK_SIZE,
+        codebook_dim=LATENT,
+        acoustic_model_config={
+            "model_type": "dac",
+            "encoder_hidden_size": 8,
+            "decoder_hidden_size": 256,
+            "downsampling_ratios": RATIOS,
+            "upsampling_ratios": RATIOS,
+            "hidden_size": LATENT,
+        },
+        semantic_model_config={
+            "model_type": "hubert",
+            "hidden_size": SEMANTIC,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "conv_dim": [4] * 7,
+            "num_conv_pos_embeddings": 16,
+            "num_conv_pos_embedding_groups": 2,
+            "mask_time_prob": 0.0,
+        },
+    )
+    model = HiggsAudioV2TokenizerModel(config).eval()
+    with torch.no_grad():
+        for part in (model.acoustic_encoder, model.acoustic_decoder):
+            for name, layer in part.named_modules():
+                if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
+                    fan_in = layer.in_channels * layer.kernel_size[0] / layer.stride[0] ** layer.transposed
+                    layer.weight.normal_(0, math.sqrt(1 / fan_in))
+                    layer.bias.zero_()
+                    if "res_unit" in name and name.endswith("conv2"):
+                        layer.weight *= RESIDUAL  # else sums of sixteen units grow until nothing is learned
+        # What is quantized is the acoustic encoder's latent vector as it is.
+        _only_acoustic(model.fc, LATENT + SEMANTIC)
+        _only_acoustic(model.fc2, LATENT)
+        for quantizer in model.quantizer.quantizers:
+            _only_acoustic(quantizer.project_in, LATENT)
+            _only_acoustic(quantizer.project_out, LATENT + SEMANTIC)
+    _make_short_sighted(model)
+    _level(model)
+    return model.requires_grad_(False)
+
+
+def _only_acoustic(layer: nn.Linear, outputs: int) -> None:
+    assert layer.out_features == outputs
+    layer.weight.copy_(torch.eye(layer.out_features, layer.in_features))
+    layer.weight[:, LATENT:] = 0
+    layer.bias.zero_()
+
+
+@torch.no_grad()
+def _level(model: HiggsAudioV2TokenizerModel) -> None:
+    """Scale the last layer of encoder and decoder to latents and sound of the size that they will have."""
+    noise = 0.1 * torch.randn(1, 24000)
+    model.acoustic_encoder.conv2.weight /= latents_of(model, noise).std()
+    model.acoustic_decoder.conv2.weight *= 0.1 / sound_of(model, latents_of(model, noise)).std()
+
+
+def _make_short_sighted(model: HiggsAudioV2TokenizerModel) -> None:
+    """Zero all taps but the middle ones, and their gradients."""
+    encoder = model.acoustic_encoder
+    far = [encoder.conv2]
+    for block in encoder.block[FIRST_SHORT_SIGHTED_BLOCK:]:
+        far += [unit.conv1 for unit in (block.res_unit1, block.res_unit2, block.res_unit3)]
+    for layer in far:
+        kernel = layer.kernel_size[0]
+        middle = torch.arange(kernel) == kernel // 2
+        with torch.no_grad():
+            layer.weight.copy_(layer.weight * middle * math.sqrt(kernel))
+        layer.weight.register_hook(lambda gradient, middle=middle: gradient * middle)
+
+
+def latents_of(model: HiggsAudioV2TokenizerModel, waveforms: torch.Tensor) -> torch.Tensor:
+    """What is quantized, (B, F, LATENT), of waveforms (B, num_samples) of whole frames, as `encode` does it."""
+    return model.acoustic_encoder(waveforms[:, None]).transpose(1, 2)
+
+
+def sound_of(model: HiggsAudioV2TokenizerModel, latents: torch.Tensor) -> torch.Tensor:
+    """Waveforms (B, num_samples) of latents (B, F, LATENT), as `decode` does it."""
+    return model.acoustic_decoder(latents.transpose(1, 2))[:, 0]

@@ -1,0 +1,40 @@
+"""Make the clips that the built-in base has its new voice from: digits, by a voice that it has never spoken.
+
+    python pretraining/corpus.py outputs/corpus
+    python samples/make_digits.py outputs/corpus
+
+Its output, in this folder, is committed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CLIPS = {"digits": ("new_voice_train", 48), "digits_held_out": ("new_voice_held_out", 24)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", type=Path)
+    options = parser.parse_args()
+    for name, (part, count) in CLIPS.items():
+        folder = HERE / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        lines = (options.corpus / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        entries = [json.loads(line) for line in lines]
+        for number, entry in enumerate(entries):
+            audio = entry["messages"][-1]["content"]
+            source = options.corpus / audio["audio_url"]
+            audio["audio_url"] = f"{name}/{entry['speaker']}_{number:02d}.flac"
+            shutil.copy(source, HERE / audio["audio_url"])
+        text = "".join(json.dumps(entry) + "\n" for entry in entries)
+        (HERE / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
