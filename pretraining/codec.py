@@ -66,8 +66,7 @@ class Training:
         self.averaged.load_state_dict(state["averaged"])
         self.phase, self.step, self.seconds = state["progress"]
         if state["optimizer"]:
-            begin_phase(self)
-            self.optimizer.load_state_dict(state["optimizer"])
+            begin_phase(self).load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
 
 
@@ -133,14 +132,15 @@ def new_training() -> Training:
     )
 
 
-def begin_phase(training: Training) -> None:
-    """What is trained in the phase, with an optimizer of its own."""
+def begin_phase(training: Training) -> torch.optim.Optimizer:
+    """Choose what is trained in the phase; its new optimizer, which `training` keeps, too."""
     phase = PHASES[training.phase]
     training.model.acoustic_decoder.requires_grad_(True)
     training.model.acoustic_encoder.requires_grad_(phase != "decoder")
     training.quantizer.train(phase == "codebooks")
     trained = [parameter for parameter in training.model.parameters() if parameter.requires_grad]
     training.optimizer = torch.optim.AdamW(trained, LEARNING_RATES[phase], betas=(0.8, 0.99), weight_decay=0)
+    return training.optimizer
 
 
 @torch.no_grad()
@@ -210,7 +210,7 @@ def read(manifest: Path) -> list[torch.Tensor]:
 
 def stretches(clips: list[torch.Tensor], batch_size: int, frames: int) -> torch.Tensor:
     """Stretches of clips drawn at random, (B, num_samples), each beginning with a frame."""
-    batch = []
+    batch: list[torch.Tensor] = []
     while len(batch) < batch_size:
         clip = clips[int(torch.randint(len(clips), ()))]
         spare = len(clip) // FRAME - frames

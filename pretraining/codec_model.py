@@ -13,7 +13,7 @@ LATENT = 32
 SEMANTIC = 16
 RESIDUAL = 0.2
 CODEBOOK_SIZE = 1024
-# From this block of the encoder on, convolutions see no neighbours: a word's codes hardly depend on the words beside it.
+# From this block of the encoder on, convolutions see no neighbours: a word's codes hardly depend on others beside it.
 FIRST_SHORT_SIGHTED_BLOCK = 2
 
 
@@ -51,6 +51,7 @@ def build_codec() -> HiggsAudioV2TokenizerModel:
                 if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
                     fan_in = layer.in_channels * layer.kernel_size[0] / layer.stride[0] ** layer.transposed
                     layer.weight.normal_(0, math.sqrt(1 / fan_in))
+                    assert layer.bias is not None
                     layer.bias.zero_()
                     if "res_unit" in name and name.endswith("conv2"):
                         layer.weight *= RESIDUAL  # else sums of sixteen units grow until nothing is learned

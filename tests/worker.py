@@ -10,6 +10,7 @@ from pathlib import Path
 import forks  # before anything that imports torch
 import torch.nn.functional as F
 from conftest import native_inputs
+from mutants import MUTANTS
 from safetensors.torch import save_file
 
 from higgs_ds import distributed
@@ -38,6 +39,10 @@ def dump_logits(run: Run, path: Path) -> None:
 
 def train_all(runs: list[list[str]]) -> None:
     for argv in runs:
+        if "--mutant" in argv:
+            at = argv.index("--mutant")
+            MUTANTS[argv[at + 1]]()  # in this fork only
+            argv = argv[:at] + argv[at + 2 :]
         if "--dump_logits" in argv:
             at = argv.index("--dump_logits")
             run = start(*parse_train_options(argv[:at] + argv[at + 2 :]))
