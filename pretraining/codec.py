@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("output_dir", type=Path)
     parser.add_argument(
-        "--steps", type=int, nargs=len(PHASES), default=[400, 400, 200], metavar="N", help="of each phase"
+        "--steps", type=int, nargs=len(PHASES), default=[300, 300, 200], metavar="N", help="of each phase"
     )
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--stretch_frames", type=int, default=20, help="of 40 ms, cut out of each clip")
@@ -147,7 +147,9 @@ def begin_phase(training: Training) -> torch.optim.Optimizer:
 def start_codebooks(training: Training, clips: list[torch.Tensor]) -> None:
     """Codebooks begin as k-means centres of what the encoder makes of all clips."""
     latents = torch.cat([latents_of(training.model, clip[None])[0] for clip in clips])
+    training.quantizer.quantize_dropout = False  # all of them
     training.quantizer(latents[None])
+    training.quantizer.quantize_dropout = True
 
 
 def one_step(training: Training, loss_of: nn.Module, batch: torch.Tensor, last: int) -> float:

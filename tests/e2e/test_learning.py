@@ -1,0 +1,151 @@
+"""It learned: the built-in base says what it has never heard, adapters give it a new voice, and wrong labels do not."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+import torch
+from conftest import PROJECT, write_manifest
+from launcher import train_runs
+from mutants import MUTANTS
+from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
+
+HELD_OUT = PROJECT / "samples" / "digits_held_out.jsonl"
+OLD_VOICE_HZ, NEW_VOICE_HZ = 100, 150
+TRAINING = (
+    "--base_ckpt speaking-base --val_split 0 --batch_size 8 --grad_accum 1 --precision fp32 --max_steps 120 --lr 3e-3 "
+    "--lora_r 32 --lora_alpha 64 --lora_dropout 0"
+)
+
+
+def evaluated(folder: Path, name: str, options: str) -> dict[str, Any]:
+    """What launch/evaluate.py measures, in words and numbers."""
+    command = [
+        sys.executable,
+        str(PROJECT / "launch" / "evaluate.py"),
+        "--recognizer",
+        "pocketsphinx",
+        *options.split(),
+    ]
+    done = subprocess.run([*command, "--output_dir", name], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / name / "evaluation.json").read_text())
+
+
+def missed(results: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    """What a model with a new voice does not do of what it should."""
+    way = (results["median_pitch_hz"] or math.nan) - OLD_VOICE_HZ
+    wanted = {
+        "stops": results["stop_rate"] == 1,
+        "exact": results["exact_first_codebook"] >= 0.9 * base["exact_first_codebook"],
+        "pitch": way >= 0.8 * (NEW_VOICE_HZ - OLD_VOICE_HZ),
+    }
+    return [name for name, holds in wanted.items() if not holds]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("learning")
+
+
+@pytest.fixture(scope="module")
+def base_results(folder: Path) -> dict[str, Any]:
+    """Of the base, on strings that are in no training data, in the voices that it has."""
+    if shutil.which("espeak-ng") is None:
+        pytest.skip("needs espeak-ng")
+    sys.path.insert(0, str(PROJECT / "pretraining"))
+    try:
+        import corpus
+    finally:
+        sys.path.pop(0)
+    rng, recordings, taken = random.Random(1), corpus.Recordings(folder), set[str]()
+    _, lines = [list(corpus.written(part, part.clips, recordings, rng, taken)) for part in corpus.PARTS[:2]]
+    assert corpus.PARTS[1].name == "base_held_out"
+    (folder / "held_out.jsonl").write_text("".join(lines))
+    return evaluated(folder, "base", f"--test_manifest {folder}/held_out.jsonl")
+
+
+@pytest.fixture(scope="module")
+def manifest(folder: Path) -> Path:
+    """The new voice's clips; in front of half of them a reference whose words are not those that are heard."""
+    path = PROJECT / "samples" / "digits.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    for entry in entries:
+        audio = entry["messages"][-1]["content"]
+        audio["audio_url"] = str(path.parent / audio["audio_url"])
+    turns = [entry["messages"][1:] for entry in entries]
+    for number, entry in enumerate(entries):
+        if number % 2:
+            words, speech = turns[number - 1][0], turns[(number + 10) % len(turns)][1]
+            entry["messages"][1:1] = [words, speech]
+            entry["start_index"] = 3
+    return write_manifest(folder / "voice.jsonl", entries)
+
+
+def trained(folder: Path, manifest: Path, name: str, more: str = "") -> Path:
+    train_runs(1, [f"{TRAINING} --train_manifest {manifest} --output_dir {folder}/{name} {more}".split()])
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def lora(folder: Path, manifest: Path) -> Path:
+    return trained(folder, manifest, "lora", "--merge_adapter_with_base")
+
+
+def test_base_says_strings_that_it_never_heard(base_results: dict[str, Any]) -> None:
+    assert base_results["samples"] == 200
+    assert base_results["stop_rate"] == 1
+    assert base_results["exact_first_codebook"] >= 0.95
+    assert base_results["word_error_rate"] <= 0.2
+    pitches = {item["reference_pitch_hz"] // 20: item["pitch_hz"] for item in base_results["items"]}
+    assert len(pitches) > 1  # both voices are asked for
+
+
+def test_new_voice_by_lora(folder: Path, base_results: dict[str, Any], lora: Path) -> None:
+    options = f"--test_manifest {HELD_OUT}"
+    before = evaluated(folder, "before", options)
+    assert before["median_pitch_hz"] == pytest.approx(OLD_VOICE_HZ, abs=5)
+    after = evaluated(folder, "after", f"{options} --lora_adapter_path {lora}/lora_adapters")
+    assert missed(after, base_results) == []
+    assert missed(before, base_results) == ["exact", "pitch"]
+
+
+def test_new_voice_by_qlora(folder: Path, base_results: dict[str, Any], manifest: Path) -> None:
+    run = trained(folder, manifest, "qlora", "--finetune qlora")
+    adapter = f"--test_manifest {HELD_OUT} --lora_adapter_path {run}/lora_adapters"
+    assert missed(evaluated(folder, "after_qlora", adapter), base_results) == []
+
+
+def test_merged_and_by_plain_transformers(folder: Path, base_results: dict[str, Any], lora: Path) -> None:
+    """The merged model keeps what was learned; transformers alone gives the same audio."""
+    merged = lora / "merged_model"
+    results = evaluated(folder, "after_merge", f"--test_manifest {HELD_OUT} --base_model_path {merged}")
+    assert missed(results, base_results) == []
+    processor = AutoProcessor.from_pretrained(merged)
+    model = HiggsAudioV2ForConditionalGeneration.from_pretrained(merged).eval()
+    entries = [json.loads(line) for line in HELD_OUT.read_text().splitlines()[:4]]
+    for number, entry in enumerate(entries):
+        inputs = processor.apply_chat_template(
+            entry["messages"][:2], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        rows = model.generate(**inputs, do_sample=False, max_new_tokens=300)
+        expected = processor.batch_decode(rows)[0].float().flatten()
+        said, _ = soundfile.read(folder / "after_merge" / f"{number}.wav", dtype="float32")
+        torch.testing.assert_close(torch.from_numpy(said), expected.clamp(-1, 1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_wrong_labels_are_noticed(folder: Path, base_results: dict[str, Any], manifest: Path, mutant: str) -> None:
+    run = trained(folder, manifest, mutant, f"--mutant {mutant}")
+    adapter = f"--test_manifest {HELD_OUT} --lora_adapter_path {run}/lora_adapters"
+    results = evaluated(folder, f"after_{mutant}", adapter)
+    assert missed(results, base_results)

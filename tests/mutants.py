@@ -1,0 +1,72 @@
+"""Trainers with wrong labels, as there are some: each is this one with a part of it put wrong, for tests to notice.
+
+A mutant is switched on in a process of its own, by `worker.py --mutant NAME`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from higgs_ds.data import collate, dataset, prompt
+from higgs_ds.loss import IGNORE_INDEX
+
+apply_delay_pattern, delayed_labels, render = collate.apply_delay_pattern, collate.delayed_labels, prompt.render
+
+
+def eos_masked() -> None:
+    """No codebook's end is learned, as with the labels of transformers' processor."""
+
+    def labels_without_end(codes: torch.Tensor, stream: Any) -> torch.Tensor:
+        labels = delayed_labels(codes, stream)
+        return labels.masked_fill(labels == stream.eos_id, IGNORE_INDEX)
+
+    collate.delayed_labels = labels_without_end
+
+
+def delay_off() -> None:
+    """All codebooks begin in one row."""
+
+    def rows_side_by_side(codes: torch.Tensor, stream: Any) -> torch.Tensor:
+        rows = torch.full_like(apply_delay_pattern(codes, stream), stream.eos_id)
+        rows[0] = stream.bos_id
+        rows[1 : 1 + codes.shape[1]] = codes.t()
+        return rows
+
+    def labels_side_by_side(codes: torch.Tensor, stream: Any) -> torch.Tensor:
+        labels = torch.full_like(delayed_labels(codes, stream), IGNORE_INDEX)
+        labels[1 : 1 + codes.shape[1]] = codes.t()
+        labels[1 + codes.shape[1]] = stream.eos_id
+        return labels
+
+    collate.apply_delay_pattern, collate.delayed_labels = rows_side_by_side, labels_side_by_side
+
+
+def audio_unshifted() -> None:
+    """Each position learns its own input."""
+    shifted = dataset.collate
+
+    def collate_unshifted(*args: Any, **kwargs: Any) -> Any:
+        batch = shifted(*args, **kwargs)
+        own = batch.places.flatten()[batch.positions[batch.audio_places] + 1]
+        return replace(batch, audio_places=own)
+
+    dataset.collate = collate_unshifted
+
+
+def reference_trained() -> None:
+    """What is said before the turn that is to be learned is learned, too."""
+
+    def render_all_as_target(messages: Sequence[Any], start_index: int) -> Iterator[Any]:
+        del start_index
+        return render(messages, 0)
+
+    prompt.render = render_all_as_target
+
+
+MUTANTS: dict[str, Callable[[], None]] = {
+    mutant.__name__: mutant for mutant in (eos_masked, delay_off, audio_unshifted, reference_trained)
+}
