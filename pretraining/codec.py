@@ -1,9 +1,10 @@
-"""Train the codec of the built-in base on the corpus, in three phases; it goes on where it was stopped.
+"""Train the codec of the built-in base on the corpus, in phases; it goes on where it was stopped.
 
     python pretraining/codec.py outputs/corpus outputs/codec
 
 autoencoder: encoder and decoder, nothing quantized. codebooks: the vectors between are quantized, more or less exactly;
-codebooks are moving averages. decoder: encoder and codebooks stay as they are, the decoder's weights are averaged.
+codebooks are moving averages. decoder, three times: encoder and codebooks stay as they are, the decoder learns on, each
+time from a high learning rate to a low one; its weights are averaged.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from higgs_ds.tiny_random import save_model
 RATE, FRAME = 24000, 960
 # Others would carry next to nothing, and cost the language model 9 bits a frame each: their code is always 0.
 CODEBOOKS_WITH_SOUND = 3
-PHASES = ("autoencoder", "codebooks", "decoder")
-LEARNING_RATES = {"autoencoder": 2e-3, "codebooks": 1e-3, "decoder": 5e-4}
+PHASES = ("autoencoder", "codebooks", "decoder 1", "decoder 2", "decoder 3")
+DECODER_ALONE = PHASES[2:]
+LEARNING_RATES = dict(zip(PHASES, (2e-3, 1e-3, 5e-4, 1e-3, 1e-3), strict=True))
 WARMUP_STEPS = 20
 AVERAGED_OVER = 0.98
 STATE_FILE, CODEC_FOLDER = "state.pt", "speaking-codec"
@@ -77,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("output_dir", type=Path)
     parser.add_argument(
-        "--steps", type=int, nargs=len(PHASES), default=[300, 300, 200], metavar="N", help="of each phase"
+        "--steps", type=int, nargs=len(PHASES), default=[300, 300, 200, 400, 600], metavar="N", help="of each phase"
     )
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--stretch_frames", type=int, default=20, help="of 40 ms, cut out of each clip")
@@ -136,7 +138,7 @@ def begin_phase(training: Training) -> torch.optim.Optimizer:
     """Choose what is trained in the phase; its new optimizer, which `training` keeps, too."""
     phase = PHASES[training.phase]
     training.model.acoustic_decoder.requires_grad_(True)
-    training.model.acoustic_encoder.requires_grad_(phase != "decoder")
+    training.model.acoustic_encoder.requires_grad_(phase not in DECODER_ALONE)
     training.quantizer.train(phase == "codebooks")
     trained = [parameter for parameter in training.model.parameters() if parameter.requires_grad]
     training.optimizer = torch.optim.AdamW(trained, LEARNING_RATES[phase], betas=(0.8, 0.99), weight_decay=0)
@@ -168,7 +170,7 @@ def one_step(training: Training, loss_of: nn.Module, batch: torch.Tensor, last: 
     loss.backward()
     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
-    if phase == "decoder":
+    if phase in DECODER_ALONE:
         training.averaged.update_parameters(training.model.acoustic_decoder)
     training.step += 1
     return loss.item()
