@@ -28,11 +28,11 @@ def run_spoiled(cases: list[dict[str, object]]) -> list[str | None]:
     return json.loads(next(line for line in outputs[0].splitlines() if line.startswith("errors:"))[len("errors:") :])
 
 
-def options(manifest: Path, ds_json: Path, folder: Path, precision: str, more: str) -> list[str]:
+def options(base: Path, manifest: Path, ds_json: Path, folder: Path, precision: str, more: str) -> list[str]:
     return (
-        f"--deepspeed {ds_json} --output_dir {folder} --precision {precision} --train_manifest {manifest} --lr 1e-3 "
-        "--allow_text_targets --batch_size 1 --grad_accum 2 --max_steps 5 --log_steps 1 --val_steps 100 --save_steps 1 "
-        f"{more}"
+        f"--base_ckpt {base} --deepspeed {ds_json} --output_dir {folder} --precision {precision} "
+        f"--train_manifest {manifest} --lr 1e-3 --allow_text_targets --batch_size 1 --grad_accum 2 "
+        f"--max_steps 5 --log_steps 1 --val_steps 100 --save_steps 1 {more}"
     ).split()
 
 
@@ -49,7 +49,7 @@ def same(one: dict[str, object], other: dict[str, object]) -> bool:
 
 @pytest.fixture(scope="module")
 def spoiled(
-    tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, ds_file: Callable[[int], Path]
+    tmp_path_factory: pytest.TempPathFactory, small_base: Path, mixed_manifest: Path, ds_file: Callable[[int], Path]
 ) -> tuple[Path, dict[str, str | None]]:
     """For each case a run that passes over step 3; for some of them one that stops there."""
     root = tmp_path_factory.mktemp("spoiled")
@@ -57,9 +57,9 @@ def spoiled(
     for stage, precision, kind in CASES:
         for way in ("skip", "stop") if (stage, precision, kind) in STOPPED else ("skip",):
             name = f"{stage}-{precision}-{kind}-{way}"
-            argv = options(mixed_manifest, ds_file(stage), root / name, precision, f"--on_nonfinite {way}")
+            argv = options(small_base, mixed_manifest, ds_file(stage), root / name, precision, f"--on_nonfinite {way}")
             cases[name] = {"argv": argv, "steps": [3], "rank": 1, "kind": kind}
-    argv = options(mixed_manifest, ds_file(2), root / "all", "fp32", "--on_nonfinite skip --max_steps 20")
+    argv = options(small_base, mixed_manifest, ds_file(2), root / "all", "fp32", "--on_nonfinite skip --max_steps 20")
     cases["all"] = {"argv": argv, "steps": list(range(2, 21)), "rank": 0, "kind": "loss"}
     return root, dict(zip(cases, run_spoiled(list(cases.values())), strict=True))
 
@@ -105,7 +105,10 @@ def test_passes_over_so_many_and_no_more(spoiled: tuple[Path, dict[str, str | No
 
 
 def test_goes_on_behind_a_step_that_was_passed_over(
-    spoiled: tuple[Path, dict[str, str | None]], mixed_manifest: Path, ds_file: Callable[[int], Path]
+    spoiled: tuple[Path, dict[str, str | None]],
+    small_base: Path,
+    mixed_manifest: Path,
+    ds_file: Callable[[int], Path],
 ) -> None:
     """Adam's count of steps is that of the steps taken; at stage 0 it is written down by hand."""
     root, _ = spoiled
@@ -115,7 +118,7 @@ def test_goes_on_behind_a_step_that_was_passed_over(
         shutil.copytree(whole, broken)
         for step in (4, 5):
             shutil.rmtree(broken / f"checkpoint-{step}")
-        argv = options(mixed_manifest, ds_file(stage), broken, "fp32", "--on_nonfinite stop --resume auto")
+        argv = options(small_base, mixed_manifest, ds_file(stage), broken, "fp32", "--on_nonfinite stop --resume auto")
         cases.append({"argv": argv, "steps": [], "rank": 0, "kind": "loss"})
     assert run_spoiled(cases) == [None, None]
     for stage in (0, 3):

@@ -108,16 +108,22 @@ def shipped_options(ds_json: Path, manifest: Path, output_dir: Path) -> list[str
 
 
 @pytest.fixture(scope="module")
-def resumed_runs(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path) -> Path:
+def resumed_runs(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, small_base: Path) -> Path:
     """For every shipped DeepSpeed file a whole run, and one that went on from its second step's checkpoint."""
     root = tmp_path_factory.mktemp("resumed")
-    train_runs(2, [shipped_options(path, mixed_manifest, root / f"{path.stem}-whole") for path in SHIPPED])
+    wholes, brokens = (
+        [
+            [*shipped_options(path, mixed_manifest, root / f"{path.stem}-{name}"), "--base_ckpt", str(small_base)]
+            for path in SHIPPED
+        ]
+        for name in ("whole", "broken")
+    )
+    train_runs(2, wholes)
     for path in SHIPPED:
         shutil.copytree(root / f"{path.stem}-whole", root / f"{path.stem}-broken")
         for step in (4, 6):
             shutil.rmtree(root / f"{path.stem}-broken" / f"checkpoint-{step}")
-    rest = [shipped_options(path, mixed_manifest, root / f"{path.stem}-broken") for path in SHIPPED]
-    train_runs(2, [[*options, "--resume", "auto"] for options in rest])
+    train_runs(2, [[*options, "--resume", "auto"] for options in brokens])
     return root
 
 
@@ -131,7 +137,7 @@ ELSEWHERE = [((2, 3), (1, 2)), ((1, 2), (2, 3)), ((2, 3), (2, 2)), ((2, 2), (2, 
 
 @pytest.fixture(scope="module")
 def moved_runs(
-    tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, ds_file: Callable[[int], Path]
+    tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, small_base: Path, ds_file: Callable[[int], Path]
 ) -> dict[tuple[object, object], Path]:
     """A whole run for each number of ranks and stage, and one begun there and gone on with elsewhere behind step 2.
 
@@ -141,7 +147,8 @@ def moved_runs(
 
     def options(ranks: int, stage: int, folder: Path, *more: str) -> list[str]:
         made = run_options(mixed_manifest, ds_file(stage), folder, "fp32")
-        return [*made, "--lora_dropout", "0", "--batch_size", "2", "--grad_accum", str(4 // ranks), *more]
+        made += ["--base_ckpt", str(small_base), "--lora_dropout", "0"]
+        return [*made, "--batch_size", "2", "--grad_accum", str(4 // ranks), *more]
 
     kinds = sorted({begun for begun, _ in ELSEWHERE})
     folders = {(kind, kind): root / f"{kind[0]}-{kind[1]}" for kind in kinds}
