@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, HiggsAudioV2ForConditionalGeneration, PreTrainedTokenizerFast
 
+from higgs_ds.quiet import quiet_libraries
 from higgs_ds.tiny_random import CODEBOOK_SIZE, base_config, build_processor, save_model, with_special_tokens
 
 VOCABULARY = 371  # of the text, special tokens not counted
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(argv)
+    quiet_libraries()
     torch.manual_seed(options.seed)
     tokenizer = trained_tokenizer(options.corpus / "base_train.jsonl")
     model = untrained(tokenizer, load_file(options.codec / "model.safetensors"))

@@ -15,6 +15,7 @@ from corpus import WORDS
 
 from higgs_ds.data.codec import Codec
 from higgs_ds.measures import median_pitch_hz, word_errors, words_of
+from higgs_ds.quiet import quiet_libraries
 from higgs_ds.recognizers import POCKETSPHINX, open_recognizer
 
 
@@ -23,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("codec", type=Path)
     options = parser.parse_args(argv)
+    quiet_libraries()
     manifest = options.corpus / "codec_held_out.jsonl"
     samples = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
     for title, rate, pitches in checked(read(manifest), samples, options.codec):

@@ -11,8 +11,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 WORKER = Path(__file__).parent / "worker.py"
+LAUNCH = Path(__file__).parents[1] / "launch"
 # What tests train on; put in front of a run's own options, which win.
 RANDOM = [
     "--base_ckpt", "tiny-random-base",
@@ -66,12 +68,34 @@ def train_runs(world_size: int, runs: Sequence[Sequence[str]], timeout_s: float 
             "ranks": world_size, "runs": [[*RANDOM, *run, *undrawn] for run in runs], "log": log.name,
             "timeout_s": timeout_s, "environment": dict(os.environ),
         }  # fmt: skip
-        server = _server()
-        assert server.stdin
-        assert server.stdout
-        print(json.dumps(job), file=server.stdin, flush=True)
-        codes = json.loads(server.stdout.readline() or '["the server of ranks has ended"]')
+        codes = _asked(job)
         assert codes == [0] * world_size, f"ranks ended with {codes}:\n{log.read()[-9000:]}"
+
+
+def run_script(
+    name: str,
+    options: Sequence[str],
+    folder: Path,
+    timeout_s: float = 300,
+) -> subprocess.CompletedProcess[str]:
+    """What `python launch/NAME.py OPTIONS` does in a folder, without the seconds of imports of a new process."""
+    command = [str(LAUNCH / f"{name}.py"), *options]
+    with tempfile.NamedTemporaryFile(mode="r") as stdout, tempfile.NamedTemporaryFile(mode="r") as stderr:
+        script = {
+            "command": command, "folder": str(folder), "environment": dict(os.environ),
+            "outputs": [stdout.name, stderr.name],
+        }  # fmt: skip
+        code = _asked({"script": script, "timeout_s": timeout_s})
+        assert isinstance(code, int), f"{command} did not end within {timeout_s} s:\n{stderr.read()[-9000:]}"
+        return subprocess.CompletedProcess(command, code, stdout.read(), stderr.read())
+
+
+def _asked(job: dict[str, Any]) -> Any:
+    server = _server()
+    assert server.stdin
+    assert server.stdout
+    print(json.dumps(job), file=server.stdin, flush=True)
+    return json.loads(server.stdout.readline() or '["the server of ranks has ended"]')
 
 
 @functools.cache

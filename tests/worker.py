@@ -1,9 +1,11 @@
-"""The ranks of `launcher.train_runs`: each line on stdin is a job, whose trainings run in forks of this process."""
+"""Forks of a process that has imported everything; lines on stdin are jobs of `launcher`, trainings or commands."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -53,9 +55,27 @@ def train_all(runs: list[list[str]]) -> None:
             main(*parse_train_options(argv))
 
 
+def run_script(command: list[str], folder: str, environment: dict[str, str], outputs: list[str]) -> None:
+    """What `python SCRIPT OPTIONS` does in that folder."""
+    for path, stream in zip(outputs, (sys.stdout, sys.stderr), strict=True):
+        os.dup2(os.open(path, os.O_WRONLY), stream.fileno())
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+
+
 def serve() -> None:
     for line in sys.stdin:
         job = json.loads(line)
+        if "script" in job:
+            process = multiprocessing.get_context("fork").Process(target=run_script, kwargs=job["script"])
+            process.start()
+            process.join(job["timeout_s"])
+            print(json.dumps(process.exitcode), flush=True)
+            process.kill()
+            continue
         os.environ.update(job["environment"])
         pids = forks.start(job["ranks"], lambda runs=job["runs"]: train_all(runs), Path(job["log"]))
         try:

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 from conftest import PROJECT, read_metrics, speech_sample, text_sample, write_manifest
-from launcher import RANDOM
+from launcher import RANDOM, run_script
 
 from higgs_ds.builtin import BUILT_IN, DEFAULT_BASE, SAMPLE_MANIFEST, builtin_base, builtin_config
 from higgs_ds.config import LoraOptions
@@ -29,8 +29,10 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 def train(folder: Path, options: str, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
     """On the random base, where the options name no other."""
-    launcher = [DEEPSPEED, "--num_gpus", str(ranks)] if ranks else [sys.executable]
-    return run([*launcher, str(PROJECT / "launch" / "train.py"), *RANDOM, *options.split()], folder)
+    if ranks is None:
+        return run_script("train", [*RANDOM, *options.split()], folder)
+    launcher = [DEEPSPEED, "--num_gpus", str(ranks), str(PROJECT / "launch" / "train.py")]
+    return run([*launcher, *RANDOM, *options.split()], folder)
 
 
 def samples(stdout: str) -> tuple[int, int]:
@@ -137,15 +139,15 @@ def test_merge_and_speak(main_job: tuple[Path, subprocess.CompletedProcess[str]]
     for path in (output / where).glob("adapter_*"):
         assert path.read_bytes() == (output / f"checkpoint-{steps(done.stdout)}" / where / path.name).read_bytes()
     base = json.loads((output / where / "adapter_config.json").read_text())["base_model_name_or_path"]
-    merge = [sys.executable, str(PROJECT / "launch" / "merge.py"), "--base_model_path", base]
-    done = run([*merge, "--lora_adapter_path", str(output / where), "--output_path", "merged"], tmp_path)
+    merge = ["--base_model_path", base, "--lora_adapter_path", str(output / where), "--output_path", "merged"]
+    done = run_script("merge", merge, tmp_path)
     assert done.returncode == 0, done.stderr
     first, check, last = done.stdout.splitlines()
     assert (first, last) == ("Merged into: the base's weights", "Merged model: merged")
     assert re.fullmatch(r"Self-check: merged and adapted logits differ by \S+ at most, 0\.\d+% on average, .*", check)
-    speak = [sys.executable, str(PROJECT / "launch" / "generate.py"), "--text", "seven two", "--max_new_tokens", "40"]
+    speak = ["--text", "seven two", "--max_new_tokens", "40"]
     for options in (["--base_model_path", "merged"], ["--lora_adapter_path", str(output / where)], []):
-        done = run([*speak, "--output", "speech.wav", *options], tmp_path)
+        done = run_script("generate", [*speak, "--output", "speech.wav", *options], tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("WAV: speech.wav (")
         info = soundfile.info(tmp_path / "speech.wav")
@@ -154,7 +156,8 @@ def test_merge_and_speak(main_job: tuple[Path, subprocess.CompletedProcess[str]]
         whole = info.duration == pytest.approx(at_most)
         assert whole if "cut off at --max_new_tokens" in done.stdout else 0 < info.duration <= at_most
     voice = PROJECT / "samples" / "voices" / "anna_01.flac"
-    done = run([*speak, "--ref_audio", str(voice), "--ref_text", "The kettle is on.", "--temperature", "0.7"], tmp_path)
+    reference = ["--ref_audio", str(voice), "--ref_text", "The kettle is on.", "--temperature", "0.7"]
+    done = run_script("generate", [*speak, *reference], tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -181,10 +184,9 @@ def test_merge_at_the_end_on_two_ranks(tmp_path: Path) -> None:
         ).read_bytes()
         assert (tmp_path / "out" / name / "tokenizer.json").is_file()
     assert (tmp_path / "out" / "merged_model" / "audio_tokenizer" / "model.safetensors").is_file()
-    speak = [sys.executable, str(PROJECT / "launch" / "generate.py"), "--text", "Hello.", "--max_new_tokens", "20"]
-    done = run(
-        [*speak, "--lora_adapter_path", "out/lora_adapters"], tmp_path
-    )  # on the base in 4 bits, as it was trained
+    # On the base in 4 bits, as it was trained.
+    speak = ["--text", "Hello.", "--max_new_tokens", "20", "--lora_adapter_path", "out/lora_adapters"]
+    done = run_script("generate", speak, tmp_path)
     assert (done.returncode, done.stdout.split(" (")[0]) == (0, "WAV: speech.wav"), done.stderr
 
 

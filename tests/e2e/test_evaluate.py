@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 from conftest import PROJECT, speech_sample, text_sample, write_manifest
-from launcher import free_port
+from launcher import free_port, run_script
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
 
 ENTRIES = [
@@ -25,10 +25,10 @@ RANDOM = "--base_model_path tiny-random-base"
 
 
 def evaluate(folder: Path, options: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable]
-    if ranks > 1:
-        torchrun = str(Path(sys.executable).parent / "torchrun")
-        launcher = [torchrun, "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    if ranks == 1:
+        return run_script("evaluate", options.split(), folder)
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    launcher = [torchrun, "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
     command = [*launcher, str(PROJECT / "launch" / "evaluate.py"), *options.split()]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 

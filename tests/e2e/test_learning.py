@@ -6,7 +6,6 @@ import json
 import math
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import soundfile
 import torch
 from conftest import PROJECT, write_manifest
-from launcher import train_runs
+from launcher import run_script, train_runs
 from mutants import MUTANTS
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
 
@@ -29,14 +28,7 @@ TRAINING = (
 
 def evaluated(folder: Path, name: str, options: str) -> dict[str, Any]:
     """What launch/evaluate.py measures, in words and numbers."""
-    command = [
-        sys.executable,
-        str(PROJECT / "launch" / "evaluate.py"),
-        "--recognizer",
-        "pocketsphinx",
-        *options.split(),
-    ]
-    done = subprocess.run([*command, "--output_dir", name], cwd=folder, capture_output=True, text=True, check=False)
+    done = run_script("evaluate", f"--recognizer pocketsphinx --output_dir {name} {options}".split(), folder)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / name / "evaluation.json").read_text())
 
