@@ -3,7 +3,7 @@
     python pretraining/codec.py outputs/corpus outputs/codec
 
 autoencoder: encoder and decoder, nothing quantized. codebooks: the vectors between are quantized, more or less exactly;
-codebooks are moving averages. decoder, three times: encoder and codebooks stay as they are, the decoder learns on, each
+codebooks are moving averages. decoder, four times: encoder and codebooks stay as they are, the decoder learns on, each
 time from a high learning rate to a low one; its weights are averaged.
 """
 
@@ -32,9 +32,9 @@ from higgs_ds.tiny_random import save_model
 RATE, FRAME = 24000, 960
 # Others would carry next to nothing, and cost the language model 9 bits a frame each: their code is always 0.
 CODEBOOKS_WITH_SOUND = 3
-PHASES = ("autoencoder", "codebooks", "decoder 1", "decoder 2", "decoder 3")
+PHASES = ("autoencoder", "codebooks", "decoder 1", "decoder 2", "decoder 3", "decoder 4")
 DECODER_ALONE = PHASES[2:]
-LEARNING_RATES = dict(zip(PHASES, (2e-3, 1e-3, 5e-4, 1e-3, 1e-3), strict=True))
+LEARNING_RATES = dict(zip(PHASES, (2e-3, 1e-3, 5e-4, 1e-3, 1e-3, 7e-4), strict=True))
 WARMUP_STEPS = 20
 AVERAGED_OVER = 0.98
 STATE_FILE, CODEC_FOLDER = "state.pt", "speaking-codec"
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("output_dir", type=Path)
     parser.add_argument(
-        "--steps", type=int, nargs=len(PHASES), default=[300, 300, 200, 400, 600], metavar="N", help="of each phase"
+        "--steps", type=int, nargs=len(PHASES), default=[300, 300, 200, 400, 600, 400], metavar="N", help="of each phase"
     )
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--stretch_frames", type=int, default=20, help="of 40 ms, cut out of each clip")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration, HiggsAudioV2TokenizerModel
 
 pytestmark = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs espeak-ng")
-STEPS = ("--steps", "2", "3", "2", "1", "1", "--batch_size", "2", "--save_steps", "1")
+STEPS = ("--steps", "2", "3", "2", "1", "1", "1", "--batch_size", "2", "--save_steps", "1")
 
 
 def run(folder: Path, script: str, *options: str) -> str:
