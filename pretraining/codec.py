@@ -79,7 +79,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("output_dir", type=Path)
     parser.add_argument(
-        "--steps", type=int, nargs=len(PHASES), default=[300, 300, 200, 400, 600, 400], metavar="N", help="of each phase"
+        "--steps",
+        type=int,
+        nargs=len(PHASES),
+        default=[300, 300, 200, 400, 600, 400],
+        metavar="N",
+        help="of each phase",
     )
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--stretch_frames", type=int, default=20, help="of 40 ms, cut out of each clip")
