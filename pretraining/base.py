@@ -1,4 +1,4 @@
-"""Make the base that is to be trained: tokenizer, configuration, and weights that begin as the codec's vectors.
+"""Make the base that is to be trained: tokenizer, configuration, and weights of which some are the codec's vectors.
 
 python pretraining/base.py outputs/corpus outputs/codec/speaking-codec outputs/untrained-base
 """
@@ -18,8 +18,10 @@ from higgs_ds.quiet import quiet_libraries
 from higgs_ds.tiny_random import CODEBOOK_SIZE, base_config, build_processor, save_model, with_special_tokens
 
 VOCABULARY = 371  # of the text, special tokens not counted
-# As large as they get in training: what says the same sound is alike from the start.
-EMBEDDING_STD, HEAD_STD = 0.05, 0.07
+# Heads are not trained: rows that are of no voice in the corpus would be unlearned, and adapters could not reach them. So
+# they are made long enough for sure predictions, and of one length: each can be the one with the highest logit.
+ROW_LENGTH = 4.0
+TEXT_STD, AUDIO_STD = 0.1, 0.05  # of embeddings; of audio there are eight at a position
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,13 +81,21 @@ def untrained(
     embeddings = model.model.embed_audio_tokens.embed_audio_tokens.weight.view(config.num_codebooks, -1, 192)
     heads = model.audio_lm_head.weight.view(config.num_codebooks, -1, 192)
     with torch.no_grad():
+        model.model.embed_tokens.weight.normal_(0, TEXT_STD)
+        embeddings.normal_(0, AUDIO_STD)
+        for weight in (heads, model.text_lm_head.weight):
+            weight.normal_()
         for book in range(config.num_codebooks):
             vectors = codec[f"quantizer.quantizers.{book}.codebook.embed"]
             if vectors.any():
                 projection = torch.nn.init.orthogonal_(torch.empty(192, vectors.shape[1]))
                 wide = (vectors - vectors.mean(dim=0)) @ projection.T
-                embeddings[book, :CODEBOOK_SIZE] = wide * (EMBEDDING_STD / wide.std())
-                heads[book, :CODEBOOK_SIZE] = wide * (HEAD_STD / wide.std())
+                wide /= wide.std()
+                # What sounds alike is alike from the start.
+                embeddings[book, :CODEBOOK_SIZE] = wide * AUDIO_STD
+                heads[book, :CODEBOOK_SIZE] += wide
+        for weight in (heads, model.text_lm_head.weight):
+            weight.copy_(ROW_LENGTH * torch.nn.functional.normalize(weight, dim=-1))
     return model
 
 

@@ -60,6 +60,7 @@ class Part:
     name: str
     voices: tuple[str, ...]
     clips: int
+    longest: int = 7  # digits; longer strings are cut
     with_reference: float = 0.0  # share of the samples that show a clip of the voice, and its words, beforehand
     speeds: tuple[int, ...] = (WORDS_PER_MINUTE,)
 
@@ -67,11 +68,11 @@ class Part:
 # Those held out come first, and no string of theirs is said in any other part.
 PARTS = [
     Part("codec_held_out", ("emil", "dora", "finn", "gina"), 100),
-    Part("base_held_out", ("emil", "dora"), 200),
-    Part("new_voice_held_out", ("finn",), 100),
+    Part("base_held_out", ("emil", "dora"), 200, longest=5),
+    Part("new_voice_held_out", ("finn",), 100, longest=5),
     Part("codec_train", ("emil", "dora", "finn", "gina"), 1000, speeds=(170, 190, 210)),
-    Part("base_train", ("emil", "dora"), 10000, with_reference=0.2),
-    Part("new_voice_train", ("finn",), 300),
+    Part("base_train", ("emil", "dora"), 10000, longest=5, with_reference=0.2),
+    Part("new_voice_train", ("finn",), 300, longest=5),
 ]
 
 
@@ -102,9 +103,9 @@ def written(part: Part, clips: int, recordings: Recordings, rng: random.Random, 
     said: dict[str, tuple[str, str]] = {}  # by each voice, last
     for number in range(clips):
         name = part.voices[number % len(part.voices)]
-        text = drawn(rng)
+        text = drawn(rng, part.longest)
         while text in taken:
-            text = drawn(rng)
+            text = drawn(rng, part.longest)
         if part.name.endswith("held_out"):
             taken.add(text)
         speed = rng.choice(part.speeds)
@@ -117,9 +118,10 @@ def written(part: Part, clips: int, recordings: Recordings, rng: random.Random, 
         yield json.dumps(entry([*turns, said[name]], name)) + "\n"
 
 
-def drawn(rng: random.Random) -> str:
-    """Three to seven digits in words."""
-    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(3, 7)))
+def drawn(rng: random.Random, longest: int) -> str:
+    """Three to seven digits in words, but not more than `longest`."""
+    words = [rng.choice(WORDS) for _ in range(rng.randint(3, 7))]
+    return " ".join(words[:longest])
 
 
 def entry(turns: Sequence[tuple[str, str]], voice: str) -> dict[str, object]:
