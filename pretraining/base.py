@@ -18,8 +18,8 @@ from higgs_ds.quiet import quiet_libraries
 from higgs_ds.tiny_random import CODEBOOK_SIZE, base_config, build_processor, save_model, with_special_tokens
 
 VOCABULARY = 371  # of the text, special tokens not counted
-# Heads are not trained: rows that are of no voice in the corpus would be unlearned, and adapters could not reach them. So
-# they are made long enough for sure predictions, and of one length: each can be the one with the highest logit.
+# Heads are not trained: rows of codes that no voice in the corpus has would be unlearned, out of the reach of adapters.
+# So they are made long enough for sure predictions, and of one length: each can be the one with the highest logit.
 ROW_LENGTH = 4.0
 TEXT_STD, AUDIO_STD = 0.1, 0.05  # of embeddings; of audio there are eight at a position
 
