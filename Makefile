@@ -10,8 +10,9 @@ HELD_OUT := --test_manifest samples/digits_held_out.jsonl --recognizer pocketsph
 demo: install ## give the built-in base a voice that it has never spoken, and say in numbers what changed
 	$(BIN)/python launch/evaluate.py $(HELD_OUT) --output_dir $(DEMO)/before
 	$(BIN)/deepspeed launch/train.py --deepspeed ds_configs/zero2.json --output_dir $(DEMO) \
-	  --batch_size 8 --grad_accum 1 --max_steps 120 --lr 3e-3 --lora_r 32 --lora_alpha 64 --lora_dropout 0 \
-	  --precision fp32 --log_steps 20 --merge_adapter_with_base
+	  --val_split 0 --batch_size 8 --grad_accum 1 --max_steps 300 --lr 6e-3 --precision fp32 --log_steps 50 \
+	  --lora_targets audio_mlp --lora_r 64 --lora_alpha 128 --lora_dropout 0.25 --codebook_weights 4 2 1 .2 .2 .2 .2 .2 \
+	  --merge_adapter_with_base
 	$(BIN)/python launch/evaluate.py $(HELD_OUT) --base_model_path $(DEMO)/merged_model --output_dir $(DEMO)/after \
 	  --compare_with $(DEMO)/before/evaluation.json
 	@echo

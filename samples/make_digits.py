@@ -11,10 +11,33 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CLIPS = {"digits": ("new_voice_train", 48), "digits_held_out": ("new_voice_held_out", 24)}
+CLIPS = {"digits": ("new_voice_train", 72), "digits_held_out": ("new_voice_held_out", 24)}
+
+
+def balanced(entries: list[dict], count: int) -> list[dict]:
+    """Clips in which each word follows each other one as evenly as can be, as voices are recorded for synthesis."""
+    heard: Counter[tuple[str, str]] = Counter()
+
+    def gain(entry: dict) -> float:
+        return sum(1 / (1 + heard[pair]) ** 2 for pair in set(pairs(entry)))
+
+    chosen, left = [], list(entries)
+    while len(chosen) < count:
+        best = max(left, key=gain)
+        left.remove(best)
+        chosen.append(best)
+        heard.update(pairs(best))
+    return chosen
+
+
+def pairs(entry: dict) -> list[tuple[str, str]]:
+    words = ["", *entry["messages"][1]["content"].split(), ""]
+    return list(pairwise(words))
 
 
 def main() -> None:
@@ -25,8 +48,12 @@ def main() -> None:
         folder = HERE / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        lines = (options.corpus / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-        entries = [json.loads(line) for line in lines]
+        lines = (options.corpus / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
+        entries = (
+            balanced([json.loads(line) for line in lines], count)
+            if name == "digits"
+            else [json.loads(line) for line in lines[:count]]
+        )
         for number, entry in enumerate(entries):
             audio = entry["messages"][-1]["content"]
             source = options.corpus / audio["audio_url"]
