@@ -26,7 +26,8 @@ def balanced(entries: list[dict], count: int) -> list[dict]:
     def gain(entry: dict) -> float:
         return sum(1 / (1 + heard[pair]) ** 2 for pair in set(pairs(entry)))
 
-    chosen, left = [], list(entries)
+    chosen: list[dict] = []
+    left = list(entries)
     while len(chosen) < count:
         best = max(left, key=gain)
         left.remove(best)
