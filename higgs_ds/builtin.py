@@ -28,7 +28,7 @@ BUILT_IN = {
 }
 SAMPLE_MANIFEST = PROJECT_ROOT / "samples" / "digits.jsonl"
 WEIGHTS = "model.safetensors"
-_PARTS = {
+PARTS = {
     DEFAULT_BASE: ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS),
     SPEAKING_CODEC: ("config.json", WEIGHTS),
 }
@@ -94,7 +94,7 @@ def _check(name: str) -> None:
         raise InputError(f"{name}: is no built-in base; there are {' and '.join(BUILT_IN)}")
     if name == tiny_random.BASE_NAME:
         return
-    paths = [ASSETS / folder / part for folder, parts in _PARTS.items() for part in parts]
+    paths = [ASSETS / folder / part for folder, parts in PARTS.items() for part in parts]
     missing = [str(path.relative_to(ASSETS)) for path in paths if not path.is_file()]
     if missing:
         raise InputError(
@@ -107,7 +107,7 @@ def _check(name: str) -> None:
 def _assets_digest() -> str:
     """SHA-256 over all that the speaking base is made of: another one has another folder in the cache."""
     digest = hashlib.sha256((ASSETS / "chat_template.jinja").read_bytes())
-    for folder in _PARTS:
+    for folder in PARTS:
         for path in sorted(path for path in (ASSETS / folder).iterdir() if path.is_file()):
             content = path.read_bytes()
             digest.update(f"{folder}/{path.name} {len(content)} ".encode() + content)

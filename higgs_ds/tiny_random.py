@@ -141,6 +141,17 @@ def base_config(tokenizer: PreTrainedTokenizerFast, **geometry: Any) -> HiggsAud
     )
 
 
+def greedy_generation(config: HiggsAudioV2Config) -> GenerationConfig:
+    """How a base generates where nothing else is asked for: greedily, 30 s at most."""
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        do_sample=False,
+        max_new_tokens=750,  # 25 frames/s
+    )
+
+
 def _build_model(tokenizer: PreTrainedTokenizerFast) -> HiggsAudioV2ForConditionalGeneration:
     """Weights large enough that adapters alone can learn clips by heart."""
     config = base_config(tokenizer)
@@ -149,13 +160,7 @@ def _build_model(tokenizer: PreTrainedTokenizerFast) -> HiggsAudioV2ForCondition
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
                 parameter.copy_(_random(parameter.shape, _weight_std(name, parameter)))
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-        do_sample=False,
-        max_new_tokens=750,  # 30 s at 25 frames/s
-    )
+    model.generation_config = greedy_generation(config)
     return model.to(torch.bfloat16)
 
 
@@ -167,21 +172,27 @@ def _weight_std(name: str, parameter: torch.Tensor) -> float:
     return (1.5 if "lm_head" in name else 1.0) / math.sqrt(parameter.shape[1])
 
 
-def _build_codec() -> HiggsAudioV2TokenizerModel:
-    """24 kHz, hop 960, 25 frames/s, 8 codebooks of 1024: the released codec's interface at a hundredth of its size."""
+def codec_config(latent: int, encoder: int, decoder: int, semantic: int) -> HiggsAudioV2TokenizerConfig:
+    """24 kHz, hop 960, 25 frames/s, 8 codebooks of 1024: the released codec's interface at a hundredth of its size.
+
+    Args:
+        latent: width of what is quantized.
+        encoder, decoder: widths of the first convolution of the one, and of the other.
+        semantic: width of the semantic branch's convolutions.
+    """
     ratios = [8, 5, 4, 2, 3]
-    config = HiggsAudioV2TokenizerConfig(
+    return HiggsAudioV2TokenizerConfig(
         target_bandwidths=[0.5, 1, 1.5, 2],
         sample_rate=24000,
         codebook_size=CODEBOOK_SIZE,
-        codebook_dim=16,
+        codebook_dim=latent,
         acoustic_model_config={
             "model_type": "dac",
-            "encoder_hidden_size": 4,
-            "decoder_hidden_size": 64,
+            "encoder_hidden_size": encoder,
+            "decoder_hidden_size": decoder,
             "downsampling_ratios": ratios,
             "upsampling_ratios": ratios,
-            "hidden_size": 16,
+            "hidden_size": latent,
         },
         semantic_model_config={
             "model_type": "hubert",
@@ -189,12 +200,16 @@ def _build_codec() -> HiggsAudioV2TokenizerModel:
             "num_hidden_layers": 1,
             "num_attention_heads": 2,
             "intermediate_size": 16,
-            "conv_dim": [16] * 7,
+            "conv_dim": [semantic] * 7,
             "num_conv_pos_embeddings": 16,
             "num_conv_pos_embedding_groups": 2,
             "mask_time_prob": 0.0,
         },
     )
+
+
+def _build_codec() -> HiggsAudioV2TokenizerModel:
+    config = codec_config(latent=16, encoder=4, decoder=64, semantic=16)
     model = HiggsAudioV2TokenizerModel(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -12,11 +12,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, HiggsAudioV2ForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import HiggsAudioV2ForConditionalGeneration, PreTrainedTokenizerFast
 
 from higgs_ds.quiet import quiet_libraries
-from higgs_ds.tiny_random import CODEBOOK_SIZE, base_config, build_processor, save_model, with_special_tokens
+from higgs_ds.tiny_random import (
+    CODEBOOK_SIZE,
+    base_config,
+    build_processor,
+    greedy_generation,
+    save_model,
+    with_special_tokens,
+)
 
+WIDTH = 192
 VOCABULARY = 371  # of the text, special tokens not counted
 # Heads are not trained: rows of codes that no voice in the corpus has would be unlearned, out of the reach of adapters.
 # So they are made long enough for sure predictions, and of one length: each can be the one with the highest logit.
@@ -60,10 +68,10 @@ def trained_tokenizer(manifest: Path) -> PreTrainedTokenizerFast:
 def untrained(
     tokenizer: PreTrainedTokenizerFast, codec: dict[str, torch.Tensor]
 ) -> HiggsAudioV2ForConditionalGeneration:
-    """Four dual-FFN layers of width 192, random but for what stands for codes."""
+    """Four dual-FFN layers, random but for what stands for codes."""
     config = base_config(
         tokenizer,
-        hidden_size=192,
+        hidden_size=WIDTH,
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=6,
@@ -71,15 +79,9 @@ def untrained(
         head_dim=32,
     )
     model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-        do_sample=False,
-        max_new_tokens=750,  # 30 s at 25 frames/s
-    )
-    embeddings = model.model.embed_audio_tokens.embed_audio_tokens.weight.view(config.num_codebooks, -1, 192)
-    heads = model.audio_lm_head.weight.view(config.num_codebooks, -1, 192)
+    model.generation_config = greedy_generation(config)
+    embeddings = model.model.embed_audio_tokens.embed_audio_tokens.weight.view(config.num_codebooks, -1, WIDTH)
+    heads = model.audio_lm_head.weight.view(config.num_codebooks, -1, WIDTH)
     with torch.no_grad():
         model.model.embed_tokens.weight.normal_(0, TEXT_STD)
         embeddings.normal_(0, AUDIO_STD)
@@ -88,7 +90,7 @@ def untrained(
         for book in range(config.num_codebooks):
             vectors = codec[f"quantizer.quantizers.{book}.codebook.embed"]
             if vectors.any():
-                projection = torch.nn.init.orthogonal_(torch.empty(192, vectors.shape[1]))
+                projection = torch.nn.init.orthogonal_(torch.empty(WIDTH, vectors.shape[1]))
                 wide = (vectors - vectors.mean(dim=0)) @ projection.T
                 wide /= wide.std()
                 # What sounds alike is alike from the start.

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 
 import torch
-from codec import RATE, read
-from corpus import WORDS
+from codec import read
+from corpus import RATE, WORDS
 
 from higgs_ds.data.codec import Codec
 from higgs_ds.measures import median_pitch_hz, word_errors, words_of

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +19,17 @@ from typing import Any
 
 import soundfile
 import torch
-from codec_model import CODEBOOK_SIZE, LATENT, build_codec, latents_of, sound_of
+from codec_model import LATENT, build_codec, latents_of, sound_of
+from corpus import FRAME, RATE
 from spectral_loss import SpectralLoss
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import HiggsAudioV2TokenizerModel
 from vector_quantize_pytorch import ResidualVQ
 
-from higgs_ds.tiny_random import save_model
+from higgs_ds.files import replaced_file
+from higgs_ds.tiny_random import CODEBOOK_SIZE, save_model
 
-RATE, FRAME = 24000, 960
 # Others would carry next to nothing, and cost the language model 9 bits a frame each: their code is always 0.
 CODEBOOKS_WITH_SOUND = 3
 PHASES = ("autoencoder", "codebooks", "decoder 1", "decoder 2", "decoder 3", "decoder 4")
@@ -230,11 +230,9 @@ def stretches(clips: list[torch.Tensor], batch_size: int, frames: int) -> torch.
 
 
 def keep(training: Training, path: Path) -> None:
-    """Write the state, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    torch.save(training.state(), part)
-    os.replace(part, path)
+    with replaced_file(path) as part:
+        torch.save(training.state(), part)
 
 
 if __name__ == "__main__":

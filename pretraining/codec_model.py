@@ -6,44 +6,20 @@ import math
 
 import torch
 from torch import nn
-from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
+from transformers import HiggsAudioV2TokenizerModel
 
-RATIOS = [8, 5, 4, 2, 3]  # a frame is 960 samples at 24 kHz
+from higgs_ds.tiny_random import codec_config
+
 LATENT = 32
-SEMANTIC = 16
+SEMANTIC = 16  # width of what the semantic branch puts beside the latents
 RESIDUAL = 0.2
-CODEBOOK_SIZE = 1024
 # From this block of the encoder on, convolutions see no neighbours: a word's codes hardly depend on others beside it.
 FIRST_SHORT_SIGHTED_BLOCK = 2
 
 
 def build_codec() -> HiggsAudioV2TokenizerModel:
     """An untrained codec whose semantic branch adds nothing, with the released codec's interface."""
-    config = HiggsAudioV2TokenizerConfig(
-        target_bandwidths=[0.5, 1, 1.5, 2],
-        sample_rate=24000,
-        codebook_size=CODEBOOK_SIZE,
-        codebook_dim=LATENT,
-        acoustic_model_config={
-            "model_type": "dac",
-            "encoder_hidden_size": 8,
-            "decoder_hidden_size": 256,
-            "downsampling_ratios": RATIOS,
-            "upsampling_ratios": RATIOS,
-            "hidden_size": LATENT,
-        },
-        semantic_model_config={
-            "model_type": "hubert",
-            "hidden_size": SEMANTIC,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 16,
-            "conv_dim": [4] * 7,
-            "num_conv_pos_embeddings": 16,
-            "num_conv_pos_embedding_groups": 2,
-            "mask_time_prob": 0.0,
-        },
-    )
+    config = codec_config(LATENT, encoder=8, decoder=256, semantic=4)
     model = HiggsAudioV2TokenizerModel(config).eval()
     with torch.no_grad():
         for part in (model.acoustic_encoder, model.acoustic_decoder):

@@ -73,10 +73,7 @@ def train_runs(world_size: int, runs: Sequence[Sequence[str]], timeout_s: float 
 
 
 def run_script(
-    name: str,
-    options: Sequence[str],
-    folder: Path,
-    timeout_s: float = 300,
+    name: str, options: Sequence[str], folder: Path, timeout_s: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """What `python launch/NAME.py OPTIONS` does in a folder, without the seconds of imports of a new process."""
     command = [str(LAUNCH / f"{name}.py"), *options]

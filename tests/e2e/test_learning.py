@@ -6,10 +6,10 @@ import json
 import math
 import random
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
+import corpus
 import pytest
 import soundfile
 import torch
@@ -56,11 +56,6 @@ def base_results(folder: Path) -> dict[str, Any]:
     """Of the base, on strings that are in no training data, in the voices that it has."""
     if shutil.which("espeak-ng") is None:
         pytest.skip("needs espeak-ng")
-    sys.path.insert(0, str(PROJECT / "pretraining"))
-    try:
-        import corpus
-    finally:
-        sys.path.pop(0)
     rng, recordings, taken = random.Random(1), corpus.Recordings(folder), set[str]()
     _, lines = [list(corpus.written(part, part.clips, recordings, rng, taken)) for part in corpus.PARTS[:2]]
     assert corpus.PARTS[1].name == "base_held_out"
