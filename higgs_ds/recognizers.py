@@ -39,7 +39,6 @@ def open_recognizer(name: str, vocabulary: Sequence[str]) -> Recognizer:
 def _pocketsphinx(vocabulary: Sequence[str]) -> Recognizer:
     from pocketsphinx import Config, Decoder
 
-    # Over each utterance by itself (batch), so that none depends on those before it.
     decoder = Decoder(
         Config(lm=None, samprate=RATE, cmn="batch", lw=LANGUAGE_WEIGHT, wip=WORD_INSERTION_PENALTY, loglevel="FATAL")
     )
@@ -56,6 +55,7 @@ def _pocketsphinx(vocabulary: Sequence[str]) -> Recognizer:
         samples = np.pad(_at_rate(waveform, sample_rate), int(MARGIN_S * RATE))
         samples *= PEAK / max(1e-6, float(np.abs(samples).max()))
         samples += np.random.default_rng(0).normal(0, NOISE, len(samples))
+        decoder.reinit_feat()  # else an utterance is heard differently, depending on those before it
         decoder.start_utt()
         decoder.process_raw((samples * 32767).astype("<i2").tobytes(), full_utt=True)
         decoder.end_utt()

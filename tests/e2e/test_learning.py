@@ -15,7 +15,6 @@ import soundfile
 import torch
 from conftest import PROJECT, write_manifest
 from launcher import run_script, train_runs
-from mutants import MUTANTS
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
 
 CLIPS, HELD_OUT = PROJECT / "samples" / "digits.jsonl", PROJECT / "samples" / "digits_held_out.jsonl"
@@ -65,7 +64,10 @@ def base_results(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def with_wrong_references(folder: Path) -> Path:
-    """The new voice's clips; in front of half of them a reference whose words are not those that are heard."""
+    """The new voice's clips; in front of half of them a reference that says other words than its transcript.
+
+    References are not learned, so this does no harm.
+    """
     entries = [json.loads(line) for line in CLIPS.read_text().splitlines()]
     for entry in entries:
         audio = entry["messages"][-1]["content"]
@@ -85,8 +87,8 @@ def trained(folder: Path, name: str, more: str = "", manifest: Path = CLIPS) -> 
 
 
 @pytest.fixture(scope="module")
-def lora(folder: Path) -> Path:
-    return trained(folder, "lora", "--merge_adapter_with_base")
+def lora(folder: Path, with_wrong_references: Path) -> Path:
+    return trained(folder, "lora", "--merge_adapter_with_base", with_wrong_references)
 
 
 def test_base_says_strings_that_it_never_heard(base_results: dict[str, Any]) -> None:
@@ -133,20 +135,21 @@ def test_merged_and_by_plain_transformers(folder: Path, base_results: dict[str, 
         torch.testing.assert_close(torch.from_numpy(said), expected.clamp(-1, 1), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("mutant", sorted(MUTANTS.keys() - {"reference_trained"}))
-def test_wrong_labels_are_noticed(folder: Path, base_results: dict[str, Any], mutant: str) -> None:
-    run = trained(folder, mutant, f"--mutant {mutant}")
-    adapter = f"--test_manifest {HELD_OUT} --num_samples 8 --lora_adapter_path {run}/lora_adapters"
-    assert missed(evaluated(folder, f"after_{mutant}", adapter), base_results)
-
-
-def test_trained_references_are_noticed(
-    folder: Path, base_results: dict[str, Any], with_wrong_references: Path
+@pytest.mark.parametrize(
+    ("mutant", "misses"),
+    [
+        ("audio_unshifted", ["stops", "exact", "pitch"]),
+        ("delay_off", ["exact"]),
+        ("eos_masked", ["stops", "exact"]),
+        ("reference_trained", ["exact"]),
+    ],
+)
+def test_wrong_labels_are_noticed(
+    folder: Path, base_results: dict[str, Any], with_wrong_references: Path, mutant: str, misses: list[str]
 ) -> None:
-    noticed = {}
-    for name, mutant in (("references", ""), ("reference_trained", "--mutant reference_trained")):
-        run = trained(folder, name, mutant, with_wrong_references)
-        adapter = f"--test_manifest {HELD_OUT} --lora_adapter_path {run}/lora_adapters"
-        noticed[name] = missed(evaluated(folder, f"after_{name}", adapter), base_results)
-    assert noticed["references"] == []
-    assert noticed["reference_trained"]
+    run = trained(folder, mutant, f"--mutant {mutant}", with_wrong_references)
+    results = evaluated(
+        folder, f"after_{mutant}", f"--test_manifest {HELD_OUT} --lora_adapter_path {run}/lora_adapters"
+    )
+    assert missed(results, base_results) == misses
+    assert results["exact_first_codebook"] < 0.6

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOICES
+from conftest import PROJECT, VOICES
 
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.sample import AudioClip
@@ -78,6 +78,18 @@ def test_recognizer_refuses_words_that_it_does_not_know() -> None:
         read_audio(AudioClip(VOICES / "anna_00.flac"), RATE), RATE
     )
     assert heard == ["good", "morning"]
+
+
+def test_recognizer_hears_each_clip_as_if_it_were_the_first() -> None:
+    pytest.importorskip("pocketsphinx")
+    digits = "zero one two three four five six seven eight nine".split()
+    clips = [
+        read_audio(AudioClip(PROJECT / "samples" / "digits_held_out" / f"finn_{n:02}.flac"), RATE) for n in range(12)
+    ]
+    of_all = open_recognizer("pocketsphinx", digits)
+    assert [of_all(clip, RATE) for clip in clips] == [
+        open_recognizer("pocketsphinx", digits)(clip, RATE) for clip in clips
+    ]
 
 
 def test_no_such_recognizer(tmp_path: Path) -> None:
