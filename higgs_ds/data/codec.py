@@ -24,10 +24,11 @@ MODEL_TYPE = "higgs_audio_v2_tokenizer"
 
 
 class Codec:
-    """Encodes and decodes clips as inference does: a clip's codes depend on no other clip."""
+    """Encodes and decodes clips as inference does, in float32: a clip's codes depend on no other clip."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self.model = HiggsAudioV2TokenizerModel.from_pretrained(folder, use_safetensors=True).to(device).eval()
+        model = HiggsAudioV2TokenizerModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        self.model = model.to(device).eval()
         self.device = device
         self.sample_rate: int = self.model.config.sample_rate
         self.num_codebooks: int = self.model.config.num_quantizers

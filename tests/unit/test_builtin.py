@@ -13,13 +13,20 @@ import pytest
 import torch
 from conftest import PROJECT
 from safetensors.torch import load_file
-from transformers import AutoProcessor, AutoTokenizer, HiggsAudioV2ForConditionalGeneration
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    HiggsAudioV2ForConditionalGeneration,
+    HiggsAudioV2TokenizerModel,
+)
 
 from higgs_ds import builtin, dry_run
 from higgs_ds.builtin import DEFAULT_BASE, SPEAKING_CODEC, builtin_base, builtin_config, find_base, is_builtin
 from higgs_ds.bundle import open_bundle
 from higgs_ds.command_line import parse_train_options
 from higgs_ds.data.audio import read_audio
+from higgs_ds.data.codec import Codec
+from higgs_ds.data.delay_pattern import apply_delay_pattern
 from higgs_ds.data.prompt import render_generation, tokenize
 from higgs_ds.data.sample import AudioClip, Message
 from higgs_ds.errors import InputError
@@ -88,9 +95,6 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_chat_template_is_the_training_layout(base: Path, name: str) -> None:
     """The template and processor, which inference uses, give the ids and codes that training uses."""
-    from higgs_ds.data.codec import Codec
-    from higgs_ds.data.delay_pattern import apply_delay_pattern
-
     bundle = open_bundle(str(base), None, None, base)
     waveform = read_audio(AudioClip(VOICE), bundle.codec.sample_rate)
     messages = [Message(role, parts) for role, parts in CONVERSATIONS[name]]
@@ -224,6 +228,15 @@ def test_the_assets_in_float32(speaking: Path, name: str) -> None:
         text.replace('"dtype": "float16"', '"dtype": "float32"')
     )
     assert (folder / "README.md").read_bytes() == (asset / "README.md").read_bytes()
+
+
+def test_a_codec_in_float16_computes_in_float32(speaking: Path) -> None:
+    """Its codes are those of transformers, given the same weights in float32."""
+    waveform = read_audio(CLIP, 24000)[None]
+    codes = Codec(builtin.ASSETS / SPEAKING_CODEC, torch.device("cpu")).encode(waveform)
+    expected = HiggsAudioV2TokenizerModel.from_pretrained(speaking.parent / SPEAKING_CODEC)
+    with torch.inference_mode():
+        assert codes.equal(expected.encode(waveform[:, None]).audio_codes)
 
 
 def test_the_speaking_base_by_transformers_alone(speaking: Path) -> None:
