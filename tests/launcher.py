@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,27 +68,32 @@ def train_runs(world_size: int, runs: Sequence[Sequence[str]], timeout_s: float 
             "ranks": world_size, "runs": [[*RANDOM, *run, *undrawn] for run in runs], "log": log.name,
             "timeout_s": timeout_s, "environment": dict(os.environ),
         }  # fmt: skip
-        codes = _asked(job)
+        codes = _asked(job, os.environ)
         assert codes == [0] * world_size, f"ranks ended with {codes}:\n{log.read()[-9000:]}"
 
 
 def run_script(
-    name: str, options: Sequence[str], folder: Path, timeout_s: float = 300
+    name: str,
+    options: Sequence[str],
+    folder: Path,
+    timeout_s: float = 300,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """What `python launch/NAME.py OPTIONS` does in a folder, without the seconds of imports of a new process."""
-    command = [str(LAUNCH / f"{name}.py"), *options]
+    command, environment = [str(LAUNCH / f"{name}.py"), *options], dict(environment or os.environ)
     with tempfile.NamedTemporaryFile(mode="r") as stdout, tempfile.NamedTemporaryFile(mode="r") as stderr:
         script = {
-            "command": command, "folder": str(folder), "environment": dict(os.environ),
+            "command": command, "folder": str(folder), "environment": environment,
             "outputs": [stdout.name, stderr.name],
         }  # fmt: skip
-        code = _asked({"script": script, "timeout_s": timeout_s})
+        code = _asked({"script": script, "timeout_s": timeout_s}, environment)
         assert isinstance(code, int), f"{command} did not end within {timeout_s} s:\n{stderr.read()[-9000:]}"
         return subprocess.CompletedProcess(command, code, stdout.read(), stderr.read())
 
 
-def _asked(job: dict[str, Any]) -> Any:
-    server = _server()
+def _asked(job: dict[str, Any], environment: Mapping[str, str]) -> Any:
+    # Libraries read where the hub's cache is when they are imported.
+    server = _server(tuple((name, environment[name]) for name in sorted(environment) if name.startswith("HF_")))
     assert server.stdin
     assert server.stdout
     print(json.dumps(job), file=server.stdin, flush=True)
@@ -96,6 +101,12 @@ def _asked(job: dict[str, Any]) -> Any:
 
 
 @functools.cache
-def _server() -> subprocess.Popen[str]:
+def _server(hub: tuple[tuple[str, str], ...]) -> subprocess.Popen[str]:
     """A process that has imported everything, and whose forks are the ranks; it ends with its stdin."""
-    return subprocess.Popen([sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(WORKER)],
+        env=os.environ | dict(hub),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
