@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 from conftest import PROJECT, read_metrics, speech_sample, text_sample, write_manifest
-from launcher import RANDOM, run_script
+from launcher import RANDOM, default_port, free_port, run_script
 
 from higgs_ds.builtin import BUILT_IN, DEFAULT_BASE, SAMPLE_MANIFEST, builtin_base, builtin_config
 from higgs_ds.config import LoraOptions
@@ -31,7 +31,14 @@ def train(folder: Path, options: str, ranks: int | None = None) -> subprocess.Co
     """On the random base, where the options name no other."""
     if ranks is None:
         return run_script("train", [*RANDOM, *options.split()], folder)
-    launcher = [DEEPSPEED, "--num_gpus", str(ranks), str(PROJECT / "launch" / "train.py")]
+    launcher = [
+        DEEPSPEED,
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        str(PROJECT / "launch" / "train.py"),
+    ]
     return run([*launcher, *RANDOM, *options.split()], folder)
 
 
@@ -53,7 +60,8 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
     for name in ("launch", "ds_configs", "samples"):
         shutil.copytree(PROJECT / name, folder / name)
     command = [DEEPSPEED, "launch/train.py", "--deepspeed", "ds_configs/zero2.json"]
-    return folder, run(command, folder)
+    with default_port():
+        return folder, run(command, folder)
 
 
 def test_main_job(main_job: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

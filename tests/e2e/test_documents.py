@@ -1,5 +1,6 @@
 """Every command in the README and the documents is run, as it is printed, in a folder as a user has it.
 
+Those of `launch/` that no launcher starts run in forks of a process that has imported everything, but for a new user's.
 A hub id stands for the random base in the original layout, as it would lie in the hub's cache. Runs are cut to one
 step, eight GPUs to two ranks.
 """
@@ -21,7 +22,7 @@ import pytest
 import soundfile
 from conftest import PROJECT, VOICES, VOICES_MANIFEST, play
 from hub_server import TOKEN, local_hub
-from launcher import free_port, run_script
+from launcher import default_port, free_port, run_script
 
 from higgs_ds.hub import PINNED
 
@@ -159,7 +160,8 @@ def cut(command: str) -> str:
     command = re.sub(r"--nproc_per_node 8", "--nproc_per_node 2", command)
     command = re.sub(r"checkpoint-\d+", "checkpoint-1", command).replace("pip install", "pip install --dry-run")
     if "launch/train.py" in command and "--dry_run" not in command and "--help" not in command:
-        port = f" --master_port {free_port()}" if command.startswith("deepspeed") else ""
+        launched = command.startswith(("deepspeed", "torchrun")) and not command.startswith(NODES)
+        port = f" --master_port {free_port()}" if launched else ""
         command = command.replace(" launch/train.py", f"{port} launch/train.py")
         command += " --precision fp32 --max_steps 1 --batch_size 1 --grad_accum 1 --num_workers 1"
     return command + SMALLER.get(command, "")
@@ -242,7 +244,8 @@ def test_hub_commands(workshop: Workshop, tmp_path: Path) -> None:
 def test_from_a_folder_of_clips_to_a_page_that_speaks(workshop: Workshop, page: Any) -> None:
     """The README's path, on the built-in base, command by command and unchanged."""
     assert [re.findall(r"launch/(\w+)", command)[0] for command in NEW_USERS] == ["prepare", "train", "generate"]
-    checked, trained, spoken = (workshop.run(command).stdout for command in NEW_USERS)
+    with default_port():
+        checked, trained, spoken = (workshop.run(command).stdout for command in NEW_USERS)
     assert "samples: 6" in checked
     assert "report: my_first_voice/report.html" in trained
     assert spoken.startswith("WAV: hello.wav (")
