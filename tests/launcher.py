@@ -33,7 +33,7 @@ def free_port() -> int:
 @contextlib.contextmanager
 def default_port() -> Iterator[None]:
     """What launchers take where no port is named, for one test at a time."""
-    with (Path(tempfile.gettempdir()) / "default_port.lock").open("w") as lock:
+    with (Path(tempfile.gettempdir()) / "higgs_ds_default_port.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -31,15 +31,8 @@ def train(folder: Path, options: str, ranks: int | None = None) -> subprocess.Co
     """On the random base, where the options name no other."""
     if ranks is None:
         return run_script("train", [*RANDOM, *options.split()], folder)
-    launcher = [
-        DEEPSPEED,
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        str(free_port()),
-        str(PROJECT / "launch" / "train.py"),
-    ]
-    return run([*launcher, *RANDOM, *options.split()], folder)
+    launcher = [DEEPSPEED, "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    return run([*launcher, str(PROJECT / "launch" / "train.py"), *RANDOM, *options.split()], folder)
 
 
 def samples(stdout: str) -> tuple[int, int]:
