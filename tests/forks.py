@@ -5,6 +5,7 @@ Import this before anything that imports torch, and start no thread before the l
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -18,10 +19,17 @@ from higgs_ds.quiet import quiet_libraries
 
 quiet_libraries()
 
+import deepspeed  # noqa: E402
+import pandas  # noqa: E402, F401 (pyarrow imports it late)
 from launcher import free_port, rank_environment  # noqa: E402
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 
 from higgs_ds import distributed, prepare, train  # noqa: E402
 from higgs_ds.command_line import parse_prepare_options, parse_train_options  # noqa: E402
+
+# Both libraries look these up once a process, and take half a second for it.
+_ = deepspeed.ops.__compatible_ops__
+get_checkpoint_conversion_mapping("higgs_audio_v2")
 
 
 def training(argv: Sequence[str]) -> Callable[[], None]:
@@ -38,6 +46,7 @@ def preparing(argv: Sequence[str]) -> Callable[[], None]:
 
 def start(ranks: int, main: Callable[[], None], log: Path) -> list[int]:
     """The process of each rank; what they say is added to `log`."""
+    gc.freeze()  # else each fork's first collection copies the memory of all that was imported
     port, pids = free_port(), []
     for rank in range(ranks):
         pid = os.fork()

@@ -7,6 +7,7 @@ training its error, or null.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from higgs_ds.train import train  # noqa: E402
 
 
 def train_spoiled(argv: list[str], steps: list[int], rank: int, kind: str) -> str | None:
-    run = start(*parse_train_options([*RANDOM, *argv]))
+    run = start(*parse_train_options([*RANDOM, *argv, "--quiet", "--no_report"]))
     engine, done = run.engine, []
     original, norm = engine.train_step, engine.engine.module.higgs.model.norm
 
@@ -57,6 +58,7 @@ def train_spoiled(argv: list[str], steps: list[int], rank: int, kind: str) -> st
 
 
 def main() -> None:
+    gc.freeze()  # what the imports made need not be looked through each time
     errors = [train_spoiled(**case) for case in json.loads(sys.argv[1])]
     if distributed.is_main():
         print("errors:", json.dumps(errors))

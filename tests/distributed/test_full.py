@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import PROJECT, native_inputs, read_metrics, speech_sample, text_sample, write_manifest
 from launcher import start_ranks, train_runs
 from safetensors.torch import load_file
-from test_resume import TRAIN, finish, kill_behind_step
+from test_resume import TRAIN, kill_behind_step
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
 
 from higgs_ds.bundle import open_bundle
@@ -359,10 +359,10 @@ def test_resumed_on_other_ranks_and_stages(runs: Path, options: Options, tmp_pat
 
 def test_killed_and_resumed(tmp_path: Path, runs: Path, options: Options) -> None:
     """At stage 3 on two ranks, behind a checkpoint and a further step."""
-    line = [*TRAIN, *options(tmp_path / "broken", "zero3", 1, 2, MORE["stage 3"]), "--no_report"]
-    kill_behind_step(start_ranks(2, line), tmp_path / "broken", step=2)
+    line = options(tmp_path / "broken", "zero3", 1, 2, MORE["stage 3"])
+    kill_behind_step(start_ranks(2, [*TRAIN, *line]), tmp_path / "broken", step=2)
     assert not (tmp_path / "broken" / "final_model").exists()
-    finish(start_ranks(2, [*line, "--resume", "auto"]))
+    train_runs(2, [[*line, "--resume", "auto"]])
     assert_same_end(folder_of(runs, "stage 3"), tmp_path / "broken")
 
 
