@@ -32,7 +32,7 @@ def options(base: Path, manifest: Path, ds_json: Path, folder: Path, precision: 
     return (
         f"--base_ckpt {base} --deepspeed {ds_json} --output_dir {folder} --precision {precision} "
         f"--train_manifest {manifest} --lr 1e-3 --allow_text_targets --batch_size 1 --grad_accum 2 "
-        f"--max_steps 5 --log_steps 1 --val_steps 100 --save_steps 1 {more}"
+        f"--max_steps 5 --log_steps 1 --val_steps 100 --save_steps 1 --lora_targets attention {more}"
     ).split()
 
 
