@@ -30,6 +30,7 @@ from higgs_ds.command_line import parse_prepare_options, parse_train_options  # 
 # Both libraries look these up once a process, and take half a second for it.
 _ = deepspeed.ops.__compatible_ops__
 get_checkpoint_conversion_mapping("higgs_audio_v2")
+gc.freeze()  # else each fork's first collection copies the memory of all that was imported
 
 
 def training(argv: Sequence[str]) -> Callable[[], None]:
@@ -46,7 +47,6 @@ def preparing(argv: Sequence[str]) -> Callable[[], None]:
 
 def start(ranks: int, main: Callable[[], None], log: Path) -> list[int]:
     """The process of each rank; what they say is added to `log`."""
-    gc.freeze()  # else each fork's first collection copies the memory of all that was imported
     port, pids = free_port(), []
     for rank in range(ranks):
         pid = os.fork()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import multiprocessing
 import os
@@ -71,7 +70,6 @@ def serve() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         if "script" in job:
-            gc.freeze()
             process = multiprocessing.get_context("fork").Process(target=run_script, kwargs=job["script"])
             process.start()
             process.join(job["timeout_s"])
