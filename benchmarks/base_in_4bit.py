@@ -63,8 +63,8 @@ def write_adapter(base: Path, folder: Path, load_in_4bit: bool = True) -> None:
     import torch
     from peft import LoraConfig
 
-    from higgs_ds.export import AdapterFormat, write_adapter
-    from higgs_ds.hub import weight_files, weight_shapes
+    from higgs_ds.adapters.save import AdapterFormat, write_adapter
+    from higgs_ds.common.tensor_files import weight_files, weight_shapes
     from higgs_ds.model import nf4
 
     shapes = {name: s for name, s in weight_shapes(weight_files(base)).items() if nf4.is_quantized_weight(name)}
@@ -82,8 +82,8 @@ def run_part(part: str, folder: Path) -> None:
     """One part in this process; prints its peak."""
     import torch
 
-    from higgs_ds import merge
-    from higgs_ds.model.higgs import load_base_in_4bit
+    from higgs_ds.adapters import merge
+    from higgs_ds.model.loading import load_base_in_4bit
 
     result: dict[str, float] = {}
     started = time.perf_counter()

@@ -65,10 +65,10 @@ def samples(clips: int) -> list[Any]:
 
 
 def run_ours(args: argparse.Namespace) -> float:
-    from higgs_ds.quiet import quiet_libraries
+    from higgs_ds.common.console import quiet_libraries
 
     quiet_libraries()
-    from higgs_ds import distributed
+    from higgs_ds.common import distributed
 
     times: list[float] = []
     distributed.run_ranks(lambda: times.append(_ours(args)))
@@ -76,10 +76,10 @@ def run_ours(args: argparse.Namespace) -> float:
 
 
 def _ours(args: argparse.Namespace) -> float:
-    from higgs_ds.config import OptimOptions
     from higgs_ds.data.collate import collate
     from higgs_ds.data.prefetch import prefetched
     from higgs_ds.data.sampler import Window, WindowSampler
+    from higgs_ds.options.train import OptimOptions
 
     encoded = samples(args.clips)
     lengths = [len(sample.prompt.input_ids) for sample in encoded]

@@ -81,11 +81,11 @@ def run_part(part: str, folder: Path) -> dict[str, float]:
 
 
 def with_ours(part: str, folder: Path) -> Callable[[], object]:
-    from higgs_ds.quiet import quiet_libraries
+    from higgs_ds.common.console import quiet_libraries
 
     quiet_libraries()
-    from higgs_ds.config import MERGE_DEQUANTIZED
-    from higgs_ds.merge import merge
+    from higgs_ds.adapters.merge import merge
+    from higgs_ds.options.fields import MERGE_DEQUANTIZED
 
     merge_base = MERGE_DEQUANTIZED if part == DEQUANTIZED else None
     return lambda: merge(
@@ -94,7 +94,7 @@ def with_ours(part: str, folder: Path) -> Callable[[], object]:
 
 
 def with_peft(folder: Path) -> Callable[[], object]:
-    from higgs_ds.quiet import quiet_libraries
+    from higgs_ds.common.console import quiet_libraries
 
     quiet_libraries()
     import torch
@@ -114,9 +114,9 @@ def with_peft(folder: Path) -> Callable[[], object]:
 
 def differences(ours: Path, theirs: Path) -> dict[str, Any]:
     """All tensors of two models, a pair at a time."""
-    from higgs_ds.hub import read_tensor, weight_places
+    from higgs_ds.common.tensor_files import read_tensor, weight_locations
 
-    places, their_places = weight_places(ours), weight_places(theirs)
+    places, their_places = weight_locations(ours), weight_locations(theirs)
     if places.keys() != their_places.keys():
         raise SystemExit(f"not the same tensors: {sorted(places.keys() ^ their_places.keys())[:3]}")
     numbers = differing = 0

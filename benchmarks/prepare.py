@@ -45,7 +45,7 @@ def main() -> None:
     if args.loop:
         print(json.dumps(run_loop(args.loop, args.epochs)))
         return
-    from higgs_ds.quiet import quiet_libraries
+    from higgs_ds.common.console import quiet_libraries
 
     quiet_libraries()
     with tempfile.TemporaryDirectory() as name:
@@ -91,7 +91,7 @@ def write_codec(folder: Path, kind: str) -> None:
     import torch
     from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
-    from higgs_ds.tiny_random import CODEC_NAME, random_base
+    from higgs_ds.bases.tiny_random import CODEC_NAME, random_base
 
     base = random_base(folder / "cache")
     if kind == BUILTIN:
@@ -138,13 +138,13 @@ def run_ahead(folder: Path) -> float:
 
 def run_loop(folder: Path, epochs: int) -> dict[str, float]:
     """Encode all clips in each epoch, in this process; then read what was encoded ahead."""
-    from higgs_ds.quiet import quiet_libraries
+    from higgs_ds.common.console import quiet_libraries
 
     quiet_libraries()
     import torch
 
     from higgs_ds.data.audio import read_audio
-    from higgs_ds.data.audio_codes import CodeCache
+    from higgs_ds.data.code_cache import CodeCache
     from higgs_ds.data.codec import Codec, codec_digest
     from higgs_ds.data.sample import AudioClip
 

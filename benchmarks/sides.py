@@ -94,8 +94,8 @@ def speech(num_text: int, num_frames: int, seed: int) -> Any:
     import torch
 
     from higgs_ds.data.collate import EncodedSample
-    from higgs_ds.data.delay_pattern import IGNORE_INDEX
     from higgs_ds.data.prompt import Prompt
+    from higgs_ds.model.loss import IGNORE_INDEX
 
     draw = torch.Generator().manual_seed(seed)
     rows = stream().num_rows(num_frames)
@@ -115,14 +115,15 @@ def stream() -> Any:
 
 def our_engine(folder: Path, precision: str, four_bit: bool, every: int | None, batch_size: int, meter: Meter) -> Any:
     """This project's engine with ds_configs/zero2.json, as launch/train.py starts it; `every` n-th layer recomputed."""
-    from higgs_ds.command_line import parse_train_options
-    from higgs_ds.distributed import device, world_size
-    from higgs_ds.ds_config import read_ds_config, resolve
-    from higgs_ds.engine import Engine
-    from higgs_ds.export import trained_parameters
-    from higgs_ds.loss import LossWeights
-    from higgs_ds.model.higgs import DualLossModel, checkpoint_layers, load_base, load_base_in_4bit
+    from higgs_ds.adapters.save import trained_parameters
+    from higgs_ds.common.distributed import device, world_size
+    from higgs_ds.model.higgs import DualLossModel, checkpoint_layers
+    from higgs_ds.model.loading import load_base, load_base_in_4bit
     from higgs_ds.model.lora import add_lora
+    from higgs_ds.model.loss import LossWeights
+    from higgs_ds.options.command_line import parse_train_options
+    from higgs_ds.options.ds_config import read_ds_config, resolve
+    from higgs_ds.training.engine import Engine
 
     argv = f"--precision {precision} --lr {LR} --lora_r {LORA_R} --lora_alpha {LORA_ALPHA} --lora_dropout 0"
     options, given = parse_train_options([*argv.split(), "--grad_accum=1", f"--batch_size={batch_size}"])
@@ -154,8 +155,8 @@ def native_trainer(
         TrainingArguments,
     )
 
-    from higgs_ds.config import LORA_TARGET_GROUPS
     from higgs_ds.model.lora import discover_targets
+    from higgs_ds.options.fields import LORA_TARGET_GROUPS
 
     transformers.utils.logging.disable_progress_bar()
     dtype, cpu = torch_dtype(precision), not torch.cuda.is_available()

@@ -106,10 +106,10 @@ def has_gpu() -> bool:
 
 def run_cell(args: argparse.Namespace) -> dict[str, float]:
     """What the first rank has measured; nothing on the others."""
-    from higgs_ds.quiet import quiet_libraries
+    from higgs_ds.common.console import quiet_libraries
 
     quiet_libraries()
-    from higgs_ds import distributed
+    from higgs_ds.common import distributed
 
     meter = sides.Meter(args.memory, args.warmup)
     if args.cell["side"] == TRAINER:

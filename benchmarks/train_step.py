@@ -86,10 +86,10 @@ def samples() -> list[Any]:
 
 def run_ours(args: argparse.Namespace) -> dict[str, float]:
     """This project's engine on one process."""
-    from higgs_ds.quiet import quiet_libraries
+    from higgs_ds.common.console import quiet_libraries
 
     quiet_libraries()
-    from higgs_ds import distributed
+    from higgs_ds.common import distributed
 
     meter = sides.Meter(args.memory, args.warmup)
     distributed.run_ranks(lambda: _ours(args, meter))

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import HiggsAudioV2ForConditionalGeneration, PreTrainedTokenizerFast
 
-from higgs_ds.quiet import quiet_libraries
-from higgs_ds.tiny_random import (
+from higgs_ds.bases.tiny_random import (
     CODEBOOK_SIZE,
     base_config,
     build_processor,
@@ -23,6 +22,7 @@ from higgs_ds.tiny_random import (
     save_model,
     with_special_tokens,
 )
+from higgs_ds.common.console import quiet_libraries
 
 WIDTH = 192
 VOCABULARY = 371  # of the text, special tokens not counted

@@ -13,10 +13,10 @@ import torch
 from codec import read
 from corpus import RATE, WORDS
 
+from higgs_ds.common.console import quiet_libraries
 from higgs_ds.data.codec import Codec
-from higgs_ds.measures import median_pitch_hz, word_errors, words_of
-from higgs_ds.quiet import quiet_libraries
-from higgs_ds.recognizers import POCKETSPHINX, open_recognizer
+from higgs_ds.speech.measures import median_pitch_hz, word_errors, words_of
+from higgs_ds.speech.recognizers import POCKETSPHINX, open_recognizer
 
 
 def main(argv: list[str] | None = None) -> None:

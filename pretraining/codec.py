@@ -27,8 +27,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import HiggsAudioV2TokenizerModel
 from vector_quantize_pytorch import ResidualVQ
 
-from higgs_ds.files import replaced_file
-from higgs_ds.tiny_random import CODEBOOK_SIZE, save_model
+from higgs_ds.bases.tiny_random import CODEBOOK_SIZE, save_model
+from higgs_ds.common.files import replaced_file
 
 # Others would carry next to nothing, and cost the language model 9 bits a frame each: their code is always 0.
 CODEBOOKS_WITH_SOUND = 3

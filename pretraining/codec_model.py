@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import HiggsAudioV2TokenizerModel
 
-from higgs_ds.tiny_random import codec_config
+from higgs_ds.bases.tiny_random import codec_config
 
 LATENT = 32
 SEMANTIC = 16  # width of what the semantic branch puts beside the latents
@@ -38,7 +38,7 @@ def build_codec() -> HiggsAudioV2TokenizerModel:
             _only_acoustic(quantizer.project_in, LATENT)
             _only_acoustic(quantizer.project_out, LATENT + SEMANTIC)
     _make_short_sighted(model)
-    _level(model)
+    _scale_layers(model)
     return model.requires_grad_(False)
 
 
@@ -50,7 +50,7 @@ def _only_acoustic(layer: nn.Linear, outputs: int) -> None:
 
 
 @torch.no_grad()
-def _level(model: HiggsAudioV2TokenizerModel) -> None:
+def _scale_layers(model: HiggsAudioV2TokenizerModel) -> None:
     """Scale the last layer of encoder and decoder to latents and sound of the size that they will have."""
     noise = 0.1 * torch.randn(1, 24000)
     model.acoustic_encoder.conv2.weight /= latents_of(model, noise).std()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from higgs_ds.builtin import ASSETS, DEFAULT_BASE, PARTS, SPEAKING_CODEC, WEIGHTS
+from higgs_ds.bases.builtin import ASSETS, DEFAULT_BASE, PARTS, SPEAKING_CODEC, WEIGHTS
 
 LIMIT = 20_000_000  # bytes, of both together
 

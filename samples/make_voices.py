@@ -20,7 +20,7 @@ SYSTEM = (
     "Generate audio following instruction.\n\n"
     "<|scene_desc_start|>\nAudio is recorded from a quiet room.\n<|scene_desc_end|>"
 )
-# Speaker: espeak voice, pitch 0 to 99, words per minute, sample rate in Hz of its files.
+# GenerationModel: espeak voice, pitch 0 to 99, words per minute, sample rate in Hz of its files.
 SPEAKERS = {
     "anna": ("en-gb+f3", 62, 150, 24000),
     "ben": ("en-us+m3", 35, 165, 22050),

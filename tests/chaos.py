@@ -26,7 +26,7 @@ from forks import start, training, wait
 from launcher import RANDOM
 from safetensors.torch import load_file
 
-from higgs_ds.checkpoint import find_checkpoints, why_incomplete
+from higgs_ds.checkpoints.folder import find_checkpoints, why_incomplete
 
 PROJECT = Path(__file__).parent.parent
 KINDS = [(1, 0), (1, 3), (2, 2), (2, 3)]  # number of ranks, ZeRO stage

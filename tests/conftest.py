@@ -33,7 +33,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base(cache_dir: Path) -> Path:
     """The random base, which is made fast, and whose numbers tests know."""
-    from higgs_ds.tiny_random import random_base
+    from higgs_ds.bases.tiny_random import random_base
 
     return random_base(cache_dir)
 
@@ -97,7 +97,7 @@ def lone_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import torch
     from launcher import free_port, rank_environment
 
-    from higgs_ds import distributed
+    from higgs_ds.common import distributed
 
     for name, value in rank_environment(0, 1, free_port()).items():
         monkeypatch.setenv(name, value)

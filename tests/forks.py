@@ -15,7 +15,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from higgs_ds.quiet import quiet_libraries
+from higgs_ds.common.console import quiet_libraries
 
 quiet_libraries()
 
@@ -24,8 +24,9 @@ import pandas  # noqa: E402, F401 (pyarrow imports it late)
 from launcher import free_port, rank_environment  # noqa: E402
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 
-from higgs_ds import distributed, prepare, train  # noqa: E402
-from higgs_ds.command_line import parse_prepare_options, parse_train_options  # noqa: E402
+from higgs_ds.common import distributed  # noqa: E402
+from higgs_ds.options.command_line import parse_prepare_options, parse_train_options  # noqa: E402
+from higgs_ds.training import loop, prepare  # noqa: E402
 
 # Both libraries look these up once a process, and take half a second for it.
 _ = deepspeed.ops.__compatible_ops__
@@ -36,7 +37,7 @@ gc.freeze()  # else each fork's first collection copies the memory of all that w
 def training(argv: Sequence[str]) -> Callable[[], None]:
     """What launch/train.py does with these options."""
     options = parse_train_options(list(argv))
-    return lambda: train.main(*options)
+    return lambda: loop.main(*options)
 
 
 def preparing(argv: Sequence[str]) -> Callable[[], None]:
@@ -55,7 +56,7 @@ def start(ranks: int, main: Callable[[], None], log: Path) -> list[int]:
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, sys.stdout.fileno())
             os.dup2(out, sys.stderr.fileno())
-            distributed.leave(distributed.run_ranks(main))
+            distributed.exit_process(distributed.run_ranks(main))
         pids.append(pid)
     return pids
 

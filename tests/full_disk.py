@@ -22,11 +22,13 @@ from conftest import PROJECT, speech_sample, text_sample, write_manifest
 from forks import preparing, start, training, wait
 from launcher import RANDOM
 
-from higgs_ds import generate, merge
-from higgs_ds.checkpoint import publish, read_state
-from higgs_ds.command_line import parse_generate_options, parse_merge_options
-from higgs_ds.metrics import MetricsLog
-from higgs_ds.tiny_random import random_base
+from higgs_ds.adapters import merge
+from higgs_ds.bases.tiny_random import random_base
+from higgs_ds.checkpoints.folder import read_state
+from higgs_ds.checkpoints.save import publish
+from higgs_ds.options.command_line import parse_generate_options, parse_merge_options
+from higgs_ds.reporting.metrics_log import MetricsLog
+from higgs_ds.speech import generate
 
 FULL, READ_ONLY = "full", "read-only"
 KIB_LEFT = [0, 2, 900, 1800, 2500, 2800]  # the random base's adapter has 800 KiB, a checkpoint 2,400

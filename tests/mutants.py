@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from higgs_ds.data import collate, dataset, prompt
-from higgs_ds.loss import IGNORE_INDEX
+from higgs_ds.model.loss import IGNORE_INDEX
 
 apply_delay_pattern, delayed_labels, render = collate.apply_delay_pattern, collate.delayed_labels, prompt.render
 

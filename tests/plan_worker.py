@@ -1,4 +1,4 @@
-"""One rank of tests/distributed/test_planner_ranks.py: bytes of the tensors of real runs, by part, as JSON on rank 0.
+"""One rank of tests/planning/test_plan_against_ranks.py: bytes of the tensors of real runs, by part, as JSON on rank 0.
 
 Called with a JSON list of command lines and the file to write to.
 """
@@ -13,24 +13,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from higgs_ds.quiet import quiet_libraries
+from higgs_ds.common.console import quiet_libraries
 
 quiet_libraries()
 
 import torch  # noqa: E402
 from conftest import speech_batch  # noqa: E402
 
-from higgs_ds import distributed  # noqa: E402
-from higgs_ds.command_line import parse_train_options  # noqa: E402
-from higgs_ds.data.audio_codes import default_cache_dir  # noqa: E402
+from higgs_ds.adapters.save import trained_parameters  # noqa: E402
+from higgs_ds.bases.tiny_random import random_base  # noqa: E402
+from higgs_ds.common import distributed  # noqa: E402
+from higgs_ds.common.resources import default_cache_dir  # noqa: E402
 from higgs_ds.data.collate import Batch  # noqa: E402
-from higgs_ds.ds_config import read_ds_config, resolve  # noqa: E402
-from higgs_ds.engine import Engine  # noqa: E402
-from higgs_ds.export import trained_parameters  # noqa: E402
-from higgs_ds.loss import LossWeights  # noqa: E402
 from higgs_ds.model.full import make_trainable  # noqa: E402
-from higgs_ds.model.higgs import DualLossModel, load_base, load_base_in_4bit, offload_embeddings  # noqa: E402
-from higgs_ds.tiny_random import random_base  # noqa: E402
+from higgs_ds.model.higgs import DualLossModel, offload_embeddings  # noqa: E402
+from higgs_ds.model.loading import load_base, load_base_in_4bit  # noqa: E402
+from higgs_ds.model.loss import LossWeights  # noqa: E402
+from higgs_ds.options.command_line import parse_train_options  # noqa: E402
+from higgs_ds.options.ds_config import read_ds_config, resolve  # noqa: E402
+from higgs_ds.training.engine import Engine  # noqa: E402
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
@@ -140,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.leave(distributed.run_ranks(main))
+    distributed.exit_process(distributed.run_ranks(main))

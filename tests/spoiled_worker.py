@@ -13,20 +13,20 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from higgs_ds.quiet import quiet_libraries
+from higgs_ds.common.console import quiet_libraries
 
 quiet_libraries()
 
 import torch  # noqa: E402
 from launcher import RANDOM  # noqa: E402
 
-from higgs_ds import distributed  # noqa: E402
-from higgs_ds.command_line import parse_train_options  # noqa: E402
+from higgs_ds.common import distributed  # noqa: E402
+from higgs_ds.common.errors import NotFiniteError  # noqa: E402
 from higgs_ds.data.collate import Batch  # noqa: E402
-from higgs_ds.engine import Step  # noqa: E402
-from higgs_ds.errors import NotFiniteError  # noqa: E402
-from higgs_ds.startup import start  # noqa: E402
-from higgs_ds.train import train  # noqa: E402
+from higgs_ds.model.loss import StepResult  # noqa: E402
+from higgs_ds.options.command_line import parse_train_options  # noqa: E402
+from higgs_ds.training.loop import train  # noqa: E402
+from higgs_ds.training.startup import start  # noqa: E402
 
 
 def train_spoiled(argv: list[str], steps: list[int], rank: int, kind: str) -> str | None:
@@ -43,7 +43,7 @@ def train_spoiled(argv: list[str], steps: list[int], rank: int, kind: str) -> st
 
     handles: list[Any] = []
 
-    def train_step(batches: Sequence[Batch]) -> Step:
+    def train_step(batches: Sequence[Batch]) -> StepResult:
         done.append(1)
         if len(done) in steps and distributed.rank() == rank:
             handles.append(norm.register_forward_hook(spoil))
@@ -65,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.leave(distributed.run_ranks(main))
+    distributed.exit_process(distributed.run_ranks(main))

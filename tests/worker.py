@@ -15,11 +15,12 @@ from conftest import native_inputs
 from mutants import MUTANTS
 from safetensors.torch import save_file
 
-from higgs_ds import distributed
-from higgs_ds.command_line import parse_train_options
-from higgs_ds.finish import finish
-from higgs_ds.startup import Run, start
-from higgs_ds.train import main, train
+from higgs_ds.common import distributed
+from higgs_ds.options.command_line import parse_train_options
+from higgs_ds.training.finish import finish
+from higgs_ds.training.loop import main, train
+from higgs_ds.training.run import Run
+from higgs_ds.training.startup import start
 
 
 def dump_logits(run: Run, path: Path) -> None:

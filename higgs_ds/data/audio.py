@@ -14,8 +14,8 @@ import soundfile
 import torch
 import torchaudio
 
+from higgs_ds.common.files import replaced_file
 from higgs_ds.data.sample import AudioClip
-from higgs_ds.files import replaced_file
 
 # torchaudio's defaults, spelled out because the cache of codes is keyed by them.
 RESAMPLING: dict[str, Any] = {"lowpass_filter_width": 6, "rolloff": 0.99, "resampling_method": "sinc_interp_hann"}

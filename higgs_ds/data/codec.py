@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
+from higgs_ds.common.errors import InputError
+from higgs_ds.common.files import sha256_of
+from higgs_ds.common.hub import resolve_folder
 from higgs_ds.data.codec_layout import is_original_codec
-from higgs_ds.errors import InputError
-from higgs_ds.files import sha256_of
-from higgs_ds.hub import resolve_folder
 
 CODEC_SUBFOLDER = "audio_tokenizer"  # a model folder may bring its codec along
 ORIGINAL_CODEC = "bosonai/higgs-audio-v2-tokenizer"  # which bases in the original layout were released with

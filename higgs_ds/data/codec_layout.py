@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import HiggsAudioV2TokenizerConfig
 
-from higgs_ds.errors import InputError
+from higgs_ds.common.errors import InputError
 
 _UNIT = ("snake1", "conv1", "snake2", "conv2")  # of a residual unit of the acoustic parts, in order
 _GAIN, _DIRECTION = ".weight_g", ".weight_v"  # what a weight-normalized weight is kept as

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from higgs_ds.data.audio_codes import CodeCache
+from higgs_ds.data.code_cache import CodeCache
 from higgs_ds.data.codec import CodecInfo
 from higgs_ds.data.delay_pattern import AudioStream
-from higgs_ds.data.hearing import Hearing
 from higgs_ds.data.index import CheckedClip
+from higgs_ds.data.mel_features import MelFeatureStore
 from higgs_ds.data.prompt import Tokenizer
 
 
@@ -22,10 +22,10 @@ class Coder:
     codec: CodecInfo
     cache: CodeCache
     identity: str  # the same for two coders that give the same ids and codes
-    hearing: Hearing | None = None  # of a model with a Whisper tower
+    hearing: MelFeatureStore | None = None  # of a model with a Whisper tower
 
-    def keeps(self, clip: CheckedClip) -> bool:
+    def has_outputs(self, clip: CheckedClip) -> bool:
         """Whether all that a clip was made into seems to be there still; cheaper than to read it."""
-        codes = self.cache.seems_whole(clip.key, clip.num_frames, self.stream.num_codebooks)
+        codes = self.cache.looks_complete(clip.key, clip.num_frames, self.stream.num_codebooks)
         features = self.hearing is None or not clip.num_outputs or self.hearing.path(clip.key).is_file()
         return codes and features

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from higgs_ds.data.delay_pattern import IGNORE_INDEX, AudioStream, apply_delay_pattern, delayed_labels
-from higgs_ds.data.hearing import MARGIN, MelFeatures
+from higgs_ds.data.delay_pattern import AudioStream, apply_delay_pattern, delayed_labels
+from higgs_ds.data.mel_features import MARGIN, MelFeatures
 from higgs_ds.data.prompt import Prompt
+from higgs_ds.model.loss import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

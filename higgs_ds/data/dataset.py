@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from higgs_ds.common.errors import InputError
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.collate import Batch, EncodedSample, collate
-from higgs_ds.data.hearing import MelFeatures
 from higgs_ds.data.index import Index
+from higgs_ds.data.mel_features import MelFeatures
 from higgs_ds.data.prompt import Stretch, prompt_of
 from higgs_ds.data.sample import Sample
-from higgs_ds.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Dataset:
             cached = cache.load(clip.key, stream.num_codebooks)
             if cached is None:
                 cache.drop(clip.key)  # so that the next start makes them again
-                raise _gone(sample, "codes", cache.path(clip.key))
+                raise _missing_from_cache(sample, "codes", cache.path(clip.key))
             whole = cached.codes.long()
             if hearing is None or not clip.num_outputs:
                 codes.append(whole)
@@ -70,7 +70,7 @@ class Dataset:
             features = hearing.load(clip.key)
             if features is None:
                 hearing.drop(clip.key)
-                raise _gone(sample, "features", hearing.path(clip.key))
+                raise _missing_from_cache(sample, "features", hearing.path(clip.key))
             codes += whole.split(hearing.frames_per_stretch, dim=1)
             stretches.append(hearing.stretches(clip.num_frames, clip.num_outputs))
             heard += features
@@ -86,7 +86,7 @@ class Dataset:
         return hashlib.sha256(self.index.digests()[self.rows].tobytes()).hexdigest()
 
 
-def _gone(sample: Sample, what: str, path: Path) -> InputError:
+def _missing_from_cache(sample: Sample, what: str, path: Path) -> InputError:
     return InputError(
         f"{sample.source}: the {what} of its audio have gone from {path}, or are damaged; start again, with --resume "
         "auto, and they will be made again"

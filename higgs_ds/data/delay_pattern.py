@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from higgs_ds.loss import IGNORE_INDEX
+from higgs_ds.model.loss import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import torch
 from tqdm import tqdm
 
 from higgs_ds.data.audio import read_audio
-from higgs_ds.data.audio_codes import CachedCodes, CodeCache
+from higgs_ds.data.code_cache import CachedCodes, CodeCache
 from higgs_ds.data.codec import Codec
 from higgs_ds.data.coder import Coder
-from higgs_ds.data.hearing import Hearing
+from higgs_ds.data.mel_features import MelFeatureStore
 from higgs_ds.data.sample import AudioClip
 
 WINDOW_CLIPS, WINDOW_BYTES = 4096, 64 << 20  # clips looked at together, and bytes of audio that lie inside manifests
@@ -34,7 +34,7 @@ class ClipToEncode:
     key: str
     num_samples: int  # at the codec's rate
     clipped: float
-    listened: bool = False  # whether a Whisper tower hears it
+    is_heard: bool = False  # whether a Whisper tower hears it
 
 
 def encode_clips(
@@ -47,7 +47,7 @@ def encode_clips(
     encoded by itself on one thread, so that its codes do not depend on how many processes there are.
     """
     workers = min(num_workers, int(seconds / WORTH_A_WORKER_S))
-    folder, kept = coder.codec.folder, Kept(coder.cache, coder.hearing)
+    folder, kept = coder.codec.folder, CodeStore(coder.cache, coder.hearing)
     disable = None if show_progress else True  # None: no bar where stderr is a file
     with tqdm(total=count, desc="encoding", unit="clip", disable=disable, dynamic_ncols=True) as bar:
         if device.type == "cuda":
@@ -63,26 +63,26 @@ def encode_clips(
 
 
 @dataclass(frozen=True)
-class Kept:
+class CodeStore:
     """Where what clips are made into is kept."""
 
     cache: CodeCache
-    hearing: Hearing | None = None
+    hearing: MelFeatureStore | None = None
 
     def store(self, clip: ClipToEncode, codes: torch.Tensor) -> None:
         """Keep a clip's codes (C, F) and, where a tower hears it, its features."""
         self.cache.store(clip.key, CachedCodes(codes, clip.clipped))
-        if self.hearing is not None and clip.listened:
+        if self.hearing is not None and clip.is_heard:
             self.hearing.store(clip.key, clip.clip, codes.shape[1])
 
 
-def _encode_one(clip: ClipToEncode, kept: Kept, codec: Codec) -> None:
+def _encode_one(clip: ClipToEncode, kept: CodeStore, codec: Codec) -> None:
     found = kept.cache.load(clip.key, codec.num_codebooks)
     codes = found.codes if found else codec.encode(read_audio(clip.clip, codec.sample_rate)[None])[0]
     kept.store(clip, codes)
 
 
-def _encode_batched(clips: Iterable[ClipToEncode], kept: Kept, codec: Codec, threads: int, bar: tqdm) -> None:
+def _encode_batched(clips: Iterable[ClipToEncode], kept: CodeStore, codec: Codec, threads: int, bar: tqdm) -> None:
     """Clips of one length together, read and resampled ahead by threads."""
     with ThreadPoolExecutor(threads) as readers:
         for window in _windows(clips):
@@ -119,7 +119,7 @@ def _batches(window: list[ClipToEncode], sample_rate: int) -> Iterator[list[Clip
 
 
 def _encode_in_processes(
-    clips: Iterable[ClipToEncode], kept: Kept, codec_folder: Path, workers: int, bar: tqdm
+    clips: Iterable[ClipToEncode], kept: CodeStore, codec_folder: Path, workers: int, bar: tqdm
 ) -> None:
     """Longest clips first within a window, so that the workers end at about the same time."""
     with ProcessPoolExecutor(
@@ -143,11 +143,11 @@ def _collect(pending: set[Future[None]], bar: tqdm) -> set[Future[None]]:
     return pending
 
 
-_worker: tuple[Kept, Codec]  # of a worker process
+_worker: tuple[CodeStore, Codec]  # of a worker process
 
 
-def _start_worker(codec_folder: Path, kept: Kept) -> None:
-    from higgs_ds.quiet import quiet_libraries
+def _start_worker(codec_folder: Path, kept: CodeStore) -> None:
+    from higgs_ds.common.console import quiet_libraries
 
     quiet_libraries()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Checked samples on disk, memory-mapped: a million of them take no more memory than the pages that are read.
+"""CheckedManifest samples on disk, memory-mapped: a million of them take no more memory than the pages that are read.
 
 A folder of Arrow files, two for each rank that checked a share of the samples, and `index.json`. Rows are in the
 manifest's order, whatever the number of ranks was.
@@ -18,14 +18,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from higgs_ds.data.audio_codes import KEY_BYTES
+from higgs_ds.data.code_cache import KEY_BYTES
 from higgs_ds.data.sample import AudioClip, Message, Sample
 
 VERSION = 2  # raise it with every change to what is written
 ROWS_PER_BATCH = 1024
 DIGEST_BYTES = 16
 DESCRIPTION = "index.json"
-
 # What is looked at of all samples at once: little, and in files of its own, since reading maps the pages around it.
 FACTS = pa.schema(
     [

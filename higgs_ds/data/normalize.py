@@ -27,7 +27,6 @@ SOUNDS = {
     "[cough]": "<SE>[Cough]</SE>",
 }
 ENDINGS = (".", "!", "?", ",", ";", '"', "'", "</SE_e>", "</SE>")
-
 _SINGLE = str.maketrans(HALF_WIDTH)
 
 

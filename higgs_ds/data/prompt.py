@@ -8,8 +8,9 @@ from functools import lru_cache
 from itertools import zip_longest
 from typing import Any, Protocol
 
-from higgs_ds.data.delay_pattern import IGNORE_INDEX, AudioStream
+from higgs_ds.data.delay_pattern import AudioStream
 from higgs_ds.data.sample import ASSISTANT, AudioClip, Message, Sample
+from higgs_ds.model.loss import IGNORE_INDEX
 
 BEGIN_OF_TEXT = "<|begin_of_text|>"
 END_OF_TURN, END_OF_MESSAGE = "<|eot_id|>", "<|eom_id|>"

@@ -56,7 +56,7 @@ class Sample:
         return [clip for message in self.messages for clip in message.clips]
 
     @property
-    def listened(self) -> list[bool]:
+    def is_heard(self) -> list[bool]:
         """Of every clip, whether a model with a Whisper tower hears it: in a turn that is not the assistant's."""
         return [message.role != ASSISTANT for message in self.messages for _ in message.clips]
 

@@ -11,15 +11,15 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from higgs_ds.config import DataOptions
 from higgs_ds.data.audio import AudioError, examine
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.encode import ClipToEncode
 from higgs_ds.data.formats.reader import read_entries
-from higgs_ds.data.hearing import SAMPLE_RATE
 from higgs_ds.data.index import CheckedClip, CheckedSample, stamp_of
+from higgs_ds.data.mel_features import SAMPLE_RATE
 from higgs_ds.data.prompt import count_tokens
 from higgs_ds.data.sample import AudioClip, Entry, Sample
+from higgs_ds.options.train import DataOptions
 
 CHUNK = 32  # entries that a thread takes at a time
 MAX_SHOWN = 1000  # problems that are kept to be shown
@@ -39,7 +39,7 @@ class Share:
 
 
 @dataclass
-class Findings:
+class SurveyResult:
     """What one process has found in its share of a manifest. Lines come with the number of their sample."""
 
     num_entries: int = 0
@@ -51,7 +51,7 @@ class Findings:
 
 
 @dataclass
-class Missing:
+class MissingClips:
     """Clips that are not encoded yet: the samples that they are in, the beginnings of their keys, their seconds."""
 
     numbers: array[int] = field(default_factory=lambda: array("q"))
@@ -87,7 +87,7 @@ class ClipFacts:
 
 
 @dataclass(frozen=True)
-class Looked:
+class CheckedEntry:
     """What was found out about one sample: its faults, or all that an index holds of it."""
 
     number: int
@@ -109,29 +109,29 @@ class Checker:
         )
         self._facts_of_file = lru_cache(maxsize=1 << 14)(self._examine)
 
-    def facts(self, clip: AudioClip, listened: bool) -> ClipFacts:
+    def facts(self, clip: AudioClip, is_heard: bool) -> ClipFacts:
         """Raises AudioError or OSError where the clip cannot be used.
 
         Args:
-            listened: whether a model with a Whisper tower hears the clip.
+            is_heard: whether a model with a Whisper tower hears the clip.
         """
-        return self._facts_of_file(clip, listened) if clip.data is None else self._examine(clip, listened)
+        return self._facts_of_file(clip, is_heard) if clip.data is None else self._examine(clip, is_heard)
 
-    def look_at(self, number: int, entry: Entry) -> Looked:
+    def check_entry(self, number: int, entry: Entry) -> CheckedEntry:
         """Check one sample's clips, and count its tokens where there is a coder."""
         sample, faults = entry.sample, list(entry.faults)
         stamps = _stamps(sample) if sample else []  # before anything is read, so that a later change shows
         facts: dict[tuple[AudioClip, bool], ClipFacts] = {}
-        asked = list(zip(sample.clips, sample.listened, strict=True)) if sample else []
-        for clip, listened in asked:
+        asked = list(zip(sample.clips, sample.is_heard, strict=True)) if sample else []
+        for clip, is_heard in asked:
             try:
-                facts[clip, listened] = facts.get((clip, listened)) or self.facts(clip, listened)
+                facts[clip, is_heard] = facts.get((clip, is_heard)) or self.facts(clip, is_heard)
             except (AudioError, OSError) as error:
                 reason = error.strerror if isinstance(error, OSError) else error
                 faults.append(f"{clip.path}: {reason}" if clip.data is None else f"audio: {reason}")
         if sample is None or faults or self.coder is None:
-            return Looked(number, entry.source, list(dict.fromkeys(faults)))
-        clips = [facts[clip, listened] for clip, listened in asked]
+            return CheckedEntry(number, entry.source, list(dict.fromkeys(faults)))
+        clips = [facts[clip, is_heard] for clip, is_heard in asked]
         num_frames = [clip.num_frames for clip in clips]
         hearing = self.coder.hearing
         stretches = [hearing.stretches(clip.num_frames, clip.num_outputs) for clip in clips] if hearing else []
@@ -142,11 +142,11 @@ class Checker:
             clips=tuple(CheckedClip(clip.key, clip.num_frames, clip.num_outputs) for clip in clips),
             files=tuple((path, *stamp) for path, stamp in stamps if stamp),
         )
-        return Looked(number, entry.source, [], checked, clips)
+        return CheckedEntry(number, entry.source, [], checked, clips)
 
-    def _examine(self, clip: AudioClip, listened: bool) -> ClipFacts:
+    def _examine(self, clip: AudioClip, is_heard: bool) -> ClipFacts:
         max_s, rate, hop = self.options.max_clip_s, self.sample_rate, self.hop_length
-        hearing = self.coder.hearing if self.coder and listened else None
+        hearing = self.coder.hearing if self.coder and is_heard else None
         if clip.data is None and not clip.path.is_file():
             raise AudioError("no such file" if not clip.path.exists() else "is not a file")
         key = self.coder.cache.key(clip) if self.coder else ""
@@ -172,17 +172,17 @@ def survey(
     share: Share,
     num_threads: int,
     keep: Callable[[CheckedSample], None],
-    tell_bad: Callable[[int, str], None],
-) -> tuple[Findings, Missing]:
-    """Check a share of a manifest's samples; each good one is given to `keep`, each problem to `tell_bad`."""
-    findings, missing = Findings(), Missing()
-    for looked in _in_threads(path, checker, share, num_threads):
+    report_invalid: Callable[[int, str], None],
+) -> tuple[SurveyResult, MissingClips]:
+    """Check a share of a manifest's samples; each good one is given to `keep`, each problem to `report_invalid`."""
+    findings, missing = SurveyResult(), MissingClips()
+    for looked in _check_in_threads(path, checker, share, num_threads):
         findings.num_entries += 1
         findings.num_bad += bool(looked.faults)
         for fault in looked.faults:
             line = f"{looked.source}: {fault}"
             findings.num_problems += 1
-            tell_bad(looked.number, line)
+            report_invalid(looked.number, line)
             if len(findings.problems) < MAX_SHOWN:
                 findings.problems.append((looked.number, line))
         if looked.checked is not None:
@@ -195,17 +195,17 @@ def survey(
     return findings, missing
 
 
-def _in_threads(path: Path, checker: Checker, share: Share, num_threads: int) -> Iterator[Looked]:
+def _check_in_threads(path: Path, checker: Checker, share: Share, num_threads: int) -> Iterator[CheckedEntry]:
     """Look at a share of the entries by threads, a few chunks ahead; in order."""
 
-    def look_at(chunk: list[tuple[int, Entry]]) -> list[Looked]:
-        return [checker.look_at(number, entry) for number, entry in chunk]
+    def check_entry(chunk: list[tuple[int, Entry]]) -> list[CheckedEntry]:
+        return [checker.check_entry(number, entry) for number, entry in chunk]
 
     entries = share.of(read_entries(path, checker.options))
-    ahead: deque[Future[list[Looked]]] = deque()
+    ahead: deque[Future[list[CheckedEntry]]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:
         while chunk := list(islice(entries, CHUNK)):
-            ahead.append(pool.submit(look_at, chunk))
+            ahead.append(pool.submit(check_entry, chunk))
             if len(ahead) > 2 * num_threads:
                 yield from ahead.popleft().result()
         while ahead:
@@ -218,7 +218,7 @@ def _stamps(sample: Sample) -> list[tuple[str, tuple[int, int] | None]]:
     return [(path, stamp_of(path)) for path in dict.fromkeys(map(str, paths))]
 
 
-def missing_clips(path: Path, checker: Checker, missing: Missing) -> Iterator[ClipToEncode]:
+def missing_clips(path: Path, checker: Checker, missing: MissingClips) -> Iterator[ClipToEncode]:
     """Read a manifest once more for the clips that are still to be encoded, each once."""
     left = set(missing.keys)
     numbers = iter(missing.numbers)
@@ -227,9 +227,9 @@ def missing_clips(path: Path, checker: Checker, missing: Missing) -> Iterator[Cl
         if number != wanted:
             continue
         wanted = next(numbers, None)
-        clips = zip(entry.sample.clips, entry.sample.listened, strict=True) if entry.sample else ()
-        for clip, listened in clips:
-            facts = checker.facts(clip, listened)
+        clips = zip(entry.sample.clips, entry.sample.is_heard, strict=True) if entry.sample else ()
+        for clip, is_heard in clips:
+            facts = checker.facts(clip, is_heard)
             if facts.short_key in left:
                 left.remove(facts.short_key)
                 yield ClipToEncode(clip, facts.key, facts.num_samples, facts.clipped, bool(facts.num_outputs))

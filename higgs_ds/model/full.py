@@ -9,11 +9,12 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from higgs_ds.config import EMBEDDINGS, FULL, HEADS, LoraOptions, TuneOptions
-from higgs_ds.errors import InputError
+from higgs_ds.common.errors import InputError
 from higgs_ds.model.lora import GROUP_OF_MODULE, add_lora
 from higgs_ds.model.lora import describe as describe_lora
 from higgs_ds.model.parts import ATTENTION_MODULES, NO_PARTS, TOWER_MODULES, Parts
+from higgs_ds.options.fields import EMBEDDINGS, FULL, HEADS
+from higgs_ds.options.train import LoraOptions, TuneOptions
 
 # A norm belongs to the part of the layer that it stands in front of.
 _GROUP_OF_NORM = {
@@ -46,14 +47,14 @@ def group_of(name: str) -> str | None:
     return _GROUP_OUTSIDE[path[1] if path[0] == "model" else path[0]]
 
 
-def train_in_full(model: nn.Module, groups: Sequence[str], in_full: Parts = NO_PARTS) -> nn.Module:
-    """Unfreeze the weights of a frozen model that are in some groups, and optional parts that are trained `in_full`.
+def unfreeze_groups(model: nn.Module, groups: Sequence[str], full_parts: Parts = NO_PARTS) -> nn.Module:
+    """Unfreeze the weights of a frozen model that are in some groups, and optional parts that are trained `full_parts`.
 
     Raises InputError where one weight bears two names of which only one is in a group.
     """
     by_weight: dict[int, set[bool]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        trained = group_of(name) in groups or in_full.has(name)
+        trained = group_of(name) in groups or full_parts.has(name)
         by_weight.setdefault(id(parameter), set()).add(trained)
         parameter.requires_grad_(trained)
     if any(len(trained) > 1 for trained in by_weight.values()):
@@ -67,31 +68,31 @@ def make_trainable(
     lora: LoraOptions,
     base_name: str,
     dtype: torch.dtype,
-    in_full: Parts = NO_PARTS,
+    full_parts: Parts = NO_PARTS,
 ) -> nn.Module:
     """A frozen model made ready for what --finetune says: itself with weights unfrozen, or wrapped with adapters.
 
     Raises InputError where it lacks what is to be trained.
     """
     if tune.finetune == FULL:
-        return train_in_full(model, tune.train_groups, in_full)
-    return add_lora(model, lora, base_name, dtype, in_full)
+        return unfreeze_groups(model, tune.train_groups, full_parts)
+    return add_lora(model, lora, base_name, dtype, full_parts)
 
 
-def describe(model: nn.Module, tune: TuneOptions, base_parameters: int, in_full: Parts = NO_PARTS) -> str:
+def describe(model: nn.Module, tune: TuneOptions, base_parameters: int, full_parts: Parts = NO_PARTS) -> str:
     """One line on what is trained.
 
     Args:
-        base_parameters: of the base without its parts that are trained `in_full`.
+        base_parameters: of the base without its parts that are trained `full_parts`.
     """
     if isinstance(model, PeftModel):
-        return describe_lora(model, base_parameters, in_full)
+        return describe_lora(model, base_parameters, full_parts)
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            counts[group_of(name) or str(Parts(audio_tower=in_full.audio_tower))] += parameter.numel()
+            counts[group_of(name) or str(Parts(audio_tower=full_parts.audio_tower))] += parameter.numel()
     trained = counts.total()
-    whole = base_parameters + sum(p.numel() for name, p in model.named_parameters() if in_full.has(name))
+    whole = base_parameters + sum(p.numel() for name, p in model.named_parameters() if full_parts.has(name))
     of_groups = ", ".join(f"{group} {count:,}" for group, count in counts.items())
-    full = f"; optional parts: {in_full}" if in_full else ""
+    full = f"; optional parts: {full_parts}" if full_parts else ""
     return f"full fine-tuning: {trained:,} of {whole:,} parameters ({trained / whole:.2%}): {of_groups}{full}"

@@ -3,47 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from accelerate import init_empty_weights
 from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from higgs_ds.errors import InputError
-from higgs_ds.files import release_freed_memory
-from higgs_ds.hub import read_tensor, weight_files, weight_places, weight_shapes
-from higgs_ds.model import nf4
-from higgs_ds.model.layout import (
-    LEFTOVERS,
-    MODEL_TYPES,
-    NATIVE,
-    native_config,
-    read_json_config,
-    special_tokens,
-)  # fmt: skip
-from higgs_ds.model.nf4 import BaseQuantization
-from higgs_ds.model.offload import OnHost, kept_on_host
-from higgs_ds.model.parts import NO_PARTS, Parts, config_of, model_class, parts_of, ready_for_parts
-from higgs_ds.model.routed import SPOKEN_AS, TRAINED_AS, LossHead, Routing
-
-TEXT_HEAD = "text_lm_head.weight"
-# Copies of the heads, which transformers would report as unknown weights; the heads themselves are loaded.
-HiggsAudioV2ForConditionalGeneration._keys_to_ignore_on_load_unexpected += LEFTOVERS
-
-
-def read_config(folder: Path, asked_by: str = "--base_ckpt") -> HiggsAudioV2Config:
-    """The configuration of a base in either layout. Raises InputError, beginning with `asked_by`, for anything else."""
-    config = read_json_config(folder, asked_by)
-    if MODEL_TYPES[config["model_type"]] != NATIVE:
-        config = native_config(config, special_tokens(folder), str(folder / "config.json"))
-    return config_of(config)
+from higgs_ds.model.offload import HostModule, save_on_host
+from higgs_ds.model.parts import parts_of
+from higgs_ds.model.routed_layers import GENERATION_CLASSES, TRAINING_CLASSES, LossHead, Routing
 
 
 def describe_model(config: HiggsAudioV2Config) -> str:
@@ -58,17 +29,6 @@ def describe_model(config: HiggsAudioV2Config) -> str:
     )
 
 
-def check_weights(folder: Path) -> None:
-    """Raise InputError where a base's files lack the text head, which the text loss needs, or do not fit its config."""
-    found = weight_shapes(weight_files(folder))
-    if TEXT_HEAD not in found:
-        raise InputError(
-            f"{folder}: holds no {TEXT_HEAD}, which the text loss needs; use a base saved with its text head"
-        )
-    expected = empty_model(read_config(folder), torch.float32).state_dict()
-    _check_shapes(folder, {name: tuple(tensor.shape) for name, tensor in expected.items()}, found)
-
-
 def checkpoint_layers(higgs: HiggsAudioV2ForConditionalGeneration, every: int) -> None:
     """Have every `every`-th decoder layer, from the first, keep its input alone, and run again in the backward pass."""
     higgs.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -76,165 +36,10 @@ def checkpoint_layers(higgs: HiggsAudioV2ForConditionalGeneration, every: int) -
         layer.gradient_checkpointing = i % every == 0
 
 
-def num_parameters(folder: Path, left_out: Parts = NO_PARTS) -> int:
-    """Parameters of a base without some of its parts, by the headers of its files."""
-    shapes = weight_shapes(weight_files(folder))
-    return sum(math.prod(shape) for name, shape in shapes.items() if name not in LEFTOVERS and not left_out.has(name))
-
-
-def load_base(folder: Path, dtype: torch.dtype, to_add: Parts = NO_PARTS) -> HiggsAudioV2ForConditionalGeneration:
-    """Load a base with its text head, every weight from its files, on the CPU, frozen.
-
-    The text head must be asked for: transformers drops its weights silently otherwise. Parts that are `to_add` are
-    added later (`ExtendedModel.add_parts`).
-    """
-    config = ready_for_parts(read_config(folder), to_add)
-    model, info = model_class(config).from_pretrained(
-        folder, config=config, use_text_head=True, dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        found = sorted(map(str, set(info[kind]).difference(LEFTOVERS)))
-        if found:
-            names = ", ".join(found[:5])
-            raise InputError(f"{folder}: {kind.replace('_', ' ')} in its weights: {names}")
-    return model.requires_grad_(False)
-
-
-def empty_model(config: HiggsAudioV2Config, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGeneration:
-    """A frozen model with its text head whose weights have shapes, but neither values nor memory."""
-    config = copy.deepcopy(config)  # the model keeps it, and the next line would be seen by whoever reads the dtype
-    config.dtype = dtype
-    with init_empty_weights(include_buffers=True):
-        model = model_class(config)(config, use_text_head=True)
-    return model.to(dtype).requires_grad_(False)
-
-
-def load_base_in_4bit(
-    folder: Path, dtype: torch.dtype, quantize_on: torch.device, keep_on: torch.device, to_add: Parts = NO_PARTS
-) -> tuple[HiggsAudioV2ForConditionalGeneration, BaseQuantization]:
-    """Load a base with its decoder's linear layers in NF4 and all else in `dtype`, one tensor at a time, frozen.
-
-    transformers' own loader keeps every file that it has read mapped until the end: for a base of 2.1 GiB its process
-    peaked at 2.58 GiB, and at 1.15 GiB with this one.
-
-    Args:
-        quantize_on: where weights are quantized; keep_on: where they stay.
-        to_add: parts that are added later, as by `load_base`.
-
-    Raises InputError where the files and the configuration do not agree.
-    """
-    places = {name: path for name, path in weight_places(folder).items() if name not in LEFTOVERS}
-    config = ready_for_parts(read_config(folder), to_add)
-    config.dtype = dtype
-    with init_empty_weights():
-        model = model_class(config)(config, use_text_head=True)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    _check_shapes(folder, expected, weight_shapes(weight_files(folder)))
-    nf4.replace_linears(model, dtype)
-    quantized = {}
-    for name, path in places.items():
-        layer, _, leaf = name.rpartition(".")
-        tensor = read_tensor(path, name)
-        if nf4.is_quantized_weight(name):
-            weight = nf4.quantize(tensor.to(quantize_on), dtype)
-            quantized[name] = weight
-            nf4.fill(model.get_submodule(layer), weight)
-            release_freed_memory()
-        else:
-            setattr(model.get_submodule(layer), leaf, nn.Parameter(tensor.to(keep_on, dtype), requires_grad=False))
-    record = nf4.describe(quantized, dtype)
-    for weight in quantized.values():
-        weight.data = weight.data.to(keep_on)
-    return model.requires_grad_(False), record
-
-
-def _check_shapes(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    problems = {
-        "missing keys": sorted(expected.keys() - found.keys()),
-        "unexpected keys": sorted(found.keys() - expected.keys() - set(LEFTOVERS)),
-        "mismatched keys": [name for name in expected.keys() & found.keys() if expected[name] != found[name]],
-    }
-    if any(problems.values()):
-        raise InputError(
-            [f"{folder}: {kind} in its weights: {', '.join(names[:5])}" for kind, names in problems.items() if names]
-        )
-
-
-def load_for_generation(
-    folder: Path, quantization: BaseQuantization | None, device: torch.device, to_add: Parts = NO_PARTS
-) -> HiggsAudioV2ForConditionalGeneration:
-    """Load a model as its users do, in the dtype of its files; or in 4 bits, for an adapter trained on such a base.
-
-    Args:
-        to_add: parts that are added later, as by `load_base`.
-    """
-    if quantization is not None:
-        model, _ = load_base_in_4bit(folder, quantization.dtype, device, device, to_add)
-        if (folder / GENERATION_CONFIG_NAME).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        return model.to(device)  # its buffers, too
-    config = ready_for_parts(read_config(folder), to_add)
-    return model_class(config).from_pretrained(folder, config=config, dtype="auto", use_safetensors=True).to(device)
-
-
-class WeightSource(Protocol):
-    """Where `streamed` takes weights from, when they are needed and only as long."""
-
-    def linear(self, layer: str, x: torch.Tensor) -> torch.Tensor:
-        """What a linear layer makes of x (..., in), float32 (..., out)."""
-
-    def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
-        """The rows of an embedding for ids (...), float32 (..., hidden)."""
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A small weight, float32."""
-
-
-class _Streamed(nn.Module):
-    """A linear layer or embedding whose weights lie elsewhere."""
-
-    def __init__(self, function: Callable[[str, torch.Tensor], torch.Tensor], name: str) -> None:
-        super().__init__()
-        self.function, self.name = function, name
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function(self.name, x)
-
-
-def streamed(config: HiggsAudioV2Config, source: WeightSource) -> HiggsAudioV2ForConditionalGeneration:
-    """A model in float32 that never holds more than the weights it works with."""
-    config.dtype = torch.float32
-    with init_empty_weights():
-        model = model_class(config)(config, use_text_head=True)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            model.set_submodule(name, _Streamed(source.linear, name))
-        elif isinstance(module, nn.Embedding):
-            model.set_submodule(name, _Streamed(source.rows, f"{name}.weight"))
-        else:
-            for leaf in dict(module.named_parameters(recurse=False)):
-                setattr(module, leaf, nn.Parameter(source.tensor(f"{name}.{leaf}"), requires_grad=False))
-    return model.eval()
-
-
-@torch.no_grad()
-def all_logits(
-    model: HiggsAudioV2ForConditionalGeneration, input_ids: torch.Tensor, audio_input_ids: torch.Tensor, **heard: Any
-) -> torch.Tensor:
-    """Text and audio logits of every position of one sequence, as one vector per position (N, V + C x S).
-
-    Args:
-        heard: for a model with a tower, as its forward takes them, `audio_features` and `feature_lengths`.
-    """
-    outputs = model.model(input_ids=input_ids, audio_input_ids=audio_input_ids, use_cache=False, **heard)
-    hidden = outputs.last_hidden_state[0]
-    return torch.cat([model.text_lm_head(hidden), model.audio_lm_head(hidden)], dim=-1)
-
-
 def offload_embeddings(higgs: HiggsAudioV2ForConditionalGeneration) -> None:
     """Keep the embeddings of text and codes in host memory: of each, a step needs a few rows."""
-    higgs.model.embed_tokens = OnHost(higgs.model.embed_tokens.cpu())
-    higgs.model.embed_audio_tokens = OnHost(higgs.model.embed_audio_tokens.cpu())
+    higgs.model.embed_tokens = HostModule(higgs.model.embed_tokens.cpu())
+    higgs.model.embed_audio_tokens = HostModule(higgs.model.embed_audio_tokens.cpu())
 
 
 class DualLossModel(nn.Module):
@@ -255,21 +60,21 @@ class DualLossModel(nn.Module):
         self.adapted = adapted
         self.offload_checkpoints = offload_checkpoints
         for module in self.higgs.model.modules():
-            if type(module) in TRAINED_AS:
-                module.__class__ = TRAINED_AS[type(module)]
+            if type(module) in TRAINING_CLASSES:
+                module.__class__ = TRAINING_CLASSES[type(module)]
         self.higgs.text_lm_head.__class__ = LossHead
         self.higgs.audio_lm_head.__class__ = LossHead
 
     @contextlib.contextmanager
-    def speaking(self, folder: Path) -> Iterator[PeftModel | HiggsAudioV2ForConditionalGeneration]:
+    def generation_mode(self, folder: Path) -> Iterator[PeftModel | HiggsAudioV2ForConditionalGeneration]:
         """For the block, the adapted model as transformers generates with it, by its folder's generation settings."""
-        changed = [(module, type(module)) for module in self.modules() if type(module) in SPOKEN_AS]
+        changed = [(module, type(module)) for module in self.modules() if type(module) in GENERATION_CLASSES]
         was_training = self.training
         if (folder / GENERATION_CONFIG_NAME).is_file():
             self.higgs.generation_config = GenerationConfig.from_pretrained(folder)
         self.eval()
         for module, trained_as in changed:
-            module.__class__ = SPOKEN_AS[trained_as]
+            module.__class__ = GENERATION_CLASSES[trained_as]
         try:
             yield self.adapted
         finally:
@@ -315,7 +120,7 @@ class DualLossModel(nn.Module):
         hits = torch.cat([text_hits.sum(0), audio_hits.sum(0), of_ends]).float()
         return text_loss + audio_loss, torch.cat([text_sum, audio_sums]), hits
 
-    def _with_heard(
+    def _insert_tower_outputs(
         self,
         text: torch.Tensor,
         features: torch.Tensor,
@@ -324,7 +129,7 @@ class DualLossModel(nn.Module):
         feature_places: torch.Tensor,
     ) -> torch.Tensor:
         """Embeddings of text (M, hidden) with what the tower makes of clips at its places."""
-        outputs = self.higgs.model.hear(features, feature_lengths).flatten(0, 1)
+        outputs = self.higgs.model.encode_features(features, feature_lengths).flatten(0, 1)
         return text.index_copy(0, feature_places, outputs.index_select(0, feature_rows).to(text.dtype))
 
     def decode(
@@ -341,7 +146,7 @@ class DualLossModel(nn.Module):
         model = self.higgs.model
         text = model.embed_tokens(text_ids)
         if heard:
-            text = self._with_heard(text, **heard)
+            text = self._insert_tower_outputs(text, **heard)
         hidden = torch.cat([text, model.embed_audio_tokens(codes)])
         position_embeddings = model.rotary_emb(hidden, torch.arange(places.shape[1], device=places.device)[None])
         routing = Routing(len(text_ids), positions, places, audio_rows, audio_at)
@@ -349,6 +154,6 @@ class DualLossModel(nn.Module):
             routing = routing.with_audio_rotations(position_embeddings)
         for layer in model.layers:
             offloaded = self.offload_checkpoints and layer.gradient_checkpointing
-            with kept_on_host() if offloaded else contextlib.nullcontext():
+            with save_on_host() if offloaded else contextlib.nullcontext():
                 hidden = layer(hidden, routing, position_embeddings)
         return hidden

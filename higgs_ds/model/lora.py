@@ -11,9 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedConfig
 
-from higgs_ds.config import LoraOptions
-from higgs_ds.errors import InputError
+from higgs_ds.common.errors import InputError
 from higgs_ds.model.parts import NO_PARTS, TOWER_MODULES, Parts
+from higgs_ds.options.train import LoraOptions
 
 # Which part of a decoder layer belongs to which group of targets. `audio_attn` exists in some of the family.
 GROUP_OF_MODULE = {
@@ -71,11 +71,11 @@ def check_biases(config: PreTrainedConfig, options: LoraOptions) -> None:
 
 
 def add_lora(
-    model: nn.Module, options: LoraOptions, base_name: str, dtype: torch.dtype, in_full: Parts = NO_PARTS
+    model: nn.Module, options: LoraOptions, base_name: str, dtype: torch.dtype, full_parts: Parts = NO_PARTS
 ) -> PeftModel:
     """Wrap a frozen model with adapters of `dtype`. The second factor starts at 0: nothing changes at first.
 
-    Optional parts that are trained `in_full` get no adapters; their own parameters are unfrozen.
+    Optional parts that are trained `full_parts` get no adapters; their own parameters are unfrozen.
 
     No task type is given: PEFT would pass `labels` into a forward of another meaning. The adapters are not upcast
     (PEFT's default): the engine keeps float32 master weights of them.
@@ -86,7 +86,7 @@ def add_lora(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=discover_targets(model, options.lora_targets, in_full),
+        target_modules=discover_targets(model, options.lora_targets, full_parts),
         exclude_modules=rf".*\b({'|'.join(TOWER_MODULES)})\b.*" if has_tower else None,
         bias="none",
         use_rslora=options.use_rslora,
@@ -95,7 +95,7 @@ def add_lora(
     )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     for name, parameter in adapted.named_parameters():
-        if in_full.has(name):
+        if full_parts.has(name):
             parameter.requires_grad_()
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)  # PEFT takes float32 beside 4-bit weights
@@ -103,11 +103,11 @@ def add_lora(
     return adapted
 
 
-def describe(model: PeftModel, base_parameters: int, in_full: Parts = NO_PARTS) -> str:
+def describe(model: PeftModel, base_parameters: int, full_parts: Parts = NO_PARTS) -> str:
     """One line on what is trained: modules, parameters, share of these and the base's."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole = trained + base_parameters
     modules = sum(1 for name, _ in model.named_modules() if name.endswith(".lora_A.default"))
     targets = ", ".join(sorted(model.peft_config["default"].target_modules))
-    full = f"; in full: {in_full}" if in_full else ""
+    full = f"; in full: {full_parts}" if full_parts else ""
     return f"LoRA on {modules} modules, {trained:,} of {whole:,} parameters ({trained / whole:.2%}): {targets}{full}"

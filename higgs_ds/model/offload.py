@@ -7,7 +7,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 
-class OnHost(nn.Module):
+class HostModule(nn.Module):
     """A module without gradients that stays in host memory, and takes and gives tensors of any device.
 
     It is no submodule: nothing that walks the model moves, parts or saves its weights.
@@ -21,7 +21,7 @@ class OnHost(nn.Module):
         return self.__dict__["on_host"](ids.cpu()).to(ids.device)
 
 
-def kept_on_host() -> saved_tensors_hooks:
+def save_on_host() -> saved_tensors_hooks:
     """While the block runs, what autograd keeps for the backward pass goes to host memory, and comes back on demand.
 
     Around a recomputed layer this is its input alone: what it saves within, activation checkpointing takes first. The

@@ -9,16 +9,18 @@ import torch
 from conftest import PROJECT, speech_batch
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-from higgs_ds.activations import TEXT_POSITIONS
-from higgs_ds.command_line import parse_train_options
+from higgs_ds.adapters.save import trained_parameters
 from higgs_ds.data.collate import Batch
-from higgs_ds.dry_run import make_setting
-from higgs_ds.engine import Engine
-from higgs_ds.export import trained_parameters
-from higgs_ds.loss import LossWeights
-from higgs_ds.model.higgs import DualLossModel, read_config
+from higgs_ds.model.higgs import DualLossModel
+from higgs_ds.model.loading import read_config
 from higgs_ds.model.lora import add_lora
-from higgs_ds.planner import Setting, plan
+from higgs_ds.model.loss import LossWeights
+from higgs_ds.options.command_line import parse_train_options
+from higgs_ds.planning.activations import TEXT_POSITIONS
+from higgs_ds.planning.dry_run import make_setting
+from higgs_ds.planning.plan import plan
+from higgs_ds.planning.weights import Setting
+from higgs_ds.training.engine import Engine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 TOLERANCE = 0.05

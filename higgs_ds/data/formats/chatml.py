@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from higgs_ds.config import DataOptions
 from higgs_ds.data.formats.checks import (
     Reading,
     bytes_of,
@@ -26,6 +25,7 @@ from higgs_ds.data.formats.checks import (
 from higgs_ds.data.formats.jsonio import json_items
 from higgs_ds.data.formats.turns import Dialect, messages_of, object_of
 from higgs_ds.data.sample import ROLES, AudioClip, Entry, Sample
+from higgs_ds.options.train import DataOptions
 
 SAMPLE_KEYS = ("messages", "start_index", "speaker", "language", "misc")
 AUDIO_KEYS = ("type", "audio_url", "raw_audio", "offset", "duration", "row_id")

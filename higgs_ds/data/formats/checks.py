@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from higgs_ds.config import DataOptions
 from higgs_ds.data.formats.jsonio import Item, is_utf8
 from higgs_ds.data.normalize import normalize_text
 from higgs_ds.data.sample import ASSISTANT, USER, Entry, Message, Sample
 from higgs_ds.data.templates import joined
+from higgs_ds.options.train import DataOptions
 
 # The layout puts these itself; in a text they would be taken for audio, or for the end of a turn.
 LAYOUT_TOKENS = (
@@ -99,12 +99,12 @@ def _check_targets(sample: Sample, reading: Reading) -> None:
 
 
 def text_of(
-    text: Any, where: str, reading: Reading, forbidden: tuple[str, ...] = LAYOUT_TOKENS, may_be_blank: bool = False
+    text: Any, where: str, reading: Reading, forbidden: tuple[str, ...] = LAYOUT_TOKENS, allow_blank: bool = False
 ) -> str | None:
     """A text that is a text, not blank, can be written as UTF-8 and holds nothing of the layout."""
     if not isinstance(text, str):
         reading.report(where, f"must be a text, is {kind_of(text)}")
-    elif not text.strip() and not may_be_blank:
+    elif not text.strip() and not allow_blank:
         reading.report(where, "is an empty text")
     elif not is_utf8(text):
         reading.report(
@@ -146,7 +146,7 @@ def name_of(raw: Mapping[str, Any], keys: tuple[str, ...], reading: Reading, num
     if not isinstance(name, str):
         reading.report(key, f"must be a string, is {kind_of(name)}")
         return None
-    name = text_of(name.strip(), key, reading, may_be_blank=True)
+    name = text_of(name.strip(), key, reading, allow_blank=True)
     return name or None
 
 

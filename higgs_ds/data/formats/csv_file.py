@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from higgs_ds.config import DataOptions
 from higgs_ds.data.formats.checks import Reading, build_entry, path_of, printable, shown
 from higgs_ds.data.formats.jsonio import Line, text_lines
 from higgs_ds.data.formats.recordings import Columns, clip_of, columns_of, sample_of_row
 from higgs_ds.data.sample import Entry, Sample
+from higgs_ds.options.train import DataOptions
 
 FILE_NAME = "metadata.csv"  # in a folder
 DELIMITERS = ",\t|;"

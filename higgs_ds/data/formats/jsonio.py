@@ -20,7 +20,6 @@ CHUNK = 1 << 20
 LONGEST = 1 << 28  # of one line or value: ten minutes of stereo audio in base64 fit
 LONGEST_INT = 300  # digits; a longer number fits no float, and costs quadratic time to read
 LONGEST_LITERAL = len("-Infinity") + 1  # so close to the end of a window, what is found may be due to the cut
-
 _BLANK = re.compile(r"[ \t\n\r]*")
 
 
@@ -40,7 +39,7 @@ class Item(NamedTuple):
     fault: str | None = None
 
 
-class TornJson(Exception):
+class InvalidJsonError(Exception):
     """From here on the text is not JSON."""
 
     def __init__(self, line: int, what: str) -> None:
@@ -113,7 +112,7 @@ def array_items(path: Path, member: str = "") -> Iterator[Item]:
                 yield from _list_items(window)
             if window.peek():
                 raise window.torn("more text behind its end")
-        except TornJson as torn:
+        except InvalidJsonError as torn:
             yield Item(torn.line, None, f"{torn}; the rest of the file was not read")
 
 
@@ -121,7 +120,7 @@ def object_shape(path: Path, member: str) -> tuple[bool, bool]:
     """Whether the object that a file begins with has a list under `member`, and whether it goes over several lines.
 
     Raises:
-        TornJson: it is no object, or breaks off.
+        InvalidJsonError: it is no object, or breaks off.
     """
     with path.open("rb") as file:
         window = _Window(file)
@@ -181,8 +180,8 @@ class _Window:
         self._text, self._position, self._at_end = "", 0, False
         self.line = 1
 
-    def torn(self, what: str) -> TornJson:
-        return TornJson(self.line, what)
+    def torn(self, what: str) -> InvalidJsonError:
+        return InvalidJsonError(self.line, what)
 
     def peek(self) -> str:
         """Move to the next character that is not blank; returns it, or an empty text at the end."""
@@ -211,7 +210,7 @@ class _Window:
                 if is_cut and self._more():
                     continue
                 line = self.line + self._text.count("\n", self._position, error.pos)
-                raise TornJson(self.line, f"{error.msg} in line {line}") from None
+                raise InvalidJsonError(self.line, f"{error.msg} in line {line}") from None
             except RecursionError:
                 raise self.torn("lists or objects nested too deeply") from None
             if end > len(self._text) - LONGEST_LITERAL and self._more():

@@ -23,12 +23,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from higgs_ds.config import DataOptions
 from higgs_ds.data.formats.checks import Reading, build_entry, name_of, path_of, printable
 from higgs_ds.data.formats.csv_file import FILE_NAME
 from higgs_ds.data.formats.jsonio import text_lines
 from higgs_ds.data.formats.recordings import AUDIO_SUFFIXES, clip_of, sample_of, words_of
 from higgs_ds.data.sample import Entry, Sample
+from higgs_ds.options.train import DataOptions
 
 HEAD = 1000  # lines that the fields are told from
 AUDIO, TEXT, SPEAKER, LANGUAGE, UNREAD = "path", "text", "speaker", "language", "unread"

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from higgs_ds.config import DataOptions
 from higgs_ds.data.formats.checks import (
     Reading,
     check_keys,
@@ -32,6 +31,7 @@ from higgs_ds.data.formats.jsonio import array_items
 from higgs_ds.data.formats.recordings import clip_of, sample_of_recording, transcript_of, words_of
 from higgs_ds.data.sample import Entry, Sample
 from higgs_ds.data.templates import CONTEXT, QUIET_ROOM, Recording, Reference
+from higgs_ds.options.train import DataOptions
 
 FILE_NAME = "metadata.json"
 SAMPLE_KEYS = (

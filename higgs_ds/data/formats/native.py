@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from higgs_ds.config import DataOptions
 from higgs_ds.data.formats.chatml import SAMPLE_KEYS, speaker_and_language
 from higgs_ds.data.formats.checks import (
     LAYOUT_TOKENS,
@@ -29,6 +28,7 @@ from higgs_ds.data.formats.jsonio import json_items
 from higgs_ds.data.formats.turns import Dialect, messages_of, object_of
 from higgs_ds.data.sample import ROLES, SYSTEM, AudioClip, Entry, Message, Sample
 from higgs_ds.data.templates import joined, scene_block
+from higgs_ds.options.train import DataOptions
 
 SCENE = "scene"
 PLACE_KEYS = ("url", "path", "audio")

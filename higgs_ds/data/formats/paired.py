@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from higgs_ds.config import DataOptions
 from higgs_ds.data.formats.checks import Reading, build_entry, printable
 from higgs_ds.data.formats.recordings import AUDIO_SUFFIXES, sample_of, transcript_of
 from higgs_ds.data.sample import AudioClip, Entry, Sample
+from higgs_ds.options.train import DataOptions
 
 TEXT_SUFFIX = ".txt"
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from higgs_ds.config import FORMATS, DataOptions
+from higgs_ds.common.errors import InputError
 from higgs_ds.data.formats import chatml, csv_file, lists, metadata, native, paired, swift, table
 from higgs_ds.data.formats.checks import printable
 from higgs_ds.data.formats.recognition import NO_SAMPLES, recognize
 from higgs_ds.data.sample import Entry
-from higgs_ds.errors import InputError
+from higgs_ds.options.fields import FORMATS
+from higgs_ds.options.train import DataOptions
 
 AUTO = "auto"
 READERS: dict[str, Callable[[Path, DataOptions], Iterator[Entry]]] = {

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from higgs_ds.config import FORMATS
+from higgs_ds.common.errors import InputError
 from higgs_ds.data.formats import csv_file, jsonio, metadata, native, swift, table
 from higgs_ds.data.formats.checks import printable, shown
 from higgs_ds.data.formats.recordings import AUDIO_SUFFIXES
-from higgs_ds.errors import InputError
+from higgs_ds.options.fields import FORMATS
 
 HEAD = 64  # samples or lines that are looked at; the reader then checks them all
 NO_SAMPLES = "holds no samples"
@@ -90,7 +90,7 @@ def _is_metadata(path: Path) -> bool:
     """Whether a file is one object with a list of samples. Never reads it as one text: it may hold a million."""
     try:
         has_samples, over_lines = jsonio.object_shape(path, "samples")
-    except jsonio.TornJson:
+    except jsonio.InvalidJsonError:
         return False  # JSON Lines with a bad first one; the reader will say what is wrong with it
     if over_lines and not has_samples:
         raise _undecided("one JSON object over several lines; write each sample on one line, or a list of them")

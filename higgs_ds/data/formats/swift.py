@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from higgs_ds.config import DataOptions
 from higgs_ds.data.formats.chatml import speaker_and_language
 from higgs_ds.data.formats.checks import Reading, check_keys, kind_of, path_of, read_items, text_of
 from higgs_ds.data.formats.jsonio import json_items
 from higgs_ds.data.formats.turns import object_of, role_of
 from higgs_ds.data.sample import ASSISTANT, ROLES, SYSTEM, USER, AudioClip, Entry, Message, Sample
 from higgs_ds.data.templates import Recording, system_message
+from higgs_ds.options.train import DataOptions
 
 TAG = "<audio>"
 SAMPLE_KEYS = ("messages", "audios", "audio", "system", "speaker", "language", "misc")

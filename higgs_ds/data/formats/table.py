@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from higgs_ds.config import DataOptions
 from higgs_ds.data.formats import chatml
 from higgs_ds.data.formats.checks import Reading, build_entry, kind_of, path_of, printable
 from higgs_ds.data.formats.recordings import Columns, clip_of, columns_of, sample_of_row
 from higgs_ds.data.sample import AudioClip, Entry, Sample
+from higgs_ds.options.train import DataOptions
 
 PARQUET, ARROW = ".parquet", ".arrow"
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what `save_to_disk` writes beside a dataset, or several

@@ -70,7 +70,7 @@ def _recipient(raw: dict[str, Any], where: str, role: str, reading: Reading) -> 
         what = f"must be a string in an assistant message, is {shown(recipient)} in a {role!r} one"
         reading.report(f"{where}.recipient", what)
         return None
-    return text_of(recipient, f"{where}.recipient", reading, may_be_blank=True)
+    return text_of(recipient, f"{where}.recipient", reading, allow_blank=True)
 
 
 def _part(raw: Any, where: str, role: str, dialect: Dialect, reading: Reading) -> str | AudioClip | None:

@@ -1,0 +1,6 @@
+"""`python -m higgs_ds COMMAND`, which `deepspeed --module` and `torchrun --module` start on every rank."""
+
+from higgs_ds.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Merge an adapter into its base: each weight in float32, tensor by tensor, without building either model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from higgs_ds.adapters.load import Adapter, BaseWeights, check_fit, read_adapter
+from higgs_ds.adapters.verify import Agreement, compare_merged
+from higgs_ds.bases.builtin import find_base
+from higgs_ds.bases.conversion import native_folder
+from higgs_ds.bases.model_folder import add_parts, check_layout, check_output, model_folder, named_codec, write_shard
+from higgs_ds.common.errors import SaveError
+from higgs_ds.common.resources import default_cache_dir
+from higgs_ds.common.tensor_files import weight_files, weight_shapes
+from higgs_ds.model.loading import read_config
+from higgs_ds.model.parts import parts_of, with_parts
+from higgs_ds.options.commands import MergeOptions
+from higgs_ds.options.fields import MERGE_DEQUANTIZED, MERGE_ORIGINAL, NATIVE
+
+LARGEST_DIFFERENCE = 0.1  # of the logits, root mean square; rounding the weights to bf16 makes about a hundredth
+
+
+@dataclass
+class MergeReport:
+    """What a merge was made from. `differing`: weights that are quantized otherwise here than they were in training."""
+
+    merge_base: str
+    quantized: int = 0
+    differing: list[str] = field(default_factory=list)
+    agreement: Agreement | None = None
+
+    def lines(self) -> list[str]:
+        """What a user should know, a line each."""
+        lines = [f"Merged into: the {self.merge_base} weights" if self.quantized else "Merged into: the base's weights"]
+        if self.differing:
+            lines.append(
+                f"warning: {len(self.differing)} of {self.quantized} weights quantize otherwise here than in training "
+                f"(for instance {self.differing[0]}): another base, device or version of bitsandbytes. The merged "
+                "model is close to, but not exactly, what was trained"
+            )
+        if self.agreement is not None:
+            lines.append(f"Self-check: {self.agreement}")
+        return lines
+
+
+def main(options: MergeOptions) -> None:
+    """Merge as the options say, and print what from and where to."""
+    base = find_base(options.base_model_path, "--base_model_path", default_cache_dir())
+    report = merge(
+        base,
+        options.lora_adapter_path,
+        options.output_path,
+        options.merge_base,
+        verify=not options.no_verify,
+        export_layout=options.export_layout,
+        codec_folder=named_codec(base, options.codec_ckpt),
+    )
+    print("\n".join([*report.lines(), f"Merged model: {options.output_path}"]))
+
+
+def merge(
+    base_folder: Path,
+    adapter_folder: Path,
+    output_folder: Path,
+    merge_base: str | None = None,
+    verify: bool = True,
+    export_layout: str = NATIVE,
+    overwrite: bool = False,
+    codec_folder: Path | None = None,
+) -> MergeReport:
+    """Write the merged model, with tokenizer, template, codec reference and generation settings, to a new folder.
+
+    Peak memory is about the largest tensor of the base, in float32.
+
+    Args:
+        merge_base: "dequantized", into the weights as a 4-bit base holds them, which is the function that QLoRA has
+            trained, or "original"; None for what the adapter was trained on.
+        verify: compare the result's logits with those of the adapter beside the base.
+        export_layout: "native", "original", or "both", each in a folder of its own below `output_folder`.
+        codec_folder: the codec that goes with the model, native; None for the one that the base names.
+
+    Raises InputError: one of the folders is not what it should be, they do not fit together, or the output is there
+    already; SaveError where writing or the comparison fails. Nothing is left behind then, and a folder that was to be
+    overwritten is as it was.
+    """
+    base_folder = native_folder(base_folder, "--base_model_path", default_cache_dir())
+    adapter = read_adapter(adapter_folder)
+    config = with_parts(read_config(base_folder, "--base_model_path"), adapter.full_parts)
+    check_layout(parts_of(config), export_layout)
+    if merge_base is None:
+        merge_base = MERGE_ORIGINAL if adapter.quantization is None else MERGE_DEQUANTIZED
+    shards = weight_files(base_folder)
+    shapes = weight_shapes(shards)
+    check_fit(adapter, shapes, adapter_folder, base_folder)
+    models = 1 if export_layout == NATIVE else 2  # another layout is written from the native one
+    added = {name: tensor for name, tensor in adapter.full_weights.items() if name not in shapes}
+    needed = sum(path.stat().st_size for path in shards) + sum(tensor.nbytes for tensor in added.values())
+    check_output(output_folder, models * needed, overwrite)
+    base = BaseWeights(adapter.quantization, merge_base == MERGE_DEQUANTIZED)
+    changed = {
+        name for name in shapes if name in adapter.factors or name in adapter.full_weights or base.is_quantized(name)
+    }
+    changed |= {name.removesuffix("weight") + "bias" for name in adapter.factors if adapter.bias(name) is not None}
+    with model_folder(base_folder, output_folder, export_layout, overwrite, codec_folder) as native:
+        for shard in shards:
+            write_shard(shard, native / shard.name, changed, lambda name, old: _merged(name, old, adapter, base))
+        if added:
+            add_parts(native, shards, added, config)
+        report = MergeReport(merge_base, base.quantized, base.differing)
+        if verify:
+            report.agreement = _verified(base_folder, native, adapter, merge_base)
+    return report
+
+
+def _verified(base_folder: Path, merged_folder: Path, adapter: Adapter, merge_base: str) -> Agreement:
+    as_trained = adapter.quantization is not None or merge_base == MERGE_DEQUANTIZED
+    agreement = compare_merged(base_folder, merged_folder, adapter, BaseWeights(adapter.quantization, as_trained))
+    if merge_base == MERGE_ORIGINAL and as_trained:
+        agreement.note = "the adapter was trained on 4-bit weights and merged into the original ones"
+    elif agreement.relative > LARGEST_DIFFERENCE:
+        raise SaveError(f"{merged_folder}: the merged model is not what was trained: {agreement}")
+    return agreement
+
+
+def _merged(name: str, tensor: torch.Tensor, adapter: Adapter, base: BaseWeights) -> torch.Tensor:
+    if name in adapter.full_weights:
+        return adapter.full_weights[name]
+    if name.endswith(".bias"):
+        added = adapter.bias(name.removesuffix("bias") + "weight")
+        assert added is not None
+        return tensor.float() + added
+    weight = base.as_trained(name, tensor)
+    return adapter.merged(name, weight) if name in adapter.factors else weight

@@ -1,0 +1,148 @@
+"""`lora_adapters/`: written from gathered float32 masters, read back, and only then put in place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from higgs_ds.common.errors import NotFiniteError, SaveError
+from higgs_ds.common.files import write_json, write_text
+from higgs_ds.model.nf4 import BaseQuantization
+from higgs_ds.model.parts import NO_PARTS, Parts
+
+QUANTIZATION_KEY, DIGEST_KEY, PARTS_KEY = "base_quantization", "sha256", "parts_in_full"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained: adapters by the names that PEFT gives them in a file, a model's own weights by theirs."""
+    return {_name_in_file(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _name_in_file(name: str) -> str:
+    return name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector").replace(".default.", ".")
+
+
+@dataclass(frozen=True)
+class AdapterFormat:
+    """What an adapter's files tell beside its tensors: PEFT's configuration, and how its base was quantized.
+
+    `full_parts`: optional parts of the model that were trained whole; their parameters are among the tensors.
+    """
+
+    config: LoraConfig
+    quantization: BaseQuantization | None = None
+    full_parts: Parts = NO_PARTS
+
+    def metadata(self, tensors: dict[str, torch.Tensor], written_config: dict[str, Any]) -> dict[str, str]:
+        """The header of the tensors' file."""
+        quantization = self.quantization.to_json() if self.quantization else None
+        metadata = {"format": "pt", DIGEST_KEY: digest(tensors, written_config, quantization)}
+        metadata |= {QUANTIZATION_KEY: quantization} if quantization else {}
+        return metadata | ({PARTS_KEY: self.full_parts.to_json()} if self.full_parts else {})
+
+
+def digest(tensors: dict[str, torch.Tensor], config: dict[str, Any], quantization: str | None) -> str:
+    """SHA-256 of what decides an adapter's effect: its tensors, its configuration, how its base was quantized.
+
+    Where the base lies is left out, as it may be moved, and its name in the configuration changed.
+    """
+    use = {name: value for name, value in config.items() if name != "base_model_name_or_path"}
+    sha = hashlib.sha256(json.dumps([use, quantization], sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], form: AdapterFormat, must_have_moved: bool) -> None:
+    """Write an adapter as PEFT reads it, and check what was written.
+
+    Args:
+        folder: an empty one, which takes its final place only if this returns.
+        tensors: by the names of `adapter_parameters`.
+        must_have_moved: after a step with a learning rate above 0, factors that are still all zero are an error.
+
+    Raises NotFiniteError before anything is written; SaveError where what was written reads back otherwise.
+    """
+    check_finite(tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    form.config.save_pretrained(folder)
+    written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    written |= {"inference_mode": True, "target_modules": sorted(written["target_modules"])}
+    written |= {"modules_to_save": form.full_parts.modules} if form.full_parts else {}
+    write_json(folder / ADAPTER_CONFIG, dict(sorted(written.items())))
+    in_order = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    save_file(in_order, folder / ADAPTER_WEIGHTS, form.metadata(tensors, written))
+    write_text(folder / ADAPTER_CARD, _card(form))
+    verify_adapter(folder, tensors, must_have_moved)
+
+
+def check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise NotFiniteError where a trained tensor holds NaN or infinity."""
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise NotFiniteError(
+            f"{len(broken)} of {len(tensors)} trained tensors hold NaN or infinity, for instance {broken[0]}; "
+            "they were not saved. The last checkpoint is as it was; lower --lr"
+        )
+
+
+def verify_adapter(folder: Path, tensors: dict[str, torch.Tensor], must_have_moved: bool) -> None:
+    """Raise SaveError unless the files of an adapter hold exactly `tensors`, and training has changed them."""
+    try:
+        written = load_file(folder / ADAPTER_WEIGHTS)
+        LoraConfig.from_pretrained(folder)
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise SaveError(f"{folder}: does not read back: {error}") from error
+    differing = [
+        name
+        for name in written.keys() | tensors.keys()
+        if name not in written or name not in tensors or not torch.equal(written[name], tensors[name])
+    ]
+    if differing:
+        raise SaveError(f"{folder}: {len(differing)} tensors read back otherwise than written: {sorted(differing)[:3]}")
+    if must_have_moved and not any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
+        raise SaveError(f"{folder}: every lora_B is zero although the model was trained: the adapter would do nothing")
+
+
+def _card(form: AdapterFormat) -> str:
+    config = form.config
+    base = config.base_model_name_or_path
+    on = f"`{base}`" + (", whose decoder was held in 4 bits (NF4)" if form.quantization else "")
+    full_parts = f"\nTrained in full, and held here: {form.full_parts}.\n" if form.full_parts else ""
+    return f"""---
+library_name: peft
+base_model: {json.dumps(base)}
+tags: [lora, text-to-speech, higgs-audio-v2]
+---
+
+# LoRA adapter for Higgs Audio v2
+
+Trained with higgs_ds on {on}: rank {config.r}, alpha {config.lora_alpha}, float32.
+{full_parts}
+{how_to_use_adapter("BASE")}
+"""
+
+
+def how_to_use_adapter(base: str) -> str:
+    """For a model card: what to do with an adapter."""
+    return f"""Merge it into its base:
+
+    python launch/merge.py --base_model_path {base} --lora_adapter_path THIS_FOLDER --output_path MERGED
+
+Or load it with PEFT:
+
+    from peft import PeftModel
+    from transformers import HiggsAudioV2ForConditionalGeneration
+    model = HiggsAudioV2ForConditionalGeneration.from_pretrained("{base}")
+    model = PeftModel.from_pretrained(model, "THIS_FOLDER")"""

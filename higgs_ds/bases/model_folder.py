@@ -1,0 +1,134 @@
+"""A model's folder, written from a base's with some of its weights changed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import HiggsAudioV2Config
+
+from higgs_ds.bases.conversion import native_codec, rewrite
+from higgs_ds.common.errors import InputError, SaveError
+from higgs_ds.common.files import (
+    free_bytes,
+    new_folder,
+    release_freed_memory,
+    replaced_folder,
+    saving,
+    why_not_writable,
+    write_json,
+)
+from higgs_ds.common.resources import default_cache_dir
+from higgs_ds.common.tensor_files import WEIGHT_INDEX, byte_ranges, companion_files, read_tensor, weight_shapes
+from higgs_ds.data.codec import CODEC_SUBFOLDER, PROCESSOR_CONFIG, find_codec
+from higgs_ds.model.parts import Parts
+from higgs_ds.options.fields import NATIVE, ORIGINAL
+
+PARTS_FILE = "parts.safetensors"
+
+
+def named_codec(base_folder: Path, name: str | None) -> Path | None:
+    """The codec that --codec_ckpt names, native; None where it names none. Raises InputError."""
+    return None if name is None else native_codec(find_codec(base_folder, name), "--codec_ckpt", default_cache_dir())
+
+
+@contextlib.contextmanager
+def model_folder(
+    base_folder: Path, output_folder: Path, export_layout: str, overwrite: bool, codec_folder: Path | None
+) -> Iterator[Path]:
+    """Where a native model's weights are to be written, beside a base's other files; it becomes `output_folder`."""
+    with saving(output_folder), (replaced_folder if overwrite else new_folder)(output_folder) as folder:
+        native, within = (folder, Path()) if export_layout == NATIVE else (folder / NATIVE, Path(NATIVE))
+        native.mkdir(exist_ok=True)
+        _copy_companion_files(base_folder, native, output_folder / within, codec_folder)
+        yield native
+        if export_layout != NATIVE:
+            rewrite(native, folder / ORIGINAL, ORIGINAL, "merged model")
+        if export_layout == ORIGINAL:
+            shutil.rmtree(native)
+            for path in (folder / ORIGINAL).iterdir():
+                path.rename(folder / path.name)
+            (folder / ORIGINAL).rmdir()
+
+
+def check_output(folder: Path, needed_bytes: int, overwrite: bool) -> None:
+    """Raise InputError where a model of so many bytes cannot be written to a folder, or other things are there."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not overwrite)):
+        raise InputError(f"{folder}: is there already; choose a new folder for the merged model")
+    reason = why_not_writable(folder)
+    if reason:
+        raise InputError(f"{folder}: cannot be written to: {reason}; choose another --output_path")
+    free = free_bytes(folder)
+    if free < needed_bytes * 1.05:
+        raise InputError(
+            f"{folder}: there are {free / 2**30:.1f} GiB free, the merged model takes {needed_bytes / 2**30:.1f} GiB"
+        )
+
+
+def write_shard(
+    source: Path, target: Path, changed: Collection[str], value: Callable[[str, torch.Tensor], torch.Tensor]
+) -> None:
+    """Copy one file of weights, and write those that change over the copies, which they equal in type and size.
+
+    Args:
+        value: what a weight of this name and old value becomes.
+    """
+    shutil.copyfile(source, target)
+    for name, (start, stop) in byte_ranges(target).items():
+        if name not in changed:
+            continue
+        tensor = read_tensor(source, name)
+        merged = value(name, tensor).to(tensor.dtype).contiguous()
+        if not merged.isfinite().all():
+            raise SaveError(f"{source}: {name} is not finite once it is {tensor.dtype}")
+        with target.open("r+b") as file:
+            file.seek(start)
+            written = file.write(merged.flatten().view(torch.uint8).numpy().data)
+        if written != stop - start or not torch.equal(read_tensor(target, name), merged):
+            raise SaveError(f"{target}: {name} reads back otherwise than written")
+        release_freed_memory()
+
+
+def add_parts(folder: Path, shards: list[Path], added: Mapping[str, torch.Tensor], config: HiggsAudioV2Config) -> None:
+    """Write the weights of parts that the base lacks, in the dtype of its norms, and tell of them."""
+    places = {name: shard.name for shard in shards for name in weight_shapes([shard])}
+    dtype = read_tensor(folder / places["model.norm.weight"], "model.norm.weight").dtype
+    save_file({name: tensor.to(dtype).contiguous() for name, tensor in added.items()}, folder / PARTS_FILE)
+    write_json(folder / WEIGHT_INDEX, {"weight_map": places | dict.fromkeys(added, PARTS_FILE)})
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = config.to_dict()
+    written |= {
+        name: values[name] for name in ("model_type", "audio_self_attention", "audio_tower", "audio_in_token_id")
+    }
+    write_json(folder / "config.json", written)
+
+
+def check_layout(parts: Parts, export_layout: str) -> None:
+    """Raise InputError where a model with such parts is asked for in the native layout, which has no place for them."""
+    if parts and export_layout != ORIGINAL:
+        raise InputError(
+            f"--export_layout {export_layout}: the native layout has no place for the model's {parts}; give "
+            f"--export_layout {ORIGINAL}"
+        )
+
+
+def _copy_companion_files(base_folder: Path, folder: Path, final_folder: Path, codec_folder: Path | None) -> None:
+    """Copy everything of the base but its weights, and the codec where that is a folder on this machine."""
+    for path in companion_files(base_folder):
+        shutil.copy(path, folder)
+    if not (folder / PROCESSOR_CONFIG).is_file():
+        return
+    config = json.loads((folder / PROCESSOR_CONFIG).read_text(encoding="utf-8"))
+    reference = config.get("audio_tokenizer") or {}
+    codec = codec_folder or base_folder / CODEC_SUBFOLDER
+    if not codec.is_dir():
+        codec = Path(reference.get("audio_tokenizer_name_or_path") or "")
+    if codec.is_absolute() and codec.is_dir():
+        shutil.copytree(codec, folder / CODEC_SUBFOLDER)
+        reference["audio_tokenizer_name_or_path"] = str(final_folder.resolve() / CODEC_SUBFOLDER)
+        write_json(folder / PROCESSOR_CONFIG, config)

@@ -1,0 +1,86 @@
+"""A complete model of a checkpoint of full fine-tuning: its weights in place of the base's, tensor by tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from higgs_ds.bases.builtin import find_base
+from higgs_ds.bases.bundle import base_identity
+from higgs_ds.bases.conversion import native_folder
+from higgs_ds.bases.model_folder import add_parts, check_layout, check_output, model_folder, named_codec, write_shard
+from higgs_ds.checkpoints.folder import why_incomplete
+from higgs_ds.checkpoints.trained_weights import FullFormat, read_trained
+from higgs_ds.common.errors import InputError
+from higgs_ds.common.resources import default_cache_dir
+from higgs_ds.common.tensor_files import weight_files, weight_shapes
+from higgs_ds.model.layouts import DUPLICATE_HEADS, DUPLICATE_PREFIX
+from higgs_ds.model.loading import read_config
+from higgs_ds.model.parts import parts_of, with_parts
+from higgs_ds.options.commands import ExportOptions
+from higgs_ds.options.fields import NATIVE
+
+
+def main(options: ExportOptions) -> None:
+    """Make a model as the options say, and print where it is."""
+    base = options.base_model_path or read_trained(options.checkpoint_path)[1].base
+    folder = find_base(base, "--base_model_path", default_cache_dir())
+    codec_folder = named_codec(folder, options.codec_ckpt)
+    complete_model(
+        options.checkpoint_path, folder, options.output_path, options.export_layout, codec_folder=codec_folder
+    )
+    print(f"Complete model: {options.output_path}")
+
+
+def complete_model(
+    checkpoint: Path,
+    base_folder: Path,
+    output_folder: Path,
+    export_layout: str = NATIVE,
+    overwrite: bool = False,
+    codec_folder: Path | None = None,
+) -> None:
+    """Write the model of a checkpoint to a folder: the base, with what was trained in place of its weights.
+
+    Each weight is read, cast to the base's dtype, written over a copy of the base's, and compared with what was
+    written. Peak memory is about the largest weight, in float32, and parts that the base lacks.
+
+    Args:
+        export_layout: "native", "original", or "both", each in a folder of its own below `output_folder`.
+        codec_folder: the codec that goes with the model, native; None for the one that the base names.
+
+    Raises InputError: the checkpoint is damaged or of another kind, the base is not the one that was trained, or the
+    output is there already; SaveError where writing fails. Nothing is left behind then, and a folder that was to be
+    overwritten is as it was.
+    """
+    weights, form = read_trained(checkpoint)
+    reason = why_incomplete(checkpoint)
+    if reason:
+        raise InputError(f"{checkpoint}: is no complete checkpoint: {reason}")
+    base_folder = native_folder(base_folder, "--base_model_path", default_cache_dir())
+    _check_base(base_folder, checkpoint, form)
+    config = with_parts(read_config(base_folder, "--base_model_path"), form.full_parts)
+    check_layout(parts_of(config), export_layout)
+    shards = weight_files(base_folder)
+    in_base = weight_shapes(shards)
+    added = sorted(weights.keys() - in_base.keys())
+    needed = sum(path.stat().st_size for path in shards) + sum(weights.sizes[name] for name in added)
+    check_output(output_folder, (1 if export_layout == NATIVE else 2) * needed, overwrite)
+    changed = {name for name in in_base if _own_name(name) in weights}
+    with model_folder(base_folder, output_folder, export_layout, overwrite, codec_folder) as native:
+        for shard in shards:
+            write_shard(shard, native / shard.name, changed, lambda name, _: weights[_own_name(name)])
+        if added:
+            add_parts(native, shards, {name: weights[name] for name in added}, config)
+
+
+def _own_name(name: str) -> str:
+    """The name of a weight, or of that which it is a leftover copy of."""
+    return name.removeprefix(DUPLICATE_PREFIX) if name in DUPLICATE_HEADS else name
+
+
+def _check_base(folder: Path, checkpoint: Path, form: FullFormat) -> None:
+    if base_identity(folder) != form.base_identity:
+        raise InputError(
+            f"{folder}: is not the base that {checkpoint} was trained from, which was called {form.base}; give that "
+            "one as --base_model_path"
+        )

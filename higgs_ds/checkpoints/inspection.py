@@ -1,0 +1,245 @@
+"""What runs have left: adapters below a folder, checkpoints and adapters looked through. Nothing is loaded to run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from higgs_ds.adapters.load import Adapter, check_fit, read_adapter
+from higgs_ds.adapters.save import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from higgs_ds.bases.builtin import find_base
+from higgs_ds.bases.conversion import native_folder
+from higgs_ds.checkpoints.folder import (
+    MANIFEST_FILE,
+    OPTIMIZER_FILE,
+    OPTIMIZER_STEM,
+    RNG_FILE,
+    find_checkpoints,
+    masters_in,
+    read_state,
+    step_of,
+    why_incomplete,
+)
+from higgs_ds.checkpoints.state import TrainerState
+from higgs_ds.checkpoints.trained_weights import FACTS_FILE, read_trained
+from higgs_ds.common.errors import InputError
+from higgs_ds.common.resources import default_cache_dir
+from higgs_ds.common.run_files import ADAPTER_FOLDER, MOMENTS, STATE_FILE, TRAINED_FOLDER
+from higgs_ds.common.tensor_files import shard_files, weight_files, weight_shapes
+from higgs_ds.options.commands import InspectOptions
+from higgs_ds.options.fields import FULL
+
+
+@dataclass(frozen=True)
+class FoundAdapter:
+    """An adapter's folder, and what is known of it; `problem` is why it is no good."""
+
+    path: str
+    problem: str | None = None
+    base: str | None = None
+    rank: int | None = None
+    alpha: int | None = None
+    targets: list[str] = field(default_factory=list)
+    tensors: int = 0
+    size_mib: float = 0.0
+    base_in_4bit: bool = False
+    in_full: str = "none"
+    of_step: int | None = None
+    changed: str = ""
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        if self.problem:
+            return [f"{self.path}", f"  no good: {self.problem}"]
+        four_bit = ", held in 4 bits" if self.base_in_4bit else ""
+        step = f"of step {self.of_step}, " if self.of_step is not None else ""
+        return [
+            f"{self.path}",
+            f"  rank {self.rank}, alpha {self.alpha}, on {', '.join(self.targets)}; in full: {self.in_full}",
+            f"  base: {self.base}{four_bit}",
+            f"  {step}{self.tensors} tensors, {self.size_mib:.1f} MiB, {self.changed}",
+        ]
+
+
+def find_adapters(options: InspectOptions) -> None:
+    """List the adapters below a folder, or say where to look. Raises InputError where there is no such folder."""
+    if not options.path.is_dir():
+        raise InputError(f"{options.path}: is no folder")
+    found = [describe_adapter(path.parent) for path in sorted(options.path.rglob(ADAPTER_CONFIG))]
+    if options.as_json:
+        print(json.dumps([asdict(one) for one in found], indent=2))
+    elif not found:
+        print("\n".join(_tips(options.path)))
+    else:
+        print("\n".join(line for one in found for line in one.lines()))
+        if any(one.of_step is not None for one in found):
+            print("Merge one with launch/merge.py --lora_adapter_path; those of checkpoint-N are of earlier steps.")
+
+
+def describe_adapter(folder: Path) -> FoundAdapter:
+    """What is known of an adapter."""
+    step = step_of(folder.parent)
+    try:
+        adapter = read_adapter(folder)
+        config = LoraConfig.from_pretrained(folder)
+    except InputError as error:
+        return FoundAdapter(str(folder), "; ".join(error.problems), of_step=step)
+    stat = (folder / ADAPTER_WEIGHTS).stat()
+    return FoundAdapter(
+        path=str(folder),
+        base=config.base_model_name_or_path,
+        rank=config.r,
+        alpha=config.lora_alpha,
+        targets=sorted(config.target_modules),
+        tensors=len(weight_shapes([folder / ADAPTER_WEIGHTS])),
+        size_mib=stat.st_size / 2**20,
+        base_in_4bit=adapter.quantization is not None,
+        in_full=str(adapter.full_parts),
+        of_step=step,
+        changed=time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime)),
+    )
+
+
+def _tips(folder: Path) -> list[str]:
+    checkpoints = find_checkpoints(folder)
+    runs = sorted({path.parent for path in folder.rglob(STATE_FILE) if not path.parent.name.startswith("checkpoint-")})
+    tips = [f"no adapter below {folder} (a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS})"]
+    if any(_is_full_finetuning(run) for run in runs):
+        tips.append(
+            "runs with --finetune full train no adapter: the model is in final_model/, and launch/export.py makes one "
+            "of a checkpoint-N"
+        )
+    elif checkpoints or runs:
+        tips.append(
+            f"there are runs: {', '.join(map(str, runs or [folder]))}; an adapter lies in {ADAPTER_FOLDER}/ once the "
+            "first checkpoint is saved, which a signal (SIGUSR1, SIGTERM) also asks for"
+        )
+    else:
+        tips.append("adapters lie in OUTPUT_DIR/lora_adapters/, the output folder that training tells at its end")
+        tips.append(f"give a folder above it: python launch/find_lora_adapters.py {folder.resolve().parent}")
+    return tips
+
+
+def _is_full_finetuning(run: Path) -> bool:
+    try:
+        return bool(read_state(run).settings.get("finetune") == FULL)
+    except (OSError, ValueError, TypeError, AttributeError):  # there is none, or it is of something else
+        return False
+
+
+@dataclass
+class Report:
+    """What was looked at, and whether it was good."""
+
+    path: str
+    checks: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, what: str, problem: str | None, detail: str = "") -> bool:
+        """One thing that was looked at; whether it was good."""
+        self.checks.append({"what": what, "good": problem is None, "detail": problem or detail})
+        return problem is None
+
+    def add_result_of(self, what: str, look: Callable[[], str]) -> bool:
+        """Look at one thing, which tells a detail, or raises InputError."""
+        try:
+            return self.add(what, None, look())
+        except InputError as error:
+            return self.add(what, "; ".join(error.problems))
+
+    def show(self, as_json: bool) -> None:
+        """Print it. Raises InputError where something was not good."""
+        bad = [check["what"] for check in self.checks if not check["good"]]
+        if as_json:
+            print(json.dumps({"path": self.path, "good": not bad, "checks": self.checks}, indent=2))
+        else:
+            print(self.path)
+            for check in self.checks:
+                print(f"  {'good' if check['good'] else 'BAD '}  {check['what']}: {check['detail']}")
+        if bad:
+            raise InputError(f"{self.path}: not good: {', '.join(bad)}")
+
+
+def validate_checkpoint(options: InspectOptions) -> None:
+    """Look through a checkpoint. Raises InputError, behind its report, where it is not good; or is none."""
+    folder = options.path
+    if not folder.is_dir():
+        raise InputError(f"{folder}: is no folder")
+    if not (folder / MANIFEST_FILE).is_file() and not folder.name.startswith("checkpoint-"):
+        near = ", ".join(map(str, find_checkpoints(folder)))
+        raise InputError(f"{folder}: is no checkpoint-N folder" + (f"; there are {near}" if near else ""))
+    report = Report(str(folder))
+    is_full = (folder / TRAINED_FOLDER).is_dir() or _is_full_finetuning(folder)
+    files = [MANIFEST_FILE, STATE_FILE, RNG_FILE]
+    if is_full:  # the names of the others depend on how many there are; the manifest tells them
+        files.append(f"{TRAINED_FOLDER}/{FACTS_FILE}")
+    else:
+        files += [OPTIMIZER_FILE, f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}", f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}"]
+    missing = [name for name in files if not (folder / name).is_file()]
+    report.add("files", f"lacks {', '.join(missing)}" if missing else None, f"all {len(files)} are there")
+    reason = why_incomplete(folder)
+    report.add("as written", reason, "every file has the size and SHA-256 of its manifest")
+    if is_full:
+        report.add_result_of("weights", lambda: _describe_weights(folder))
+    else:
+        report.add_result_of("adapter", lambda: _describe_adapter(read_adapter(folder / ADAPTER_FOLDER)))
+    if reason is None:
+        report.add_result_of("optimizer", lambda: _describe_moments(folder))
+        report.add("state", None, _describe_state(read_state(folder)))
+    report.show(options.as_json)
+    if not options.as_json:
+        print(f"go on from it: --resume {folder}")
+
+
+def _describe_adapter(adapter: Adapter) -> str:
+    return f"{len(adapter.factors)} layers adapted, in full: {adapter.full_parts}, all finite"
+
+
+def _describe_weights(checkpoint: Path) -> str:
+    weights, form = read_trained(checkpoint)
+    broken = [name for name in weights if not weights[name].isfinite().all()]
+    if broken:
+        raise InputError(f"{broken[0]} holds NaN or infinity")
+    return f"{len(weights)} weights trained in full ({', '.join(form.groups)}; in full: {form.full_parts}), all finite"
+
+
+def _describe_state(state: TrainerState) -> str:
+    best = state.best_step
+    shown = f", best validation loss {state.val_losses[str(best)]:.4g} at step {best}" if best is not None else ""
+    return f"step {state.step} of {state.total_steps}, epoch {state.epoch:.2f}{shown}"
+
+
+def _describe_moments(folder: Path) -> str:
+    names, found = masters_in(folder), weight_shapes(shard_files(folder, OPTIMIZER_STEM))
+    missing = sorted({f"{moment}.{name}" for moment in MOMENTS for name in names} - found.keys())
+    if missing:
+        raise InputError(f"lacks {len(missing)}, for instance {missing[0]}")
+    return "both of Adam's moments for every tensor that is trained"
+
+
+def validate_adapter(options: InspectOptions) -> None:
+    """Look through an adapter, also beside a base. Raises InputError, behind its report, where it is not good."""
+    report = Report(str(options.path))
+    if report.add_result_of("files", lambda: _describe_adapter(read_adapter(options.path))):
+        adapter = read_adapter(options.path)
+        moved = adapter.full_weights or any(factors.b.any() for factors in adapter.factors.values())
+        untrained = "every second factor is zero, as before training: it would change nothing"
+        report.add("trained", None if moved else untrained, "its second factors are not zero")
+        base = "the base's own" if adapter.quantization is None else f"{adapter.quantization.quant_type}"
+        report.add("weights it was trained on", None, base)
+        name = options.base_model_path
+        if name is not None:
+            report.add_result_of("fits", lambda: _fits(adapter, options.path, name))
+    report.show(options.as_json)
+
+
+def _fits(adapter: Adapter, folder: Path, base: str) -> str:
+    found = find_base(base, "--base_model_path", default_cache_dir())
+    base_folder = native_folder(found, "--base_model_path", default_cache_dir())
+    check_fit(adapter, weight_shapes(weight_files(base_folder)), folder, base_folder)
+    return f"every adapted layer is in {base}, in its shape"

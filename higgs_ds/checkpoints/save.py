@@ -1,0 +1,134 @@
+"""Writing a checkpoint from an engine, and loading it into one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from higgs_ds.adapters.save import AdapterFormat, write_adapter
+from higgs_ds.checkpoints.folder import (
+    MANIFEST_FILE,
+    OPTIMIZER_STEM,
+    RNG_FILE,
+    checkpoint_folder,
+    checkpoints_to_delete,
+    manifest_of,
+    masters_in,
+    moments_in,
+)
+from higgs_ds.checkpoints.state import TrainerState
+from higgs_ds.checkpoints.trained_weights import FullFormat, write_trained
+from higgs_ds.common.distributed import gather_objects, on_main_consuming, rank
+from higgs_ds.common.files import remove_folder, replaced_folder, saving, write_json
+from higgs_ds.common.run_files import ADAPTER_FOLDER, MOMENTS, STATE_FILE, TRAINED_FOLDER
+from higgs_ds.common.tensor_files import write_shards
+
+
+class TrainedState(Protocol):
+    """What a checkpoint is made of and restored into: masters, Adam's moments, the schedule; see `Engine`."""
+
+    scheduler: Any
+
+    @property
+    def master_bytes(self) -> dict[str, int]: ...
+
+    def gather(self, *moments: str | None) -> Iterator[torch.Tensor]: ...
+
+    def restore(
+        self, masters: Mapping[str, torch.Tensor], moments: Mapping[str, Mapping[str, torch.Tensor]], step: int
+    ) -> None: ...
+
+    def restore_schedule(self, state: dict[str, Any]) -> None: ...
+
+
+def save_checkpoint(
+    output_dir: Path,
+    engine: TrainedState,
+    state: TrainerState,
+    meter_state: dict[str, Any],
+    form: AdapterFormat | FullFormat,
+    keep: int | None = None,
+) -> None:
+    """Write `checkpoint-N/` and renew `lora_adapters/` and `trainer_state.json` beside it. Every rank must call this.
+
+    Weights that are trained in full go from the ranks to the files one after another, about a gigabyte at a time.
+
+    Args:
+        meter_state: `Meter.state` of this rank.
+        keep: how many of the newest checkpoints are kept, besides the best; None for all.
+
+    Raises, on every rank, SaveError where it cannot be written and NotFiniteError where training has gone astray; what
+    was saved before stays as it was.
+    """
+    state.scheduler = engine.scheduler.state_dict()
+    state.meters = gather_objects(meter_state)
+    rng_states = gather_objects(_rng_state())
+    target = checkpoint_folder(output_dir, state.step)
+    sizes = engine.master_bytes
+
+    def write(tensors: Iterator[torch.Tensor]) -> None:
+        with saving(target), replaced_folder(target) as folder:
+            masters = islice(tensors, len(sizes))
+            if isinstance(form, FullFormat):
+                write_trained(folder / TRAINED_FOLDER, sizes, masters, form)
+            else:
+                named = dict(zip(sizes, masters, strict=True))
+                write_adapter(folder / ADAPTER_FOLDER, named, form, state.has_learned)
+            of_moments = {f"{moment}.{name}": size for moment in MOMENTS for name, size in sizes.items()}
+            write_shards(of_moments, tensors, folder, OPTIMIZER_STEM)
+            by_rank = {f"{r}.{kind}": tensor for r, states in enumerate(rng_states) for kind, tensor in states.items()}
+            save_file(by_rank, folder / RNG_FILE)
+            write_json(folder / STATE_FILE, state.to_json())
+            write_json(folder / MANIFEST_FILE, manifest_of(folder))
+        publish(target, output_dir, state, keep)
+
+    on_main_consuming(engine.gather(None, *MOMENTS), write)
+
+
+def publish(checkpoint: Path, output_dir: Path, state: TrainerState, keep: int | None) -> None:
+    """Renew what lies beside the checkpoints from one of them, with its state, and delete those that are not kept.
+
+    Raises SaveError.
+    """
+    if (checkpoint / ADAPTER_FOLDER).is_dir():
+        with saving(output_dir / ADAPTER_FOLDER), replaced_folder(output_dir / ADAPTER_FOLDER) as folder:
+            shutil.copytree(checkpoint / ADAPTER_FOLDER, folder, dirs_exist_ok=True)
+    with saving(output_dir / STATE_FILE):
+        write_json(output_dir / STATE_FILE, state.to_json())
+    for folder in checkpoints_to_delete(output_dir, state, keep) if keep is not None else ():
+        with saving(folder):
+            remove_folder(folder)
+
+
+def load_masters_into(folder: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Give what is trained in a model the values of a checkpoint, before an engine takes the model."""
+    tensors = masters_in(folder)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def load_into_engine(folder: Path, engine: TrainedState, state: TrainerState) -> None:
+    """Give an engine the masters, moments, schedule and random state of a checkpoint. Every rank must call this."""
+    moments = {moment: moments_in(folder, moment) for moment in MOMENTS}
+    engine.restore(masters_in(folder), moments, state.step - len(state.skipped))
+    engine.restore_schedule(state.scheduler)
+    states = load_file(folder / RNG_FILE)
+    if f"{rank()}.cpu" in states:
+        torch.set_rng_state(states[f"{rank()}.cpu"])
+    if torch.cuda.is_available() and f"{rank()}.cuda" in states:
+        torch.cuda.set_rng_state(states[f"{rank()}.cuda"])
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    """This rank's generators, which dropout draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states

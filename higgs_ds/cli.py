@@ -1,0 +1,148 @@
+"""The commands of launch/, which are also the subcommands of `higgs-ds`: parse, import what the command needs, run.
+
+A command's options are parsed before anything that takes seconds to import. Each function ends the process with the
+command's exit code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from higgs_ds.common.errors import EXIT_BAD_INPUT, exit_code_of
+from higgs_ds.options import command_line
+
+PROGRAM = "higgs-ds"
+
+
+def train(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+    """Train adapters or the model's own weights; with --dry_run, plan the memory."""
+    options, given = command_line.parse_train_options(argv, prog)
+    _quiet_libraries()
+    from higgs_ds.common import distributed
+
+    if options.run.dry_run:
+        from higgs_ds.planning import dry_run
+
+        distributed.exit_process(exit_code_of(lambda: dry_run.main(options, given)))
+    from higgs_ds.training import loop
+
+    distributed.exit_process(distributed.run_ranks(lambda: loop.main(options, given)))
+
+
+def prepare(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+    """Check manifests, and encode their audio."""
+    data, model, how = command_line.parse_prepare_options(argv, prog)
+    _quiet_libraries()
+    from higgs_ds.common import distributed
+    from higgs_ds.training.prepare import main
+
+    distributed.exit_process(distributed.run_ranks(lambda: main(data, model, how)))
+
+
+def evaluate(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+    """Measure what a model says for held-out samples."""
+    options = command_line.parse_evaluate_options(argv, prog)
+    _quiet_libraries()
+    from higgs_ds.common import distributed
+    from higgs_ds.speech.evaluate import main
+
+    distributed.exit_process(distributed.run_ranks(lambda: main(options)))
+
+
+def generate(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+    """Speak a text with a base, an adapter or a merged model."""
+    options = command_line.parse_generate_options(argv, prog)
+    _quiet_libraries()
+    from higgs_ds.speech.generate import main
+
+    sys.exit(exit_code_of(lambda: main(options)))
+
+
+def merge(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+    """Merge a LoRA adapter into its base."""
+    options = command_line.parse_merge_options(argv, prog)
+    _quiet_libraries()
+    from higgs_ds.adapters.merge import main
+
+    sys.exit(exit_code_of(lambda: main(options)))
+
+
+def export(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+    """Make a complete model of a checkpoint of full fine-tuning."""
+    options = command_line.parse_export_options(argv, prog)
+    _quiet_libraries()
+    from higgs_ds.checkpoints.complete import main
+
+    sys.exit(exit_code_of(lambda: main(options)))
+
+
+def convert(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+    """Write a base, a merged model or an adapter in the other layout."""
+    options = command_line.parse_convert_options(argv, prog)
+    _quiet_libraries()
+    from higgs_ds.adapters.convert import main
+
+    sys.exit(exit_code_of(lambda: main(options)))
+
+
+def find_lora_adapters(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+    """List the adapters below a folder."""
+    options = command_line.parse_inspect_options("find_lora_adapters", argv, prog)
+    _quiet_libraries()
+    from higgs_ds.checkpoints.inspection import find_adapters
+
+    sys.exit(exit_code_of(lambda: find_adapters(options)))
+
+
+def validate_adapter(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+    """Check an adapter."""
+    options = command_line.parse_inspect_options("validate_adapter", argv, prog)
+    _quiet_libraries()
+    from higgs_ds.checkpoints import inspection
+
+    sys.exit(exit_code_of(lambda: inspection.validate_adapter(options)))
+
+
+def validate_checkpoint_dir(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+    """Check a checkpoint-N folder."""
+    options = command_line.parse_inspect_options("validate_checkpoint_dir", argv, prog)
+    _quiet_libraries()
+    from higgs_ds.checkpoints.inspection import validate_checkpoint
+
+    sys.exit(exit_code_of(lambda: validate_checkpoint(options)))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str] | None, str | None], NoReturn]] = {
+    command.__name__: command
+    for command in (
+        train, prepare, merge, generate, evaluate, export, convert,
+        find_lora_adapters, validate_adapter, validate_checkpoint_dir,
+    )
+}  # fmt: skip
+
+
+def main() -> NoReturn:
+    """`higgs-ds COMMAND [options]`."""
+    name, *argv = sys.argv[1:] or ["--help"]
+    if name.replace("-", "_") in COMMANDS:
+        COMMANDS[name.replace("-", "_")](argv, f"{PROGRAM} {name}")
+    if name in ("-h", "--help"):
+        print(_help())
+        sys.exit()
+    print(f"error: {name}: no such command\n{_help()}", file=sys.stderr)
+    sys.exit(EXIT_BAD_INPUT)
+
+
+def _help() -> str:
+    lines = [f"  {name:<26}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [f"usage: {PROGRAM} COMMAND [options]; {PROGRAM} COMMAND --help lists a command's options", *lines]
+    )
+
+
+def _quiet_libraries() -> None:
+    from higgs_ds.common.console import quiet_libraries
+
+    quiet_libraries()

@@ -1,0 +1,52 @@
+"""Model folders by path or hub id."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from higgs_ds.common.errors import InputError
+
+# What a hub id stands for where no revision is given: its content was replaced by another once, and may be again.
+PINNED = {
+    "bosonai/higgs-audio-v2-generation-3B-base": "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84",
+    "bosonai/higgs-audio-v2-tokenizer": "9d4988fbd4ad07b4cac3a5fa462741a41810dbec",
+}
+
+
+def resolve_folder(name: str, asked_by: str, revision: str | None = None) -> Path:
+    """The folder of a model named by path or hub id; a hub id is downloaded into the hub's cache.
+
+    Args:
+        revision: commit, tag or branch of a hub id; without one that of PINNED, or the newest.
+
+    Raises InputError, beginning with `asked_by`: there is neither such a folder nor such a repository.
+    """
+    return _resolve(name, asked_by, lambda: Path(snapshot_download(name, revision=revision or PINNED.get(name))))
+
+
+def resolve_config_folder(name: str, asked_by: str, revision: str | None = None) -> Path:
+    """As `resolve_folder`, but of a hub id only config.json is downloaded."""
+    revision = revision or PINNED.get(name)
+    return _resolve(name, asked_by, lambda: Path(hf_hub_download(name, "config.json", revision=revision)).parent)
+
+
+def _resolve(name: str, asked_by: str, download: Callable[[], Path]) -> Path:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if not is_hub_id(name):
+        raise InputError(f"{asked_by} {name}: no such folder (a hub id has the form OWNER/NAME)")
+    try:
+        return download()
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{asked_by} {name}: neither a folder here nor to be had from the hub: {reason}") from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a repository's, OWNER/NAME, and not of a path."""
+    return name.count("/") == 1 and name[0] not in "./~"

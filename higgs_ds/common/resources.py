@@ -1,0 +1,24 @@
+"""Where the project's own files and its cache are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def _resource_folder(name: str) -> Path:
+    """A folder that lies beside the package in a checkout, and inside it once it is installed."""
+    installed = _PACKAGE / name
+    return installed if installed.is_dir() else _PACKAGE.parent / name
+
+
+DS_CONFIGS, SAMPLES = _resource_folder("ds_configs"), _resource_folder("samples")
+DEFAULT_DS_CONFIG = DS_CONFIGS / "zero2.json"
+SAMPLE_MANIFEST = SAMPLES / "digits.jsonl"
+
+
+def default_cache_dir() -> Path:
+    """$HIGGS_DS_CACHE, or ~/.cache/higgs_ds."""
+    return Path(os.environ.get("HIGGS_DS_CACHE") or Path.home() / ".cache" / "higgs_ds")

@@ -1,0 +1,276 @@
+"""From a manifest to an index of checked samples whose clips are all encoded. All ranks work together.
+
+Ranks share the work by the numbers of the samples, and the cache, which must therefore lie where all of them see it.
+Nothing is kept of a manifest in which anything is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from higgs_ds.common import distributed
+from higgs_ds.common.console import say
+from higgs_ds.common.files import flush_folder, saving, why_not_writable, write_json, write_text
+from higgs_ds.data.coder import Coder
+from higgs_ds.data.encode import encode_clips
+from higgs_ds.data.index import DESCRIPTION, VERSION, CheckedSample, Index, PartWriter, open_kept, stamp_of
+from higgs_ds.data.summary import describe
+from higgs_ds.data.survey import MAX_SHOWN, Checker, MissingClips, Share, SurveyResult, missing_clips, survey
+from higgs_ds.options.train import DataOptions
+
+BAD_LINES = "bad-{:05d}.txt"
+UNUSED_AFTER_S = 30 * 24 * 3600  # when an index that no run has asked for is cleared away
+# Options that decide what is in an index.
+INDEXED_OPTIONS = ("format", "reference", "normalize_text", "allow_text_targets", "max_clip_s")
+WHOLE = Share()
+
+
+@dataclass
+class CheckedManifest:
+    """A manifest that has been looked through, or whose kept index is as good as new."""
+
+    path: Path
+    problems: list[str] = field(default_factory=list)
+    index: Index | None = None  # where there is a base, and nothing is wrong or may be left out
+    findings: list[SurveyResult] = field(default_factory=list)  # of every rank; none for a kept index
+    missing: MissingClips = field(default_factory=MissingClips)  # of this rank's share
+    folder: Path | None = None  # of an index that is not kept yet
+    identity: dict[str, Any] = field(default_factory=dict)  # of the manifest before it was read
+
+    @property
+    def num_bad(self) -> int:
+        return sum(findings.num_bad for findings in self.findings)
+
+
+class Preparation:
+    """Checks manifests for one base, then encodes what is not in the cache. Every rank must call every method.
+
+    Used as a context, which removes what was begun and not finished.
+    """
+
+    def __init__(self, options: DataOptions, coder: Coder | None, cache_dir: Path, shard: Share = WHOLE) -> None:
+        """A `shard` is a part of each manifest for this run alone, while others do the rest."""
+        self.options = options
+        self.coder = coder
+        self.cache_dir = cache_dir
+        self.shard = shard
+        self.num_workers = options.num_workers or max(1, (os.cpu_count() or 1) // distributed.local_world_size())
+        self.checker = Checker(options, self.coder)
+        self._scratch: list[Path] = []
+
+    def __enter__(self) -> Preparation:
+        bad_list = self.options.skip_bad
+
+        def begin() -> None:
+            if bad_list is not None:
+                with saving(bad_list):
+                    write_text(bad_list, "")
+
+        distributed.on_main(begin)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if distributed.is_main():
+            for folder in self._scratch:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def check(self, path: Path) -> CheckedManifest:
+        """Look through a manifest, unless nothing has changed since a run did so."""
+        kept = self._kept_index(path)
+        if kept is not None:
+            return CheckedManifest(path, index=kept)
+        folder = self._scratch_folder()
+        unshared = [] if folder.is_dir() else [self._not_shared()]
+        unshared = [problem for problems in distributed.gather_objects(unshared) for problem in problems]
+        if unshared:
+            return CheckedManifest(path, unshared)
+        identity = self._identity(path)
+        rank, world_size = distributed.rank(), distributed.world_size()
+        share = Share(self.shard.index * world_size + rank, self.shard.count * world_size)
+        with _part(folder, rank) as (keep, report_invalid):
+            findings, missing = survey(path, self.checker, share, self.num_workers, keep, report_invalid)
+        gathered = distributed.gather_objects(findings)
+        checked = CheckedManifest(path, findings=gathered, missing=missing, folder=folder, identity=identity)
+        if checked.num_bad and self.options.skip_bad is not None:
+            self._list_bad(folder, self.options.skip_bad)
+            say(f"left out: {checked.num_bad:,} bad samples of {path}; all are in {self.options.skip_bad}")
+            if checked.num_bad == sum(findings.num_entries for findings in checked.findings):
+                checked.problems.append(f"{path}: every sample is bad, see {self.options.skip_bad}")
+        else:
+            checked.problems += _merged_problems(checked.findings)
+        if self.coder is not None and not checked.problems:
+            checked.index = Index(folder)
+        return checked
+
+    def encode(self, checked: CheckedManifest, device: torch.device) -> None:
+        """Encode what is missing, this rank its share of it, and wait for the others."""
+        missing = checked.missing
+        if missing.keys:
+            assert self.coder is not None
+            encode_clips(
+                missing_clips(checked.path, self.checker, missing),
+                count=len(missing.keys),
+                seconds=missing.seconds,
+                coder=self.coder,
+                device=device,
+                num_workers=self.num_workers,
+                show_progress=distributed.is_main(),
+            )
+        distributed.barrier()
+
+    def keep(self, checked: CheckedManifest) -> Index:
+        """Put the index of a whole manifest in place, for this run and the next; a shard's is not kept."""
+        assert checked.index is not None
+        if checked.folder is None or self.shard != WHOLE:
+            return checked.index
+
+        def publish() -> Path:
+            assert checked.folder is not None
+            target = self._index_name(checked.path).with_name(f"{self._index_name(checked.path).name}-{time.time_ns()}")
+            with saving(target):
+                write_json(checked.folder / DESCRIPTION, checked.identity | {"num_bad": checked.num_bad})
+                flush_folder(checked.folder)
+                os.replace(checked.folder, target)
+            return target
+
+        checked.index = None  # what is mapped twice is counted twice
+        return Index(distributed.on_main(publish))
+
+    def describe(self, checked: CheckedManifest) -> str:
+        """A summary, in lines."""
+        assert checked.index is not None
+        assert self.coder is not None
+        codec = self.coder.codec
+        clipped = [source for _, source in sorted(line for f in checked.findings for line in f.clipped)]
+        num_clipped = sum(findings.num_clipped for findings in checked.findings)
+        frame_rate = codec.sample_rate / codec.hop_length
+        return describe(checked.index, frame_rate, self.options.max_seq_len, clipped, num_clipped)
+
+    def _kept_index(self, path: Path) -> Index | None:
+        """The index of an earlier run, where the manifest, its files and the codes are as they were then."""
+        if self.coder is None or self.shard != WHOLE:
+            return None
+
+        def find() -> Path | None:
+            wanted = self._identity(path) | {"num_bad": 0}
+            name = self._index_name(path)
+            for folder in sorted(name.parent.glob(f"{name.name}-*"), reverse=True):
+                with contextlib.suppress(OSError, ValueError):
+                    if json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")) == wanted:
+                        os.utime(folder)
+                        return folder
+            return None
+
+        folder = distributed.on_main(find)
+        if folder is None:
+            return None
+        index = open_kept(folder)
+        fresh = index and index.is_fresh(self.coder.has_outputs, distributed.rank(), distributed.world_size())
+        return index if all(distributed.gather_objects(bool(fresh))) else None
+
+    def _index_name(self, path: Path) -> Path:
+        """One for each manifest, base and way of reading; a number follows, as none is ever changed."""
+        assert self.coder is not None
+        ways = [getattr(self.options, name) for name in INDEXED_OPTIONS]
+        name = hashlib.sha256(json.dumps([str(path.absolute()), *ways, self.coder.identity]).encode()).hexdigest()
+        return self.cache_dir / "index" / name[:32]
+
+    def _identity(self, path: Path) -> dict[str, Any]:
+        """What a kept index is held against: size and time of change of the manifest, or of all files of a folder."""
+        files = sorted(str(file) for file in path.rglob("*") if file.is_file()) if path.is_dir() else [str(path)]
+        digest = hashlib.sha256(repr([(file, stamp_of(file)) for file in files]).encode())
+        return {"version": VERSION, "manifest": str(path.absolute()), "files": digest.hexdigest()}
+
+    def _scratch_folder(self) -> Path:
+        """A new folder for the parts of an index, beside the kept ones; those that nobody uses any more are removed."""
+
+        def make() -> Path:
+            indexes = self.cache_dir / "index"
+            with saving(indexes):
+                indexes.mkdir(parents=True, exist_ok=True)
+                for old in indexes.iterdir():
+                    if time.time() - old.stat().st_mtime > UNUSED_AFTER_S:
+                        shutil.rmtree(old, ignore_errors=True)
+                self._scratch.append(Path(tempfile.mkdtemp(dir=indexes, suffix=".tmp")))
+            return self._scratch[-1]
+
+        return distributed.on_main(make)
+
+    def _not_shared(self) -> str:
+        return (
+            f"--cache_dir {self.cache_dir}: {socket.gethostname()} does not see what rank 0 writes there; "
+            "it must be a folder that all nodes share"
+        )
+
+    def _list_bad(self, folder: Path, target: Path) -> None:
+        """Write what each rank has left out to one file, in the order of the manifest."""
+
+        def collect() -> None:
+            lines = []
+            for part in sorted(folder.glob(BAD_LINES.format(0).replace("00000", "*"))):
+                lines += part.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines.sort(key=lambda line: int(line.split("\t", 1)[0]))
+            with saving(target), target.open("a", encoding="utf-8") as file:
+                file.writelines(line.split("\t", 1)[1] for line in lines)
+
+        distributed.on_main(collect)
+
+
+def check_folders(**folders: Path | None) -> list[str]:
+    """Folders, by the options that name them, that a run is to write to and cannot."""
+    return [
+        f"--{name} {folder}: cannot be written to: {reason}; choose another folder"
+        for name, folder in folders.items()
+        if folder is not None and (reason := why_not_writable(folder))
+    ]
+
+
+def scratch_problems(options: DataOptions, cache_dir: Path) -> list[str]:
+    """Why manifests cannot even be looked through."""
+    bad_list = options.skip_bad
+    return check_folders(cache_dir=cache_dir, skip_bad=bad_list.parent if bad_list is not None else None)
+
+
+@contextlib.contextmanager
+def _part(folder: Path, rank: int) -> Iterator[tuple[Callable[[CheckedSample], None], Callable[[int, str], None]]]:
+    """Where one rank puts its good samples, and what is wrong with the others."""
+    bad_lines = folder / BAD_LINES.format(rank)
+    with saving(folder):
+        writer = PartWriter(folder, rank)
+        bad = bad_lines.open("w", encoding="utf-8", errors="backslashreplace", buffering=1)
+
+    def keep(sample: CheckedSample) -> None:
+        with saving(folder):
+            writer.add(sample)
+
+    def report_invalid(number: int, line: str) -> None:
+        with saving(folder):
+            print(number, " ".join(line.splitlines()), sep="\t", file=bad)
+
+    with bad:
+        yield keep, report_invalid
+    with saving(folder):
+        writer.close()
+        if not bad_lines.stat().st_size:
+            bad_lines.unlink()
+
+
+def _merged_problems(findings: list[SurveyResult]) -> list[str]:
+    """The problems of all ranks in the order of the manifest; of very many, the first."""
+    lines = [line for _, line in sorted(problem for f in findings for problem in f.problems)]
+    left_out = sum(f.num_problems for f in findings) - min(len(lines), MAX_SHOWN)
+    more = [f"and {left_out:,} problems more; --skip_bad LIST_FILE writes them all down"] if left_out else []
+    return lines[:MAX_SHOWN] + more

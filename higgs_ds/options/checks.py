@@ -1,0 +1,113 @@
+"""Values of options that cannot be right."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from higgs_ds.options.fields import EMBEDDINGS, RESUME_AUTO, TRAIN_GROUPS
+from higgs_ds.options.train import DataOptions, TrainOptions
+
+
+def check_data_options(options: DataOptions) -> list[str]:
+    """Problems of single options of the data."""
+    problems = []
+    if not 0 <= options.val_split < 1:
+        problems.append(f"--val_split {options.val_split}: must be from 0 to below 1")
+    if not 0 < options.max_clip_s < float("inf"):
+        problems.append(f"--max_clip_s {options.max_clip_s}: must be above 0")
+    for name in ("max_seq_len", "num_workers"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name} {value}: must be 1 or more")
+    return problems
+
+
+def _finetune_problems(options: TrainOptions) -> list[str]:
+    """Options that do not go with what --finetune says."""
+    groups = options.tune.train_groups
+    if not options.is_full_finetuning:
+        needless = groups != TRAIN_GROUPS
+        return ["--train_groups: is for --finetune full; adapters go where --lora_targets says"] if needless else []
+    problems = []
+    if options.model.load_in_4bit:
+        problems.append(
+            "--load_in_4bit: weights in 4 bits cannot be trained by --finetune full; leave it out, or train adapters "
+            "on them (--finetune qlora)"
+        )
+    problems += [
+        f"--{one.name}: is for adapters, and --finetune full trains none; leave it out"
+        for one in dataclasses.fields(options.lora)
+        if getattr(options.lora, one.name) != one.default
+    ]
+    if not groups:
+        problems.append(f"--train_groups: nothing would be trained; name one or more of {', '.join(TRAIN_GROUPS)}")
+    if options.model.offload_embeddings and EMBEDDINGS in groups:
+        problems.append(
+            "--offload_embeddings: embeddings that are trained cannot be in host memory; leave it out, or train other "
+            f"groups (--train_groups {' '.join(group for group in TRAIN_GROUPS if group != EMBEDDINGS)})"
+        )
+    return problems
+
+
+def check_options(options: TrainOptions) -> list[str]:
+    """Problems of single options; empty where there are none."""
+    flat = options.flat()
+    problems = check_data_options(options.data) + _finetune_problems(options)
+
+    def expect(name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            problems.append(f"--{name} {flat[name]}: must be {allowed}")
+
+    for name in (
+        "lora_r", "lora_alpha", "batch_size", "bucket_size", "grad_accum", "epochs", "log_steps", "val_steps",
+        "save_steps", "max_steps", "max_tokens_per_batch", "keep_checkpoints", "early_stopping_patience", "lr_cycles",
+        "sample_steps", "num_samples",
+    ):  # fmt: skip
+        expect(name, flat[name] is None or flat[name] >= 1, "1 or more")
+    for name in ("lora_dropout", "warmup_ratio"):
+        expect(name, 0 <= flat[name] < 1, "from 0 to below 1")
+    expect("lr_decay_ratio", 0 < flat["lr_decay_ratio"] <= 1, "above 0, up to 1")
+    for name in (
+        "weight_decay",
+        "max_grad_norm",
+        "text_loss_weight",
+        "audio_loss_weight",
+        "early_stopping_min_delta",
+        "sample_temperature",
+    ):
+        expect(name, 0 <= flat[name] < float("inf"), "0 or more")
+    checkpointing = flat["activation_checkpointing"]
+    named = ("none", "every_layer", "auto")
+    expect(
+        "activation_checkpointing",
+        checkpointing in named or (checkpointing.isdecimal() and int(checkpointing) >= 1),
+        "none, every_layer, auto, or a number N of layers, 1 or more",
+    )
+    if flat["offload_checkpoints"] and checkpointing == "none":
+        problems.append(
+            "--offload_checkpoints: there are no checkpoints with --activation_checkpointing none; give every_layer, "
+            "a number N, or auto"
+        )
+    expect("lr", 0 < flat["lr"] < float("inf"), "above 0")
+    for name in ("device_memory_gib", "plan_ranks"):
+        if flat[name] is not None:
+            expect(name, 0 < flat[name] < float("inf"), "above 0")
+            if not flat["dry_run"]:
+                problems.append(f"--{name}: is for a --dry_run only")
+    if flat["push_to_hub"] and flat["hub_repo_id"] is None:
+        problems.append("--push_to_hub: needs --hub_repo_id OWNER/NAME")
+    for name in ("hub_repo_id", "hub_private", "upload_merged_model"):
+        if flat[name] and not flat["push_to_hub"]:
+            problems.append(f"--{name}: needs --push_to_hub")
+    if flat["upload_merged_model"] and not flat["merge_adapter_with_base"] and not options.is_full_finetuning:
+        problems.append("--upload_merged_model: needs --merge_adapter_with_base, which makes the merged model")
+    if flat["early_stopping_min_delta"] and flat["early_stopping_patience"] is None:
+        problems.append("--early_stopping_min_delta: needs --early_stopping_patience")
+    if flat["resume"] == RESUME_AUTO and flat["output_dir"] is None:
+        problems.append("--resume auto: needs --output_dir, the folder of the run to go on with")
+    if flat["text_loss_weight"] == flat["audio_loss_weight"] == 0:
+        problems.append("--text_loss_weight and --audio_loss_weight are both 0: nothing would be trained")
+    weights = flat["codebook_weights"]
+    if weights is not None and (min(weights) < 0 or not 0 < sum(weights) < float("inf")):
+        problems.append(f"--codebook_weights {weights}: must be 0 or more, with a sum above 0")
+    return problems

@@ -1,0 +1,31 @@
+"""How an option is declared, and the values that several options share."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import field
+from typing import Any
+
+FORMATS = ("chatml", "native", "swift", "metadata", "paired", "list", "csv", "table")
+FINETUNE = FULL, LORA, QLORA = ("full", "lora", "qlora")
+LORA_TARGET_GROUPS = ("attention", "text_mlp", "audio_mlp")
+EMBEDDINGS, HEADS = "embeddings", "heads"
+TRAIN_GROUPS = (*LORA_TARGET_GROUPS, EMBEDDINGS, HEADS)
+ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3")
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
+LAYOUTS = NATIVE, ORIGINAL = ("native", "original")
+BOTH_LAYOUTS = "both"
+MERGE_DEQUANTIZED, MERGE_ORIGINAL = "dequantized", "original"
+RESUME_NEVER, RESUME_AUTO = "never", "auto"
+TENSORBOARD, WANDB = "tensorboard", "wandb"
+REQUIRED = dataclasses.MISSING  # the default of an option without one
+
+
+def option(default: Any, help_text: str, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
+    """A dataclass field that is also a command line option of the same name."""
+    return field(default=default, metadata={"help": help_text, "choices": choices, "metavar": metavar})
+
+
+EXPORT_HELP = (
+    "layout of the merged or complete model: what transformers reads, what boson_multimodal reads, or a folder of each"
+)

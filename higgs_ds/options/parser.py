@@ -1,0 +1,90 @@
+"""The parser of a command: options from dataclasses, unknown ones with a guess at what was meant."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from higgs_ds.common.resources import DS_CONFIGS
+from higgs_ds.options.fields import REQUIRED
+
+T = typing.TypeVar("T")
+METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+
+def add_options(parser: Parser, group_class: type) -> None:
+    """Add one dataclass of options to a parser. Options that are not given do not appear in its result."""
+    group = parser.add_argument_group(group_class.__doc__)
+    hints = typing.get_type_hints(group_class)
+    for option_field in dataclasses.fields(group_class):
+        meta = option_field.metadata
+        default: Any = option_field.default
+        value_type, many = _value_type(hints[option_field.name])
+        kwargs: dict[str, Any] = {"default": argparse.SUPPRESS, "help": meta["help"]}
+        if value_type is bool:
+            kwargs["action"] = "store_true"
+        else:
+            metavar = meta["metavar"] or (None if meta["choices"] else METAVARS[value_type])
+            kwargs.update(type=value_type, choices=meta["choices"], metavar=metavar)
+            if many:
+                kwargs["nargs"] = "+"
+            if default is REQUIRED:
+                kwargs["required"] = True
+            elif default is not None:
+                shown = " ".join(map(str, default)) if many else _shown_default(default)
+                kwargs["help"] += f" [{shown}]"
+        group.add_argument(f"--{option_field.name}", **kwargs)
+
+
+def _shown_default(default: Any) -> str:
+    if isinstance(default, Path) and default.is_relative_to(DS_CONFIGS):
+        return str(default.relative_to(DS_CONFIGS.parent))
+    return str(default)
+
+
+def _value_type(hint: Any) -> tuple[Any, bool]:
+    """The type that a command line value is turned into, and whether an option takes several."""
+    if isinstance(hint, types.UnionType):
+        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that asks, of an option that there is not, which one was meant; options are never abbreviated."""
+
+    def __init__(self, **shown: Any) -> None:
+        super().__init__(**shown, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        meant = [meant_option(name.removeprefix("--"), self.names()) for name in unknown]
+        super().error(message + "".join(meant))
+
+    def names(self) -> list[str]:
+        """Every option's name, without its dashes."""
+        return [name.removeprefix("--") for action in self._actions for name in action.option_strings]
+
+    def parse_group(self, group_class: type[T], argv: Sequence[str] | None) -> T:
+        """Parse one group of options, which is all that a command has."""
+        add_options(self, group_class)
+        return group_class(**self.given_options(argv))
+
+    def given_options(self, argv: Sequence[str] | None) -> dict[str, Any]:
+        """The options that a command line gives, by name; those with several values as tuples."""
+        values = vars(self.parse_args(argv))
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def meant_option(name: str, known: Sequence[str]) -> str:
+    """A question for an unknown name that is close to a known one."""
+    close = difflib.get_close_matches(name.replace("-", "_"), known, 1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,316 @@
+"""What a forward and backward pass keeps and takes, counted in bytes without weights and without computing anything.
+
+The model itself runs as it is trained, with two and with three of its layers, on tensors that have shapes but no values
+(torch's meta device), while every allocation and release is counted. A layer's cost is the difference, and the same for
+each.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import weakref
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, HiggsAudioV2Config
+
+from higgs_ds.model.full import group_of, make_trainable
+from higgs_ds.model.higgs import DualLossModel, checkpoint_layers
+from higgs_ds.model.loading import empty_model
+from higgs_ds.model.nf4 import BLOCK_SIZE, is_quantized_weight
+from higgs_ds.model.parts import NO_PARTS, Parts, config_of, parts_of
+from higgs_ds.options.fields import EMBEDDINGS, FULL
+from higgs_ds.options.train import LoraOptions, TuneOptions
+
+TEXT_POSITIONS = 64  # of a speech sample: the prompt; all others are audio
+TEXT_TARGETS = 3  # of a speech sample: where its audio begins, where it ends, the end of the turn
+ATTENTION = "shapes_only"  # the name under which transformers finds the attention below
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """All that a pass's memory depends on, beside the base's configuration.
+
+    `recompute_every`: one layer of so many keeps its input alone.
+    `on_gpu`: dropout keeps a mask of a byte an element, on a CPU a number of the activations' dtype.
+    `keeps_inputs`: linear layers keep their inputs although they are frozen, as under ZeRO-3.
+    """
+
+    dtype: torch.dtype
+    four_bit: bool
+    recompute_every: int | None
+    lora: LoraOptions
+    batch_size: int
+    length: int
+    on_gpu: bool
+    keeps_inputs: bool
+    full_parts: Parts = NO_PARTS
+    tune: TuneOptions = field(default_factory=TuneOptions)
+
+    @property
+    def text_positions(self) -> int:
+        """Text positions of each sample."""
+        return min(TEXT_POSITIONS, (self.length + 1) // 2)
+
+
+@dataclass(frozen=True)
+class PassMemory:
+    """Bytes of one pass. Parameters and their gradients are not among them.
+
+    `activations`: kept by the decoder for the backward pass; `logits`: by heads and loss; `working`: beyond these, at
+    the peak.
+    """
+
+    activations: int
+    logits: int
+    working: int
+
+
+def measure_pass(config: HiggsAudioV2Config, settings: PassSettings) -> PassMemory:
+    """Bytes of a forward and backward pass over a batch of speech."""
+    config_json, every = config.to_json_string(use_diff=False), settings.recompute_every
+    if every is None or every == 1:
+        return _measure_pass(config_json, settings)
+    all_kept, none_kept = (_measure_pass(config_json, replace(settings, recompute_every=n)) for n in (None, 1))
+    recomputed = math.ceil(config.num_hidden_layers / every) / config.num_hidden_layers
+    kept = recomputed * none_kept.activations + (1 - recomputed) * all_kept.activations
+    return PassMemory(round(kept), none_kept.logits, max(all_kept.working, none_kept.working))
+
+
+@functools.lru_cache(maxsize=64)
+def _measure_pass(config_json: str, settings: PassSettings) -> PassMemory:
+    values = json.loads(config_json)
+    few, more = (_run(config_of(values | {"num_hidden_layers": n}), settings) for n in (2, 3))
+    further = values["num_hidden_layers"] - 2
+    kept, logits, peak = (two + further * (three - two) for two, three in zip(few, more, strict=True))
+    # Embeddings get their gradients last, when nothing else is left: a peak that does not grow with the layers.
+    return PassMemory(kept, logits, max(peak, _embedding_gradients(config_of(values), settings)) - kept - logits)
+
+
+def _embedding_gradients(config: HiggsAudioV2Config, settings: PassSettings) -> int:
+    """Bytes of the largest gradient of an embedding, or 0 where these are not trained."""
+    if settings.tune.finetune != FULL or EMBEDDINGS not in settings.tune.train_groups:
+        return 0
+    named = empty_model(config, settings.dtype).named_parameters()
+    return max(parameter.nbytes for name, parameter in named if group_of(name) == EMBEDDINGS)
+
+
+def _run(config: HiggsAudioV2Config, settings: PassSettings) -> tuple[int, int, int]:
+    """Bytes kept by the decoder, bytes kept by heads and loss, bytes at the peak."""
+    model = _model(config, settings)
+    batch = _batch(config, settings)
+    tensors = [*model.parameters(), *model.buffers(), *batch.values()]
+    count = _AllocationCounter(tensors)
+    kept: dict[int, int] = {}
+    decoder_end = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in count.outside:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    model.higgs.model.norm.register_forward_pre_hook(lambda *_: decoder_end.append(sum(kept.values())))
+    with count:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss, *_ = model(**batch)
+        loss.backward()
+    return decoder_end[0], sum(kept.values()) - decoder_end[0], count.peak_bytes
+
+
+def _model(config: HiggsAudioV2Config, settings: PassSettings) -> DualLossModel:
+    higgs = empty_model(config, settings.dtype)
+    higgs.set_attn_implementation(ATTENTION)
+    for name, module in list(higgs.named_modules()):
+        if isinstance(module, nn.Linear):
+            four_bit = settings.four_bit and is_quantized_weight(f"{name}.weight")
+            if four_bit or settings.keeps_inputs:
+                higgs.set_submodule(name, _CountedLinear(module, four_bit))
+    if settings.recompute_every is not None:
+        checkpoint_layers(higgs, settings.recompute_every)
+    if parts_of(config).audio_tower is not None:
+        higgs.model.audio_tower.config._attn_implementation = ATTENTION
+    adapted = make_trainable(higgs, settings.tune, settings.lora, "", settings.dtype, settings.full_parts).to(META)
+    trained = torch.empty((), device=META, requires_grad=True)
+    for module in adapted.modules():
+        if isinstance(module, nn.Embedding) and module.weight.requires_grad:
+            module.weight.requires_grad_(False)  # counted by `_embedding_gradients`
+            module.register_forward_hook(lambda _module, _inputs, output: _AttachToTrained.apply(output, trained))
+    if settings.on_gpu:
+        for name, module in list(adapted.named_modules()):
+            if isinstance(module, nn.Dropout):
+                adapted.set_submodule(name, _FusedDropout(module.p))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # gradients are planned by themselves
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    return DualLossModel(adapted).train()
+
+
+def _batch(config: HiggsAudioV2Config, settings: PassSettings) -> dict[str, torch.Tensor]:
+    """Shapes of a batch of speech, as `data.collate.Batch` describes it; all its audio is learned."""
+    size, books = settings.batch_size, config.num_codebooks
+    rows = settings.length - settings.text_positions
+
+    def ids(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.long, device=META)
+
+    heard = {}
+    tower = parts_of(config).audio_tower
+    if tower is not None:  # of each sample, a clip of half a minute
+        length = 2 * tower["max_source_positions"]
+        outputs = min(settings.text_positions, length // 4) * size
+        heard = {
+            "features": torch.empty(size, tower["num_mel_bins"], length, device=META),
+            "feature_lengths": ids(size),
+            "feature_rows": ids(outputs),
+            "feature_places": ids(outputs),
+        }
+    return heard | {
+        "text_ids": ids(size * settings.text_positions),
+        "codes": ids(size * rows, books),
+        "positions": ids(size * settings.length),
+        "places": ids(size, settings.length),
+        "text_places": ids(size * TEXT_TARGETS),
+        "text_targets": ids(size * TEXT_TARGETS),
+        "audio_places": ids(size * rows),
+        "audio_targets": ids(size * rows, books),
+        "audio_rows": ids(size, rows),
+        "audio_at": ids(size * rows),
+        "target_weights": torch.empty(1 + books, device=META),
+    }
+
+
+class _AllocationCounter(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive at once, but those that were there before."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.live_bytes = self.peak_bytes = 0
+        self.outside = {tensor.untyped_storage()._cdata for tensor in tensors}
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._track(tensor.untyped_storage())
+        return result
+
+    def _track(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive or key in self.outside:
+            return
+        self._alive.add(key)
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._untrack, key, size).atexit = False
+
+    def _untrack(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.live_bytes -= size
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Attention as the fused kernels of CPUs and GPUs do it: without a matrix of scores. There is none for meta.
+
+    Queries (B, H, T, D), keys and values (B, G, T, D); keeps these, its output and a float32 a query.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, output.new_empty(query.shape[:3], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    return _FusedAttention.apply(query, key, value).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+class _CountedLinear(nn.Linear):
+    """A linear layer that allocates as a frozen one in 4 bits does (`four_bit`), or as one under ZeRO-3, or both."""
+
+    def __init__(self, linear: nn.Linear, four_bit: bool) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, META, linear.weight.dtype)
+        self.requires_grad_(False)
+        self.four_bit = four_bit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.four_bit:
+            return _KeepsInput.apply(x, self.weight)
+        result = _Dequantized.apply(x, self.weight)
+        return result.clone()  # PEFT's
+
+
+class _KeepsInput(torch.autograd.Function):
+    """x W^T that keeps x, as DeepSpeed's linear function under ZeRO-3."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.matmul(weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        _, weight = ctx.saved_tensors
+        of_input = grads[0].matmul(weight) if ctx.needs_input_grad[0] else None
+        return of_input, torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+class _Dequantized(torch.autograd.Function):
+    """x W^T whose W is made anew, forward and backward, from its 4 bits and their scales."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.weight = weight
+        return x.matmul(_dequantize(weight).t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0].matmul(_dequantize(ctx.weight)), None
+
+
+def _dequantize(weight: torch.Tensor) -> torch.Tensor:
+    scales = torch.empty(weight.numel() // BLOCK_SIZE, device=META)
+    result = torch.empty_like(weight)
+    del scales  # alive until here
+    return result
+
+
+class _AttachToTrained(torch.autograd.Function):
+    """An output as if the weights behind it were trained, whose gradients are counted elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class _FusedDropout(nn.Module):
+    """Dropout as on a GPU."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(x, self.p, self.training)[0]

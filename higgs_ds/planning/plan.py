@@ -1,0 +1,77 @@
+"""How much memory each part of a training takes per GPU, from a base's configuration alone.
+
+Weights, gradients and optimizer state are arithmetic over the model's shapes, as DeepSpeed 0.19.8 was seen to allocate
+them at each ZeRO stage; activations and working memory are counted by `activations`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from higgs_ds.options.train import recompute_every
+from higgs_ds.planning.activations import PassSettings, measure_pass
+from higgs_ds.planning.weights import Setting, model_weights
+from higgs_ds.planning.zero_stages import Plan, frozen_bytes, gathered_bytes, with_training_state
+
+CONTEXT_BYTES = 2**29  # what a CUDA process takes before its first tensor: an assumption
+AUTO_CHECKPOINTING = ("none", "4", "3", "2", "every_layer")  # from the fastest to the smallest
+# What a GPU's matrix library keeps for itself; between 8 and 32 MiB, an assumption.
+MATRIX_WORKSPACE_BYTES = 32 * 2**20
+
+
+def plan(setting: Setting) -> Plan:
+    """Bytes of every part. Raises InputError where the base lacks what --lora_targets names."""
+    weights = model_weights(setting)
+    trained = [weight for weight in weights if weight.trained]
+    on_device, on_host = frozen_bytes(setting, [weight for weight in weights if not weight.trained])
+    size, length = setting.batch_shape()
+    taken = measure_pass(
+        setting.config,
+        PassSettings(
+            dtype=setting.dtype,
+            four_bit=setting.options.model.load_in_4bit,
+            recompute_every=recompute_every(setting.options.model),
+            lora=setting.options.lora,
+            full_parts=setting.full_parts,
+            tune=setting.options.tune,
+            batch_size=size,
+            length=length,
+            on_gpu=setting.on_gpu,
+            keeps_inputs=setting.stage == 3,
+        ),
+    )
+    checkpoints, one_checkpoint = _offloaded_checkpoints(setting, size * length)
+    partial = Plan(
+        weights=on_device,
+        quantization=sum(weight.statistics_bytes * weight.count for weight in weights),
+        trained=0,
+        gradients=0,
+        optimizer=0,
+        buckets=0,
+        activations=taken.activations - checkpoints,
+        logits=taken.logits,
+        working=taken.working + one_checkpoint + (MATRIX_WORKSPACE_BYTES if setting.on_gpu else 0),
+        gathered=gathered_bytes(setting, weights) if setting.stage == 3 else 0,
+        step=0,
+        host=on_host | ({"checkpoints": checkpoints} if checkpoints else {}),
+    )
+    return with_training_state(setting, partial, trained)
+
+
+def _offloaded_checkpoints(setting: Setting, positions: int) -> tuple[int, int]:
+    """Bytes of layers' inputs that wait in host memory, and of the one that is back at a time."""
+    every = recompute_every(setting.options.model)
+    if not setting.options.model.offload_checkpoints or every is None:
+        return 0, 0
+    one = positions * setting.config.hidden_size * setting.dtype.itemsize
+    return math.ceil(setting.config.num_hidden_layers / every) * one, one
+
+
+def with_checkpointing(setting: Setting, device_bytes: float) -> Setting:
+    """`--activation_checkpointing auto` decided: as few layers as it takes to fit; all, where that does not suffice."""
+    for choice in AUTO_CHECKPOINTING:
+        decided = replace(setting, options=setting.options.replace(activation_checkpointing=choice))
+        if plan(decided).total + CONTEXT_BYTES <= device_bytes:
+            break
+    return decided

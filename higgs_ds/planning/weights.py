@@ -1,0 +1,129 @@
+"""What is planned, and the weights of the model as it is trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import HiggsAudioV2Config
+
+from higgs_ds.model.full import make_trainable
+from higgs_ds.model.loading import empty_model
+from higgs_ds.model.nf4 import BLOCK_SIZE, is_quantized_weight
+from higgs_ds.model.parts import Parts, config_of, fully_trained_parts
+from higgs_ds.options.train import TrainOptions
+
+DEFAULT_LENGTH = 2048  # positions, where no option says how long samples may be
+GROUPS = ("attention", "text FFN", "audio FFN", "norms", "embeddings", "heads", "Whisper tower")
+LORA = "LoRA"
+NESTED_BLOCK_SIZE = 256  # blocks of 4-bit weights whose scales share a scale; also Adam's elements in 8 bits
+CODE_TABLES_BYTES = 4 * (16 + 256)
+# DeepSpeed's defaults, in elements, for files that do not say.
+ZERO_DEFAULTS = {
+    "reduce_bucket_size": 500_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+    "sub_group_size": 1_000_000_000,
+}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter, or one of each decoder layer. Adapters, and optional parts beside them, are of group LORA."""
+
+    group: str
+    numel: int
+    count: int
+    in_layers: bool
+    four_bit: bool
+    trained: bool
+
+    def stored(self, element_bytes: int) -> tuple[int, int]:
+        """Elements as they are kept, and bytes of each: packed, two weights make a byte."""
+        return (math.ceil(self.numel / 2), 1) if self.four_bit else (self.numel, element_bytes)
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Scales of a 4-bit weight: a byte a block, a float32 for 256 of these, an offset, code tables."""
+        if not self.four_bit:
+            return 0
+        blocks = math.ceil(self.numel / BLOCK_SIZE)
+        return blocks + 4 * math.ceil(blocks / NESTED_BLOCK_SIZE) + 4 + CODE_TABLES_BYTES
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is planned: a base, options and DeepSpeed's settings in agreement, a number of ranks, GPUs or CPUs."""
+
+    config: HiggsAudioV2Config
+    options: TrainOptions
+    ds_settings: dict[str, Any]
+    ranks: int
+    on_gpu: bool = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.options.model.precision == "bf16" else torch.float32
+
+    @property
+    def full_parts(self) -> Parts:
+        """Optional parts that are trained in full."""
+        return fully_trained_parts(self.options.model, self.config)
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        return ZERO_DEFAULTS | self.ds_settings["zero_optimization"]
+
+    @property
+    def stage(self) -> int:
+        return int(self.zero["stage"])
+
+    @property
+    def accumulation_bytes(self) -> int:
+        """Bytes of an element in which DeepSpeed adds up gradients."""
+        name = self.ds_settings.get("data_types", {}).get("grad_accum_dtype")
+        return {"fp32": 4, "bf16": 2, "fp16": 2}.get(name, self.dtype.itemsize)
+
+    def offloads(self, what: str) -> bool:
+        """Whether DeepSpeed keeps the "optimizer" or "param" in host memory."""
+        return (self.zero.get(f"offload_{what}") or {}).get("device") == "cpu"
+
+    def batch_shape(self) -> tuple[int, int]:
+        """Samples and positions of a micro-batch."""
+        data, optim = self.options.data, self.options.optim
+        if optim.max_tokens_per_batch is None:
+            return optim.batch_size, data.max_seq_len or DEFAULT_LENGTH
+        length = min(data.max_seq_len or optim.max_tokens_per_batch, optim.max_tokens_per_batch)
+        return optim.max_tokens_per_batch // length, length
+
+
+def model_weights(setting: Setting) -> list[Weight]:
+    """All parameters of the model as it is trained."""
+    values = setting.config.to_dict()
+    model = empty_model(config_of(values | {"num_hidden_layers": 1}), setting.dtype)
+    options = setting.options
+    ready = make_trainable(model, options.tune, options.lora, "", setting.dtype, setting.full_parts)
+    found = []
+    for name, parameter in ready.named_parameters():
+        plain_name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        in_layers, trained = plain_name.startswith("model.layers."), parameter.requires_grad
+        count = setting.config.num_hidden_layers if in_layers else 1
+        group = LORA if trained and not options.is_full_finetuning else group_of(plain_name)
+        four_bit = options.model.load_in_4bit and is_quantized_weight(plain_name)
+        found.append(Weight(group, parameter.numel(), count, in_layers, four_bit, trained))
+    return found
+
+
+def group_of(name: str) -> str:
+    """The group of GROUPS that a weight of the base belongs to."""
+    for part, group in (
+        ("audio_tower", "Whisper tower"), ("audio_encoder_proj", "Whisper tower"), ("norm", "norms"),
+        ("embed", "embeddings"), ("lm_head", "heads"), ("audio_mlp", "audio FFN"), (".mlp.", "text FFN"),
+        ("_attn", "attention"),
+    ):  # fmt: skip
+        if part in name:
+            return group
+    raise ValueError(f"{name}: belongs to no known group")

@@ -1,0 +1,90 @@
+"""Sums and counts between two log lines."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from higgs_ds.common.distributed import is_main, rank, sum_over_ranks, world_size
+from higgs_ds.data.collate import Batch
+from higgs_ds.model.loss import LossWeights, StepResult, accuracies, mean_losses
+
+
+class Meter:
+    """Sums and counts of the steps since the last log line; reduced over ranks and divided only when asked."""
+
+    def __init__(self, weights: LossWeights, device: torch.device) -> None:
+        self.weights = weights
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self.steps = 0
+        self.sums = torch.zeros(1 + len(self.weights.codebooks), dtype=torch.float64, device=self.device)
+        self.counts = torch.zeros_like(self.sums)
+        self.hits = self.sums.new_zeros(len(self.sums) + 2)
+        self.num_samples = 0
+        self.num_tokens = 0
+        self.num_positions = 0  # with padding
+        self.started_at = time.perf_counter()
+
+    def add(self, step: StepResult, batches: Sequence[Batch]) -> None:
+        """Add one step, of which only the time counts where it was not taken."""
+        self.steps += 1
+        if step.applied:
+            self.sums += step.sums.sum(0)
+            self.counts += step.counts
+            self.hits += step.hits
+        self.num_samples += sum(batch.num_samples for batch in batches)
+        self.num_tokens += sum(batch.num_tokens for batch in batches)
+        self.num_positions += sum(batch.places.numel() for batch in batches)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of a block, which is not training, out of the speed."""
+        paused_at = time.perf_counter()
+        yield
+        self.started_at += time.perf_counter() - paused_at
+
+    def state(self) -> dict[str, Any]:
+        """What this rank has added since the last log line, as JSON values."""
+        added = {"sums": self.sums.tolist(), "counts": self.counts.tolist(), "hits": self.hits.tolist()}
+        return added | {name: getattr(self, name) for name in ("num_samples", "num_tokens", "num_positions", "steps")}
+
+    def restore(self, states: list[dict[str, Any]]) -> None:
+        """Go on from the `state` of every rank of an earlier run; of another number of ranks, rank 0 takes all."""
+        if not states:
+            return
+        mine = states if len(states) != world_size() else [states[rank()]]
+        if len(states) == world_size() or is_main():
+            for name in ("sums", "hits"):
+                of_all = torch.tensor([state[name] for state in mine], dtype=torch.float64).sum(0)
+                setattr(self, name, getattr(self, name) + of_all.to(self.device))
+            for name in ("num_samples", "num_tokens", "num_positions"):
+                setattr(self, name, getattr(self, name) + sum(state[name] for state in mine))
+        self.counts += torch.tensor(states[0]["counts"], dtype=torch.float64).to(self.device)
+        self.steps += states[0]["steps"]
+
+    def read(self) -> dict[str, float]:
+        """Mean losses, accuracies, padding and speed since the last reset, over all ranks; no losses where no step was
+        taken.
+
+        Every rank must call this.
+        """
+        own = [self.num_samples, self.num_tokens, self.num_positions]
+        sizes = torch.tensor(own, dtype=torch.float64, device=self.device)
+        num_samples, num_tokens, num_positions = sum_over_ranks(sizes).tolist()
+        losses = mean_losses(sum_over_ranks(self.sums), self.counts, self.weights)
+        hits = sum_over_ranks(self.hits)
+        means = losses.metrics("train") | accuracies(hits, self.counts, "train") if self.counts.any() else {}
+        seconds = time.perf_counter() - self.started_at
+        speed = {
+            "samples_per_s": num_samples / seconds,
+            "tokens_per_s": num_tokens / seconds,
+            "step_time_s": seconds / self.steps,
+        }
+        return means | {"padding": 1 - num_tokens / num_positions} | speed

@@ -1,0 +1,148 @@
+"""What a run tells: `metrics.jsonl` first, then the console. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from higgs_ds.common.console import is_quiet, say
+from higgs_ds.common.distributed import is_main
+from higgs_ds.common.errors import NotFiniteError
+from higgs_ds.common.files import saving, write_text
+from higgs_ds.common.run_files import METRICS_FILE
+from higgs_ds.reporting.trackers import Tracker
+
+# What the progress bar shows beside the remaining time, and how it is called there.
+_PROGRESS_BAR_KEYS = {
+    "train/text_loss": "text", "train/audio_loss": "audio", "lr": "lr", "grad_norm": "grad", "tokens_per_s": "tok/s",
+    "peak_memory_gib": "GiB",
+}  # fmt: skip
+
+
+class MetricsLog:
+    """`metrics.jsonl` and the progress bar. On resume, lines behind the checkpoint's step are cut off first."""
+
+    def __init__(
+        self,
+        output_dir: Path,
+        first_step: int,
+        total_steps: int,
+        validation_due: bool = False,
+        seconds_left: float | None = None,
+        open_trackers: Callable[[], list[Tracker]] = list,
+    ) -> None:
+        """Begin, or go on behind `first_step`.
+
+        Args:
+            validation_due: that of `first_step` is still to be done; its line, if there is one, is cut too.
+            seconds_left: until a time limit ends the run.
+            open_trackers: where numbers go besides, opened on rank 0 alone.
+        """
+        self.path = output_dir / METRICS_FILE
+        self.total_steps = total_steps
+        self.ends_at = None if seconds_left is None else time.monotonic() + seconds_left
+        self.sinks: list[Tracker] = []
+        if is_main():
+            _truncate(self.path, first_step, validation_due)
+            self.sinks = open_trackers()
+        # None: no bar where stderr is a file, which log lines are enough for.
+        disable = None if is_main() and not is_quiet() else True
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, desc="training", unit="step", disable=disable, dynamic_ncols=True
+        )
+
+    def close(self) -> None:
+        self.bar.close()
+        for sink in self.sinks:
+            sink.close()
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        """Append one line, in which the loss of a part without targets is null, and print what matters in it.
+
+        Raises NotFiniteError, behind that, where the total loss is not finite.
+        """
+        values = values | {"peak_memory_gib": peak_memory_gib()}
+        line = {"step": step, "epoch": round(epoch, 4), **values}
+        if is_main():
+            clean = {key: value if math.isfinite(value) else None for key, value in line.items()}
+            with saving(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(clean) + "\n")
+            for sink in self.sinks:
+                sink.write(step, {key: value for key, value in clean.items() if value is not None and key != "step"})
+        shown = {key: value for key, value in values.items() if "/cb" not in key}
+        self.bar.set_postfix(
+            {short: f"{values[key]:.4g}" for key, short in _PROGRESS_BAR_KEYS.items() if key in values}
+        )
+        step_time_s = values.get("step_time_s")
+        left_s = (self.total_steps - step) * (step_time_s or 0)
+        left = f", {timedelta(seconds=round(left_s))} left" if left_s else ""
+        numbers = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        say(f"step {step} (epoch {epoch:.2f}{left}): {numbers}")
+        self._compare_with_limit(step, step_time_s)
+        for key in ("train/loss", "val/loss"):
+            if not math.isfinite(values.get(key, 0.0)):
+                error = NotFiniteError(f"{key} is {values[key]} at step {step}; see {self.path}. Lower --lr")
+                error.on_all_ranks = True
+                raise error
+
+    def _compare_with_limit(self, step: int, step_time_s: float | None) -> None:
+        """Say once, behind the first log line, where the steps will take longer than there is time."""
+        if self.ends_at is None or step_time_s is None:
+            return
+        needed_s, left_s = (self.total_steps - step) * step_time_s, self.ends_at - time.monotonic()
+        self.ends_at = None
+        if needed_s > left_s:
+            say(
+                f"note: the steps to come take {needed_s / 3600:.1f} h or more, and the job's time limit is in "
+                f"{left_s / 3600:.1f} h. It goes on from a checkpoint when it is started again, which "
+                "launch/slurm/train.sbatch sees to"
+            )
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`; none before the first is written."""
+    path = output_dir / METRICS_FILE
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def last_values(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The last of each number in lines of `metrics.jsonl`."""
+    last: dict[str, Any] = {}
+    for line in lines:
+        last |= {key: value for key, value in line.items() if value is not None}
+    return last
+
+
+def peak_memory_gib() -> float:
+    """This rank's peak so far, in GiB: allocated on its GPU, or resident where it has none."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
+
+
+def _truncate(path: Path, last_step: int, validation_due: bool) -> None:
+    """Drop the lines of later steps, and a line that was cut short when the run was killed."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+            if values["step"] > last_step or (validation_due and values["step"] == last_step and "val/loss" in values):
+                continue
+        except ValueError:
+            continue
+        kept.append(line + "\n")
+    write_text(path, "".join(kept))

@@ -1,0 +1,163 @@
+"""--push_to_hub: adapter, merged or complete model to the Hugging Face hub, by its own client; no token is shown."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCardData, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import httpx
+
+from higgs_ds.adapters.save import how_to_use_adapter
+from higgs_ds.common.errors import InputError, PublishError
+from higgs_ds.common.files import saving, write_text
+from higgs_ds.common.hub import is_hub_id
+from higgs_ds.common.run_files import SUMMARY_FILE
+from higgs_ds.model.parts import Parts
+from higgs_ds.options.train import RunOptions, TrainOptions
+from higgs_ds.reporting.metrics_log import last_values, read_metrics
+
+CARD = "README.md"
+# Options that are of this machine, or of this one run of the command.
+_MACHINE_OPTIONS = {
+    "train_manifest", "val_manifest", "skip_bad", "cache_dir", "output_dir", "deepspeed", "resume", "base_ckpt",
+    "codec_ckpt", "whisper_ckpt", "push_to_hub", "hub_repo_id", "hub_private", "upload_merged_model", "report_to",
+    "quiet", "no_report", "num_workers",
+}  # fmt: skip
+NOT_UPLOADED = ["**/.*"]
+
+
+def check_login(options: RunOptions) -> None:
+    """Raise InputError where what is to be published could not be: no token, one that the hub does not take, no hub."""
+    if not options.push_to_hub:
+        return
+    if get_token() is None:
+        raise InputError("--push_to_hub: you are not logged in; run `hf auth login`, or set HF_TOKEN")
+    try:
+        HfApi().whoami()
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise InputError(
+                f"--push_to_hub: the hub does not take your token ({_reason(error)}); log in anew"
+            ) from error
+        raise InputError(
+            f"--push_to_hub: the hub cannot be reached ({_reason(error)}); leave the option out, and publish later "
+            "with `hf upload`"
+        ) from error
+
+
+def upload(folder: Path, options: RunOptions) -> str:
+    """Upload a folder as a repository, which is made where there is none; its address.
+
+    Raises PublishError with the command to try again; the folder is as it was.
+    """
+    repo_id = options.hub_repo_id
+    assert repo_id is not None
+    try:
+        api = HfApi()
+        address = api.create_repo(repo_id, private=options.hub_private, exist_ok=True)
+        api.upload_folder(
+            repo_id=address.repo_id,
+            folder_path=folder,
+            commit_message="Trained with higgs_ds",
+            ignore_patterns=NOT_UPLOADED,
+        )
+    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+        # RuntimeError is how hf_xet, which moves large files, tells that it could not.
+        private = " --private" if options.hub_private else ""
+        raise PublishError(
+            f"training has ended well, and what was to be published is in {folder}; but uploading it to {repo_id} "
+            f"failed: {_reason(error)}\nTry again: hf upload {repo_id} {folder} .{private}"
+        ) from error
+    return str(address)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def write_card(folder: Path, kind: str, facts: dict[str, Any]) -> None:
+    """Write the model card of an adapter or a merged model: its base, data, settings, losses, how to use it.
+
+    Args:
+        kind: "adapter", "merged" or "full"; facts: base, data, settings, losses, layout, of the run.
+
+    Raises SaveError.
+    """
+    base = facts["base"]
+    header = ModelCardData(
+        base_model=base if is_hub_id(base) else None,
+        library_name="peft" if kind == "adapter" else "transformers",
+        pipeline_tag="text-to-speech",
+        tags=["higgs-audio-v2", "text-to-speech", *(["lora"] if kind == "adapter" else [])],
+    )
+    title = "LoRA adapter for Higgs Audio v2" if kind == "adapter" else "Higgs Audio v2, fine-tuned"
+    losses = "\n".join(f"| {name} | {value} |" for name, value in facts["losses"].items())
+    settings = "\n".join(f"    --{name} {value}" for name, value in facts["settings"].items())
+    data = "\n".join(f"    {line}" for line in facts["data"].splitlines())
+    text = f"""---
+{header.to_yaml()}
+---
+
+# {title}
+
+Trained with higgs_ds from `{base}`{facts["in_full"]}.
+
+## How to use it
+
+{_use(kind, facts)}
+
+## Losses
+
+| | last |
+|---|---|
+{losses}
+
+## Data
+
+{data}
+
+## Settings
+
+{settings}
+"""
+    with saving(folder / CARD):
+        write_text(folder / CARD, text)
+
+
+def _use(kind: str, facts: dict[str, Any]) -> str:
+    if kind == "adapter":
+        return how_to_use_adapter(facts["base"])
+    if facts["layout"] == "original":
+        return "With boson_multimodal's `serve_engine`, as its base."
+    return """    from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
+    model = HiggsAudioV2ForConditionalGeneration.from_pretrained("THIS_FOLDER")
+    processor = AutoProcessor.from_pretrained("THIS_FOLDER")"""
+
+
+def card_facts(run_folder: Path, base: str, full_parts: Parts, options: TrainOptions) -> dict[str, Any]:
+    """What a card tells of a run. Paths are this machine's own: of the base the folder's name, others are left out."""
+    last = last_values(read_metrics(run_folder))
+    shown = [f"{kind}/{name}" for kind in ("train", "val") for name in ("loss", "text_loss", "audio_loss")]
+    shown += ["val/text_accuracy", "val/audio_accuracy", "val/eos_accuracy"]
+    losses = {name: f"{last[name]:.4g}" for name in shown if name in last}
+    defaults = TrainOptions().flat()
+    changed = {
+        name: value
+        for name, value in options.flat().items()
+        if value != defaults[name] and name not in _MACHINE_OPTIONS
+    }
+    summary = (run_folder / SUMMARY_FILE).read_text(encoding="utf-8")
+    trained = [*options.tune.train_groups] if options.is_full_finetuning else []
+    trained += [str(full_parts)] if full_parts else []
+    return {
+        "base": base if is_hub_id(base) else Path(base).name,
+        "in_full": f"; in full: {', '.join(trained)}" if trained else "",
+        "layout": options.run.export_layout,
+        "settings": changed,
+        "data": re.sub(r"^(?! ).*[/\\](?=[^/\\]*:$)", "", summary, flags=re.MULTILINE),
+        "losses": losses | ({"step": last["step"]} if "step" in last else {}),
+    }

@@ -1,0 +1,225 @@
+"""`report.html`: a run on one page that needs nothing else, made from what lies in its output folder."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from higgs_ds.checkpoints.folder import find_checkpoints
+from higgs_ds.common.distributed import on_main
+from higgs_ds.common.files import saving, write_text
+from higgs_ds.common.run_files import (
+    ADAPTER_FOLDER,
+    DROPPED_FILE,
+    METRICS_FILE,
+    PROMPTS_FILE,
+    REFERENCE_FOLDER,
+    SAMPLES_FOLDER,
+    SETTINGS_FILE,
+    STATE_FILE,
+    SUMMARY_FILE,
+)
+from higgs_ds.data.audio import as_ogg
+from higgs_ds.options.fields import FULL
+from higgs_ds.options.train import TrainOptions
+from higgs_ds.reporting.metrics_log import last_values, read_metrics
+
+REPORT_FILE = "report.html"
+EVERY_S = 60.0
+SOUND_BYTES = 2_500_000  # of Ogg Vorbis in the page, which takes a third more there
+MOST_POINTS = 1000  # of a curve; of more, every n-th is drawn
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A drawing of some numbers by step: their keys, and how each is called in it."""
+
+    title: str
+    keys: dict[str, str]
+    logarithmic: bool = False
+
+
+class Reporter:
+    """Writes a run's page, while it runs not more often than once in EVERY_S. Every rank must call its methods."""
+
+    def __init__(self, output_dir: Path, wanted: bool) -> None:
+        self.output_dir, self.wanted = output_dir, wanted
+        self.written_at = -EVERY_S
+
+    def write(self, at_end: bool = False) -> None:
+        """Raises SaveError, on every rank."""
+
+        def write() -> None:
+            if at_end or time.monotonic() - self.written_at > EVERY_S:
+                write_report(self.output_dir)
+                self.written_at = time.monotonic()
+
+        if self.wanted:
+            on_main(write)
+
+
+TRAIN_AND_VAL = {"train": "training", "val": "validation"}
+
+
+def _train_and_val_curve(title: str, name: str) -> Curve:
+    return Curve(title, {f"{kind}/{name}": shown for kind, shown in TRAIN_AND_VAL.items()})
+
+
+def _by_codebook(kind: str, shown: str, num_codebooks: int) -> Curve:
+    return Curve(f"audio loss by codebook, {shown}", {f"{kind}/audio_loss/cb{k}": str(k) for k in range(num_codebooks)})
+
+
+def _curves(num_codebooks: int) -> list[Curve]:
+    return [
+        _train_and_val_curve("loss", "loss"),
+        _train_and_val_curve("text loss", "text_loss"),
+        _train_and_val_curve("audio loss", "audio_loss"),
+        *(_by_codebook(kind, shown, num_codebooks) for kind, shown in TRAIN_AND_VAL.items()),
+        _train_and_val_curve("text accuracy", "text_accuracy"),
+        _train_and_val_curve("audio accuracy", "audio_accuracy"),
+        _train_and_val_curve("accuracy of the stream's end", "eos_accuracy"),
+        Curve("learning rate", {"lr": ""}),
+        Curve("gradient norm", {"grad_norm": ""}, logarithmic=True),
+        Curve("tokens per second", {"tokens_per_s": ""}),
+        Curve("peak memory, GiB", {"peak_memory_gib": ""}),
+        Curve("share of positions that are padding", {"padding": ""}),
+        Curve("samples that stopped by themselves", {"sample/stop_rate": ""}),
+        Curve("length of samples over the reference's", {"sample/length_ratio": ""}),
+    ]
+
+
+def write_report(output_dir: Path) -> Path:
+    """Write the page anew, from metrics, state and settings of a run; its path. Raises SaveError."""
+    lines = read_metrics(output_dir)
+    settings = json.loads((output_dir / SETTINGS_FILE).read_text(encoding="utf-8"))
+    state_file, summary = output_dir / STATE_FILE, output_dir / SUMMARY_FILE
+    state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}
+    last = lines[-1] if lines else {"step": 0, "epoch": 0.0}
+    num_codebooks = len({key for line in lines for key in line if re.fullmatch(r"train/audio_loss/cb\d+", key)})
+    drawn = [(curve, _points(lines, curve)) for curve in _curves(num_codebooks)]
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        files("higgs_ds.reporting").joinpath("report.html.j2").read_text(encoding="utf-8")
+    )
+    page = template.render(
+        name=output_dir.resolve().name,
+        status="finished" if state.get("finished") and state.get("step") == last["step"] else "running or interrupted",
+        step=last["step"],
+        epoch=last["epoch"],
+        total_steps=state.get("total_steps", "?"),
+        written=time.strftime("%Y-%m-%d %H:%M:%S"),
+        numbers=_numbers(lines),
+        curves=[{"title": curve.title, "svg": draw(curve, points)} for curve, points in drawn if points],
+        spoken=_spoken(output_dir / SAMPLES_FOLDER),
+        data_summary=summary.read_text(encoding="utf-8") if summary.is_file() else "",
+        outputs=_outputs(output_dir, settings.get("finetune") == FULL),
+        settings=_settings(settings),
+    )
+    with saving(output_dir / REPORT_FILE):
+        write_text(output_dir / REPORT_FILE, page)
+    return output_dir / REPORT_FILE
+
+
+def _points(lines: Sequence[dict[str, Any]], curve: Curve) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and values of each of a curve's numbers that there are."""
+    found = {}
+    for key, label in curve.keys.items():
+        at = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        if at:
+            every = -(-len(at) // MOST_POINTS)
+            kept = [*at[:-1:every], at[-1]]
+            found[label] = ([step for step, _ in kept], [value for _, value in kept])
+    return found
+
+
+def draw(curve: Curve, points: dict[str, tuple[list[int], list[float]]]) -> str:
+    """A curve as SVG, by matplotlib."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": curve.title, "font.size": 9}):
+        figure = Figure(figsize=(4.6, 2.8))
+        axes = figure.add_axes((0.13, 0.1, 0.84, 0.79))
+        for label, (steps, values) in points.items():
+            axes.plot(steps, values, label=label, linewidth=1.2, marker="." if len(steps) < 30 else None)
+        axes.set_title(curve.title, fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        numbers = [value for _, values in points.values() for value in values]
+        if curve.logarithmic and min(numbers) > 0 and max(numbers) > 10 * min(numbers):
+            axes.set_yscale("log")
+        else:
+            axes.ticklabel_format(axis="y", scilimits=(-3, 5))
+        if len(points) > 1 or "" not in points:
+            axes.legend(fontsize=7, ncols=2)
+        content = io.StringIO()
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    return content.getvalue()[content.getvalue().index("<svg") :]
+
+
+def _numbers(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """The last of each number that training and validation share, and of some others."""
+    last = last_values(lines)
+
+    def shown(key: str) -> str:
+        return f"{last[key]:.4g}" if key in last else ""
+
+    shared = ("loss", "text_loss", "audio_loss", "text_accuracy", "audio_accuracy", "eos_accuracy")
+    alone = ("lr", "grad_norm", "tokens_per_s", "samples_per_s", "peak_memory_gib", "padding")
+    rows = [{"name": name, "train": shown(f"train/{name}"), "val": shown(f"val/{name}")} for name in shared]
+    return rows + [{"name": name, "train": shown(name), "val": ""} for name in alone]
+
+
+def _spoken(folder: Path) -> list[dict[str, Any]]:
+    """Of each prompt its words, the reference, and what was said at which step, newest first, as sound in the page.
+
+    Of more than SOUND_BYTES, the oldest are left to their files.
+    """
+    if not (folder / PROMPTS_FILE).is_file():
+        return []
+    words = json.loads((folder / PROMPTS_FILE).read_text(encoding="utf-8"))
+    steps = sorted((int(path.name.removeprefix("step-")) for path in folder.glob("step-*")), reverse=True)
+    left = SOUND_BYTES
+    sounds: list[dict[str, str]] = [{} for _ in words]
+    for name in (REFERENCE_FOLDER, *(f"step-{step}" for step in steps)):
+        for number, known in enumerate(sounds):
+            path = folder / name / f"{number}.wav"
+            sound = as_ogg(path) if left > 0 and path.is_file() else b""
+            left -= len(sound)
+            if sound:
+                known[name] = f"data:audio/ogg;base64,{base64.b64encode(sound).decode()}"
+    return [{"words": one, "sounds": known} for one, known in zip(words, sounds, strict=True)]
+
+
+def _outputs(output_dir: Path, is_full_finetuning: bool) -> list[dict[str, str]]:
+    known = {
+        **({"final_model": "the complete model"} if is_full_finetuning else {}),
+        ADAPTER_FOLDER: "the adapter of the last checkpoint",
+        "merged_model": "the model with the adapter in its weights",
+        METRICS_FILE: "every number above",
+        SETTINGS_FILE: "every option, as --config takes them",
+        SAMPLES_FOLDER: "what the model said, as WAV files",
+        DROPPED_FILE: "samples that were left out for their length",
+    }
+    there = [{"href": name, "what": what} for name, what in known.items() if (output_dir / name).exists()]
+    checkpoints = reversed(find_checkpoints(output_dir))
+    return there + [{"href": path.name, "what": "to go on from, with --resume"} for path in checkpoints]
+
+
+def _settings(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    defaults = json.loads(json.dumps(TrainOptions().flat()))
+    return [
+        {"name": name, "value": " ".join(map(str, value)) if isinstance(value, list) else value,
+         "changed": value != defaults.get(name)}
+        for name, value in settings.items() if value not in (None, False, [])
+    ]  # fmt: skip

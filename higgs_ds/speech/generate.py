@@ -1,0 +1,168 @@
+"""Speech from a base, an adapter on its base, or a merged model, by transformers' own generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+
+from higgs_ds.adapters.convert import adapter_in_native_names
+from higgs_ds.adapters.load import Adapter, read_adapter
+from higgs_ds.adapters.save import ADAPTER_CONFIG
+from higgs_ds.bases.bundle import Bundle, open_bundle
+from higgs_ds.common.errors import InputError
+from higgs_ds.common.files import saving, why_not_writable
+from higgs_ds.common.resources import default_cache_dir
+from higgs_ds.data.audio import WRITTEN_AS, AudioError, read_audio, write_audio
+from higgs_ds.data.codec import Codec
+from higgs_ds.data.delay_pattern import apply_delay_pattern, revert_delay_pattern
+from higgs_ds.data.prompt import render_generation, tokenize
+from higgs_ds.data.sample import ASSISTANT, SYSTEM, USER, AudioClip, Message
+from higgs_ds.model.loading import load_for_generation
+from higgs_ds.model.parts import NO_PARTS, parts_of
+from higgs_ds.options.commands import GenerateOptions
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What a model has said: codes (C, F), and whether it stopped by itself."""
+
+    codes: torch.Tensor
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class GenerationModel:
+    """A base or merged model, and the adapter that it is to speak with, without any weight."""
+
+    bundle: Bundle
+    adapter: Adapter | None
+    adapter_folder: Path | None
+
+
+def main(options: GenerateOptions) -> None:
+    """Make a WAV file as the options say. Raises InputError before any weight is loaded."""
+    speaker = _check(options)
+    bundle = speaker.bundle
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    codec = Codec(bundle.codec.folder, device)
+    messages = conversation(options)
+    references = [
+        codec.encode(read_audio(clip, codec.sample_rate)[None])[0] for message in messages for clip in message.clips
+    ]
+    model = load_generation_model(speaker, device)
+    torch.manual_seed(options.seed)
+    speech = speak(model, bundle, messages, references, _generation_settings(options))
+    if speech.codes.shape[1] == 0:
+        raise InputError("the model stopped before its first frame: there is nothing to write; is it trained?")
+    # A model without training may put the stream's own tokens between the codes; the codec has no sound for them.
+    waveform = codec.decode(speech.codes.clamp(max=bundle.stream.bos_id - 1))
+    with saving(options.output):
+        write_audio(options.output, waveform, bundle.codec.sample_rate)
+    ending = "stopped by itself" if speech.stopped else "cut off at --max_new_tokens, it did not stop by itself"
+    print(f"WAV: {options.output} ({len(waveform) / bundle.codec.sample_rate:.2f} s, {ending})")
+
+
+def open_generation_model(
+    base_name: str | None, adapter_folder: Path | None, codec_name: str | None, cache_dir: Path
+) -> GenerationModel:
+    """The model named, by default the adapter's base or a built-in one, with the adapter. Raises InputError."""
+    adapter = None
+    if adapter_folder is not None:
+        adapter = read_adapter(adapter_folder)
+        base_name = base_name or PeftConfig.from_pretrained(adapter_folder).base_model_name_or_path
+    elif base_name and (Path(base_name) / ADAPTER_CONFIG).is_file():
+        raise InputError(f"--base_model_path {base_name}: is an adapter; give it as --lora_adapter_path")
+    return GenerationModel(open_bundle(base_name, None, codec_name, cache_dir), adapter, adapter_folder)
+
+
+def load_generation_model(speaker: GenerationModel, device: torch.device) -> Any:
+    """The model with its adapter, on a device, as transformers and PEFT generate with it."""
+    bundle, adapter = speaker.bundle, speaker.adapter
+    to_add = adapter.full_parts.without(parts_of(bundle.config)) if adapter else NO_PARTS
+    model = load_for_generation(bundle.folder, adapter.quantization if adapter else None, device, to_add)
+    if to_add:
+        model.make_parts(to_add)
+    if adapter is not None and speaker.adapter_folder is not None:
+        with adapter_in_native_names(speaker.adapter_folder, adapter) as folder:
+            model = PeftModel.from_pretrained(model, folder)
+    return model.eval()
+
+
+def conversation(options: GenerateOptions) -> list[Message]:
+    """The prompt: the scene, the reference pair where a voice is to be cloned, the text."""
+    scene = f"<|scene_desc_start|>\n{options.scene}\n<|scene_desc_end|>"
+    messages = [Message(SYSTEM, (f"Generate audio following instruction.\n\n{scene}",))]
+    if options.ref_audio is not None and options.ref_text is not None:
+        messages += [Message(USER, (options.ref_text,)), Message(ASSISTANT, (AudioClip(options.ref_audio),))]
+    return [*messages, Message(USER, (options.text,))]
+
+
+@torch.no_grad()
+def speak(
+    model: Any, bundle: Bundle, messages: list[Message], references: list[torch.Tensor], settings: dict[str, Any]
+) -> Speech:
+    """Generate the assistant's audio turn after `messages`.
+
+    Args:
+        model: as transformers or PEFT load it; references: codes (C, F) of the clips in `messages`, in order.
+        settings: keyword arguments of `generate`, over the model's own generation settings.
+    """
+    stream = bundle.stream
+    prompt = tokenize(render_generation(messages), [codes.shape[1] for codes in references], bundle.tokenizer, stream)
+    inputs: dict[str, torch.Tensor] = {"input_ids": torch.tensor([prompt.input_ids])}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    num_rows = len(prompt.audio_columns)
+    if references:
+        inputs["audio_input_ids"] = torch.cat([apply_delay_pattern(codes, stream) for codes in references])[None]
+        inputs["audio_input_ids_mask"] = torch.ones(1, num_rows, dtype=torch.bool)
+    device = next(model.parameters()).device
+    rows = model.generate(**{name: tensor.to(device) for name, tensor in inputs.items()}, **settings)
+    new_rows = rows[0, num_rows:].cpu()
+    return Speech(revert_delay_pattern(new_rows, stream), bool((new_rows[-1] == stream.eos_id).all()))
+
+
+def _check(options: GenerateOptions) -> GenerationModel:
+    problems = []
+    speaker = None
+    if not options.text.strip():
+        problems.append("--text: give the text to be spoken")
+    if (options.ref_audio is None) != (options.ref_text is None):
+        problems.append("--ref_audio and --ref_text: give both, a voice and what it says, or neither")
+    if options.output.suffix.lower() not in WRITTEN_AS:
+        problems.append(f"--output {options.output}: is to end in {' or '.join(WRITTEN_AS)}")
+    reason = why_not_writable(options.output.parent)
+    if reason or options.output.is_dir():
+        problems.append(f"--output {options.output}: cannot be written to: {reason or 'is a folder'}")
+    try:
+        speaker = open_generation_model(
+            options.base_model_path, options.lora_adapter_path, options.codec_ckpt, default_cache_dir()
+        )
+    except InputError as error:
+        problems += error.problems
+    if options.ref_audio is not None:
+        try:
+            read_audio(AudioClip(options.ref_audio), 24000)
+        except AudioError as error:
+            problems.append(f"--ref_audio {options.ref_audio}: {error}")
+    if problems or speaker is None:
+        raise InputError(problems)
+    return speaker
+
+
+def _generation_settings(options: GenerateOptions) -> dict[str, Any]:
+    """Keyword arguments of `generate` for what was given; the model's own settings hold for the rest."""
+    settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens}
+    if options.temperature is not None:
+        settings |= generation_settings(options.temperature)
+        if options.temperature > 0:
+            settings |= {"top_k": options.top_k, "top_p": options.top_p}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def generation_settings(temperature: float) -> dict[str, Any]:
+    """Keyword arguments of `generate` for a temperature; 0 is greedy."""
+    return {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

@@ -1,0 +1,140 @@
+"""After the last step: where everything is, and the merged or complete model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from higgs_ds.adapters.merge import MergeReport, merge
+from higgs_ds.checkpoints.complete import complete_model
+from higgs_ds.checkpoints.folder import checkpoint_folder
+from higgs_ds.common import distributed
+from higgs_ds.common.console import say, warn
+from higgs_ds.common.errors import HiggsError, MergeError
+from higgs_ds.common.files import replaced_folder
+from higgs_ds.common.run_files import ADAPTER_COPY, ADAPTER_FOLDER, FINAL_MODEL, MERGED_MODEL
+from higgs_ds.reporting.publish import card_facts, upload, write_card
+from higgs_ds.reporting.report_page import REPORT_FILE, Reporter
+from higgs_ds.training.run import Run
+
+
+def finish(run: Run) -> None:
+    """Tell where what was trained is; make and publish what was asked for. Every rank must call this.
+
+    Raises MergeError, PublishError, on every rank.
+    """
+    _report_outcome(run)
+    if run.options.is_full_finetuning:
+        make_complete_model(run)
+    else:
+        distributed.on_main(lambda: _write_card(run, ADAPTER_FOLDER, "adapter"))
+        _report_adapters(run)
+        if run.options.run.merge_adapter_with_base:
+            merge_into_folders(run)
+    if run.options.run.push_to_hub:
+        publish(run)
+
+
+def _report_outcome(run: Run) -> None:
+    state, best = run.state, run.state.best_step
+    if not run.options.run.no_report:
+        say(f"report: {run.output_dir / REPORT_FILE}")
+    if state.stopped_early:
+        say(
+            f"stopped early, at step {state.step} of {state.total_steps}: the lowest validation loss was at step {best}"
+        )
+    if best is not None and best != state.step and checkpoint_folder(run.output_dir, best).is_dir():
+        of_best = checkpoint_folder(run.output_dir, best) / ("" if run.options.is_full_finetuning else ADAPTER_FOLDER)
+        say(f"Lowest validation loss, {state.val_losses[str(best)]:.4g}: {of_best}")
+
+
+def _report_adapters(run: Run) -> None:
+    adapters = run.output_dir / ADAPTER_FOLDER
+    say(f"LoRA adapters: {adapters}")
+    say(
+        f"Merge them: python launch/merge.py --base_model_path {run.bundle.name} "
+        f"--lora_adapter_path {adapters} --output_path MERGED"
+    )
+    say(f"Give the merger {adapters}, not a checkpoint-N directory: those are for --resume.")
+
+
+def make_complete_model(run: Run) -> None:
+    """Make final_model/ of the last checkpoint, and tell how to make one of another. Every rank must call this.
+
+    Raises MergeError, on every rank, where that fails; training has ended well by then.
+    """
+    checkpoint, final = checkpoint_folder(run.output_dir, run.state.step), run.output_dir / FINAL_MODEL
+    by_hand = (
+        f"python launch/export.py --base_model_path {run.bundle.name} --checkpoint_path {run.output_dir}/checkpoint-N "
+        f"--output_path MODEL --export_layout {run.options.run.export_layout}"
+    )
+
+    def make() -> None:
+        try:
+            layout = run.options.run.export_layout
+            complete_model(checkpoint, run.bundle.folder, final, layout, overwrite=True, codec_folder=_own_codec(run))
+            _write_card(run, FINAL_MODEL, "full")
+        except (HiggsError, OSError) as error:
+            raise MergeError(
+                f"training has ended well and its weights are in {checkpoint}, but making the complete model of them "
+                f"failed: {error}\nTry again: {by_hand}"
+            ) from error
+
+    distributed.on_main(make)
+    Reporter(run.output_dir, not run.options.run.no_report).write(at_end=True)  # which now has it
+    say(f"Complete model: {final}")
+    say(f"A model of another checkpoint: {by_hand}")
+
+
+def merge_into_folders(run: Run) -> None:
+    """Make final_model/ and adapter/ (the adapter, ready to load) and merged_model/. Every rank must call this.
+
+    Raises MergeError, on every rank, where that fails; training has ended well by then, and its adapter is in place.
+    """
+
+    def make() -> MergeReport:
+        try:
+            for name in (FINAL_MODEL, ADAPTER_COPY):
+                _copy_adapter(run, run.output_dir / name)
+            adapter, merged = run.output_dir / ADAPTER_FOLDER, run.output_dir / MERGED_MODEL
+            report = merge(
+                run.bundle.folder, adapter, merged, export_layout=run.options.run.export_layout, overwrite=True,
+                codec_folder=_own_codec(run),
+            )  # fmt: skip
+            _write_card(run, MERGED_MODEL, "merged")
+            return report
+        except (HiggsError, OSError) as error:
+            raise MergeError(
+                f"training has ended well and its adapter is in {run.output_dir / ADAPTER_FOLDER}, but merging it "
+                f"failed: {error}"
+            ) from error
+
+    for line in distributed.on_main(make).lines():
+        (warn if line.startswith("warning:") else say)(line)
+    say(f"Merged model: {run.output_dir / MERGED_MODEL}")
+
+
+def _own_codec(run: Run) -> Path | None:
+    """The codec that the run was given, in place of the base's."""
+    return run.bundle.codec.folder if run.options.model.codec_ckpt else None
+
+
+def _write_card(run: Run, folder: str, kind: str) -> None:
+    """Write a model card, which tells of the whole run."""
+    facts = card_facts(run.output_dir, run.bundle.name, run.form.full_parts, run.options)
+    write_card(run.output_dir / folder, kind, facts)
+
+
+def publish(run: Run) -> None:
+    """Upload what was asked for. Every rank must call this. Raises PublishError, on every rank."""
+    options = run.options.run
+    what = MERGED_MODEL if options.upload_merged_model else ADAPTER_FOLDER
+    what = FINAL_MODEL if run.options.is_full_finetuning else what
+    address = distributed.on_main(lambda: upload(run.output_dir / what, options))
+    say(f"published: {address}")
+
+
+def _copy_adapter(run: Run, folder: Path) -> None:
+    with replaced_folder(folder) as temporary:
+        shutil.copytree(run.output_dir / ADAPTER_FOLDER, temporary, dirs_exist_ok=True)
+        run.bundle.tokenizer.save_pretrained(temporary)

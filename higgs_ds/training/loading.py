@@ -1,0 +1,144 @@
+"""From checked inputs to a run: model, adapters, engine, state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from higgs_ds.adapters.save import AdapterFormat, trained_parameters
+from higgs_ds.checkpoints.save import load_into_engine, load_masters_into, publish
+from higgs_ds.checkpoints.state import TrainerState
+from higgs_ds.checkpoints.trained_weights import FullFormat
+from higgs_ds.common import distributed
+from higgs_ds.common.console import say, warn
+from higgs_ds.common.files import saving, write_json, write_text
+from higgs_ds.common.run_files import DROPPED_FILE, SETTINGS_FILE, SUMMARY_FILE
+from higgs_ds.common.tensor_files import weight_files
+from higgs_ds.data.sampler import WindowSampler
+from higgs_ds.model.full import describe, make_trainable
+from higgs_ds.model.higgs import DualLossModel, checkpoint_layers, offload_embeddings
+from higgs_ds.model.loading import empty_model, load_base, load_base_in_4bit, num_parameters
+from higgs_ds.model.loss import LossWeights
+from higgs_ds.model.nf4 import BaseQuantization
+from higgs_ds.options.train import recompute_every
+from higgs_ds.planning.plan import with_checkpointing
+from higgs_ds.planning.weights import Setting
+from higgs_ds.training.engine import Engine
+from higgs_ds.training.overview import overview
+from higgs_ds.training.preflight import check_room
+from higgs_ds.training.resume import initial_state
+from higgs_ds.training.run import Inputs, Run
+
+
+def _with_checkpointing(inputs: Inputs) -> Inputs:
+    """Decide `--activation_checkpointing auto` for the longest sample, alike on all ranks; on a CPU, it is none."""
+    if inputs.options.model.activation_checkpointing != "auto":
+        return inputs
+    choice, here = "none", distributed.device()
+    if here.type == "cuda":
+        asked = inputs.options.replace(max_seq_len=inputs.longest)
+        setting = Setting(inputs.bundle.config, asked, inputs.ds_settings, distributed.world_size())
+        decided = with_checkpointing(setting, torch.cuda.get_device_properties(here).total_memory)
+        choice = distributed.broadcast_object(decided.options.model.activation_checkpointing)
+    say(f"--activation_checkpointing auto: {choice}")
+    return replace(inputs, options=inputs.options.replace(activation_checkpointing=choice))
+
+
+def load_run(inputs: Inputs) -> Run:
+    """Load the model, add what is trained, start the engine, and restore a checkpoint. Every rank must call this."""
+    inputs = _with_checkpointing(inputs)
+    options, bundle, resume_from = inputs.options, inputs.bundle, inputs.resume_from
+    optim = options.optim
+    sampler = WindowSampler(
+        lengths=inputs.train.lengths,
+        micro_batch_size=optim.batch_size,
+        gradient_accumulation_steps=optim.grad_accum,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        seed=optim.seed,
+        bucket_size=optim.bucket_size,
+        max_tokens=optim.max_tokens_per_batch,
+    )
+    state = distributed.run_on_all_ranks(lambda: initial_state(inputs, sampler))
+    distributed.on_main(lambda: _check_and_announce(inputs, sampler, state))
+    model, quantization = distributed.run_on_all_ranks(lambda: _model_to_train(inputs))
+    trained = trained_parameters(model)
+    if resume_from is not None:
+        load_masters_into(resume_from, trained)
+    weights = LossWeights.of(
+        optim.text_loss_weight, optim.audio_loss_weight, bundle.config.num_codebooks, optim.codebook_weights
+    )
+    dual = DualLossModel(model, options.model.offload_checkpoints)
+    engine = Engine(dual, trained, inputs.ds_settings, optim, state.total_steps, weights)
+    torch.manual_seed(optim.seed + 1 + distributed.rank())  # dropout of its own on every rank
+    if resume_from is not None:
+        load_into_engine(resume_from, engine, state)
+    distributed.on_main(lambda: _begin_output(inputs, state))
+    form = _form(inputs, model, quantization)
+    return Run(options, inputs.output_dir, bundle, inputs.train, inputs.val, sampler, engine, form, state)
+
+
+def _form(inputs: Inputs, model: nn.Module, quantization: BaseQuantization | None) -> AdapterFormat | FullFormat:
+    """What is written beside the tensors that are trained."""
+    bundle, tune = inputs.bundle, inputs.options.tune
+    if isinstance(model, PeftModel):
+        return AdapterFormat(model.peft_config["default"], quantization, inputs.full_parts)
+    return FullFormat(tune.train_groups, bundle.name, bundle.identity, inputs.full_parts)
+
+
+def _begin_output(inputs: Inputs, state: TrainerState) -> None:
+    """Write down the settings; a run that goes on also sees to what it was killed before it could do."""
+    with saving(inputs.output_dir):
+        write_json(inputs.output_dir / SETTINGS_FILE, inputs.options.flat())
+        write_text(inputs.output_dir / SUMMARY_FILE, inputs.summary)
+        if inputs.too_long:
+            write_text(inputs.output_dir / DROPPED_FILE, "\n".join(inputs.too_long) + "\n")
+    if inputs.resume_from is not None:
+        publish(inputs.resume_from, inputs.output_dir, state, inputs.options.run.keep_checkpoints)
+
+
+def _check_and_announce(inputs: Inputs, sampler: WindowSampler, state: TrainerState) -> None:
+    """Say what is about to be trained, on what, and where it will be.
+
+    Raises InputError where what is to be written does not fit, or --lora_targets is not in the base.
+    """
+    options = inputs.options
+    empty = empty_model(inputs.bundle.config, torch.float32)
+    shapes = make_trainable(empty, options.tune, options.lora, "", torch.float32, inputs.full_parts)
+    trained_bytes = 4 * sum(parameter.numel() for parameter in trained_parameters(shapes).values())
+    base_bytes = sum(path.stat().st_size for path in weight_files(inputs.bundle.folder))
+    check_room(inputs.output_dir, state, options.run, trained_bytes, base_bytes, options.is_full_finetuning)
+    if not options.run.quiet:
+        base_parameters = num_parameters(inputs.bundle.folder, inputs.full_parts)
+        say(overview(inputs, sampler, state, describe(shapes, options.tune, base_parameters, inputs.full_parts)))
+    if options.is_full_finetuning and options.run.merge_adapter_with_base:
+        warn("warning: --merge_adapter_with_base: --finetune full leaves nothing to merge; final_model/ is complete")
+    on_cpu = distributed.device().type == "cpu"
+    if on_cpu and options.model.precision == "bf16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        say("note: this CPU has no instructions for bf16; --precision fp32 is much faster here")
+
+
+def _model_to_train(inputs: Inputs) -> tuple[nn.Module, BaseQuantization | None]:
+    options, bundle = inputs.options, inputs.bundle
+    dtype = torch.bfloat16 if options.model.precision == "bf16" else torch.float32
+    quantization = None
+    if options.model.load_in_4bit:
+        here = distributed.device()
+        # Stage 3 takes the weights to the GPUs itself, each rank its share.
+        keep_on = torch.device("cpu") if inputs.zero_stage == 3 else here
+        model, quantization = load_base_in_4bit(bundle.folder, dtype, here, keep_on, bundle.added)
+    else:
+        model = load_base(bundle.folder, dtype, bundle.added)
+    torch.manual_seed(options.optim.seed)  # the same start on every rank
+    if bundle.added:
+        model.add_parts(bundle.added, bundle.whisper_folder)
+    model.set_attn_implementation(options.model.attn_implementation)
+    if options.model.offload_embeddings:
+        offload_embeddings(model)
+    every = recompute_every(options.model)
+    if every is not None:
+        checkpoint_layers(model, every)
+    return make_trainable(model, options.tune, options.lora, bundle.name, dtype, inputs.full_parts), quantization

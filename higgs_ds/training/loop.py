@@ -1,0 +1,165 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+
+from higgs_ds.checkpoints.folder import checkpoint_folder
+from higgs_ds.checkpoints.save import save_checkpoint
+from higgs_ds.common.console import set_quiet, warn
+from higgs_ds.common.distributed import sum_over_ranks
+from higgs_ds.common.errors import NotFiniteError, StoppedError
+from higgs_ds.data.prefetch import prefetched
+from higgs_ds.data.sampler import Window
+from higgs_ds.model.loss import StepResult, mean_losses
+from higgs_ds.options.train import TrainOptions
+from higgs_ds.reporting.meter import Meter
+from higgs_ds.reporting.metrics_log import MetricsLog
+from higgs_ds.reporting.report_page import Reporter
+from higgs_ds.reporting.trackers import Tracker, open_trackers
+from higgs_ds.training.finish import finish
+from higgs_ds.training.loss_checks import describe_skipped_step, implausible_losses, may_skip_step
+from higgs_ds.training.preflight import seconds_left
+from higgs_ds.training.run import Run
+from higgs_ds.training.samples import SampleWriter
+from higgs_ds.training.signals import StopSignals
+from higgs_ds.training.startup import start
+from higgs_ds.training.validation import validate
+
+
+def main(options: TrainOptions, given: set[str]) -> None:
+    """Train as the options say. Every rank must call this, in a process group."""
+    if options.run.quiet:
+        set_quiet()
+    run = start(options, given)
+    train(run)
+    finish(run)
+
+
+def train(run: Run) -> None:
+    """Fetch, step, log, validate, save; all three once more at the last step.
+
+    Raises StoppedError, behind a checkpoint, where a signal asked for the end.
+    """
+    state, engine, options = run.state, run.engine, run.options
+    meter = Meter(engine.weights, engine.device)
+    meter.restore(state.meters)
+    log, reporter = _open_log(run), Reporter(run.output_dir, not options.run.no_report)
+    writer = SampleWriter(run)
+    with contextlib.closing(log), StopSignals() as signals:
+        if state.validation_due:
+            _validate(run, log, signals)
+        state.stopped_early = _is_out_of_patience(run)
+        windows = run.sampler.windows(state.step, state.step if state.stopped_early else state.total_steps)
+        for window, batches in prefetched(windows, lambda window: run.train.batches(window.micro_batches)):
+            lr = engine.lr
+            result = engine.train_step(batches)
+            if not result.applied:
+                _record_skipped_step(run, meter, window, result)
+            meter.add(result, batches)
+            if state.step == 0:
+                _check_first_losses(run, result)
+            state.step, state.epoch = state.step + 1, window.epoch
+            state.has_learned |= lr > 0 and result.applied
+            log.advance()
+            last = state.step == state.total_steps
+            if last or state.step % options.run.log_steps == 0:
+                _log(run, log, meter, lr)
+            with meter.paused():
+                if len(run.val) and (last or state.step % options.run.val_steps == 0):
+                    _validate(run, log, signals)
+                    reporter.write()
+                if writer.is_due(last):
+                    _write_samples(run, log, writer)
+                stopped_by, state.stopped_early = signals.stop_reason(), _is_out_of_patience(run)
+                if state.stopped_early and meter.steps:
+                    _log(run, log, meter, lr)
+                last |= state.stopped_early
+                if last or stopped_by or state.step % options.run.save_steps == 0 or _is_best_step(run):
+                    _save(run, meter)
+                if last or stopped_by:
+                    reporter.write(at_end=True)
+            if stopped_by:
+                raise _stopped(run, stopped_by)
+            if last:
+                break
+
+
+def _open_log(run: Run) -> MetricsLog:
+    state, options = run.state, run.options
+
+    def sinks() -> list[Tracker]:
+        return open_trackers(options.run.report_to, run.output_dir, state.step, options.flat())
+
+    return MetricsLog(run.output_dir, state.step, state.total_steps, state.validation_due, seconds_left(), sinks)
+
+
+def _log(run: Run, log: MetricsLog, meter: Meter, lr: float) -> None:
+    values = meter.read() | {"lr": lr, "grad_norm": run.engine.grad_norm}
+    log.write(run.state.step, run.state.epoch, values | run.state.skips())
+    meter.reset()
+
+
+def _validate(run: Run, log: MetricsLog, signals: StopSignals) -> None:
+    """Validate and log it; where a signal comes in between, the run that goes on will do it."""
+    state = run.state
+    state.validation_due = True
+    values = validate(run.engine, run.val, run.options.optim.batch_size, signals)
+    if values is not None:
+        log.write(state.step, state.epoch, values)
+        state.val_losses[str(state.step)] = values["val/loss"]
+        state.validation_due = False
+
+
+def _write_samples(run: Run, log: MetricsLog, writer: SampleWriter) -> None:
+    values = writer.write_samples()
+    if values:
+        log.write(run.state.step, run.state.epoch, values)
+
+
+def _is_out_of_patience(run: Run) -> bool:
+    options = run.options.run
+    return run.state.is_out_of_patience(options.early_stopping_patience, options.early_stopping_min_delta)
+
+
+def _is_best_step(run: Run) -> bool:
+    """Whether early stopping may want this step back: it has the lowest validation loss."""
+    return run.options.run.early_stopping_patience is not None and run.state.best_step == run.state.step
+
+
+def _save(run: Run, meter: Meter) -> None:
+    keep = run.options.run.keep_checkpoints
+    save_checkpoint(run.output_dir, run.engine, run.state, meter.state(), run.form, keep)
+
+
+def _check_first_losses(run: Run, result: StepResult) -> None:
+    config, sums = run.bundle.config, sum_over_ranks(result.sums.sum(0))
+    losses = mean_losses(sums, result.counts, run.engine.weights)
+    for doubt in implausible_losses(losses.text, losses.audio, config.vocab_size, config.codebook_size):
+        warn(f"warning: {doubt}")
+
+
+def _record_skipped_step(run: Run, meter: Meter, window: Window, result: StepResult) -> None:
+    """Count and tell a step that was not taken; where none may be passed over, save what was learned and end."""
+    state = run.state
+    why = describe_skipped_step(state.step + 1, result, window.micro_batches, run.train)
+    skips = run.options.optim.on_nonfinite == "skip"
+    if skips and may_skip_step(len(state.skipped), state.step):
+        state.skipped.append(state.step + 1)
+        warn(f"warning: {why}")
+        return
+    if state.step and not checkpoint_folder(run.output_dir, state.step).exists():
+        _save(run, meter)
+    advice = f"{len(state.skipped)} steps were passed over before" if skips else "or go on with --on_nonfinite skip"
+    error = NotFiniteError(f"{why}\nLook at these samples, or begin anew with a lower --lr; {advice}")
+    error.on_all_ranks = True
+    raise error
+
+
+def _stopped(run: Run, signal_name: str) -> StoppedError:
+    error = StoppedError(
+        f"stopped by {signal_name} at step {run.state.step} of {run.state.total_steps}; all of it is saved in "
+        f"{run.output_dir}. Go on with --resume auto"
+    )
+    error.on_all_ranks = True
+    return error

@@ -1,0 +1,99 @@
+"""Which checkpoint a run resumes from, and which settings must be the same."""
+
+from __future__ import annotations
+
+import re
+import socket
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from higgs_ds.checkpoints.folder import find_checkpoints, newest_complete, read_state, why_incomplete
+from higgs_ds.checkpoints.state import TrainerState, check_same_run
+from higgs_ds.common import distributed
+from higgs_ds.common.console import warn
+from higgs_ds.common.errors import InputError
+from higgs_ds.common.files import restore_leftovers, saving
+from higgs_ds.data.sampler import WindowSampler
+from higgs_ds.options.fields import RESUME_AUTO, RESUME_NEVER
+from higgs_ds.options.train import TrainOptions
+from higgs_ds.training.run import Inputs
+
+# What a run writes by way of a temporary name, which a kill may leave behind.
+WRITTEN = re.compile(
+    r"checkpoint-\d+|lora_adapters|final_model|adapter|merged_model|trainer_state\.json|settings\.json|"
+    r"metrics\.jsonl|dropped_samples\.txt|data_summary\.txt|report\.html"
+)
+# Options that may differ when a run goes on: they do not change what is trained. Batch size and accumulation may, as
+# long as the number of samples per step stays.
+FREE_ON_RESUME = (
+    "output_dir", "resume", "log_steps", "val_steps", "save_steps", "keep_checkpoints", "on_nonfinite",
+    "merge_adapter_with_base", "export_layout", "deepspeed", "cache_dir", "early_stopping_patience",
+    "early_stopping_min_delta", "report_to", "quiet", "no_report", "sample_steps", "num_samples", "sample_temperature",
+    "push_to_hub", "hub_repo_id", "hub_private", "upload_merged_model",
+    "activation_checkpointing", "offload_embeddings", "offload_checkpoints", "attn_implementation",
+    "batch_size", "grad_accum", "epochs", "max_steps",
+    "train_manifest", "val_manifest", "val_split", "split_by", "format", "reference", "normalize_text",
+    "allow_text_targets", "max_clip_s", "max_seq_len", "skip_bad", "num_workers", "base_ckpt", "base_revision",
+    "codec_ckpt", "dry_run", "device_memory_gib", "plan_ranks",
+)  # fmt: skip
+
+
+def find_resume_checkpoint(options: TrainOptions, output_dir: Path) -> Path | None:
+    """The checkpoint to go on from, which rank 0 decides on. Every rank must call this."""
+    found = distributed.on_main(lambda: _find_resumable(options, output_dir))
+    if found is not None and not found.is_dir():
+        raise InputError(
+            f"{found}: is not to be seen on {socket.gethostname()}; all nodes must share the output folder"
+        )
+    return found
+
+
+def _find_resumable(options: TrainOptions, output_dir: Path) -> Path | None:
+    """The checkpoint to go on from; an earlier run's results are never overwritten unasked."""
+    with saving(output_dir):
+        restore_leftovers(output_dir, WRITTEN)
+    resume = options.run.resume
+    if resume == RESUME_NEVER:
+        earlier = find_checkpoints(output_dir)
+        if earlier:
+            raise InputError(
+                f"--output_dir {output_dir}: holds {earlier[0].name} of an earlier run; go on with --resume auto, "
+                "or choose another folder"
+            )
+        return None
+    if resume == RESUME_AUTO:
+        newest, passed_over = newest_complete(output_dir)
+        for note in passed_over:
+            warn(note)
+        return newest
+    reason = why_incomplete(Path(resume))
+    if reason:
+        raise InputError(f"--resume {resume}: is no complete checkpoint: {reason}")
+    return Path(resume)
+
+
+def initial_state(inputs: Inputs, sampler: WindowSampler) -> TrainerState:
+    """Where the run begins: at step 0, or where the checkpoint stands, which must be of the same run."""
+    optim = inputs.options.optim
+    total_steps = optim.max_steps or sampler.num_steps(optim.epochs)
+    fresh = TrainerState(total_steps, _training_settings(inputs, sampler))
+    if inputs.resume_from is None:
+        return fresh
+    saved = read_state(inputs.resume_from)
+    check_same_run(saved, fresh, inputs.resume_from)
+    return saved
+
+
+def _training_settings(inputs: Inputs, sampler: WindowSampler) -> dict[str, Any]:
+    """What must be the same for a run to go on from a checkpoint."""
+    settings = {name: value for name, value in inputs.options.flat().items() if name not in FREE_ON_RESUME}
+    # --load_in_4bit tells lora and qlora apart.
+    unused = asdict(inputs.options.lora) if inputs.options.is_full_finetuning else asdict(inputs.options.tune)
+    settings = {name: value for name, value in settings.items() if name not in unused}
+    return {
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
+        "micro_batches_per_step" if sampler.max_tokens else "samples_per_step": sampler.window_size,
+        "training_data": inputs.train.digest(),
+        "base": inputs.bundle.identity,
+    }

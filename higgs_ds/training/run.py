@@ -1,0 +1,61 @@
+"""What a training works with: its checked inputs, and the run itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from higgs_ds.adapters.save import AdapterFormat
+from higgs_ds.bases.bundle import Bundle
+from higgs_ds.checkpoints.state import TrainerState
+from higgs_ds.checkpoints.trained_weights import FullFormat
+from higgs_ds.data.dataset import Dataset
+from higgs_ds.data.sampler import WindowSampler
+from higgs_ds.model.parts import Parts, fully_trained_parts
+from higgs_ds.options.train import TrainOptions
+from higgs_ds.training.engine import Engine
+
+
+@dataclass
+class Run:
+    """Everything that the loop works with."""
+
+    options: TrainOptions
+    output_dir: Path
+    bundle: Bundle
+    train: Dataset
+    val: Dataset
+    sampler: WindowSampler
+    engine: Engine
+    form: AdapterFormat | FullFormat
+    state: TrainerState
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a run is made from, with all audio encoded."""
+
+    options: TrainOptions
+    ds_settings: dict[str, Any]
+    output_dir: Path
+    bundle: Bundle
+    train: Dataset
+    val: Dataset
+    too_long: list[str]  # what --max_seq_len leaves out
+    summary: str  # of the data, in lines
+    resume_from: Path | None
+
+    @property
+    def full_parts(self) -> Parts:
+        """Optional parts of the model that are trained whole."""
+        return fully_trained_parts(self.options.model, self.bundle.config)
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.ds_settings["zero_optimization"]["stage"])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return max([*self.train.lengths, *self.val.lengths])

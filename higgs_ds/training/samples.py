@@ -1,0 +1,87 @@
+"""--sample_steps: what the model in training says to fixed prompts, as WAV files beside what it should have said."""
+
+from __future__ import annotations
+
+import torch
+
+from higgs_ds.common import distributed
+from higgs_ds.common.files import saving, write_json
+from higgs_ds.common.run_files import PROMPTS_FILE, REFERENCE_FOLDER, SAMPLES_FOLDER
+from higgs_ds.data.audio import write_audio
+from higgs_ds.data.codec import Codec
+from higgs_ds.speech.generate import Speech, generation_settings, speak
+from higgs_ds.speech.prompts import Prompt, prompts_of
+from higgs_ds.training.run import Run
+
+SEED = 7
+
+
+class SampleWriter:
+    """Makes the samples of a run, from the same prompts each time. Every rank must call its methods."""
+
+    def __init__(self, run: Run) -> None:
+        """Prompts are of the validation samples, or where there are none of the training samples."""
+        self.run, self.every = run, run.options.run.sample_steps
+        self.folder = run.output_dir / SAMPLES_FOLDER
+        data = run.val if len(run.val) else run.train
+        # Where ranks share the weights, all of them speak: each layer's are gathered when it comes to it.
+        self.together = run.engine.stage == 3
+        speaks = self.every is not None and (self.together or distributed.is_main())
+        self.prompts = prompts_of(data, run.options.run.num_samples) if speaks else []
+
+    def is_due(self, last: bool) -> bool:
+        return self.every is not None and (last or self.run.state.step % self.every == 0)
+
+    def write_samples(self) -> dict[str, float]:
+        """Write what the model says now; how often it stopped by itself, and its lengths over the references'.
+
+        Raises SaveError, on every rank.
+        """
+        with torch.random.fork_rng():  # which loading a model draws from, too
+            spoken = self._speak_all() if self.together or distributed.is_main() else []
+            return distributed.on_main(lambda: self._write_all(spoken))
+
+    def _speak_all(self) -> list[Speech]:
+        spoken = []
+        with self.run.engine.generation_mode(self.run.bundle.folder) as model:
+            for prompt in self.prompts:
+                torch.manual_seed(SEED)
+                spoken.append(self._speak(model, prompt))
+        return spoken
+
+    def _write_all(self, spoken: list[Speech]) -> dict[str, float]:
+        codec = Codec(self.run.bundle.codec.folder, torch.device("cpu"))
+        if not (self.folder / PROMPTS_FILE).is_file():
+            self._write_references(codec)
+        for number, speech in enumerate(spoken):
+            self._write(codec, f"step-{self.run.state.step}", number, speech.codes)
+        if not spoken:
+            return {}
+        lengths = [s.codes.shape[1] / p.target.shape[1] for s, p in zip(spoken, self.prompts, strict=True)]
+        return {
+            "sample/stop_rate": sum(speech.stopped for speech in spoken) / len(spoken),
+            "sample/length_ratio": sum(lengths) / len(lengths),
+        }
+
+    def _speak(self, model: torch.nn.Module, prompt: Prompt) -> Speech:
+        settings = generation_settings(self.run.options.run.sample_temperature)
+        settings["max_new_tokens"] = prompt.max_new_tokens
+        if self.together:
+            settings["synced_gpus"] = True  # a rank that is through goes on until all are
+        return speak(model, self.run.bundle, list(prompt.sample.messages[: prompt.turn]), prompt.given, settings)
+
+    def _write_references(self, codec: Codec) -> None:
+        for number, prompt in enumerate(self.prompts):
+            self._write(codec, REFERENCE_FOLDER, number, prompt.target)
+        with saving(self.folder):
+            write_json(self.folder / PROMPTS_FILE, [prompt.words for prompt in self.prompts])
+
+    def _write(self, codec: Codec, name: str, number: int, codes: torch.Tensor) -> None:
+        """Write codes (C, F) as sound; of none, an empty file would be all, and nothing is written."""
+        path = self.folder / name / f"{number}.wav"
+        with saving(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if codes.shape[1]:
+                # A model without training may put the stream's own tokens between the codes.
+                waveform = codec.decode(codes.clamp(max=self.run.bundle.stream.bos_id - 1))
+                write_audio(path, waveform, codec.sample_rate)

@@ -1,0 +1,159 @@
+"""Everything before the first step: all inputs checked at once, audio encoded, model, adapters and engine made."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from higgs_ds.bases.bundle import Bundle, open_for_training
+from higgs_ds.bases.model_folder import check_layout
+from higgs_ds.common import distributed
+from higgs_ds.common.errors import InputError, collect_problems
+from higgs_ds.common.resources import SAMPLE_MANIFEST, default_cache_dir
+from higgs_ds.data.coder import Coder
+from higgs_ds.data.dataset import Dataset
+from higgs_ds.data.index import Index
+from higgs_ds.data.preparation import CheckedManifest, Preparation, check_folders, scratch_problems
+from higgs_ds.data.sampler import split_validation
+from higgs_ds.model.loading import check_weights
+from higgs_ds.model.lora import check_biases
+from higgs_ds.model.parts import parts_of
+from higgs_ds.options import ds_config
+from higgs_ds.options.checks import check_options
+from higgs_ds.options.compatibility import unsupported
+from higgs_ds.options.train import TrainOptions
+from higgs_ds.reporting.publish import check_login
+from higgs_ds.training.loading import load_run
+from higgs_ds.training.resume import find_resume_checkpoint
+from higgs_ds.training.run import Inputs, Run
+
+
+def start(options: TrainOptions, given: set[str]) -> Run:
+    """Check, encode, load. Every rank must call this.
+
+    Args:
+        given: names of the options that the user gave himself; these a JSON file may not contradict.
+
+    Raises InputError, the same on every rank, before any weight of the base is loaded.
+    """
+    distributed.raise_problems(check_options(options))
+    return load_run(_check_and_encode(options, given))
+
+
+def _check_and_encode(options: TrainOptions, given: set[str]) -> Inputs:
+    problems: list[str] = []
+    output_dir = _output_dir(options)
+    cache_dir = options.data.cache_dir or default_cache_dir()
+    problems += check_folders(output_dir=output_dir)
+    no_scratch = scratch_problems(options.data, cache_dir)
+    resolved = collect_problems(problems, lambda: _resolve_ds_config(options, given))
+    no_cache = any(distributed.gather_objects(bool(no_scratch)))
+    bundle = None if no_cache else collect_problems(problems, lambda: _open_base(options, cache_dir))
+    resume_from = collect_problems(problems, lambda: find_resume_checkpoint(options, output_dir))
+    collect_problems(problems, lambda: distributed.on_main(lambda: check_login(options.run)))
+    distributed.raise_problems(problems + no_scratch if no_scratch else [])
+    if not all(distributed.gather_objects(bundle is not None)):
+        bundle = None
+    # Without a good base the samples are looked at all the same, so that their problems are not kept for the next try.
+    coder = bundle.coder(cache_dir) if bundle else None
+    with Preparation(options.data, coder, cache_dir) as preparation:
+        manifests = [options.data.train_manifest or SAMPLE_MANIFEST, options.data.val_manifest]
+        checked = [preparation.check(path) for path in manifests if path is not None]
+        problems += [problem for manifest in checked for problem in manifest.problems]
+        distributed.raise_problems(problems)
+        assert resolved and bundle and preparation.coder  # noqa: PT018 - what is missing would be among the problems
+        settings, options = resolved
+        for manifest in checked:
+            preparation.encode(manifest, distributed.device())
+        summary = distributed.on_main(lambda: _summary(preparation, checked))
+        indexes = [preparation.keep(manifest) for manifest in checked]
+    if options.model.whisper_conditioning and not indexes[0].any_heard():
+        nothing = (
+            "no sample has audio in a system or user turn, which is all that the tower hears; leave the option out"
+        )
+        advice = "or put references there (--reference system, for recordings)"
+        distributed.raise_problems([f"--whisper_conditioning: {nothing}, {advice}"])
+    train, val, too_long = _select(options, indexes, preparation.coder)
+    return Inputs(options, settings, output_dir, bundle, train, val, too_long, summary, resume_from)
+
+
+def _summary(preparation: Preparation, checked: list[CheckedManifest]) -> str:
+    parts = [f"{one.path}:\n{textwrap.indent(preparation.describe(one), '  ')}\n" for one in checked]
+    return "".join(parts)
+
+
+def _resolve_ds_config(options: TrainOptions, given: set[str]) -> tuple[dict[str, Any], TrainOptions]:
+    config = ds_config.read_ds_config(options.run.deepspeed)
+    settings, options = ds_config.resolve(config, options, given, distributed.world_size())
+    problems = unsupported(options, settings, distributed.device().type == "cuda")
+    if problems:
+        raise InputError(problems)
+    return settings, options
+
+
+def _open_base(options: TrainOptions, cache_dir: Path) -> Bundle:
+    bundle = open_for_training(options.model, cache_dir)
+    if options.run.merge_adapter_with_base or options.is_full_finetuning:
+        check_layout(parts_of(bundle.config), options.run.export_layout)
+    if options.run.sample_steps is not None and parts_of(bundle.config).audio_tower is not None:
+        raise InputError("--sample_steps: speaks without what a Whisper tower hears; leave it out with such a base")
+    check_weights(bundle.folder)
+    check_biases(bundle.config, options.lora)
+    weights = options.optim.codebook_weights
+    if weights is not None and len(weights) != bundle.config.num_codebooks:
+        raise InputError(
+            f"--codebook_weights: {len(weights)} given, the base has {bundle.config.num_codebooks} codebooks"
+        )
+    return bundle
+
+
+def _output_dir(options: TrainOptions) -> Path:
+    if options.run.output_dir is not None:
+        return options.run.output_dir
+    return distributed.broadcast_object(Path("outputs") / time.strftime("%Y%m%d-%H%M%S"))
+
+
+def _select(options: TrainOptions, indexes: list[Index], coder: Coder) -> tuple[Dataset, Dataset, list[str]]:
+    """The samples to train on and to validate on, and the lines of those that are left out for their length."""
+    data, seed = options.data, options.optim.seed
+    short = [np.flatnonzero(index.num_tokens <= (data.max_seq_len or np.inf)) for index in indexes]
+    too_long = [
+        f"{source}: {index.num_tokens[row]} tokens"
+        for index, rows in zip(indexes, short, strict=True)
+        for row in np.setdiff1d(np.arange(len(index)), rows)
+        for source in index.sources([row])
+    ]
+    if len(indexes) == 2:
+        train, val = (Dataset(index, rows, coder) for index, rows in zip(indexes, short, strict=True))
+    else:
+        (index,), (rows,) = indexes, short
+        groups = rows if data.split_by == "sample" else _speakers(index, options)[rows]
+        at_train, at_val = split_validation(groups, data.val_split, seed)
+        train, val = Dataset(index, rows[at_train], coder), Dataset(index, rows[at_val], coder)
+    if len(train) == 0:
+        raise InputError(f"--max_seq_len {data.max_seq_len}: every sample is longer; nothing is left to train on")
+    if options.run.early_stopping_patience is not None and len(val) == 0:
+        raise InputError("--early_stopping_patience: nothing to validate on; give --val_manifest or --val_split")
+    longest = int(max(dataset.index.num_tokens[dataset.rows].max(initial=0) for dataset in (train, val)))
+    if options.optim.max_tokens_per_batch and longest > options.optim.max_tokens_per_batch:
+        raise InputError(
+            f"--max_tokens_per_batch {options.optim.max_tokens_per_batch}: the longest sample has {longest} tokens; "
+            "give at least as many, or leave out the longest with --max_seq_len"
+        )
+    return train, val, too_long
+
+
+def _speakers(index: Index, options: TrainOptions) -> np.ndarray:
+    """The number of each sample's speaker, for a split that parts no speaker's samples."""
+    numbers, names = index.labels("speaker")
+    unnamed = int((numbers < 0).sum())
+    if unnamed or len(names) < 2:
+        raise InputError(
+            f"--split_by speaker: {unnamed} samples name no speaker, the others {len(names)}; all must name one, "
+            "and there must be two or more. Use --split_by sample or --val_manifest"
+        )
+    return numbers

@@ -1,0 +1,63 @@
+"""A hub id without a revision stands for one commit, with one for that: as a server is asked for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT
+
+from higgs_ds.common.hub import PINNED
+
+BASE = "bosonai/higgs-audio-v2-generation-3B-base"
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[str, list[str]]]:
+    """The address of a hub that has nothing, and the paths that it was asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "expected"),
+    [
+        ("prepare", [], PINNED[BASE]),
+        ("train", ["--dry_run", "--base_revision", "main"], "main"),
+    ],
+)
+def test_revision_asked_for(
+    hub: tuple[str, list[str]], command: str, options: list[str], expected: str, tmp_path: Path
+) -> None:
+    address, asked = hub
+    environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, f"{PROJECT}/launch/{command}.py", "--base_ckpt", BASE, *options],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert f"--base_ckpt {BASE}: neither a folder here nor to be had from the hub" in done.stderr
+    assert any(BASE in path and f"/{expected}" in path for path in asked), asked
+    assert "Traceback" not in done.stderr

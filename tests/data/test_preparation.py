@@ -1,0 +1,371 @@
+"""CheckedManifest once, encoded once: what is kept, what is found again, what is refused."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import VOICES, speech_sample, write_manifest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from higgs_ds.bases.bundle import Bundle, open_bundle
+from higgs_ds.common.errors import InputError
+from higgs_ds.data import encode, preparation, survey
+from higgs_ds.data.audio import read_audio
+from higgs_ds.data.codec import Codec
+from higgs_ds.data.dataset import Dataset
+from higgs_ds.data.index import Index
+from higgs_ds.data.sample import AudioClip
+from higgs_ds.data.survey import Share
+from higgs_ds.options.commands import PrepareOptions
+from higgs_ds.options.train import DataOptions, ModelOptions, TrainOptions
+from higgs_ds.training.prepare import main
+from higgs_ds.training.startup import _check_and_encode
+
+pytestmark = pytest.mark.usefixtures("lone_rank")
+RATE = 24000
+
+
+@pytest.fixture(scope="module")
+def bundle(base: Path) -> Bundle:
+    return open_bundle(str(base), None, None, base.parent)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    clips = ["anna_00.flac", "ben_00.flac", "carla_00.flac", "anna_00.flac"]
+    return write_manifest(tmp_path / "m.jsonl", [speech_sample(f"Clip {i}.", clip) for i, clip in enumerate(clips)])
+
+
+def prepared(bundle: Bundle, path: Path, cache: Path, shard: Share = preparation.WHOLE, **options: Any) -> Index:
+    with preparation.Preparation(DataOptions(**options), bundle.coder(cache), cache, shard) as started:
+        checked = started.check(path)
+        assert checked.problems == []
+        started.encode(checked, torch.device("cpu"))
+        return started.keep(checked)
+
+
+def files_below(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+def codes_below(cache: Path) -> dict[str, list[list[int]]]:
+    return {path.name: load_file(path)["codes"].tolist() for path in files_below(cache / "codes")}
+
+
+def test_codes_and_texts_come_back(bundle: Bundle, manifest: Path, tmp_path: Path) -> None:
+    index = prepared(bundle, manifest, tmp_path / "cache")
+    assert len(index) == 4
+    dataset = Dataset(index, np.arange(4), bundle.coder(tmp_path / "cache"))
+    codec = Codec(bundle.codec.folder, torch.device("cpu"))
+    for i, clip in enumerate(["anna_00.flac", "ben_00.flac", "carla_00.flac", "anna_00.flac"]):
+        sample, _ = index.sample(i)
+        assert sample.source == f"{manifest}:{i + 1}"
+        assert sample.messages[1].parts == (f"Clip {i}.",)
+        encoded = dataset.encoded(i)
+        assert encoded.codes[0].equal(codec.encode(read_audio(AudioClip(VOICES / clip), RATE)[None])[0])
+        assert len(encoded.prompt.input_ids) == dataset.lengths[i]
+    assert len(files_below(tmp_path / "cache" / "codes")) == 3
+
+
+def test_nothing_is_looked_at_twice(
+    bundle: Bundle, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And everything is, as soon as anything has changed."""
+    voice = tmp_path / "voice.flac"
+    shutil.copy(VOICES / "ben_01.flac", voice)
+    write_manifest(manifest, [speech_sample("One.", "anna_00.flac"), speech_sample("Two.", str(voice))])
+    cache = tmp_path / "cache"
+    digest = prepared(bundle, manifest, cache).digests().tobytes()
+    calls = []
+    real = preparation.survey
+    monkeypatch.setattr(preparation, "survey", lambda *args: calls.append(1) or real(*args))
+
+    def surveyed(**options: Any) -> int:
+        calls.clear()
+        prepared(bundle, manifest, cache, **options)
+        return len(calls)
+
+    assert surveyed() == 0
+    assert prepared(bundle, manifest, cache).digests().tobytes() == digest
+    assert surveyed(normalize_text=True) == 1
+    write_manifest(manifest, [speech_sample("One.", "anna_00.flac"), speech_sample("Two!", str(voice))])
+    assert (surveyed(), surveyed()) == (1, 0)
+    shutil.copy(VOICES / "ben_02.flac", voice)
+    os.utime(voice, ns=(1, 1))
+    assert (surveyed(), surveyed()) == (1, 0)
+    for codes in files_below(cache / "codes"):  # those of the first voice.flac, which nothing asks for, among them
+        codes.write_bytes(codes.read_bytes()[:50])
+    assert (surveyed(), surveyed()) == (1, 0)
+    for codes in files_below(cache / "codes"):
+        codes.unlink()
+    assert (surveyed(), surveyed()) == (1, 0)
+
+
+def test_a_transcript_elsewhere_is_watched(bundle: Bundle, tmp_path: Path) -> None:
+    words = tmp_path / "elsewhere" / "words.txt"
+    words.parent.mkdir()
+    words.write_text("Some words.")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    sample = {"id": "a", "audio_file": str(VOICES / "anna_00.flac"), "transcript_file": str(words)}
+    (folder / "metadata.json").write_text(json.dumps({"samples": [sample]}))
+    prepared(bundle, folder, tmp_path / "cache")
+    words.write_text("Other words, and more of them.")
+    index = prepared(bundle, folder, tmp_path / "cache")
+    assert index.sample(0)[0].messages[1].parts == ("Other words, and more of them.",)
+
+
+def test_a_prepared_run_never_loads_the_codec(
+    manifest: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = TrainOptions().replace(
+        train_manifest=manifest, base_ckpt=str(base), cache_dir=tmp_path / "cache", output_dir=tmp_path / "out"
+    )
+    main(options.data, options.model, PrepareOptions())
+    monkeypatch.setattr(encode, "Codec", None)
+    monkeypatch.setattr(survey, "examine", None)
+    inputs = _check_and_encode(options, set())
+    batch = inputs.train.batch(range(len(inputs.train)))
+    assert len(inputs.train) == 3
+    assert batch.num_samples == 3
+
+
+def audio_faults(folder: Path) -> list[tuple[dict[str, Any], str]]:
+    """Samples with audio that cannot be used, and how that is told."""
+    sound = (0.3 * np.sin(np.arange(2 * RATE) / 20)).astype(np.float32)
+    soundfile.write(folder / "short.wav", sound[:700], RATE)
+    soundfile.write(folder / "empty.wav", sound[:0], RATE)
+    soundfile.write(folder / "silent.wav", sound * 0, RATE)
+    soundfile.write(folder / "nan.wav", np.where(np.arange(2 * RATE) == 7, np.nan, sound), RATE, subtype="FLOAT")
+    soundfile.write(folder / "long.wav", np.tile(sound, 6), RATE)
+    soundfile.write(folder / "good.wav", sound, RATE)
+    (folder / "text.wav").write_text("no audio at all")
+    (folder / "cut.flac").write_bytes((VOICES / "anna_00.flac").read_bytes()[:4000])
+
+    def clip(name: str, **more: Any) -> dict[str, Any]:
+        audio = {"type": "audio", "audio_url": name, **more}
+        return {"messages": [{"role": "user", "content": "Words."}, {"role": "assistant", "content": audio}]}
+
+    return [
+        (clip("none.wav"), "none.wav: no such file"),
+        (clip("."), f"{folder}: is not a file"),
+        (clip("short.wav"), "short.wav: lasts 0.029 s, shorter than one frame of the codec (0.040 s)"),
+        (clip("empty.wav"), "empty.wav: holds no samples"),
+        (clip("silent.wav"), "silent.wav: is silent: its peak is -inf dBFS"),
+        (clip("nan.wav"), "nan.wav: holds NaN or infinite samples"),
+        (clip("long.wav"), "long.wav: lasts 12.0 s, longer than --max_clip_s 10; cut it with offset and duration"),
+        (clip("text.wav"), "text.wav: cannot be read as audio: Format not recognised."),
+        (clip("cut.flac"), "cut.flac: cannot be read as audio: "),
+        (clip("good.wav", offset=5), "good.wav: holds no samples from 5 s on"),
+        (clip("good.wav", offset=1, duration=3), "good.wav: ends at 2.00 s, before the stretch from 1 s over 3 s does"),
+        (clip("", raw_audio="bm8gYXVkaW8="), "audio: cannot be read as audio: "),
+        (clip("", raw_audio="$$$"), "messages[1].content.raw_audio: '$$$' is not base64: "),
+        (clip("https://a.b/c.wav"), "'https://a.b/c.wav' is not a file; download it"),
+        (clip("good.wav", offset=-1), "messages[1].content.offset: must be seconds, 0 or more, is -1"),
+        (clip("good.wav", duration="2 s"), "messages[1].content.duration: must be seconds, 0 or more, is '2 s'"),
+        (clip("good.wav") | {"start_index": 9}, "start_index: must be from 0 to 1, the index of a message, is 9"),
+        (clip("good.wav") | {"start_indx": 0}, "start_indx: is not a known key; did you mean 'start_index'?"),
+        (clip("good.wav") | {"speaker": 7}, "speaker: must be a string, is a number"),
+        (speech_sample(" ", "anna_00.flac"), "messages[1].content: is an empty text"),
+        (speech_sample("<|AUDIO|>", "anna_00.flac"), "messages[1].content: holds <|AUDIO|>, which the prompt layout"),
+        ({"messages": []}, "messages: must be a list of one or more messages, is empty"),
+        ({"messages": [{"role": "bot", "content": "Hi"}]}, "messages[0].role: 'bot' is not a role; allowed: system, "),
+        ({"messages": [{"role": "assistant", "content": "Hi"}]}, "messages: no target audio: "),
+    ]
+
+
+def test_every_fault_in_one_run_and_nothing_written(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faults = audio_faults(tmp_path)
+    good = speech_sample("Good.", "anna_00.flac")
+    path = write_manifest(tmp_path / "m.jsonl", [good, *(sample for sample, _ in faults), good])
+    cache = tmp_path / "cache"
+    options = DataOptions(train_manifest=path, cache_dir=cache, max_clip_s=10)
+    before = files_below(tmp_path)
+    with pytest.raises(InputError) as caught:
+        main(options, ModelOptions(base_ckpt=str(base)), PrepareOptions())
+    assert len(caught.value.problems) == len(faults)
+    for line, (problem, (_, expected)) in enumerate(zip(caught.value.problems, faults, strict=True), start=2):
+        assert problem.startswith(f"{path}:{line}: ")
+        assert expected in problem
+    assert files_below(tmp_path) == before
+
+    bad_list = tmp_path / "bad.txt"
+    main(dataclasses.replace(options, skip_bad=bad_list), ModelOptions(base_ckpt=str(base)), PrepareOptions())
+    assert bad_list.read_text().splitlines() == [" ".join(p.splitlines()) for p in caught.value.problems]
+    printed = capsys.readouterr().out
+    assert f"left out: {len(faults)} bad samples of {path}; all are in {bad_list}" in printed
+    assert "samples: 2" in printed
+    assert len(files_below(cache / "codes")) == 1
+
+
+def test_check_only_writes_nothing(manifest: Path, base: Path, tmp_path: Path) -> None:
+    before = files_below(tmp_path)
+    options = DataOptions(train_manifest=manifest, cache_dir=tmp_path / "cache")
+    main(options, ModelOptions(base_ckpt=str(base)), PrepareOptions(check_only=True))
+    assert files_below(tmp_path) == before
+
+
+def test_all_bad_is_an_error(tmp_path: Path, base: Path) -> None:
+    path = write_manifest(tmp_path / "m.jsonl", [speech_sample("Words.", "none.flac")])
+    options = DataOptions(train_manifest=path, cache_dir=tmp_path / "cache", skip_bad=tmp_path / "bad.txt")
+    with pytest.raises(InputError, match=r"every sample is bad, see .*bad\.txt"):
+        main(options, ModelOptions(base_ckpt=str(base)), PrepareOptions())
+
+
+def test_shards_fill_one_cache(bundle: Bundle, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    for i in range(3):
+        prepared(bundle, manifest, cache, Share(i, 3))
+    whole = prepared(bundle, manifest, tmp_path / "other cache")
+    monkeypatch.setattr(encode, "Codec", None)
+    monkeypatch.setattr(survey, "examine", None)
+    assert prepared(bundle, manifest, cache).digests().tobytes() == whole.digests().tobytes()
+
+
+def test_order_does_not_depend_on_the_parts(bundle: Bundle, manifest: Path, tmp_path: Path) -> None:
+    """An index of three ranks' parts has the rows of one rank's."""
+    write_manifest(manifest, [speech_sample(f"{i}", "anna_00.flac") | {"speaker": f"s{i % 3}"} for i in range(10)])
+    checker = survey.Checker(DataOptions(), bundle.coder(tmp_path / "cache"))
+    indexes = []
+    for count in (1, 3):
+        folder = tmp_path / f"{count} parts"
+        folder.mkdir()
+        for i in range(count):
+            with preparation._part(folder, i) as (keep, report_invalid):
+                survey.survey(manifest, checker, Share(i, count), 2, keep, report_invalid)
+        indexes.append(Index(folder))
+    one, three = indexes
+    assert [one.sample(i) for i in range(10)] == [three.sample(i) for i in range(10)]
+    assert one.num_tokens.tolist() == three.num_tokens.tolist()
+    assert one.labels("speaker")[0].tolist() == three.labels("speaker")[0].tolist() == [i % 3 for i in range(10)]
+
+
+def test_worker_processes_give_the_same_codes(
+    bundle: Bundle, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(bundle, manifest, tmp_path / "alone", num_workers=1)
+    monkeypatch.setattr(encode, "WORTH_A_WORKER_S", 0.1)
+    prepared(bundle, manifest, tmp_path / "workers", num_workers=2)
+    alone, workers = (codes_below(tmp_path / name) for name in ("alone", "workers"))
+    assert len(alone) == 3
+    assert alone == workers
+
+
+def test_batches_hold_clips_of_one_length() -> None:
+    window = [encode.ClipToEncode(AudioClip(Path(f"{i}")), "", n, 0.0) for i, n in enumerate([RATE, 9, RATE, 9, 7])]
+    batches = [[clip.num_samples for clip in batch] for batch in encode._batches(window, RATE)]
+    assert batches == [[7], [9, 9], [RATE, RATE]]
+    long = [encode.ClipToEncode(AudioClip(Path(f"{i}")), "", 50 * RATE, 0.0) for i in range(5)]
+    assert [len(batch) for batch in encode._batches(long, RATE)] == [2, 2, 1]
+
+
+def test_batched_encoding_gives_the_same_codes(bundle: Bundle, tmp_path: Path) -> None:
+    """What a GPU does, here on the CPU: clips of one length together, threads that read ahead."""
+    clips = [AudioClip(VOICES / f"{name}.flac", 0.1, 0.9) for name in ("anna_00", "ben_00", "carla_00", "ben_01")]
+    cache, codec = bundle.coder(tmp_path).cache, Codec(bundle.codec.folder, torch.device("cpu"))
+    todo = [encode.ClipToEncode(clip, cache.key(clip), round(0.9 * RATE), 0.0) for clip in clips]
+    with encode.tqdm(disable=True) as bar:
+        encode._encode_batched(todo, encode.CodeStore(cache), codec, 2, bar)
+    for clip in todo:
+        stored = cache.load(clip.key, 8)
+        assert stored is not None
+        assert stored.codes.long().equal(codec.encode(read_audio(clip.clip, RATE)[None])[0])
+
+
+def test_gone_codes_are_named_and_made_again(bundle: Bundle, manifest: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    index = prepared(bundle, manifest, cache)
+    dataset = Dataset(index, np.arange(4), bundle.coder(cache))
+    (path,) = [p for p in files_below(cache / "codes") if p.stem == index.sample(1)[1][0].key]
+    whole = path.read_bytes()
+    path.write_bytes(b"\xff" * len(whole))
+    with pytest.raises(InputError, match=r"m\.jsonl:2: the codes of its audio have gone"):
+        dataset.encoded(1)
+    prepared(bundle, manifest, cache)
+    assert dataset.encoded(1).codes[0].tolist() == codes_below(cache)[path.name]
+
+
+def test_split_and_lengths(bundle: Bundle, base: Path, manifest: Path, tmp_path: Path) -> None:
+    entries = [speech_sample(f"{i}" * (i + 1), "anna_00.flac") | {"speaker": f"s{i % 4}"} for i in range(20)]
+    write_manifest(manifest, entries)
+    options = TrainOptions().replace(
+        train_manifest=manifest, base_ckpt=str(base), cache_dir=tmp_path / "cache", output_dir=tmp_path / "out"
+    )
+    inputs = _check_and_encode(options.replace(split_by="speaker", val_split=0.25), set())
+    speakers = [{d.index.sample(int(row))[0].speaker for row in d.rows} for d in (inputs.train, inputs.val)]
+    assert len(inputs.val) == 5
+    assert speakers[0].isdisjoint(speakers[1])
+
+    limit = sorted(inputs.train.index.num_tokens)[14]
+    inputs = _check_and_encode(options.replace(max_seq_len=int(limit)), set())
+    assert len(inputs.train) + len(inputs.val) == 15
+    assert max(inputs.train.lengths) <= limit
+    assert inputs.too_long == [f"{manifest}:{i + 1}: {inputs.train.index.num_tokens[i]} tokens" for i in range(15, 20)]
+
+    with pytest.raises(InputError, match=r"--max_tokens_per_batch 50: the longest sample has \d+ tokens"):
+        _check_and_encode(options.replace(max_tokens_per_batch=50), set())
+    with pytest.raises(InputError, match="every sample is longer"):
+        _check_and_encode(options.replace(max_seq_len=10), set())
+    write_manifest(manifest, [speech_sample("Words.", "anna_00.flac")] * 2)
+    with pytest.raises(InputError, match="--split_by speaker: 2 samples name no speaker"):
+        _check_and_encode(options.replace(split_by="speaker"), set())
+
+
+def test_problems_of_a_bad_base_and_bad_samples_together(tmp_path: Path) -> None:
+    path = write_manifest(tmp_path / "m.jsonl", [speech_sample("Words.", "none.flac")])
+    options = TrainOptions().replace(
+        train_manifest=path, base_ckpt=str(tmp_path), cache_dir=tmp_path / "cache", output_dir=tmp_path / "out"
+    )
+    with pytest.raises(InputError) as caught:
+        _check_and_encode(options, set())
+    assert any("is no model folder" in problem for problem in caught.value.problems)
+    assert any("none.flac: no such file" in problem for problem in caught.value.problems)
+
+
+GOOD_AUDIO = (VOICES / "anna_00.flac").read_bytes()
+
+
+@st.composite
+def audio_parts(draw: st.DrawFn) -> dict[str, Any]:
+    """An audio part with a name, a stretch or bytes that somebody might get wrong."""
+    part: dict[str, Any] = {"type": "audio"}
+    if draw(st.booleans()):
+        data = bytearray(GOOD_AUDIO)
+        for at, value in draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), max_size=8)):
+            data[at] = value
+        part["raw_audio"] = base64.b64encode(data[: draw(st.integers(0, len(data)))]).decode()
+    else:
+        names = ["anna_00.flac", "ben_00.flac", "a.raw", "x" * 300, ".", "/dev/null", "/proc/self/mem"]
+        part["audio_url"] = draw(st.sampled_from(names) | st.text(max_size=8))
+    numbers = st.floats(0, allow_infinity=False) | st.floats(0, 2) | st.none()
+    return part | {"offset": draw(numbers), "duration": draw(numbers)}
+
+
+@settings(
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(parts=st.lists(audio_parts(), min_size=1, max_size=4))
+def test_any_audio_is_used_or_named(bundle: Bundle, tmp_path: Path, parts: list[dict[str, Any]]) -> None:
+    (tmp_path / "a.raw").write_bytes(b"\0" * 100)
+    entries = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": p}]} for p in parts]
+    path = write_manifest(tmp_path / "m.jsonl", entries)
+    good: list[int] = []
+    bad: list[int] = []
+    checker = survey.Checker(DataOptions(), bundle.coder(tmp_path))
+    survey.survey(path, checker, Share(), 2, lambda one: good.append(one.number), lambda number, _: bad.append(number))
+    assert sorted({*good, *bad}) == list(range(len(parts)))
+    assert not {*good} & {*bad}

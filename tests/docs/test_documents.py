@@ -1,0 +1,258 @@
+"""Every command in the README and the documents is run, as it is printed, in a folder as a user has it.
+
+Those of `launch/` that no launcher starts run in forks of a process that has imported everything, but for a new user's.
+A hub id stands for the random base in the original layout, as it would lie in the hub's cache. Runs are cut to one
+step, eight GPUs to two ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+from conftest import PROJECT, VOICES, VOICES_MANIFEST, play
+from hub_server import TOKEN, local_hub
+from launcher import default_port, free_port, run_script
+
+from higgs_ds.common.hub import PINNED
+
+# Those beside them are records of what was run once, or generated.
+DOCUMENTS = [
+    PROJECT / "README.md", PROJECT / "ds_configs" / "README.md",
+    *sorted(path for path in (PROJECT / "docs").glob("*.md") if path.name not in ("benchmarks.md", "log.md")),
+]  # fmt: skip
+PROGRAMS = ("make", "source", "python", "deepspeed", "torchrun", "sbatch", "hf", "pip")
+BASE, CODEC = PINNED  # bosonai's repositories
+# Commands that run whole elsewhere, with where that is, and a word that is to be found there.
+ELSEWHERE = {
+    "make demo": (".ci/run", "make demo"),
+    "make test": (".ci/run", "make test"),
+    "make chaos": ("tests/checkpoints/test_chaos.py", "chaos"),
+    "deepspeed launch/train.py --deepspeed ds_configs/zero2.json": ("tests/launch/test_commands.py", "def main_job("),
+    "deepspeed --hostfile hosts ": ("tests/launch/test_hostfile.py", "--hostfile"),
+    "sbatch launch/slurm/train.sbatch": ("tests/slurm/test_slurm_cluster.py", "train.sbatch"),
+    "deepspeed launch/prepare.py": ("tests/data/test_prepare_command.py", "prepare.py"),
+    "deepspeed launch/evaluate.py": ("tests/speech/test_evaluate.py", "def test_ranks_change_nothing("),
+}
+SMALLER = {
+    "python benchmarks/manifest.py": " --lines 2000 --stretches 2",
+    "python benchmarks/padding.py": " --samples 500",
+}
+
+
+def commands_in(text: str) -> list[str]:
+    """Commands in blocks and in backticks; lines that go on behind a backslash are joined."""
+    joined = re.sub(r" *\\\n *", " ", text)
+    program = rf"(?:{'|'.join(PROGRAMS)}) "
+    blocks = re.findall(rf"^    ({program}.*?)(?:  +#.*)?$", joined, re.MULTILINE)
+    inline = re.findall(rf"`({program}[^`]+)`", joined.replace("\n", " "))
+    return [*blocks, *inline]
+
+
+ALL = list(dict.fromkeys(command for path in DOCUMENTS for command in commands_in(path.read_text(encoding="utf-8"))))
+
+
+def runs_elsewhere(command: str) -> tuple[str, str] | None:
+    for beginning, where in ELSEWHERE.items():
+        if command == beginning or (beginning.endswith(" ") and command.startswith(beginning)):
+            return where
+    return None
+
+
+HERE = [command for command in ALL if not runs_elsewhere(command)]
+NEW_USERS = commands_in(
+    (PROJECT / "README.md").read_text(encoding="utf-8").split("## From a folder of clips")[1].split("\n## ")[0]
+)[:3]
+# What others begin with: the README's run on the real base's name, its adapter merged, and a run of full fine-tuning.
+FIRST = "deepspeed .*--output_dir my_voice --base|python launch/merge.* merged$|deepspeed .*--finetune full"
+IN_ORDER = [c for c in HERE if re.match(FIRST, c)]
+NODES, HUB = "torchrun --nnodes 2 ", "hf "  # which take more than one process
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A folder with the project's own ones, a user's clips, and a run's results."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def run(self, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=self.folder, env=self.environment | environment,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return self._ended(command, done)
+
+    def run_fast(self, command: str) -> subprocess.CompletedProcess[str]:
+        """The same; this project's commands without the seconds in which a new Python imports everything."""
+        script = re.fullmatch(r"python launch/(\w+)\.py (.*)", command)
+        if script is None:
+            return self.run(command)
+        options = shlex.split(script[2])
+        return self._ended(command, run_script(script[1], options, self.folder, environment=self.environment))
+
+    @staticmethod
+    def _ended(command: str, done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done
+
+
+def in_hub_cache(home: Path, name: str, files: Path) -> None:
+    """As if a repository had been downloaded, at the commit that its name stands for."""
+    repository = home / "hub" / f"models--{name.replace('/', '--')}"
+    shutil.copytree(files, repository / "snapshots" / PINNED[name])
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(PINNED[name])  # the newest, which transformers asks for
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Workshop:
+    folder = tmp_path_factory.mktemp("documents")
+    for name in ("launch", "ds_configs", "benchmarks", "samples"):
+        (folder / name).symlink_to(PROJECT / name)
+    transcripts = {
+        sample["messages"][-1]["content"]["audio_url"]: sample["messages"][-2]["content"]
+        for sample in map(json.loads, VOICES_MANIFEST.read_text().splitlines())
+    }
+    for clips in ("my_clips", "clips"):
+        (folder / clips).mkdir()
+        for number, (path, words) in enumerate(list(transcripts.items())[:6], 1):
+            samples, rate = soundfile.read(VOICES / Path(path).name)
+            soundfile.write(folder / clips / f"{number:04d}.wav", samples[:rate], rate)
+            if clips == "my_clips":
+                (folder / clips / f"{number:04d}.txt").write_text(words)
+    (example,) = re.findall(r'^    (\{"messages": .*?\]\})$', (PROJECT / "README.md").read_text(), re.M | re.S)
+    lines = [json.dumps(json.loads(example)).replace("0001", f"{number:04d}") for number in range(1, 7)]
+    (folder / "my_voice.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / ".venv").symlink_to(sys.prefix)
+    home = tmp_path_factory.mktemp("hub")
+    environment = {
+        **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(home), "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    shop = Workshop(folder, environment)
+    shop.run_fast(f"python launch/convert.py --input_path {base} --output_path {home}/original --to original")
+    in_hub_cache(home, BASE, home / "original")
+    in_hub_cache(home, CODEC, base.parent / "tiny-random-codec")
+    return shop
+
+
+@pytest.fixture(scope="session")
+def trained(workshop: Workshop) -> Workshop:
+    """The same, behind the README's run on the real base's name, with its adapter merged."""
+    for command in IN_ORDER:
+        workshop.run_fast(cut(command))
+    return workshop
+
+
+def cut(command: str) -> str:
+    """A command at the size of a test."""
+    command = re.sub(r"--nproc_per_node 8", "--nproc_per_node 2", command)
+    command = re.sub(r"checkpoint-\d+", "checkpoint-1", command).replace("pip install", "pip install --dry-run")
+    if "launch/train.py" in command and "--dry_run" not in command and "--help" not in command:
+        launched = command.startswith(("deepspeed", "torchrun")) and not command.startswith(NODES)
+        port = f" --master_port {free_port()}" if launched else ""
+        command = command.replace(" launch/train.py", f"{port} launch/train.py")
+        command += " --precision fp32 --max_steps 1 --batch_size 1 --grad_accum 1 --num_workers 1"
+    return command + SMALLER.get(command, "")
+
+
+def test_commands_are_found() -> None:
+    assert len(ALL) > 25
+    assert all(command.split()[0] in PROGRAMS for command in ALL)
+
+
+@pytest.mark.parametrize("command", [command for command in ALL if runs_elsewhere(command)])
+def test_runs_elsewhere(command: str) -> None:
+    path, word = runs_elsewhere(command) or ("", "")
+    assert word in (PROJECT / path).read_text()
+
+
+def elsewhere(command: str) -> str:
+    """With results in a folder of its own, as others read what is in the folder that the documents name."""
+    fresh = f"out_{free_port()}"
+    return re.sub(r"(--output_dir|--output_path) \S+", rf"\1 {fresh}", command)
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in HERE if c not in NEW_USERS + IN_ORDER and not c.startswith((NODES, HUB))]
+)
+def test_runs(trained: Workshop, command: str) -> None:
+    done = trained.run_fast(elsewhere(cut(command)))
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_two_machines(trained: Workshop) -> None:
+    """The command for two machines, given twice on this one."""
+    (command,) = [c for c in HERE if c.startswith(NODES)]
+    command = elsewhere(cut(command)).replace("node1:29500", f"127.0.0.1:{free_port()}")
+    command = command.replace("--nproc_per_node 2", "--nproc_per_node 1")
+    nodes = [
+        subprocess.Popen(
+            ["bash", "-c", command], cwd=trained.folder, env=trained.environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert sum("x 1 accumulated x 2 ranks" in " ".join(text.split()) for text in said) == 1
+
+
+def test_blocks_for_transformers(trained: Workshop, tmp_path: Path) -> None:
+    """What docs/serving.md has for transformers and PEFT: with a merged model of the real base's name, and with all of
+    a run on a native base.
+    """
+    blocks = re.findall(r"^```py run\n(.*?)^```$", (PROJECT / "docs" / "serving.md").read_text(), re.M | re.S)
+    assert len(blocks) == 2
+    (tmp_path / "launch").symlink_to(PROJECT / "launch")
+    for name in ("clips", "my_clips"):
+        (tmp_path / name).symlink_to(trained.folder / name)
+    on_native = Workshop(tmp_path, trained.environment)
+    on_native.run(
+        cut(NEW_USERS[1].replace("my_first_voice", "my_voice").replace("ds_configs", f"{PROJECT}/ds_configs"))
+    )
+    for shop, number, written in ((trained, 1, "hello.wav"), (on_native, 2, "cloned.wav")):
+        (shop.folder / "blocks.py").write_text("\n".join(blocks[:number]))
+        (shop.folder / written).unlink(missing_ok=True)
+        shop.run("python blocks.py")
+        assert soundfile.info(shop.folder / written).samplerate == 24000
+
+
+def test_hub_commands(workshop: Workshop, tmp_path: Path) -> None:
+    """Against a hub on this machine: `hf auth login` with a token, and the download of a dataset."""
+    hub_commands = [c for c in HERE if c.startswith(HUB)]
+    assert {c.split(" --")[0] for c in hub_commands} == {"hf auth login", "hf download"}
+    with local_hub() as hub:
+        hub.repositories["OWNER/NAME"] = {"data.csv": b"audio,text\n"}
+        at_hub = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
+        for command in sorted(hub_commands):
+            workshop.run(command + (f" --token {TOKEN}" if "login" in command else ""), **at_hub)
+    assert (workshop.folder / "FOLDER" / "data.csv").read_text() == "audio,text\n"
+
+
+def test_from_a_folder_of_clips_to_a_page_that_speaks(workshop: Workshop, page: Any) -> None:
+    """The README's path, on the built-in base, command by command and unchanged."""
+    assert [re.findall(r"launch/(\w+)", command)[0] for command in NEW_USERS] == ["prepare", "train", "generate"]
+    with default_port():
+        checked, trained, spoken = (workshop.run(command).stdout for command in NEW_USERS)
+    assert "samples: 6" in checked
+    assert "report: my_first_voice/report.html" in trained
+    assert spoken.startswith("WAV: hello.wav (")
+    assert soundfile.info(workshop.folder / "hello.wav").samplerate == 24000
+    page.goto((workshop.folder / "my_first_voice" / "report.html").as_uri())
+    assert page.locator("figure svg").count() > 0
+    players = page.locator("#samples audio")
+    assert players.count() >= 2
+    for i in range(players.count()):
+        assert play(players.nth(i))[0] > 0

@@ -1,0 +1,181 @@
+"""Routed layers and chunked heads against transformers' own layers and torch's cross entropy."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import native_inputs, speech_batch
+from peft import PeftModel
+from torch.profiler import ProfilerActivity, profile
+from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+
+from higgs_ds.data.collate import Batch, EncodedSample, collate
+from higgs_ds.data.delay_pattern import AudioStream
+from higgs_ds.data.prompt import Prompt
+from higgs_ds.model import head_loss
+from higgs_ds.model.higgs import DualLossModel
+from higgs_ds.model.loading import load_base
+from higgs_ds.model.lora import add_lora
+from higgs_ds.model.loss import IGNORE_INDEX
+from higgs_ds.options.train import LoraOptions
+
+STREAM = AudioStream(num_codebooks=8, bos_id=1024, eos_id=1025)
+CPU = torch.device("cpu")
+DECODED = ("text_ids", "codes", "positions", "places", "audio_rows", "audio_at")
+
+
+def adapted(base: Path, dtype: torch.dtype, recompute: bool) -> PeftModel:
+    higgs = load_base(base, dtype)
+    if recompute:
+        higgs.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.manual_seed(0)
+    model = add_lora(higgs, LoraOptions(lora_dropout=0.1), "base", dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    return model.train()
+
+
+def batch_of(*lengths: tuple[int, int, int]) -> Batch:
+    """Samples of so many text positions, frames of audio, and text positions behind these."""
+    draw = torch.Generator().manual_seed(2)
+    samples = []
+    for before, frames, behind in lengths:
+        rows = STREAM.num_rows(frames) if frames else 0
+        ids = torch.randint(256, (before + rows + behind,), generator=draw).tolist()
+        labels = [IGNORE_INDEX, *ids[1:before], *[IGNORE_INDEX] * rows, *ids[before + rows :]]
+        clips = [torch.randint(1024, (8, frames), generator=draw)] if frames else []
+        prompt = Prompt(ids, labels, list(range(before, before + rows)), [True] * len(clips))
+        samples.append(EncodedSample(prompt, clips))
+    return collate(samples, STREAM, pad_id=0)
+
+
+BATCHES = {
+    "speech and text": ((9, 20, 3), (30, 0, 0), (5, 11, 2)),
+    "speech": ((6, 30, 2),),
+    "text": ((12, 0, 0), (7, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", BATCHES)
+def test_layers_are_bit_identical(base: Path, kind: str, dtype: torch.dtype, recompute: bool) -> None:
+    """Hidden states in training, with dropout, and the adapters' gradients."""
+    batch = batch_of(*BATCHES[kind])
+    tensors = batch.tensors(CPU)
+    native, routed = adapted(base, dtype, recompute), DualLossModel(adapted(base, dtype, recompute))
+    higgs = native.get_base_model()
+    torch.manual_seed(3)
+    expected = higgs.model(**native_inputs(batch, higgs.config.audio_token_id), use_cache=False).last_hidden_state
+    torch.manual_seed(3)
+    places = routed.decode(*(tensors[name] for name in DECODED))
+    found = routed.higgs.model.norm(places)[batch.places]
+    assert found.equal(expected)
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(4)).to(dtype)
+    (expected * direction).sum().backward()
+    (found * direction).sum().backward()
+    gradients = {name: p.grad for name, p in routed.adapted.named_parameters() if p.requires_grad}
+    tolerance = 1e-6 if dtype == torch.float32 else 0.02
+    for name, parameter in native.named_parameters():
+        if parameter.requires_grad:
+            assert (gradients[name] - parameter.grad).abs().max() <= tolerance * parameter.grad.abs().max(), name
+
+
+def test_a_norm_that_is_trained_gets_its_gradient(base: Path) -> None:
+    model = DualLossModel(adapted(base, torch.float32, recompute=False))
+    norms = {name: p for name, p in model.higgs.named_parameters() if "norm" in name}
+    for parameter in norms.values():
+        parameter.requires_grad_()
+    model(**batch_of(*BATCHES["speech"]).tensors(CPU), target_weights=torch.ones(9))[0].backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in norms.values())
+
+
+def test_offloaded_checkpoints(base: Path) -> None:
+    """The inputs of recomputed layers are let go where copies are in host memory; the numbers stay."""
+    batch = batch_of(*BATCHES["speech and text"])
+    losses, gradients, held = [], [], []
+    for offload in (False, True):
+        model = DualLossModel(adapted(base, torch.float32, recompute=True), offload)
+        inputs: list[weakref.ref[torch.Tensor]] = []
+        for layer in model.higgs.model.layers:
+            layer.register_forward_pre_hook(lambda _, args, seen=inputs: seen.append(weakref.ref(args[0])))
+        torch.manual_seed(3)
+        loss, *_ = model(**batch.tensors(CPU), target_weights=torch.ones(9))
+        held.append([hidden() is not None for hidden in inputs])
+        loss.backward()
+        losses.append(loss)
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert held == [[True, True], [False, False]]
+    assert losses[0].equal(losses[1])
+    assert all(one.equal(other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("classes_at_once", [head_loss.CLASSES_AT_ONCE, 40, 7, 1])
+@pytest.mark.parametrize("at_once", [head_loss.LOGITS_AT_ONCE, 8 * 40 * 3, 1])
+@pytest.mark.parametrize("num_parts", [8, 1])
+def test_head_loss(monkeypatch: pytest.MonkeyPatch, num_parts: int, at_once: int, classes_at_once: int) -> None:
+    """In one chunk, in chunks of a few rows or classes, and one at a time: torch's cross entropy and its gradients."""
+    monkeypatch.setattr(head_loss, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(head_loss, "CLASSES_AT_ONCE", classes_at_once)
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(11, 16, generator=draw, requires_grad=True)
+    head = (2 * torch.randn(num_parts * 40, 16, generator=draw)).requires_grad_()
+    targets = torch.randint(40, (11, num_parts), generator=draw)
+    targets[:5] = (hidden[:5] @ head.T).detach().view(5, num_parts, 40).argmax(dim=2)
+    targets[torch.rand(11, num_parts, generator=draw) < 0.3] = IGNORE_INDEX
+    weights = torch.rand(num_parts, generator=draw)
+    weighted, sums, hits = head_loss.head_loss(hidden, head, targets, weights)
+    gradients = torch.autograd.grad(3 * weighted, (hidden, head))
+    frozen, *_ = head_loss.head_loss(hidden, head.detach(), targets, weights)
+    logits = (hidden @ head.T).view(11, num_parts, 40)
+    expected = torch.stack([F.cross_entropy(logits[:, k], targets[:, k], reduction="sum") for k in range(num_parts)])
+    expected_gradients = torch.autograd.grad(3 * (expected * weights).sum(), (hidden, head))
+    assert hits.equal(logits.argmax(dim=2) == targets)
+    assert hits.any()
+    torch.testing.assert_close(sums, expected.detach(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(weighted, (expected * weights).sum(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(gradients[0], expected_gradients[0], rtol=1e-5, atol=1e-5)
+    # Where a logit is about 30, its own rounding is about 4e-6 of a probability.
+    torch.testing.assert_close(gradients[1], expected_gradients[1], rtol=1e-5, atol=5e-5)
+    assert torch.autograd.grad(3 * frozen, hidden)[0].equal(gradients[0])
+    with torch.no_grad():
+        assert head_loss.head_loss(hidden, head, targets, weights)[1].equal(sums)
+
+
+def test_head_loss_of_no_rows() -> None:
+    hidden = torch.zeros(0, 16, requires_grad=True)
+    weighted, sums, _ = head_loss.head_loss(
+        hidden, torch.randn(24, 16), torch.zeros(0, 3, dtype=torch.long), torch.ones(3)
+    )
+    weighted.backward()
+    assert (weighted.item(), sums.tolist(), hidden.grad.shape) == (0.0, [0.0] * 3, (0, 16))
+
+
+def waits(num_layers: int) -> int:
+    """How often a forward and backward pass would make a GPU wait: for a value, or a size that depends on values."""
+    config = HiggsAudioV2Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=num_layers, num_attention_heads=2, head_dim=32,
+        num_key_value_heads=1, vocab_size=300, codebook_size=66, pad_token_id=0, audio_token_id=270,
+        audio_delay_token_id=268,
+    )  # fmt: skip
+    higgs = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True).requires_grad_(False)
+    model = DualLossModel(add_lora(higgs, LoraOptions(), "", torch.float32)).train()
+    batch = speech_batch(2, 40, 10, 8, 64).tensors(CPU)
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
+        model(**batch, target_weights=torch.ones(9))[0].backward()
+    counts = {event.key: event.count for event in seen.key_averages()}
+    assert counts["aten::index_select"] > num_layers  # the profiler has seen the layers
+    return sum(
+        counts.get(f"aten::{name}", 0)
+        for name in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+    )
+
+
+def test_no_layer_waits() -> None:
+    assert waits(2) == waits(7) <= 10

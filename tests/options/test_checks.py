@@ -1,0 +1,90 @@
+"""Options: defaults that users know, checks, and a parser that starts no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT
+
+from higgs_ds.common.errors import InputError
+from higgs_ds.options.checks import check_options
+from higgs_ds.options.command_line import parse_prepare_options, parse_train_options
+from higgs_ds.options.commands import PrepareOptions, parse_shard
+from higgs_ds.options.train import TrainOptions
+
+
+def test_defaults_that_users_know() -> None:
+    flat = TrainOptions().flat()
+    known = {
+        "log_steps": 10, "val_steps": 100, "save_steps": 1000, "epochs": 2, "max_steps": None, "batch_size": 2,
+        "grad_accum": 8, "lr": 2e-4, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "val_split": 0.05,
+    }  # fmt: skip
+    assert {name: flat[name] for name in known} == known
+
+
+def test_parsed_and_which_were_given() -> None:
+    options, given = parse_train_options(
+        "--local_rank=1 --lr 1e-3 --lora_targets attention audio_mlp --codebook_weights 2 1 1 1 1 1 1 1 "
+        "--merge_adapter_with_base --val_manifest v.jsonl --max_steps 5".split()
+    )
+    assert options.optim.lr == 1e-3
+    assert options.lora.lora_targets == ("attention", "audio_mlp")
+    assert options.optim.codebook_weights == (2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    assert options.run.merge_adapter_with_base
+    assert given == {"lr", "lora_targets", "codebook_weights", "merge_adapter_with_base", "val_manifest", "max_steps"}
+
+
+def test_every_option_is_described() -> None:
+    for group in dataclasses.fields(TrainOptions):
+        for option in dataclasses.fields(getattr(TrainOptions(), group.name)):
+            assert len(option.metadata["help"]) > 10, option.name
+
+
+def test_all_bad_options_at_once() -> None:
+    bad = {
+        "lr": -1.0, "batch_size": 0, "lora_dropout": 1.0, "val_split": -0.1, "max_steps": 0, "warmup_ratio": 2.0,
+        "max_seq_len": 0, "max_clip_s": 0.0, "num_workers": 0, "bucket_size": 0, "max_tokens_per_batch": 0,
+        "max_grad_norm": float("nan"), "text_loss_weight": 0.0, "audio_loss_weight": 0.0,
+        "codebook_weights": (0.0,) * 8,
+    }  # fmt: skip
+    problems = check_options(TrainOptions().replace(**bad))
+    for name in bad:
+        assert any(f"--{name} " in problem for problem in problems), name
+    assert len(problems) == len(bad) - 1  # the two loss weights are one problem
+    assert check_options(TrainOptions()) == []
+
+
+@pytest.mark.parametrize("script", ["train.py", "prepare.py", "merge.py", "generate.py"])
+def test_help_imports_no_torch(script: str) -> None:
+    code = (
+        f"import runpy, sys; sys.argv = ['{script}', '--help']\n"
+        f"try: runpy.run_path(r'{PROJECT / 'launch' / script}', run_name='__main__')\n"
+        "except SystemExit as error: assert error.code == 0\n"
+        "assert not {'torch', 'deepspeed', 'transformers'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--" in done.stdout
+
+
+def test_prepare_takes_the_options_of_training() -> None:
+    data, model, how = parse_prepare_options("--train_manifest m --base_ckpt b --check_only --shard 1/4".split())
+    assert (data.train_manifest, data.val_split, model.base_ckpt) == (Path("m"), 0.05, "b")
+    assert how == PrepareOptions(check_only=True, shard="1/4")
+
+
+@pytest.mark.parametrize("text", ["4/4", "1", "-1/2", "1/2/3", "a/b", "0/0", ""])
+def test_bad_shards(text: str) -> None:
+    assert parse_shard("3/4") == (3, 4)
+    with pytest.raises(InputError, match="must be I/N"):
+        parse_shard(text)
+
+
+def test_unknown_option_ends_with_2() -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_train_options(["--learning_rate", "1"])
+    assert caught.value.code == 2

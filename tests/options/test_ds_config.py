@@ -1,0 +1,143 @@
+"""DeepSpeed files: every key known or refused, every value agreeing with the options or an error with its line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PROJECT
+
+from higgs_ds.common.errors import InputError
+from higgs_ds.options.ds_config import AUTO_ZERO_SETTINGS, KNOWN_KEYS, read_ds_config, resolve
+from higgs_ds.options.train import TrainOptions
+
+SHIPPED = sorted((PROJECT / "ds_configs").glob("*.json"))
+
+
+def write(path: Path, values: Any) -> Path:
+    path.write_text(json.dumps(values, indent=2))
+    return path
+
+
+def problems_of(path: Path) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        read_ds_config(path)
+    return caught.value.problems
+
+
+def test_known_keys_are_deepspeeds() -> None:
+    from deepspeed.runtime import constants
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    aliases = {field.alias for field in fields.values()}
+    assert KNOWN_KEYS["zero_optimization"].keys() <= fields.keys() | aliases
+    assert AUTO_ZERO_SETTINGS.keys() <= KNOWN_KEYS["zero_optimization"].keys()
+    top = {value for value in vars(constants).values() if isinstance(value, str)}
+    elsewhere = {"bf16", "fp16", "zero_optimization", "activation_checkpointing"}
+    assert KNOWN_KEYS.keys() - elsewhere <= top
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_resolve(path: Path) -> None:
+    settings, options = resolve(read_ds_config(path), TrainOptions(), set(), world_size=3)
+    assert "auto" not in json.dumps(settings)
+    assert options == TrainOptions()
+    assert settings["train_batch_size"] == 2 * 8 * 3
+    assert settings["bf16"]["enabled"] is True
+    assert settings["zero_optimization"].get("reduce_bucket_size", 0) <= 20_000_000
+
+
+def test_all_faults_of_a_file_at_once(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "ds.json",
+        {
+            "gradient_clippping": 1.0,
+            "scheduler": {"type": "WarmupLR"},
+            "fp16": {"enabled": True},
+            "optimizer": {"type": "Lamb"},
+            "zero_optimization": {
+                "stage": 2,
+                "reduce_bucket_sise": 5,
+                "offload_param": {"device": "cpu"},
+                "offload_optimizer": {"device": "nvme"},
+            },
+        },
+    )
+    lines = path.read_text().split("\n")
+
+    def at(key: str) -> str:
+        return f"{path}:{next(i for i, line in enumerate(lines, start=1) if key in line)}: "
+
+    found = problems_of(path)
+    expected = [
+        (at("clippping") + "gradient_clippping: is not an option of this trainer; did you mean 'gradient_clipping'?"),
+        (at("scheduler") + "scheduler: the learning rate schedule comes from --lr_scheduler_type"),
+        (
+            at("bucket_sise")
+            + "zero_optimization.reduce_bucket_sise: is not an option of this trainer; did you mean 'redu"
+        ),
+        (at('"enabled"') + "fp16.enabled: True is not supported; training is in bf16 or fp32"),
+        (at("Lamb") + "optimizer.type: 'Lamb' is not supported"),
+        (at("nvme") + "zero_optimization.offload_optimizer.device: 'nvme' is not supported"),
+        (at("offload_param") + "zero_optimization.offload_param: needs stage 3, the stage is 2"),
+    ]
+    assert len(found) == len(expected)
+    for problem, start in zip(sorted(found), sorted(expected), strict=True):
+        assert problem.startswith(start)
+
+
+def test_file_overrules_defaults_but_not_what_was_given(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "ds.json",
+        {
+            "train_micro_batch_size_per_gpu": 4,
+            "gradient_accumulation_steps": 2,
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.001, "betas": [0.9, 0.999]}},
+            "bf16": {"enabled": False},
+            "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto"},
+        },
+    )
+    config = read_ds_config(path)
+    settings, options = resolve(config, TrainOptions(), set(), world_size=2)
+    assert (options.optim.batch_size, options.optim.grad_accum, options.optim.lr) == (4, 2, 0.001)
+    assert options.model.precision == "fp32"
+    assert settings["train_batch_size"] == 16
+    assert settings["zero_optimization"]["stage3_prefetch_bucket_size"] > 0
+    assert "optimizer" not in settings  # ours is handed over as an object
+
+    given = TrainOptions().replace(batch_size=1, lr=0.001)
+    with pytest.raises(InputError) as caught:
+        resolve(config, given, {"batch_size", "lr"}, world_size=2)
+    assert caught.value.problems == [
+        f"{path}:2: train_micro_batch_size_per_gpu is 4, but --batch_size is 1: remove one of them"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"train_batch_size": 10}, "train_batch_size is 10, but 2 per rank x 8 accumulated x 2 ranks are 32"),
+        ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage: 'auto' is not supported"),
+        ({"zero_optimization": {"stage": 1, "overlap_comm": "auto"}}, 'overlap_comm: "auto" has no meaning here'),
+        ({"optimizer": {"params": {"betas": [0.8, 0.9]}}}, "optimizer.params.betas is [0.8, 0.9]; this trainer uses"),
+        ({"bf16": True}, "bf16: must be a section, is True"),
+    ],
+)
+def test_values_that_do_not_go(tmp_path: Path, values: dict[str, Any], expected: str) -> None:
+    path = write(tmp_path / "ds.json", values)
+    with pytest.raises(InputError) as caught:
+        resolve(read_ds_config(path), TrainOptions(), set(), world_size=2)
+    assert len(caught.value.problems) == 1
+    assert expected in caught.value.problems[0]
+
+
+def test_no_json_and_no_file(tmp_path: Path) -> None:
+    assert "cannot be read" in problems_of(tmp_path / "none.json")[0]
+    path = tmp_path / "ds.json"
+    path.write_text('{"a": 1,}')
+    assert "not JSON" in problems_of(path)[0]
+    path.write_text('{"steps_per_print": 1, "steps_per_print": 2}')
+    assert "given twice: steps_per_print" in problems_of(path)[0]

@@ -1,0 +1,105 @@
+"""report.html of a real run, in a browser: from disk, without a network, without a complaint."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+from conftest import play, read_metrics
+from launcher import train_runs
+
+from higgs_ds.options.train import TrainOptions
+from higgs_ds.reporting.report_page import write_report
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, ds_file: Callable[[int], Path]) -> Path:
+    folder = tmp_path_factory.mktemp("reported") / "my <voice>"
+    options = (
+        f"--deepspeed {ds_file(2)} --precision fp32 --train_manifest {mixed_manifest} --allow_text_targets "
+        "--val_split 0.34 --batch_size 1 --grad_accum 1 --max_steps 4 --log_steps 1 --val_steps 2 --save_steps 2 "
+        "--sample_steps 2"
+    )
+    train_runs(2, [[*options.split(), "--output_dir", str(folder)]], report=True)
+    return folder
+
+
+def test_page_of_a_run(run: Path, page: Any, tmp_path: Path) -> None:
+    page.goto((run / "report.html").as_uri())
+    assert page.locator("h1").inner_text() == "my <voice>"
+    assert "finished, at step 4 of 4" in page.locator("body").inner_text()
+    curves = page.locator("figure")
+    titles = [curves.nth(i).get_attribute("aria-label") for i in range(curves.count())]
+    assert titles[:5] == [
+        "loss", "text loss", "audio loss", "audio loss by codebook, training", "audio loss by codebook, validation",
+    ]  # fmt: skip
+    assert {"learning rate", "gradient norm", "tokens per second", "peak memory, GiB"} <= set(titles)
+    for i in range(curves.count()):
+        box = curves.nth(i).locator("svg").bounding_box()
+        assert box["width"] > 300
+        assert box["height"] > 150
+        # What matplotlib draws of the numbers: each line a path with as many points.
+        assert curves.nth(i).locator("g[id^=line2d] > path").count() > 0
+    last = {key: value for line in read_metrics(run) for key, value in line.items() if value is not None}
+    rows = dict(page.locator("#numbers tr").evaluate_all("rows => rows.map(r => [r.cells[0].innerText, r.innerText])"))
+    assert f"{last['train/audio_loss']:.4g}" in rows["audio_loss"]
+    assert f"{last['val/audio_loss']:.4g}" in rows["audio_loss"]
+    assert f"{last['grad_norm']:.4g}" in rows["grad_norm"]
+    links = page.locator("a").evaluate_all("links => links.map(link => link.getAttribute('href'))")
+    assert {"lora_adapters", "checkpoint-2", "checkpoint-4", "metrics.jsonl", "settings.json"} <= set(links)
+    assert all((run / link).exists() for link in links)
+    text = page.locator("body").inner_text()
+    assert "samples: 9" in text  # of the data
+    assert "--allow_text_targets True" in page.locator(".changed").all_inner_texts()
+    page.screenshot(path=tmp_path / "page.png", full_page=True)
+    assert (tmp_path / "page.png").stat().st_size > 50_000
+
+
+def test_what_was_said_plays(run: Path, page: Any) -> None:
+    """Reference and samples of each prompt, from within the page, although a random model says little."""
+    page.goto((run / "report.html").as_uri())
+    words = json.loads((run / "samples" / "prompts.json").read_text())
+    table = page.locator("#samples")
+    assert table.locator("th").all_inner_texts() == words
+    players = table.locator("audio")
+    written = list((run / "samples").rglob("*.wav"))
+    assert players.count() == len(written) >= len(words)
+    names = table.locator("td:first-child").all_inner_texts()
+    assert names.count("reference") == len(words)
+    for i in range(players.count()):
+        length = play(players.nth(i))
+        assert 0 < length[0] <= length[1]
+    durations = sorted(soundfile.info(path).duration for path in written)
+    played = sorted(players.evaluate_all("players => players.map(player => player.duration)"))
+    assert played == pytest.approx(durations, abs=0.02)
+
+
+def test_a_thousand_steps(tmp_path: Path, page: Any) -> None:
+    """Each of them logged, every tenth with a validation: below 5 MB, and drawn."""
+    lines = []
+    for step in range(1, 1001):
+        values = {"loss": math.exp(-step / 300), "text_loss": 0.1, "audio_loss": None if step < 5 else 2 / step}
+        values |= {f"audio_loss/cb{k}": k + math.exp(-step / 300) for k in range(8)} | {"text_accuracy": step / 1000}
+        line = {"step": step, "epoch": step / 500, "lr": 1e-4 * step, "grad_norm": 0.0 if step == 3 else 1.0}
+        lines.append(line | {f"train/{name}": value for name, value in values.items()})
+        if step % 10 == 0:
+            lines.append({"step": step, "epoch": step / 500} | {f"val/{name}": value for name, value in values.items()})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "settings.json").write_text(json.dumps(TrainOptions().flat()))
+    path = write_report(tmp_path)
+    assert path.stat().st_size < 5e6
+    page.goto(path.as_uri())
+    assert "running or interrupted, at step 1000" in page.locator("body").inner_text()
+    assert page.locator("figure svg").count() == 8
+
+
+def test_before_the_first_numbers(tmp_path: Path, page: Any) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "settings.json").write_text(json.dumps(TrainOptions().flat()))
+    page.goto(write_report(tmp_path).as_uri())
+    assert page.locator("figure").count() == 0
