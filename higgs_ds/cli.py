@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from higgs_ds.common.errors import EXIT_BAD_INPUT, exit_code_of
 from higgs_ds.options import command_line
+from higgs_ds.options.parser import meant_option
 
 PROGRAM = "higgs-ds"
 
@@ -131,7 +132,7 @@ def main() -> NoReturn:
     if name in ("-h", "--help"):
         print(_help())
         sys.exit()
-    print(f"error: {name}: no such command\n{_help()}", file=sys.stderr)
+    print(f"error: {name}: no such command{meant_option(name, list(COMMANDS))}\n{_help()}", file=sys.stderr)
     sys.exit(EXIT_BAD_INPUT)
 
 

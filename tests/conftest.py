@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -191,6 +192,14 @@ def native_inputs(batch: Any, audio_token_id: int) -> dict[str, Any]:
         "audio_input_ids": batch.codes[None],
         "audio_input_ids_mask": torch.ones(1, num_rows, dtype=torch.bool),
     }
+
+
+def processor_in(folder: Path) -> Any:
+    """transformers' processor of a model folder that brings its codec along, which it names relative to itself."""
+    from transformers import AutoProcessor
+
+    with contextlib.chdir(folder):
+        return AutoProcessor.from_pretrained(".")
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:

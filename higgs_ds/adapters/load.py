@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from higgs_ds.adapters.save import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DIGEST_KEY, PARTS_KEY, QUANTIZATION_KEY, digest
 from higgs_ds.common.errors import InputError
+from higgs_ds.common.resources import command
 from higgs_ds.common.run_files import ADAPTER_FOLDER, TRAINED_FOLDER
 from higgs_ds.model import nf4
 from higgs_ds.model.layouts import native_name
@@ -192,7 +193,7 @@ def _no_adapter(folder: Path) -> str:
     near = sorted({path.parent for parent in (folder, folder.parent) for path in _adapters_below(parent)})
     where = "; adapters nearby: " + ", ".join(map(str, near)) if near else ""
     if (folder / TRAINED_FOLDER).is_dir():
-        return f"{folder}: is a checkpoint of full fine-tuning, and no adapter; launch/export.py makes a model of it"
+        return f"{folder}: is a checkpoint of full fine-tuning, and no adapter; {command('export')} makes a model of it"
     if folder.name.startswith("checkpoint-"):
         return (
             f"{folder}: is a checkpoint directory, for going on with training (--resume), and no adapter; give the "

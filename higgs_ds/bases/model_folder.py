@@ -43,9 +43,9 @@ def model_folder(
 ) -> Iterator[Path]:
     """Where a native model's weights are to be written, beside a base's other files; it becomes `output_folder`."""
     with saving(output_folder), (replaced_folder if overwrite else new_folder)(output_folder) as folder:
-        native, within = (folder, Path()) if export_layout == NATIVE else (folder / NATIVE, Path(NATIVE))
+        native = folder if export_layout == NATIVE else folder / NATIVE
         native.mkdir(exist_ok=True)
-        _copy_companion_files(base_folder, native, output_folder / within, codec_folder)
+        _copy_companion_files(base_folder, native, codec_folder)
         yield native
         if export_layout != NATIVE:
             rewrite(native, folder / ORIGINAL, ORIGINAL, "merged model")
@@ -117,18 +117,21 @@ def check_layout(parts: Parts, export_layout: str) -> None:
         )
 
 
-def _copy_companion_files(base_folder: Path, folder: Path, final_folder: Path, codec_folder: Path | None) -> None:
-    """Copy everything of the base but its weights, and the codec where that is a folder on this machine."""
+def _copy_companion_files(base_folder: Path, folder: Path, codec_folder: Path | None) -> None:
+    """Copy everything of the base but its weights, and the codec where that is a folder on this machine.
+
+    A copied codec is named relative to the model's folder, which may be moved or uploaded.
+    """
     for path in companion_files(base_folder):
         shutil.copy(path, folder)
     if not (folder / PROCESSOR_CONFIG).is_file():
         return
     config = json.loads((folder / PROCESSOR_CONFIG).read_text(encoding="utf-8"))
     reference = config.get("audio_tokenizer") or {}
-    codec = codec_folder or base_folder / CODEC_SUBFOLDER
-    if not codec.is_dir():
-        codec = Path(reference.get("audio_tokenizer_name_or_path") or "")
-    if codec.is_absolute() and codec.is_dir():
+    named = Path(reference.get("audio_tokenizer_name_or_path") or "")
+    candidates = [codec_folder, base_folder / CODEC_SUBFOLDER, named if named.is_absolute() else None]
+    codec = next((candidate for candidate in candidates if candidate is not None and candidate.is_dir()), None)
+    if codec is not None:
         shutil.copytree(codec, folder / CODEC_SUBFOLDER)
-        reference["audio_tokenizer_name_or_path"] = str(final_folder.resolve() / CODEC_SUBFOLDER)
+        reference["audio_tokenizer_name_or_path"] = CODEC_SUBFOLDER
         write_json(folder / PROCESSOR_CONFIG, config)

@@ -29,7 +29,7 @@ from higgs_ds.checkpoints.folder import (
 from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.checkpoints.trained_weights import FACTS_FILE, read_trained
 from higgs_ds.common.errors import InputError
-from higgs_ds.common.resources import default_cache_dir
+from higgs_ds.common.resources import command, default_cache_dir
 from higgs_ds.common.run_files import ADAPTER_FOLDER, MOMENTS, STATE_FILE, TRAINED_FOLDER
 from higgs_ds.common.tensor_files import shard_files, weight_files, weight_shapes
 from higgs_ds.options.commands import InspectOptions
@@ -79,7 +79,7 @@ def find_adapters(options: InspectOptions) -> None:
     else:
         print("\n".join(line for one in found for line in one.lines()))
         if any(one.of_step is not None for one in found):
-            print("Merge one with launch/merge.py --lora_adapter_path; those of checkpoint-N are of earlier steps.")
+            print(f"Merge one with {command('merge')} --lora_adapter_path; those of checkpoint-N are of earlier steps.")
 
 
 def describe_adapter(folder: Path) -> FoundAdapter:
@@ -112,8 +112,8 @@ def _tips(folder: Path) -> list[str]:
     tips = [f"no adapter below {folder} (a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS})"]
     if any(_is_full_finetuning(run) for run in runs):
         tips.append(
-            "runs with --finetune full train no adapter: the model is in final_model/, and launch/export.py makes one "
-            "of a checkpoint-N"
+            "runs with --finetune full train no adapter: the model is in final_model/, and "
+            f"{command('export')} makes one of a checkpoint-N"
         )
     elif checkpoints or runs:
         tips.append(
@@ -122,7 +122,7 @@ def _tips(folder: Path) -> list[str]:
         )
     else:
         tips.append("adapters lie in OUTPUT_DIR/lora_adapters/, the output folder that training tells at its end")
-        tips.append(f"give a folder above it: python launch/find_lora_adapters.py {folder.resolve().parent}")
+        tips.append(f"give a folder above it: {command('find_lora_adapters')} {folder.resolve().parent}")
     return tips
 
 

@@ -10,9 +10,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from higgs_ds.common.errors import InputError
 
-# What a hub id stands for where no revision is given: its content was replaced by another once, and may be again.
+# The revision of a hub id where none is given: the content of these was replaced once, and may be again.
 PINNED = {
     "bosonai/higgs-audio-v2-generation-3B-base": "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84",
+    "bosonai/higgs-tts-2-3b-base": "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84",  # its name since April 2026
     "bosonai/higgs-audio-v2-tokenizer": "9d4988fbd4ad07b4cac3a5fa462741a41810dbec",
 }
 

@@ -19,6 +19,11 @@ DEFAULT_DS_CONFIG = DS_CONFIGS / "zero2.json"
 SAMPLE_MANIFEST = SAMPLES / "digits.jsonl"
 
 
+def command(name: str) -> str:
+    """How a command is called: by its script in a checkout, as a subcommand of `higgs-ds` once it is installed."""
+    return f"python launch/{name}.py" if (_PACKAGE.parent / "launch" / f"{name}.py").is_file() else f"higgs-ds {name}"
+
+
 def default_cache_dir() -> Path:
     """$HIGGS_DS_CACHE, or ~/.cache/higgs_ds."""
     return Path(os.environ.get("HIGGS_DS_CACHE") or Path.home() / ".cache" / "higgs_ds")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from higgs_ds.common.errors import InputError
+from higgs_ds.common.resources import DS_CONFIGS
 from higgs_ds.options.train import TrainOptions
 
 AUTO = "auto"
@@ -103,8 +104,19 @@ class DsConfig:
         return f"{self.path}:{self.text.count(chr(10), 0, position) + 1}: {'.'.join(keys)}"
 
 
+def _find(path: Path) -> Path:
+    """The file of that path; where there is none, the project's own for NAME.json and ds_configs/NAME.json."""
+    own = DS_CONFIGS / path.name
+    is_named_so = path.parent in (Path(), Path(DS_CONFIGS.name))
+    return own if is_named_so and not path.exists() and own.is_file() else path
+
+
 def read_ds_config(path: Path) -> DsConfig:
-    """Read a DeepSpeed JSON file. Raises InputError with every problem, each with its line."""
+    """Read a DeepSpeed JSON file, the user's or one of the project's own.
+
+    Raises InputError with every problem, each with its line.
+    """
+    path = _find(path)
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text, object_pairs_hook=_no_duplicates)

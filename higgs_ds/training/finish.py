@@ -12,6 +12,7 @@ from higgs_ds.common import distributed
 from higgs_ds.common.console import say, warn
 from higgs_ds.common.errors import HiggsError, MergeError
 from higgs_ds.common.files import replaced_folder
+from higgs_ds.common.resources import command
 from higgs_ds.common.run_files import ADAPTER_COPY, ADAPTER_FOLDER, FINAL_MODEL, MERGED_MODEL
 from higgs_ds.reporting.publish import card_facts, upload, write_card
 from higgs_ds.reporting.report_page import REPORT_FILE, Reporter
@@ -52,7 +53,7 @@ def _report_adapters(run: Run) -> None:
     adapters = run.output_dir / ADAPTER_FOLDER
     say(f"LoRA adapters: {adapters}")
     say(
-        f"Merge them: python launch/merge.py --base_model_path {run.bundle.name} "
+        f"Merge them: {command('merge')} --base_model_path {run.bundle.name} "
         f"--lora_adapter_path {adapters} --output_path MERGED"
     )
     say(f"Give the merger {adapters}, not a checkpoint-N directory: those are for --resume.")
@@ -65,7 +66,7 @@ def make_complete_model(run: Run) -> None:
     """
     checkpoint, final = checkpoint_folder(run.output_dir, run.state.step), run.output_dir / FINAL_MODEL
     by_hand = (
-        f"python launch/export.py --base_model_path {run.bundle.name} --checkpoint_path {run.output_dir}/checkpoint-N "
+        f"{command('export')} --base_model_path {run.bundle.name} --checkpoint_path {run.output_dir}/checkpoint-N "
         f"--output_path MODEL --export_layout {run.options.run.export_layout}"
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT
+from conftest import PROJECT, processor_in
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
@@ -160,14 +160,33 @@ def test_merged_model_is_complete(base: Path, adapter: Path, tmp_path: Path) -> 
     (lost / "base" / "processor_config.json").write_text(json.dumps(config))
     merge(lost / "base", adapter, tmp_path / "merged")
     shutil.rmtree(lost)
-    processor = AutoProcessor.from_pretrained(tmp_path / "merged")
+    processor = processor_in(tmp_path / "merged")
     assert processor.chat_template == AutoProcessor.from_pretrained(base).chat_template
     assert processor.audio_tokenizer.config.num_quantizers == 8
     assert processor.tokenizer.get_vocab() == AutoProcessor.from_pretrained(base).tokenizer.get_vocab()
     assert load(tmp_path / "merged").generation_config.max_new_tokens == 750
     again = tmp_path / "again"
     merge(tmp_path / "merged", adapter, again)  # a merged model is a base like any other
-    assert AutoProcessor.from_pretrained(again).audio_tokenizer.name_or_path == str(again / "audio_tokenizer")
+    merged_codec, codec_again = (
+        load_file(where / "audio_tokenizer" / "model.safetensors") for where in (tmp_path / "merged", again)
+    )
+    assert all(codec_again[name].equal(tensor) for name, tensor in merged_codec.items())
+
+
+def test_a_moved_model_brings_its_codec_along(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Plain transformers gives the codes and the sound that the base's codec gives."""
+    merge(base, adapter, tmp_path / "merged")
+    moved = tmp_path / "elsewhere" / "voice"
+    moved.parent.mkdir()
+    (tmp_path / "merged").rename(moved)
+    assert not [path for path in moved.rglob("*.json") if str(tmp_path) in path.read_text()]
+    codec, expected = processor_in(moved).audio_tokenizer, AutoProcessor.from_pretrained(base).audio_tokenizer
+    waveform = torch.randn(1, 1, 24000, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        codes = expected.encode(waveform).audio_codes
+        assert codec.encode(waveform).audio_codes.equal(codes)
+        assert codec.decode(codes).audio_values.equal(expected.decode(codes).audio_values)
+    assert load(moved).config.num_codebooks == 8
 
 
 def refusal(base: Path, adapter: Path, output: Path) -> str:

@@ -32,7 +32,7 @@ DOCUMENTS = [
     *sorted(path for path in (PROJECT / "docs").glob("*.md") if path.name not in ("benchmarks.md", "log.md")),
 ]  # fmt: skip
 PROGRAMS = ("make", "source", "python", "deepspeed", "torchrun", "sbatch", "hf", "pip")
-BASE, CODEC = PINNED  # bosonai's repositories
+BASE, CODEC = "bosonai/higgs-audio-v2-generation-3B-base", "bosonai/higgs-audio-v2-tokenizer"
 # Commands that run whole elsewhere, with where that is, and a word that is to be found there.
 ELSEWHERE = {
     "make demo": (".ci/run", "make demo"),

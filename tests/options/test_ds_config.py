@@ -134,6 +134,17 @@ def test_values_that_do_not_go(tmp_path: Path, values: dict[str, Any], expected:
     assert expected in caught.value.problems[0]
 
 
+@pytest.mark.parametrize("given", ["zero3.json", "ds_configs/zero3.json"])
+def test_the_projects_own_files_need_no_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_ds_config(Path(given)).values["zero_optimization"]["stage"] == 3
+    Path(given).parent.mkdir(exist_ok=True)
+    Path(given).write_text('{"zero_optimization": {"stage": 1}}')
+    assert read_ds_config(Path(given)).values == {"zero_optimization": {"stage": 1}}  # the user's own comes first
+    with pytest.raises(InputError, match=f"--deepspeed other/{Path(given).name}: cannot be read"):
+        read_ds_config(Path("other") / Path(given).name)
+
+
 def test_no_json_and_no_file(tmp_path: Path) -> None:
     assert "cannot be read" in problems_of(tmp_path / "none.json")[0]
     path = tmp_path / "ds.json"

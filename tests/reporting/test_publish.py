@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import PROJECT
+from conftest import PROJECT, processor_in
 from hub_server import TOKEN, Hub, local_hub
 from launcher import RANDOM, free_port, rank_environment
+from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgs_ds.options.checks import check_options
 from higgs_ds.options.train import TrainOptions
@@ -89,6 +90,14 @@ def test_the_merged_model(train: Train, hub: Hub, tmp_path: Path) -> None:
     header, text = card_of(files)
     assert header["library_name"] == "transformers"
     assert "HiggsAudioV2ForConditionalGeneration.from_pretrained" in text
+    # Downloaded again, it is whole without this machine's folders.
+    shutil.rmtree(tmp_path / "run")
+    downloaded = tmp_path / "downloaded"
+    for name, content in files.items():
+        (downloaded / name).parent.mkdir(parents=True, exist_ok=True)
+        (downloaded / name).write_bytes(content)
+    assert processor_in(downloaded).audio_tokenizer.config.num_quantizers == 8
+    assert HiggsAudioV2ForConditionalGeneration.from_pretrained(downloaded).config.num_codebooks == 8
 
 
 def test_the_complete_model(train: Train, hub: Hub, tmp_path: Path) -> None:
