@@ -1,4 +1,4 @@
-# One's own Python may be named: make demo PYTHON=python3.12
+# To use another Python: make demo PYTHON=python3.12
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
@@ -6,12 +6,12 @@ HELD_OUT := --test_manifest samples/digits_held_out.jsonl --recognizer pocketsph
 
 .PHONY: demo test chaos lint types format install clean
 
-# In float32, because bf16 matmuls take thirty times as long on a CPU without instructions for them.
-demo: install ## give the built-in base a voice that it has never spoken, and say in numbers what changed
+# In float32, because bf16 matmuls take thirty times as long on a CPU without bf16 instructions.
+demo: install ## train the built-in base on a voice that is new to it, and print what changed in numbers
 	$(BIN)/python launch/evaluate.py $(HELD_OUT) --output_dir $(DEMO)/before
 	$(BIN)/deepspeed launch/train.py --deepspeed ds_configs/zero2.json --output_dir $(DEMO) \
-	  --val_split 0 --batch_size 8 --grad_accum 1 --max_steps 200 --lr 4e-3 --precision fp32 --log_steps 50 \
-	  --lora_targets audio_mlp --lora_r 64 --lora_alpha 128 --lora_dropout 0.2 --codebook_weights 4 2 1 .2 .2 .2 .2 .2 \
+	  --val_split 0 --batch_size 8 --grad_accum 1 --max_steps 120 --lr 6e-3 --precision fp32 --log_steps 50 \
+	  --lora_targets audio_mlp --lora_r 64 --lora_alpha 128 --lora_dropout 0.1 --codebook_weights 4 2 1 .2 .2 .2 .2 .2 \
 	  --merge_adapter_with_base
 	$(BIN)/python launch/evaluate.py $(HELD_OUT) --base_model_path $(DEMO)/merged_model --output_dir $(DEMO)/after \
 	  --compare_with $(DEMO)/before/evaluation.json
@@ -23,13 +23,13 @@ demo: install ## give the built-in base a voice that it has never spoken, and sa
 	@echo "  after:       $(DEMO)/after/0.wav to 23.wav"
 	@echo "  reference:   $(DEMO)/after/reference/0.wav to 23.wav"
 
-# In pyproject.toml's order, so that no process is left with a long file at the end.
-test: install ## all tests; those that need a GPU or a missing system package are skipped, by name
+# Files run in the order of pyproject.toml, so that no process is left with a long file at the end.
+test: install ## run all tests; those that need a GPU or a missing system package are skipped and listed by name
 	$(BIN)/python -m pytest -ra -n 2 --dist loadfile --no-loadscope-reorder --durations 40
 
 KILLS ?= 100
 SEED ?= 1
-chaos: install ## kill short runs KILLS times at random moments (10 min), and compare what they end with
+chaos: install ## kill short runs KILLS times at random moments (10 min), and compare their results
 	$(BIN)/python tests/chaos.py outputs/chaos-$(shell date +%Y%m%d-%H%M%S) $(KILLS) $(SEED)
 
 lint: install
@@ -43,11 +43,11 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-install: $(BIN)/.installed ## .venv in this folder, with everything that is needed
+install: $(BIN)/.installed ## create .venv in this folder, with all dependencies
 
 $(BIN)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "Python 3.10 or newer is needed, $(PYTHON) is older; name one: make PYTHON=python3.12"; exit 2; }
+	  { echo "$(PYTHON) is too old: Python 3.10 or newer is needed; choose one with make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .

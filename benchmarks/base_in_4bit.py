@@ -1,7 +1,7 @@
 """Peak memory of loading a base in 4 bits and of merging an adapter into it: python benchmarks/base_in_4bit.py [--json]
 
-Writes a random base of 2 GiB in shards of 256 MiB and an adapter on all targets, then runs each part in a process of
-its own and asks the operating system for its peak resident memory (VmHWM, mapped files included).
+Writes a random base of 2 GiB in shards of 256 MiB and an adapter on all targets. Each part then runs in its own
+process, whose peak resident memory is read from the operating system (VmHWM, mapped files included).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ SHARD_BYTES = 256 * 2**20
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--folder", type=Path, help="where 9 GiB are written (default: a temporary one)")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # what a child process is to do
+    parser.add_argument("--folder", type=Path, help="folder to write 9 GiB to (default: a temporary one)")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # the part that a child process runs
     args = parser.parse_args()
     if args.part:
         run_part(args.part, args.folder)
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Sizes in GiB, and peak and time of each part."""
+    """Return the sizes in GiB, and the peak memory and time of each part."""
     results: dict[str, Any] = write_base(folder / "base", GEOMETRY, "bf16", SHARD_BYTES)
     write_adapter(folder / "base", folder / "adapter")
     for part in PARTS:
@@ -59,7 +59,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def write_adapter(base: Path, folder: Path, load_in_4bit: bool = True) -> None:
-    """An adapter of rank 16 on all targets, as a run on this base, in 4 bits or in 16, would have left it."""
+    """Write an adapter of rank 16 on all targets, as a run on this base in 4 or 16 bits would save it."""
     import torch
     from peft import LoraConfig
 
@@ -79,7 +79,7 @@ def write_adapter(base: Path, folder: Path, load_in_4bit: bool = True) -> None:
 
 
 def run_part(part: str, folder: Path) -> None:
-    """One part in this process; prints its peak."""
+    """Run one part in this process and print its peak memory and time as JSON."""
     import torch
 
     from higgs_ds.adapters import merge
@@ -102,7 +102,7 @@ def run_part(part: str, folder: Path) -> None:
 
 
 def model_bytes(model: object) -> int:
-    """Bytes of all weights and of the scales of those in 4 bits."""
+    """Return the bytes of all weights and of the scales of the 4-bit ones."""
     from bitsandbytes.nn import Linear4bit
 
     states = [m.weight.quant_state for m in model.modules() if isinstance(m, Linear4bit)]  # type: ignore[attr-defined]
@@ -111,7 +111,7 @@ def model_bytes(model: object) -> int:
 
 
 def peak_gib() -> float:
-    """This process's peak resident memory, as Linux tells it."""
+    """Return this process's peak resident memory in GiB, as reported by Linux."""
     status = Path(f"/proc/{os.getpid()}/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 

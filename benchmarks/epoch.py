@@ -1,10 +1,11 @@
-"""A whole epoch over clips of many lengths, here and with transformers' Trainer and PEFT on the native model.
+"""One epoch over clips of many lengths: this project against transformers' Trainer and PEFT on the native model.
 
     python benchmarks/epoch.py [--precision bf16|fp32] [--clips 64] [--batch_size 4] [--pairs 3] [--json]
 
-Clips are as long as speech: log-normal, 5 s in the middle, sigma 0.6, from 1 to 20 s; text in front of each, 40 tokens
-and 4 a second. Codes are cached for both. Ours sorts by length and makes batches ahead, as launch/train.py does; the
-Trainer shuffles and pads, as it does unless it is told otherwise. Timed from the first step's begin to the last's end.
+Clip lengths are those of speech: log-normal, median 5 s, sigma 0.6, from 1 to 20 s. The text before each clip has 40
+tokens plus 4 per second of audio. Codes are cached for both sides. This project sorts by length and prepares batches
+ahead, as launch/train.py does; the Trainer shuffles and pads, as by default. The time is measured from the start of the
+first step to the end of the last.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=3, help="how often each of the two runs")
+    parser.add_argument("--pairs", type=int, default=3, help="number of runs of each side")
     sides.add_geometry(parser)
-    parser.add_argument("--part", choices=(OURS, TRAINER), help=argparse.SUPPRESS)  # what a child process is to do
+    parser.add_argument("--part", choices=(OURS, TRAINER), help=argparse.SUPPRESS)  # the side that a child process runs
     args = parser.parse_args()
     if args.part:
         print(json.dumps({"epoch_s": {OURS: run_ours, TRAINER: run_trainer}[args.part](args)}))
@@ -55,7 +56,7 @@ def main() -> None:
 
 
 def seconds(clips: int) -> np.ndarray:
-    """Lengths of the clips."""
+    """Return the lengths of the clips in seconds."""
     return np.random.default_rng(0).lognormal(np.log(5), 0.6, clips).clip(1, 20)
 
 
@@ -71,11 +72,11 @@ def run_ours(args: argparse.Namespace) -> float:
     from higgs_ds.common import distributed
 
     times: list[float] = []
-    distributed.run_ranks(lambda: times.append(_ours(args)))
+    distributed.run_ranks(lambda: times.append(_train_ours(args)))
     return times[0]
 
 
-def _ours(args: argparse.Namespace) -> float:
+def _train_ours(args: argparse.Namespace) -> float:
     from higgs_ds.data.collate import collate
     from higgs_ds.data.prefetch import prefetched
     from higgs_ds.data.sampler import Window, WindowSampler
@@ -91,10 +92,10 @@ def _ours(args: argparse.Namespace) -> float:
     with tempfile.TemporaryDirectory() as folder:
         sides.write_base(Path(folder), sides.geometry(args), args.precision)
         engine = sides.our_engine(Path(folder), args.precision, False, None, args.batch_size, sides.Meter(False, 0))
-        begun = time.perf_counter()
-        for _, made in prefetched(sampler.windows(0, sampler.num_steps(1)), batches):
-            engine.train_step(made)
-        return time.perf_counter() - begun
+        started = time.perf_counter()
+        for _, micro_batches in prefetched(sampler.windows(0, sampler.num_steps(1)), batches):
+            engine.train_step(micro_batches)
+        return time.perf_counter() - started
 
 
 def run_trainer(args: argparse.Namespace) -> float:
@@ -111,7 +112,7 @@ def run_trainer(args: argparse.Namespace) -> float:
 
 
 class Steps(sides.Meter):
-    """When the first step began and the last one ended."""
+    """Record when the first step starts and when the last one ends."""
 
     def __init__(self) -> None:
         super().__init__(memory=False, warmup=0)

@@ -2,9 +2,9 @@
 
     python benchmarks/long_run.py [--steps 2000] [--json]
 
-Resident memory (VmRSS) is read twenty times a second from outside; a step's is the highest while it was the last one
-logged, every tenth being logged. Steps before --settled are left out: a run starts with imports, a first validation and
-a first checkpoint. The batches' lengths change all the time, as the sample voices do.
+Resident memory (VmRSS) is read twenty times a second from outside the process. Every tenth step is logged; its memory
+is the highest value read while it was the newest logged step. Steps before --settled are left out, because a run starts
+with imports, a first validation and a first checkpoint. Batch lengths vary throughout, as the sample voices do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MIB = 2**20
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--settled", type=int, default=200, help="the first step that counts")
+    parser.add_argument("--settled", type=int, default=200, help="first step that is evaluated")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         peaks, lines = watch(train(Path(folder), args.steps), Path(folder) / "metrics.jsonl")
@@ -46,7 +46,7 @@ def main() -> None:
                         "last_third": round(statistics.median(times[-third:]), 4)},
     }  # fmt: skip
     print(f"resident: {result['lowest_mib']} to {result['highest_mib']} MiB from step {args.settled} on")
-    print(f"the last tenth of the steps over the first: {result['last_over_first_tenth']}")
+    print(f"last tenth of the steps / first tenth: {result['last_over_first_tenth']}")
     print(f"step time: {result['step_time_s']}")
     report(args, "long_run", result)
 
@@ -62,12 +62,12 @@ def train(folder: Path, steps: int) -> subprocess.Popen[bytes]:
 
 
 def watch(run: subprocess.Popen[bytes], metrics: Path) -> tuple[dict[int, float], list[dict[str, float]]]:
-    """The highest resident memory, in MiB, while a step was the last one logged, by step; and the log."""
+    """Return the highest resident memory in MiB while each step was the newest logged one, by step; and the log."""
     peaks: dict[int, float] = {}
-    process, step, seen = psutil.Process(run.pid), 0, 0
+    process, step, size_read = psutil.Process(run.pid), 0, 0
     while run.poll() is None:
-        if metrics.is_file() and metrics.stat().st_size != seen:
-            seen = metrics.stat().st_size
+        if metrics.is_file() and metrics.stat().st_size != size_read:
+            size_read = metrics.stat().st_size
             step = json.loads(metrics.read_text().rpartition("\n")[0].splitlines()[-1])["step"]
         try:
             peaks[step] = max(peaks.get(step, 0), process.memory_info().rss / MIB)
@@ -75,12 +75,12 @@ def watch(run: subprocess.Popen[bytes], metrics: Path) -> tuple[dict[int, float]
             break
         time.sleep(0.05)
     if run.wait():
-        raise SystemExit(f"training ended with {run.returncode}")
+        raise SystemExit(f"training failed with exit code {run.returncode}")
     return peaks, [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
 def growth(peaks: dict[int, float]) -> float:
-    """The median of the last tenth over that of the first."""
+    """Return the median memory of the last tenth of the steps divided by that of the first tenth."""
     in_order = [peaks[step] for step in sorted(peaks)]
     tenth = max(1, len(in_order) // 10)
     return statistics.median(in_order[-tenth:]) / statistics.median(in_order[:tenth])

@@ -1,9 +1,9 @@
-"""Check and index a large manifest: time and peak memory, the first time and when nothing has changed.
+"""Check and index a large manifest: time and peak memory of the first run, and of a second run with nothing new.
 
     python benchmarks/manifest.py [--lines 1000000] [--stretches 24] [--json]
 
-The lines are conversations of their own; their audio is drawn from `--stretches` different parts of the sample voices,
-which are encoded before the clock starts.
+Every line is a different conversation. Its audio is one of `--stretches` segments of the sample voices, which are
+encoded before the timing starts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def write_manifest(path: Path, lines: int, stretches: int) -> None:
 
 
 def prepare(manifest: Path, cache: Path) -> tuple[float, float]:
-    """Seconds and peak resident memory, in GiB, of one run of launch/prepare.py."""
+    """Run launch/prepare.py once; return its seconds and its peak resident memory in GiB."""
     command = [sys.executable, PROJECT / "launch" / "prepare.py", "--train_manifest", manifest, "--cache_dir", cache]
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -57,13 +57,13 @@ def prepare(manifest: Path, cache: Path) -> tuple[float, float]:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--lines", type=int, default=1_000_000)
-    parser.add_argument("--stretches", type=int, default=24, help="different stretches of audio among them")
+    parser.add_argument("--stretches", type=int, default=24, help="number of different audio segments in the lines")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         manifest, small, cache = Path(folder, "m.jsonl"), Path(folder, "small.jsonl"), Path(folder, "cache")
         write_manifest(small, 20 * args.stretches, args.stretches)
         write_manifest(manifest, args.lines, args.stretches)
-        prepare(small, cache)  # encodes
+        prepare(small, cache)  # encodes the audio
         startup_s, startup_gib = prepare(small, cache)
         first_s, first_gib = prepare(manifest, cache)
         again_s, again_gib = prepare(manifest, cache)

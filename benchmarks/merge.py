@@ -1,12 +1,12 @@
-"""Merging an adapter into its base here, against what a user would write with transformers and PEFT.
+"""Merge an adapter into its base: this project against what a user would write with transformers and PEFT.
 
     python benchmarks/merge.py [--repeats 3] [--layers 16] [--folder DIR] [--json]
 
-The base is random, in bf16 and in shards of 256 MiB; the adapter has rank 16 on all targets. Each merge has a process
-of its own, and all take turns: ours with its self-check, without it, and into the base as 4 bits hold it, for which
-PEFT has no counterpart; and PEFT's `merge_and_unload` between `from_pretrained` and `save_pretrained`. Seconds count
-from after the libraries' import; ours, unlike `save_pretrained`, end when the result is on the disk. Memory is the peak
-of what is resident (VmHWM), with libraries and mapped files.
+The base is random, in bf16 and in shards of 256 MiB; the adapter has rank 16 on all targets. Each merge runs in its own
+process, and the kinds take turns: this project's with its self-check, without it, and into the dequantized 4-bit base,
+for which PEFT has no counterpart; and PEFT's `merge_and_unload` between `from_pretrained` and `save_pretrained`. Timing
+starts after the libraries are imported. This project's time ends when the result is on disk; `save_pretrained` does not
+wait for that. Memory is the peak resident memory (VmHWM), with libraries and mapped files.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ PARTS = (OURS, UNVERIFIED, DEQUANTIZED, PEFT)
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="how often each of them merges")
-    parser.add_argument("--layers", type=int, default=GEOMETRY["num_hidden_layers"], help="fewer for a quick try")
-    parser.add_argument("--folder", type=Path, help="where 11 GiB are written (default: a temporary one)")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # what a child process is to do
+    parser.add_argument("--repeats", type=int, default=3, help="number of merges of each kind")
+    parser.add_argument("--layers", type=int, default=GEOMETRY["num_hidden_layers"], help="use fewer for a quick try")
+    parser.add_argument("--folder", type=Path, help="folder to write 11 GiB to (default: a temporary one)")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # the merge that a child process runs
     args = parser.parse_args()
     if args.part:
         print(json.dumps(run_part(args.part, args.folder)))
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def compare(folder: Path, layers: int, repeats: int) -> dict[str, Any]:
-    """Medians over the repeats, their ratios, and how far the two results are apart."""
+    """Return medians over the repeats, their ratios, and the difference between the two results."""
     base = write_base(folder / "base", GEOMETRY | {"num_hidden_layers": layers}, "bf16", SHARD_BYTES)
     result: dict[str, Any] = {"layers": layers, "repeats": repeats, **base}
     write_adapter(folder / "base", folder / "adapter", load_in_4bit=False)
@@ -65,14 +65,14 @@ def compare(folder: Path, layers: int, repeats: int) -> dict[str, Any]:
 
 
 def fresh(part: str, folder: Path) -> dict[str, float]:
-    """One merge, while nothing that another one has written is still on its way to the disk."""
+    """Run one merge after everything that earlier ones wrote has reached the disk."""
     shutil.rmtree(folder / part, ignore_errors=True)
     os.sync()
     return child(__file__, [f"--part={part}", f"--folder={folder}"])
 
 
 def run_part(part: str, folder: Path) -> dict[str, float]:
-    """One merge in this process."""
+    """Run one merge in this process; return its time and memory."""
     work = with_peft(folder) if part == PEFT else with_ours(part, folder)
     result = {"libraries_gib": peak_gib()}
     started = time.perf_counter()
@@ -105,7 +105,7 @@ def with_peft(folder: Path) -> Callable[[], object]:
         base = HiggsAudioV2ForConditionalGeneration.from_pretrained(
             folder / "base",
             dtype=torch.bfloat16,
-            use_text_head=True,  # without it, the text head is not read, and is lost
+            use_text_head=True,  # without it, the text head is not loaded and is lost
         )
         PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().save_pretrained(folder / PEFT)
 
@@ -113,18 +113,18 @@ def with_peft(folder: Path) -> Callable[[], object]:
 
 
 def differences(ours: Path, theirs: Path) -> dict[str, Any]:
-    """All tensors of two models, a pair at a time."""
+    """Compare all tensors of two models, one pair at a time."""
     from higgs_ds.common.tensor_files import read_tensor, weight_locations
 
     places, their_places = weight_locations(ours), weight_locations(theirs)
     if places.keys() != their_places.keys():
-        raise SystemExit(f"not the same tensors: {sorted(places.keys() ^ their_places.keys())[:3]}")
+        raise SystemExit(f"tensors in only one of the results: {sorted(places.keys() ^ their_places.keys())[:3]}")
     numbers = differing = 0
     largest = 0.0
     for name, place in places.items():
         a, b = read_tensor(place, name), read_tensor(their_places[name], name)
         if a.dtype != b.dtype or a.shape != b.shape:
-            raise SystemExit(f"{name}: {a.dtype} {tuple(a.shape)} here, {b.dtype} {tuple(b.shape)} there")
+            raise SystemExit(f"{name}: {a.dtype} {tuple(a.shape)} here, {b.dtype} {tuple(b.shape)} in PEFT's")
         difference = (a.float() - b.float()).abs()
         numbers, differing = numbers + a.numel(), differing + int(difference.count_nonzero())
         largest = max(largest, float(difference.max()))

@@ -1,9 +1,9 @@
-"""Padding in batches by length, against shuffled batches of the same size.
+"""Padding in batches by length, compared with shuffled batches of the same size.
 
     python benchmarks/padding.py [--samples 20000] [--json]
 
-Durations are log-normal, as those of read speech: 5 s in the middle, sigma 0.6, at most 30 s. A sample takes 25 rows of
-codes a second, 9 more for the delay, and a prompt of 80 tokens.
+Durations are log-normal, like those of read speech: median 5 s, sigma 0.6, at most 30 s. A sample has 25 rows of codes
+per second, 9 more for the delay pattern, and a prompt of 80 tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from record import parser_of, report
 from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.options.train import OptimOptions
 
-LAYOUTS = [(2, 8, 1), (8, 1, 1), (16, 2, 8)]  # batch size, accumulation, ranks
+LAYOUTS = [(2, 8, 1), (8, 1, 1), (16, 2, 8)]  # batch size, gradient accumulation, ranks
 TOKENS = [2048, 4096, 8192]
 
 

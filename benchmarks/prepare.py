@@ -1,15 +1,16 @@
-"""Encoding audio once, ahead of training, against encoding it in the training process in every epoch.
+"""Encode audio once, ahead of training, against encoding it in the training process in every epoch.
 
     python benchmarks/prepare.py [--clips 24] [--epochs 3] [--codec released|builtin] [--json]
 
 Clips are noise in the rhythm of speech, as long as those of benchmarks/epoch.py. Ahead: launch/prepare.py as a user
-runs it, first on an empty cache, then on a full one; its start, which takes as long for many clips as for few, counts.
-In the loop: one process with as many threads as torch takes, which reads and encodes clip by clip in each epoch; its
-start does not count. The codec has the released one's geometry, or is the random base's, and random weights.
+runs it, first with an empty cache, then with a full one. Its startup is included; it takes the same time for many clips
+as for few. In the loop: one process with torch's default number of threads reads and encodes clip by clip in each
+epoch; its startup is not included. The codec has random weights, and the geometry of the released one or of the random
+base's.
 
-Ahead, a worker process is started for each 60 s of audio, at most one a core. The machine should be otherwise idle:
-torch's threads wait for one another, and lose far more than their share to other processes. An epoch on one thread is
-timed too; where that takes no longer than on all of them, the loop was not given its due.
+Ahead, one worker process is started for each 60 s of audio, at most one per core. The machine should be otherwise idle:
+torch's threads wait for one another, and lose far more than their share of time to other processes. An epoch on one
+thread is timed too; if it takes no longer than an epoch on all threads, the loop was slowed down by other processes.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--codec", choices=(RELEASED, BUILTIN), default=RELEASED, help="builtin: for a quick try")
-    parser.add_argument("--loop", type=Path, help=argparse.SUPPRESS)  # the folder that a child process is to read from
+    parser.add_argument("--codec", choices=(RELEASED, BUILTIN), default=RELEASED, help="use builtin for a quick try")
+    parser.add_argument("--loop", type=Path, help=argparse.SUPPRESS)  # the folder that a child process reads from
     args = parser.parse_args()
     if args.loop:
         print(json.dumps(run_loop(args.loop, args.epochs)))
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 def compare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Clips and seconds of audio a second of each, and total seconds of encoding over all epochs."""
+    """Return clips and seconds of audio per second for both, and the total seconds of encoding over all epochs."""
     write_codec(folder, args.codec)
     write_clips(folder, args.clips)
     audio_s = float(epoch.seconds(args.clips).sum())
@@ -87,7 +88,7 @@ def compare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_codec(folder: Path, kind: str) -> None:
-    """The random base, in the cache, where it is looked for; and the codec."""
+    """Write the random base to the cache, where launch/prepare.py expects it; and the codec."""
     import torch
     from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
@@ -97,19 +98,19 @@ def write_codec(folder: Path, kind: str) -> None:
     if kind == BUILTIN:
         (folder / "codec").symlink_to(base.parent / CODEC_NAME)
         return
-    # As in transformers' script that converts the released codec; where that leaves a default, so does this.
+    # Values of transformers' script that converts the released codec; where it keeps a default, so does this.
     ratios = [8, 5, 4, 2, 3]
     acoustic = {"model_type": "dac", "downsampling_ratios": ratios, "upsampling_ratios": ratios}
     config = HiggsAudioV2TokenizerConfig(target_bandwidths=[0.5, 1, 1.5, 2], acoustic_model_config=acoustic)
     torch.manual_seed(0)
     model = HiggsAudioV2TokenizerModel(config)
     for quantizer in model.quantizer.quantizers:
-        quantizer.codebook.embed.normal_()  # as made, the codebooks are zero, and every code is the same
+        quantizer.codebook.embed.normal_()  # they are initialized to zero, which makes every code the same
     model.save_pretrained(folder / "codec")
 
 
 def write_clips(folder: Path, count: int) -> None:
-    """Noise that falls by 6 dB an octave, four syllables a second, and a conversation of each."""
+    """Write clips of noise (falling by 6 dB per octave, four syllables per second) and a manifest of them."""
     import soundfile
 
     draw = np.random.default_rng(1)
@@ -127,7 +128,7 @@ def write_clips(folder: Path, count: int) -> None:
 
 
 def run_ahead(folder: Path) -> float:
-    """Seconds of launch/prepare.py, from its start to its end."""
+    """Return the seconds that launch/prepare.py takes, from its start to its end."""
     command: list[str | Path] = [sys.executable, PROJECT / "launch" / "prepare.py"]
     command += ["--base_ckpt", "tiny-random-base", "--train_manifest", folder / "clips.jsonl"]
     command += ["--cache_dir", folder / "cache", "--codec_ckpt", folder / "codec"]
@@ -137,7 +138,7 @@ def run_ahead(folder: Path) -> float:
 
 
 def run_loop(folder: Path, epochs: int) -> dict[str, float]:
-    """Encode all clips in each epoch, in this process; then read what was encoded ahead."""
+    """Encode all clips in each epoch in this process; then read the codes that were encoded ahead."""
     from higgs_ds.common.console import quiet_libraries
 
     quiet_libraries()
@@ -160,7 +161,7 @@ def run_loop(folder: Path, epochs: int) -> dict[str, float]:
         epochs_s.append(time.perf_counter() - began)
     one_thread_s = epochs_s.pop()
     cache = CodeCache(folder / "cache", codec_digest(folder / "codec"))
-    keys = [cache.key(clip) for clip in clips]  # training has them from the index
+    keys = [cache.key(clip) for clip in clips]  # training reads them from the index
     began = time.perf_counter()
     cached = [cache.load(key, len(codes[0])) for key in keys]
     return {
@@ -170,7 +171,8 @@ def run_loop(folder: Path, epochs: int) -> dict[str, float]:
         "one_thread_s": one_thread_s,
         "total_s": sum(epochs_s),
         "clips_differing": sum(
-            kept is None or not torch.equal(kept.codes.long(), own) for kept, own in zip(cached, codes, strict=True)
+            stored is None or not torch.equal(stored.codes.long(), encoded)
+            for stored, encoded in zip(cached, codes, strict=True)
         ),
     }
 

@@ -1,4 +1,4 @@
-"""What a benchmark prints last, and the dated file that it leaves with `--save`."""
+"""The last line that a benchmark prints, and the dated file that it writes with `--save`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
 
 
 def parser_of(doc: str) -> argparse.ArgumentParser:
-    """A parser with the options that all benchmarks have."""
+    """Return a parser with the options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--save", action="store_true", help="write the result to benchmarks/results/DATE-NAME.json")
     return parser
 
 
 def report(args: argparse.Namespace, name: str, result: dict[str, Any]) -> None:
-    """Print and save a result as the options say."""
+    """Save and print a result if the options ask for it."""
     if args.save:
         record = {
             "date": datetime.date.today().isoformat(),
@@ -42,7 +42,7 @@ def report(args: argparse.Namespace, name: str, result: dict[str, Any]) -> None:
 
 
 def hardware() -> str:
-    """The processor, its cores and memory, and the GPU if there is one."""
+    """Return the processor, its cores and memory, and the GPU if there is one."""
     import torch
 
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The two that are compared: this project's engine, and what a user would write with transformers' Trainer and PEFT.
+"""Both sides of a comparison: this project's engine, and what a user would write with transformers' Trainer and PEFT.
 
 Both get the same random weights, LoRA (rank 16 on all targets, no dropout), samples, precision and batches.
 """
@@ -20,18 +20,18 @@ from typing import Any
 LORA_R, LORA_ALPHA, LR = 16, 32, 1e-4
 OURS, TRAINER = "ours", "trainer"
 NUM_CODEBOOKS, CODEBOOK_SIZE, PAD_ID = 8, 1026, 1
-AUDIO_BOS, AUDIO_DELAY, AUDIO, AUDIO_EOS, TURN_END = 13, 14, 16, 12, 9  # any ids will do
+AUDIO_BOS, AUDIO_DELAY, AUDIO, AUDIO_EOS, TURN_END = 13, 14, 16, 12, 9  # any ids work
 
 
 def add_geometry(parser: argparse.ArgumentParser) -> None:
-    """Options of the random base."""
+    """Add the options for the geometry of the random base."""
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=128256)
 
 
 def geometry(args: argparse.Namespace) -> dict[str, Any]:
-    """A base's configuration: heads of 64, and an FFN of 8/3 of the hidden size."""
+    """Return the configuration of a base with heads of 64 and an FFN of 8/3 of the hidden size."""
     return {
         "hidden_size": args.hidden, "intermediate_size": args.hidden * 8 // 3 // 64 * 64,
         "num_hidden_layers": args.layers, "num_attention_heads": args.hidden // 64,
@@ -40,20 +40,20 @@ def geometry(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_base(folder: Path, values: dict[str, Any], precision: str, shard_bytes: int = 2**30) -> dict[str, Any]:
-    """Random weights of a native base, a shard at a time, made on the GPU if there is one.
+    """Write a native base with random weights, one shard at a time, drawn on the GPU if there is one.
 
-    `values` may be a whole config.json. Returns how large it is, and in how many files.
+    `values` may be a complete config.json. Returns the size of the base in GiB and the number of its files.
     """
     import torch
     from accelerate import init_empty_weights
     from safetensors.torch import save_file
     from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-    own = {
+    fixed = {
         "num_codebooks": NUM_CODEBOOKS, "codebook_size": CODEBOOK_SIZE, "audio_token_id": AUDIO,
         "audio_delay_token_id": AUDIO_DELAY, "audio_bos_token_id": AUDIO_BOS, "pad_token_id": PAD_ID,
     }  # fmt: skip
-    config = HiggsAudioV2Config.from_dict(values | own)
+    config = HiggsAudioV2Config.from_dict(values | fixed)
     dtype = torch_dtype(precision)
     with init_empty_weights():
         model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
@@ -90,7 +90,7 @@ def torch_dtype(precision: str) -> Any:
 
 
 def speech(num_text: int, num_frames: int, seed: int) -> Any:
-    """An encoded sample: a prompt of so many tokens, so many frames of codes, and an end."""
+    """Return an encoded sample: a prompt of `num_text` tokens, `num_frames` frames of codes, and the end tokens."""
     import torch
 
     from higgs_ds.data.collate import EncodedSample
@@ -114,7 +114,10 @@ def stream() -> Any:
 
 
 def our_engine(folder: Path, precision: str, four_bit: bool, every: int | None, batch_size: int, meter: Meter) -> Any:
-    """This project's engine with ds_configs/zero2.json, as launch/train.py starts it; `every` n-th layer recomputed."""
+    """Build this project's engine with ds_configs/zero2.json, as launch/train.py does.
+
+    With `every`, each `every`-th layer is recomputed.
+    """
     from higgs_ds.adapters.save import trained_parameters
     from higgs_ds.common.distributed import device, world_size
     from higgs_ds.model.higgs import DualLossModel, checkpoint_layers
@@ -143,7 +146,7 @@ def our_engine(folder: Path, precision: str, four_bit: bool, every: int | None, 
 def native_trainer(
     folder: Path, output: Path, precision: str, four_bit: bool, checkpointing: bool, meter: Meter, **arguments: Any
 ) -> Any:
-    """transformers' Trainer with PEFT and its defaults on the native model; give it `train_dataset` and train."""
+    """Build transformers' Trainer with PEFT and its defaults on the native model; `train_dataset` is required."""
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
@@ -192,14 +195,14 @@ def native_trainer(
 
 
 def touch(model: Any) -> None:
-    """Have all weights in memory, which a loader may have mapped from their files only."""
+    """Copy all weights into memory; a loader may only have mapped them from their files."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
 
 
 def native_sample(sample: Any) -> dict[str, Any]:
-    """An encoded sample as the native forward takes it, labels unshifted."""
+    """Return an encoded sample as inputs of the native forward, with unshifted labels."""
     import torch
 
     from higgs_ds.data.delay_pattern import apply_delay_pattern, delayed_labels
@@ -219,7 +222,7 @@ PADDING = {"input_ids": PAD_ID, "labels": -100, "audio_labels": -100}
 
 
 def pad(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Native samples of a batch, each tensor padded on the right to the longest."""
+    """Collate native samples; each tensor is padded on the right to the longest."""
     from torch.nn.utils.rnn import pad_sequence
 
     return {
@@ -229,10 +232,10 @@ def pad(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Meter:
-    """Seconds of each step after the first ones, or, where memory is asked for, the peak above the weights.
+    """Measure the seconds of each step after the warmup or, with `memory`, the peak above the weights.
 
-    On CPUs not both in one run: the profiler, which sees each of torch's allocations, takes time. Resident memory would
-    say little, as the C library keeps what is freed in small pieces.
+    On CPUs, one run cannot measure both: the profiler, which records each of torch's allocations, takes time. Resident
+    memory would say little, because the C library keeps small freed blocks.
     """
 
     def __init__(self, memory: bool, warmup: int) -> None:
@@ -242,7 +245,7 @@ class Meter:
         self.weights = 0
 
     def weights_are_there(self) -> None:
-        """To be called when the base is loaded and nothing else."""
+        """Mark the moment when the base is loaded and nothing else."""
         import torch
         from torch.profiler import ProfilerActivity, profile
 
@@ -260,7 +263,7 @@ class Meter:
         self.seconds.append(_now() - self.begun)
 
     def read(self) -> dict[str, float]:
-        """`step_s`, the median second; `peak_mib`."""
+        """Return what was measured: `step_s`, the median step time, and `peak_mib`."""
         import torch
 
         result = {}
@@ -285,7 +288,7 @@ def _now() -> float:
 
 
 def child(script: str, options: Sequence[str], ranks: int = 1) -> dict[str, float]:
-    """Run a script in a process of its own, or in one for each rank, and read its last line."""
+    """Run a script in its own process, or in one per rank, and return its last line of output, parsed as JSON."""
     command = [sys.executable, script]
     if ranks > 1:
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", script]
@@ -294,14 +297,14 @@ def child(script: str, options: Sequence[str], ranks: int = 1) -> dict[str, floa
 
 
 def matmul_peak(precision: str, size: int) -> float:
-    """Operations a second of a square matmul on this device, the best of several."""
+    """Return the operations per second of a square matmul on this device, the best of several runs."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     a, b = (torch.randn(size, size, device=device).to(torch_dtype(precision)) for _ in range(2))
     best = math.inf
     for _ in range(10):
-        begun = _now()
+        started = _now()
         a @ b.T
-        best = min(best, _now() - begun)
+        best = min(best, _now() - started)
     return 2 * size**3 / best

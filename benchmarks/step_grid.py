@@ -1,13 +1,13 @@
-"""How a step grows with length, batch, vocabulary, ranks, precision and recomputation.
+"""How the time and memory of a step grow with length, batch, vocabulary, ranks, precision and recomputation.
 
     python benchmarks/step_grid.py --vocabs 32000 256000 --precisions fp32 [--json]
     python benchmarks/step_grid.py --base_ckpt benchmarks/3b --lengths 512 2048 --batches 1 8 \
       --precisions bf16 nf4 --checkpointing none every_layer [--trainer] [--json]
 
-Every combination of what is given runs in a process of its own (a process for each rank): tokens a second, peak memory
-above the weights, and the share of the measured peak of a matmul that the step's needed operations come to. A frozen
-weight needs none for its gradient, and operations of recomputed layers are not counted. Weights are random, in the
-geometry of `--base_ckpt`'s config.json where it is given. All but 64 positions of each sample are audio.
+Every combination of the given values runs in its own process (one process per rank). It reports tokens per second, peak
+memory above the weights, and the operations that the step needs as a share of the measured peak of a matmul. Gradients
+of frozen weights are not needed, and recomputation is not counted. Weights are random; with `--base_ckpt`, the geometry
+is that of its config.json. All but 64 positions of each sample are audio.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ import sides
 from record import parser_of, report
 from sides import OURS, TRAINER
 
-NUM_TEXT = 60  # positions in front of the audio; with its begin, its end and the turn's, 63
+NUM_TEXT = 60  # positions before the audio; 63 with audio begin, audio end and turn end
 PRECISIONS = {"fp32": ("fp32", False), "bf16": ("bf16", False), "nf4": ("bf16", True), "nf4-fp32": ("fp32", True)}
 AXES = ("length", "batch", "vocab", "precision", "checkpointing", "ranks", "side")
 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--base_ckpt", type=Path, help="a folder with the config.json of the geometry to take")
-    parser.add_argument("--name", default="grid", help="name of the result's file")
+    parser.add_argument("--base_ckpt", type=Path, help="folder whose config.json has the geometry to use")
+    parser.add_argument("--name", default="grid", help="name of the result file")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512])
     parser.add_argument("--batches", type=int, nargs="+", default=[2])
-    parser.add_argument("--vocabs", type=int, nargs="+", help="default: the geometry's own")
+    parser.add_argument("--vocabs", type=int, nargs="+", help="default: that of the geometry")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16"])
     parser.add_argument("--checkpointing", nargs="+", choices=("none", "every_layer"), default=["none"])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1])
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each run")
     sides.add_geometry(parser)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # where a child process finds the base
-    parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)  # what it is to do
+    parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)  # the combination that a child process runs
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
@@ -58,16 +58,16 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, values: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each cell, printed as it comes."""
+    """Return one row per cell; each is printed as soon as it is measured."""
     rows = []
     kinds = {PRECISIONS[precision][0] for precision in args.precisions}
     peaks = {kind: sides.matmul_peak(kind, 8192 if has_gpu() else 1024) for kind in kinds}
     print(" ".join(f"{axis:>13}" for axis in AXES), f"{'tokens/s':>10} {'peak MiB':>10} {'of matmul':>10}")
     vocabs = args.vocabs or [values["vocab_size"]]
     for vocab, precision in itertools.product(vocabs, args.precisions):
-        of_base = values | {"vocab_size": vocab}
+        base_values = values | {"vocab_size": vocab}
         with tempfile.TemporaryDirectory() as folder:
-            sides.write_base(Path(folder), of_base, PRECISIONS[precision][0])
+            sides.write_base(Path(folder), base_values, PRECISIONS[precision][0])
             for length, batch, checkpointing, ranks, side in itertools.product(
                 args.lengths, args.batches, args.checkpointing, args.ranks, (OURS, TRAINER) if args.trainer else (OURS,)
             ):
@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace, values: dict[str, Any]) -> list[dict[str, 
                     continue
                 cell = dict(zip(AXES, (length, batch, vocab, precision, checkpointing, ranks, side), strict=True))
                 row = cell | run(args, cell, folder)
-                per_s = operations(of_base, length, batch) * ranks / row["step_s"]
+                per_s = operations(base_values, length, batch) * ranks / row["step_s"]
                 row["matmul_share"] = per_s / peaks[PRECISIONS[precision][0]]
                 row["tokens_per_s"] = length * batch * ranks / row["step_s"]
                 print(
@@ -88,13 +88,13 @@ def measure(args: argparse.Namespace, values: dict[str, Any]) -> list[dict[str, 
 
 
 def run(args: argparse.Namespace, cell: dict[str, Any], folder: str) -> dict[str, float]:
-    """Seconds of a step and peak memory of one cell; on CPUs in two runs, as counting takes time."""
+    """Return step time and peak memory of one cell; on CPUs in two runs, because recording memory takes time."""
     options = [f"--cell={json.dumps(cell)}", f"--folder={folder}"]
     timed = [*options, f"--warmup={args.warmup}", f"--steps={args.steps}"]
     result = sides.child(__file__, timed, cell["ranks"])
     if not has_gpu():
-        counted = sides.child(__file__, [*options, "--memory", "--warmup=0", "--steps=2"], cell["ranks"])
-        result["peak_mib"] = counted["peak_mib"]
+        with_memory = sides.child(__file__, [*options, "--memory", "--warmup=0", "--steps=2"], cell["ranks"])
+        result["peak_mib"] = with_memory["peak_mib"]
     return result
 
 
@@ -105,7 +105,7 @@ def has_gpu() -> bool:
 
 
 def run_cell(args: argparse.Namespace) -> dict[str, float]:
-    """What the first rank has measured; nothing on the others."""
+    """Return what rank 0 measured; an empty dict on the other ranks."""
     from higgs_ds.common.console import quiet_libraries
 
     quiet_libraries()
@@ -113,16 +113,16 @@ def run_cell(args: argparse.Namespace) -> dict[str, float]:
 
     meter = sides.Meter(args.memory, args.warmup)
     if args.cell["side"] == TRAINER:
-        _trainer(args, meter)
+        _train_with_trainer(args, meter)
         return meter.read()
     ranks: list[int] = []
 
     def train() -> None:
         ranks.append(distributed.rank())
-        _ours(args, meter)
+        _train_ours(args, meter)
 
     distributed.run_ranks(train)
-    result = meter.read()  # on every rank: torch's profiler ends badly where it is left running
+    result = meter.read()  # on every rank: leaving torch's profiler running crashes the process at its end
     return result if ranks == [0] else {}
 
 
@@ -131,7 +131,7 @@ def samples(cell: dict[str, Any]) -> list[Any]:
     return [sides.speech(NUM_TEXT, frames, seed) for seed in range(cell["batch"])]
 
 
-def _ours(args: argparse.Namespace, meter: sides.Meter) -> None:
+def _train_ours(args: argparse.Namespace, meter: sides.Meter) -> None:
     from higgs_ds.data.collate import collate
 
     cell = args.cell
@@ -145,7 +145,7 @@ def _ours(args: argparse.Namespace, meter: sides.Meter) -> None:
         meter.step_ends()
 
 
-def _trainer(args: argparse.Namespace, meter: sides.Meter) -> None:
+def _train_with_trainer(args: argparse.Namespace, meter: sides.Meter) -> None:
     cell = args.cell
     precision, four_bit = PRECISIONS[cell["precision"]]
     max_steps = args.warmup + args.steps
@@ -158,23 +158,23 @@ def _trainer(args: argparse.Namespace, meter: sides.Meter) -> None:
 
 
 def operations(values: dict[str, Any], length: int, batch: int) -> float:
-    """Floating point operations that one step needs, a multiplication and an addition being two.
+    """Return the floating-point operations that one step needs; a multiplication and an addition count as two.
 
-    Of each frozen weight: the output, and the gradient of the input. Of an adapter's: its own gradient, too. Of
-    attention: the lower triangle, twice as much backward as forward. Of the heads: only at positions with targets.
+    Frozen weights: the output and the gradient of the input. Adapter weights: also their own gradient. Attention: the
+    lower triangle, with twice as much backward as forward. Heads: only positions with targets.
     """
     hidden, ffn, layers = values["hidden_size"], values["intermediate_size"], values["num_hidden_layers"]
     heads, kv, dim = values["num_attention_heads"], values["num_key_value_heads"], values["head_dim"]
     shapes = [(hidden, heads * dim), (hidden, kv * dim), (hidden, kv * dim), (heads * dim, hidden)]
-    shapes += [(hidden, ffn), (hidden, ffn), (ffn, hidden)]  # of the one FFN that a position runs through
+    shapes += [(hidden, ffn), (hidden, ffn), (ffn, hidden)]  # the one FFN that a position passes through
     frozen = sum(a * b for a, b in shapes)
     lora = sum(sides.LORA_R * (a + b) for a, b in shapes)
-    attention = length / 2 * 2 * heads * dim  # of a position: half the keys, scores and values
+    attention = length / 2 * 2 * heads * dim  # per position: half of the keys, for scores and values
     decoder = layers * (2 * 2 * frozen + 3 * 2 * lora + 3 * 2 * attention)
     codes = sides.NUM_CODEBOOKS * sides.CODEBOOK_SIZE
-    targets = 3 * values["vocab_size"] + (length - NUM_TEXT - 4) * codes  # none for the first row of codes
-    embedded = sum(hidden * (out + sides.LORA_R) for _, out in shapes[:3])  # what comes in first wants no gradient
-    return batch * (length * (decoder - 2 * embedded) + 2 * 2 * hidden * targets)
+    targets = 3 * values["vocab_size"] + (length - NUM_TEXT - 4) * codes  # the first row of codes has no targets
+    first_inputs = sum(hidden * (out + sides.LORA_R) for _, out in shapes[:3])  # layer 0's input needs no gradient
+    return batch * (length * (decoder - 2 * first_inputs) + 2 * 2 * hidden * targets)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""A training step here against what a user would write: transformers' Trainer and PEFT on the native model.
+"""One training step: this project against what a user would write with transformers' Trainer and PEFT.
 
     python benchmarks/train_step.py [--precision bf16|fp32] [--load_in_4bit] [--pairs 3] [--steps 3] [--json]
 
-Same random weights, LoRA (rank 16 on all targets), data (2 samples of 512 positions, 300 frames of audio each) and
-batch. The two take turns, each in a process of its own: `--warmup` steps, then `--steps` timed ones. Memory is the peak
-of what torch has allocated since the weights were loaded, engine and optimizer included, in runs of two steps.
+The Trainer trains the native model. Both sides have the same random weights, LoRA (rank 16 on all targets), data (2
+samples of 512 positions, 300 frames of audio each) and batch. They take turns, each in its own process: `--warmup`
+steps, then `--steps` timed ones. Memory is the peak of torch's allocations after the weights are loaded, with engine
+and optimizer, in runs of two steps.
 """
 
 from __future__ import annotations
@@ -22,21 +23,24 @@ from sides import OURS, TRAINER
 
 BATCH_SIZE, LENGTH, NUM_FRAMES = 2, 512, 300
 MEASURES = ("speed", "memory")
-RECOMPUTE = {"none": ("", False), "every_layer": ("_checkpointing", True)}  # suffix of the result's names, whether
+# Suffix of the result's keys, and whether layers are recomputed.
+RECOMPUTE = {"none": ("", False), "every_layer": ("_checkpointing", True)}
 GEOMETRY = ("hidden", "layers", "vocab")
 
 
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--load_in_4bit", action="store_true", help="NF4 in both")
-    parser.add_argument("--pairs", type=int, default=3, help="how often each of the two runs")
+    parser.add_argument("--load_in_4bit", action="store_true", help="NF4 on both sides")
+    parser.add_argument("--pairs", type=int, default=3, help="number of runs of each side")
     parser.add_argument("--measure", nargs="+", choices=MEASURES, default=list(MEASURES))
-    parser.add_argument("--recompute", nargs="+", choices=RECOMPUTE, default=list(RECOMPUTE), help="layers, in both")
+    parser.add_argument(
+        "--recompute", nargs="+", choices=RECOMPUTE, default=list(RECOMPUTE), help="layers to recompute, on both sides"
+    )
     parser.add_argument("--warmup", type=int, default=2, help="steps of each run that are not timed")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each run")
     sides.add_geometry(parser)
-    parser.add_argument("--part", choices=(OURS, TRAINER), help=argparse.SUPPRESS)  # what a child process is to do
+    parser.add_argument("--part", choices=(OURS, TRAINER), help=argparse.SUPPRESS)  # the side that a child process runs
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -51,7 +55,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Medians over pairs: speeds, memory, and their ratios without and with activation checkpointing."""
+    """Return speeds (medians over pairs), memory and their ratios, without and with recomputation."""
     result: dict[str, Any] = {
         name: getattr(args, name) for name in ("precision", "load_in_4bit", "hidden", "layers", "vocab")
     }
@@ -79,24 +83,24 @@ def child(part: str, args: argparse.Namespace, checkpointing: bool, memory: bool
 
 
 def samples() -> list[Any]:
-    """Two samples of speech."""
+    """Return two samples of speech."""
     num_text = LENGTH - sides.stream().num_rows(NUM_FRAMES) - 3
     return [sides.speech(num_text, NUM_FRAMES, seed) for seed in range(BATCH_SIZE)]
 
 
 def run_ours(args: argparse.Namespace) -> dict[str, float]:
-    """This project's engine on one process."""
+    """Run this project's engine in one process."""
     from higgs_ds.common.console import quiet_libraries
 
     quiet_libraries()
     from higgs_ds.common import distributed
 
     meter = sides.Meter(args.memory, args.warmup)
-    distributed.run_ranks(lambda: _ours(args, meter))
+    distributed.run_ranks(lambda: _train_ours(args, meter))
     return meter.read()
 
 
-def _ours(args: argparse.Namespace, meter: sides.Meter) -> None:
+def _train_ours(args: argparse.Namespace, meter: sides.Meter) -> None:
     from higgs_ds.data.collate import collate
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""`python -m higgs_ds COMMAND`, which `deepspeed --module` and `torchrun --module` start on every rank."""
+"""Entry point of `python -m higgs_ds COMMAND`, which `deepspeed --module` and `torchrun --module` start per rank."""
 
 from higgs_ds.cli import main
 

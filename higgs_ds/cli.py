@@ -1,7 +1,7 @@
-"""The commands of launch/, which are also the subcommands of `higgs-ds`: parse, import what the command needs, run.
+"""The commands of launch/, which are also the subcommands of `higgs-ds`: parse options, import what is needed, run.
 
-A command's options are parsed before anything that takes seconds to import. Each function ends the process with the
-command's exit code.
+The options of a command are parsed before any import that takes seconds. Each function ends the process with the exit
+code of the command.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PROGRAM = "higgs-ds"
 
 
 def train(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
-    """Train adapters or the model's own weights; with --dry_run, plan the memory."""
+    """Train LoRA adapters, or the model's own weights. With --dry_run, print a memory plan."""
     options, given = command_line.parse_train_options(argv, prog)
     _quiet_libraries()
     from higgs_ds.common import distributed
@@ -33,17 +33,17 @@ def train(argv: Sequence[str] | None = None, prog: str | None = None) -> NoRetur
 
 
 def prepare(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
-    """Check manifests, and encode their audio."""
-    data, model, how = command_line.parse_prepare_options(argv, prog)
+    """Check manifests, and encode their audio into the cache."""
+    data, model, prepare_options = command_line.parse_prepare_options(argv, prog)
     _quiet_libraries()
     from higgs_ds.common import distributed
     from higgs_ds.training.prepare import main
 
-    distributed.exit_process(distributed.run_ranks(lambda: main(data, model, how)))
+    distributed.exit_process(distributed.run_ranks(lambda: main(data, model, prepare_options)))
 
 
 def evaluate(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
-    """Measure what a model says for held-out samples."""
+    """Generate the speech of held-out samples, and compare it with the recordings."""
     options = command_line.parse_evaluate_options(argv, prog)
     _quiet_libraries()
     from higgs_ds.common import distributed
@@ -53,7 +53,7 @@ def evaluate(argv: Sequence[str] | None = None, prog: str | None = None) -> NoRe
 
 
 def generate(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
-    """Speak a text with a base, an adapter or a merged model."""
+    """Generate speech from text with a base model, an adapter or a merged model."""
     options = command_line.parse_generate_options(argv, prog)
     _quiet_libraries()
     from higgs_ds.speech.generate import main
@@ -62,7 +62,7 @@ def generate(argv: Sequence[str] | None = None, prog: str | None = None) -> NoRe
 
 
 def merge(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
-    """Merge a LoRA adapter into its base."""
+    """Merge a LoRA adapter into its base model."""
     options = command_line.parse_merge_options(argv, prog)
     _quiet_libraries()
     from higgs_ds.adapters.merge import main
@@ -71,7 +71,7 @@ def merge(argv: Sequence[str] | None = None, prog: str | None = None) -> NoRetur
 
 
 def export(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
-    """Make a complete model of a checkpoint of full fine-tuning."""
+    """Write a checkpoint of full fine-tuning as a complete model."""
     options = command_line.parse_export_options(argv, prog)
     _quiet_libraries()
     from higgs_ds.checkpoints.complete import main
@@ -80,7 +80,7 @@ def export(argv: Sequence[str] | None = None, prog: str | None = None) -> NoRetu
 
 
 def convert(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
-    """Write a base, a merged model or an adapter in the other layout."""
+    """Convert a base model, a merged model or an adapter to the other layout."""
     options = command_line.parse_convert_options(argv, prog)
     _quiet_libraries()
     from higgs_ds.adapters.convert import main
@@ -125,21 +125,21 @@ COMMANDS: dict[str, Callable[[Sequence[str] | None, str | None], NoReturn]] = {
 
 
 def main() -> NoReturn:
-    """`higgs-ds COMMAND [options]`."""
+    """Run `higgs-ds COMMAND [options]`."""
     name, *argv = sys.argv[1:] or ["--help"]
     if name.replace("-", "_") in COMMANDS:
         COMMANDS[name.replace("-", "_")](argv, f"{PROGRAM} {name}")
     if name in ("-h", "--help"):
         print(_help())
         sys.exit()
-    print(f"error: {name}: no such command{meant_option(name, list(COMMANDS))}\n{_help()}", file=sys.stderr)
+    print(f"error: {name}: unknown command{meant_option(name, list(COMMANDS))}\n{_help()}", file=sys.stderr)
     sys.exit(EXIT_BAD_INPUT)
 
 
 def _help() -> str:
     lines = [f"  {name:<26}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(
-        [f"usage: {PROGRAM} COMMAND [options]; {PROGRAM} COMMAND --help lists a command's options", *lines]
+        [f"usage: {PROGRAM} COMMAND [options]; {PROGRAM} COMMAND --help lists the options of a command", *lines]
     )
 
 

@@ -1,4 +1,4 @@
-"""Write a base, a merged model or an adapter in the other layout; see --help."""
+"""Convert a base model, a merged model or an adapter to the other layout; see --help."""
 
 from higgs_ds.cli import convert
 

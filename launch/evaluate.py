@@ -1,4 +1,4 @@
-"""Measure what a model says: python launch/evaluate.py --test_manifest PATH [options]; see --help."""
+"""Evaluate generated speech: python launch/evaluate.py --test_manifest PATH [options]; see --help."""
 
 from higgs_ds.cli import evaluate
 

@@ -1,4 +1,4 @@
-"""Make a complete model of a checkpoint of full fine-tuning; see --help."""
+"""Write a checkpoint of full fine-tuning as a complete model; see --help."""
 
 from higgs_ds.cli import export
 

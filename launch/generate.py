@@ -1,4 +1,4 @@
-"""Speak a text with a base, an adapter or a merged model: python launch/generate.py --text "..."; see --help."""
+"""Generate speech with a base model, an adapter or merged model: python launch/generate.py --text "..."; see --help."""
 
 from higgs_ds.cli import generate
 

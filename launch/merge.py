@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into its base; see --help."""
+"""Merge a LoRA adapter into its base model; see --help."""
 
 from higgs_ds.cli import merge
 

@@ -1,4 +1,4 @@
-"""Train LoRA adapters: deepspeed launch/train.py --deepspeed ds_configs/zero2.json [options]; see --help."""
+"""Train adapters or full weights: deepspeed launch/train.py --deepspeed ds_configs/zero2.json [options]; see --help."""
 
 from higgs_ds.cli import train
 

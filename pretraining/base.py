@@ -1,4 +1,4 @@
-"""Make the base that is to be trained: tokenizer, configuration, and weights of which some are the codec's vectors.
+"""Make the untrained base: tokenizer, configuration, and weights, some of which come from the codec's vectors.
 
 python pretraining/base.py outputs/corpus outputs/codec/speaking-codec outputs/untrained-base
 """
@@ -25,11 +25,11 @@ from higgs_ds.bases.tiny_random import (
 from higgs_ds.common.console import quiet_libraries
 
 WIDTH = 192
-VOCABULARY = 371  # of the text, special tokens not counted
-# Heads are not trained: rows of codes that no voice in the corpus has would be unlearned, out of the reach of adapters.
-# So they are made long enough for sure predictions, and of one length: each can be the one with the highest logit.
+VOCABULARY = 371  # text tokens, without special tokens
+# Heads are not trained: rows of codes that no voice in the corpus has would be unlearned, beyond the reach of
+# adapters. So all rows are long enough for confident predictions, and equally long: each can have the highest logit.
 ROW_LENGTH = 4.0
-TEXT_STD, AUDIO_STD = 0.1, 0.05  # of embeddings; of audio there are eight at a position
+TEXT_STD, AUDIO_STD = 0.1, 0.05  # of embeddings; an audio position has eight of them
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def trained_tokenizer(manifest: Path) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of the texts of a manifest, and the model's special tokens."""
+    """Train byte-level BPE on the texts of a manifest, and add the model's special tokens."""
     lines = manifest.read_text(encoding="utf-8").splitlines()
     texts = [turn["content"] for line in lines for turn in json.loads(line)["messages"][:-1]]
     backend = Tokenizer(models.BPE())
@@ -68,7 +68,7 @@ def trained_tokenizer(manifest: Path) -> PreTrainedTokenizerFast:
 def untrained(
     tokenizer: PreTrainedTokenizerFast, codec: dict[str, torch.Tensor]
 ) -> HiggsAudioV2ForConditionalGeneration:
-    """Four dual-FFN layers, random but for what stands for codes."""
+    """Return four dual-FFN layers with random weights, except for the rows that represent codes."""
     config = base_config(
         tokenizer,
         hidden_size=WIDTH,
@@ -93,7 +93,7 @@ def untrained(
                 projection = torch.nn.init.orthogonal_(torch.empty(WIDTH, vectors.shape[1]))
                 wide = (vectors - vectors.mean(dim=0)) @ projection.T
                 wide /= wide.std()
-                # What sounds alike is alike from the start.
+                # Codes that sound alike have similar rows from the start.
                 embeddings[book, :CODEBOOK_SIZE] = wide * AUDIO_STD
                 heads[book, :CODEBOOK_SIZE] += wide
         for weight in (heads, model.text_lm_head.weight):

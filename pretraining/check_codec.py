@@ -1,4 +1,4 @@
-"""What the codec loses: words that a recognizer hears, and each voice's pitch, before and behind it.
+"""Measure what the codec loses: recognized words and the pitch of each voice, before and after the codec.
 
 python pretraining/check_codec.py outputs/corpus outputs/codec/speaking-codec
 """
@@ -28,12 +28,12 @@ def main(argv: list[str] | None = None) -> None:
     manifest = options.corpus / "codec_held_out.jsonl"
     samples = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
     for title, rate, pitches in checked(read(manifest), samples, options.codec):
-        heard = ", ".join(f"{voice} {hz:.0f} Hz" for voice, hz in pitches.items())
-        print(f"{title:<22} word error rate {rate:.3f}; {heard}")
+        pitch_text = ", ".join(f"{voice} {hz:.0f} Hz" for voice, hz in pitches.items())
+        print(f"{title:<22} word error rate {rate:.3f}; {pitch_text}")
 
 
 def checked(clips: list[torch.Tensor], samples: list[dict], folder: Path) -> list[tuple[str, float, dict[str, float]]]:
-    """Of the originals, and of their codes in all and in the first codebook alone: word error rate, median pitches."""
+    """Return word error rate and median pitches in Hz: of the originals, of all codes, of the first codebook alone."""
     codec = Codec(folder, torch.device("cpu"))
     recognize = open_recognizer(POCKETSPHINX, WORDS)
     texts = [words_of(sample["messages"][1]["content"]) for sample in samples]
@@ -41,8 +41,8 @@ def checked(clips: list[torch.Tensor], samples: list[dict], folder: Path) -> lis
     results = []
     for title, sounds in (
         ("originals", clips),
-        ("through the codec", [codec.decode(of_clip) for of_clip in codes]),
-        ("first codebook alone", [codec.decode(of_clip[:1]) for of_clip in codes]),
+        ("through the codec", [codec.decode(clip_codes) for clip_codes in codes]),
+        ("first codebook alone", [codec.decode(clip_codes[:1]) for clip_codes in codes]),
     ):
         errors = sum(word_errors(text, recognize(sound, RATE)) for text, sound in zip(texts, sounds, strict=True))
         pitches: dict[str, list[float]] = {}

@@ -1,10 +1,10 @@
-"""Train the codec of the built-in base on the corpus, in phases; it goes on where it was stopped.
+"""Train the codec of the built-in base on the corpus, in phases; a stopped run resumes.
 
     python pretraining/codec.py outputs/corpus outputs/codec
 
-autoencoder: encoder and decoder, nothing quantized. codebooks: the vectors between are quantized, more or less exactly;
-codebooks are moving averages. decoder, four times: encoder and codebooks stay as they are, the decoder learns on, each
-time from a high learning rate to a low one; its weights are averaged.
+autoencoder: encoder and decoder are trained without quantization. codebooks: the latents between them are quantized by
+a varying number of codebooks, which are moving averages. decoder, four times: encoder and codebooks are frozen, and the
+decoder trains on, each time from a high learning rate to a low one; its weights are averaged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vector_quantize_pytorch import ResidualVQ
 from higgs_ds.bases.tiny_random import CODEBOOK_SIZE, save_model
 from higgs_ds.common.files import replaced_file
 
-# Others would carry next to nothing, and cost the language model 9 bits a frame each: their code is always 0.
+# Each further codebook would carry almost nothing and cost the language model 9 bits per frame: its code is always 0.
 CODEBOOKS_WITH_SOUND = 3
 PHASES = ("autoencoder", "codebooks", "decoder 1", "decoder 2", "decoder 3", "decoder 4")
 DECODER_ALONE = PHASES[2:]
@@ -42,7 +42,7 @@ STATE_FILE, CODEC_FOLDER = "state.pt", "speaking-codec"
 
 @dataclass
 class Training:
-    """Everything that changes, and is kept when it is stopped."""
+    """The state of training, saved so that a stopped run can resume."""
 
     model: HiggsAudioV2TokenizerModel
     quantizer: ResidualVQ
@@ -84,10 +84,10 @@ def main(argv: list[str] | None = None) -> None:
         nargs=len(PHASES),
         default=[300, 300, 200, 400, 600, 400],
         metavar="N",
-        help="of each phase",
+        help="steps of each phase",
     )
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--stretch_frames", type=int, default=20, help="of 40 ms, cut out of each clip")
+    parser.add_argument("--stretch_frames", type=int, default=20, help="frames of 40 ms in each segment")
     parser.add_argument("--save_steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(argv)
@@ -140,7 +140,7 @@ def new_training() -> Training:
 
 
 def begin_phase(training: Training) -> torch.optim.Optimizer:
-    """Choose what is trained in the phase; its new optimizer, which `training` keeps, too."""
+    """Select what the phase trains; store its new optimizer in `training` and return it."""
     phase = PHASES[training.phase]
     training.model.acoustic_decoder.requires_grad_(True)
     training.model.acoustic_encoder.requires_grad_(phase not in DECODER_ALONE)
@@ -152,15 +152,15 @@ def begin_phase(training: Training) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def start_codebooks(training: Training, clips: list[torch.Tensor]) -> None:
-    """Codebooks begin as k-means centres of what the encoder makes of all clips."""
+    """Initialize the codebooks with k-means centres of the latents of all clips."""
     latents = torch.cat([latents_of(training.model, clip[None])[0] for clip in clips])
-    training.quantizer.quantize_dropout = False  # all of them
+    training.quantizer.quantize_dropout = False  # initialize all codebooks
     training.quantizer(latents[None])
     training.quantizer.quantize_dropout = True
 
 
 def one_step(training: Training, loss_of: nn.Module, batch: torch.Tensor, last: int) -> float:
-    """Train on a batch of waveforms (B, num_samples); the loss before."""
+    """Train on a batch of waveforms (B, num_samples); return the loss before the update."""
     phase, optimizer = PHASES[training.phase], training.optimizer
     assert optimizer is not None
     rate = min(1.0, (training.step + 1) / WARMUP_STEPS) * (0.55 + 0.45 * math.cos(math.pi * training.step / last))
@@ -195,7 +195,7 @@ def held_out_loss(training: Training, loss_of: nn.Module, clips: list[torch.Tens
 
 
 def finished(training: Training) -> HiggsAudioV2TokenizerModel:
-    """The codec as it is used: averaged decoder, and the codebooks at their places."""
+    """Return the codec for use, with the averaged decoder and the trained codebooks copied in."""
     model = training.model
     model.acoustic_decoder.load_state_dict(training.averaged.module.state_dict())
     with torch.no_grad():
@@ -206,7 +206,7 @@ def finished(training: Training) -> HiggsAudioV2TokenizerModel:
 
 
 def read(manifest: Path) -> list[torch.Tensor]:
-    """The clips of a manifest, float32 waveforms."""
+    """Return the clips of a manifest as float32 waveforms."""
     clips = []
     for line in manifest.read_text(encoding="utf-8").splitlines():
         audio = json.loads(line)["messages"][-1]["content"]["audio_url"]
@@ -218,7 +218,7 @@ def read(manifest: Path) -> list[torch.Tensor]:
 
 
 def stretches(clips: list[torch.Tensor], batch_size: int, frames: int) -> torch.Tensor:
-    """Stretches of clips drawn at random, (B, num_samples), each beginning with a frame."""
+    """Return random segments of random clips, (B, num_samples), each starting at a frame boundary."""
     batch: list[torch.Tensor] = []
     while len(batch) < batch_size:
         clip = clips[int(torch.randint(len(clips), ()))]

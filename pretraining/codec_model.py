@@ -1,4 +1,4 @@
-"""The codec that is trained: transformers' own classes, at a size for two CPU cores."""
+"""The codec to train: transformers' own classes, at a size for two CPU cores."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from transformers import HiggsAudioV2TokenizerModel
 from higgs_ds.bases.tiny_random import codec_config
 
 LATENT = 32
-SEMANTIC = 16  # width of what the semantic branch puts beside the latents
+SEMANTIC = 16  # width of the semantic features concatenated to the latents
 RESIDUAL = 0.2
-# From this block of the encoder on, convolutions see no neighbours: a word's codes hardly depend on others beside it.
+# From this encoder block on, convolutions use no neighbours, so a word's codes hardly depend on the words next to it.
 FIRST_SHORT_SIGHTED_BLOCK = 2
 
 
 def build_codec() -> HiggsAudioV2TokenizerModel:
-    """An untrained codec whose semantic branch adds nothing, with the released codec's interface."""
+    """Return an untrained codec with the released codec's interface, whose semantic branch adds nothing."""
     config = codec_config(LATENT, encoder=8, decoder=256, semantic=4)
     model = HiggsAudioV2TokenizerModel(config).eval()
     with torch.no_grad():
@@ -30,8 +30,8 @@ def build_codec() -> HiggsAudioV2TokenizerModel:
                     assert layer.bias is not None
                     layer.bias.zero_()
                     if "res_unit" in name and name.endswith("conv2"):
-                        layer.weight *= RESIDUAL  # else sums of sixteen units grow until nothing is learned
-        # What is quantized is the acoustic encoder's latent vector as it is.
+                        layer.weight *= RESIDUAL  # otherwise sums of sixteen units grow until nothing is learned
+        # The acoustic encoder's latent vector is quantized unchanged.
         _only_acoustic(model.fc, LATENT + SEMANTIC)
         _only_acoustic(model.fc2, LATENT)
         for quantizer in model.quantizer.quantizers:
@@ -51,14 +51,14 @@ def _only_acoustic(layer: nn.Linear, outputs: int) -> None:
 
 @torch.no_grad()
 def _scale_layers(model: HiggsAudioV2TokenizerModel) -> None:
-    """Scale the last layer of encoder and decoder to latents and sound of the size that they will have."""
+    """Scale the last layers of encoder and decoder so that latents and sound start at their final magnitude."""
     noise = 0.1 * torch.randn(1, 24000)
     model.acoustic_encoder.conv2.weight /= latents_of(model, noise).std()
     model.acoustic_decoder.conv2.weight *= 0.1 / sound_of(model, latents_of(model, noise)).std()
 
 
 def _make_short_sighted(model: HiggsAudioV2TokenizerModel) -> None:
-    """Zero all taps but the middle ones, and their gradients."""
+    """Zero all taps except the middle ones, and their gradients."""
     encoder = model.acoustic_encoder
     far = [encoder.conv2]
     for block in encoder.block[FIRST_SHORT_SIGHTED_BLOCK:]:
@@ -72,10 +72,10 @@ def _make_short_sighted(model: HiggsAudioV2TokenizerModel) -> None:
 
 
 def latents_of(model: HiggsAudioV2TokenizerModel, waveforms: torch.Tensor) -> torch.Tensor:
-    """What is quantized, (B, F, LATENT), of waveforms (B, num_samples) of whole frames, as `encode` does it."""
+    """Return the latents (B, F, LATENT) that `encode` quantizes, of waveforms (B, num_samples) of whole frames."""
     return model.acoustic_encoder(waveforms[:, None]).transpose(1, 2)
 
 
 def sound_of(model: HiggsAudioV2TokenizerModel, latents: torch.Tensor) -> torch.Tensor:
-    """Waveforms (B, num_samples) of latents (B, F, LATENT), as `decode` does it."""
+    """Return waveforms (B, num_samples) of latents (B, F, LATENT), as `decode` does."""
     return model.acoustic_decoder(latents.transpose(1, 2))[:, 0]

@@ -1,4 +1,4 @@
-"""Put a trained codec and base, in float16, where the package brings them along.
+"""Copy a trained codec and base, in float16, to the package's assets.
 
 python pretraining/ship.py outputs/codec/speaking-codec outputs/base/final_model
 """
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from higgs_ds.bases.builtin import ASSETS, DEFAULT_BASE, PARTS, SPEAKING_CODEC, WEIGHTS
 
-LIMIT = 20_000_000  # bytes, of both together
+LIMIT = 20_000_000  # bytes, both together
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,12 +29,12 @@ def main(argv: list[str] | None = None) -> None:
     ship(options.base, base)
     size = sum(path.stat().st_size for folder in (codec, base) for path in folder.iterdir())
     if size > LIMIT:
-        raise SystemExit(f"{size:,} bytes; at most {LIMIT:,} are shipped")
+        raise SystemExit(f"{codec}, {base}: {size:,} bytes; at most {LIMIT:,} bytes may be shipped")
     print(f"{codec}, {base}: {size:,} bytes")
 
 
 def ship(source: Path, target: Path) -> None:
-    """Weights in float16, the configuration that says so, and other files as they are."""
+    """Write weights and their configured dtype as float16; copy the other files unchanged."""
     target.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.to(torch.float16) for name, tensor in load_file(source / WEIGHTS).items()}
     save_file(tensors, target / WEIGHTS, {"format": "pt"})

@@ -1,4 +1,4 @@
-"""How far a waveform's spectra are from another's, at several resolutions."""
+"""The distance between the spectra of two waveforms, at several resolutions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torchaudio
 from torch import nn
 
 FFT_SIZES = (256, 512, 1024, 2048)
-FLOOR = 1e-4  # of magnitudes, where waveforms peak below 1
+FLOOR = 1e-4  # of magnitudes, for waveforms with peaks below 1
 NUM_MELS = 80
 
 
@@ -21,11 +21,11 @@ class SpectralLoss(nn.Module):
         )
         self.to_mel = torchaudio.transforms.MelScale(NUM_MELS, sample_rate, n_stft=1024 // 2 + 1)
 
-    def forward(self, one: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """A scalar of two batches of waveforms (B, num_samples)."""
+    def forward(self, waveforms: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return the distance of two batches of waveforms (B, num_samples), a scalar."""
         total = torch.zeros(())
         for size, spectrum in zip(FFT_SIZES, self.spectra, strict=True):
-            found, wanted = spectrum(one), spectrum(target)
+            found, wanted = spectrum(waveforms), spectrum(target)
             total = total + _log_distance(found, wanted) + (found - wanted).norm() / wanted.norm().clamp(min=FLOOR)
             if size == 1024:
                 total = total + len(FFT_SIZES) * _log_distance(self.to_mel(found), self.to_mel(wanted))

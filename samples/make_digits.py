@@ -1,4 +1,4 @@
-"""Make the clips that the built-in base has its new voice from: digits, by a voice that it has never spoken.
+"""Make the clips from which the built-in base learns a new voice: digits, by a voice that it was not trained on.
 
     python pretraining/corpus.py outputs/corpus
     python samples/make_digits.py outputs/corpus
@@ -20,11 +20,11 @@ CLIPS = {"digits": ("new_voice_train", 72), "digits_held_out": ("new_voice_held_
 
 
 def balanced(entries: list[dict], count: int) -> list[dict]:
-    """Clips in which each word follows each other one as evenly as can be, as voices are recorded for synthesis."""
-    heard: Counter[tuple[str, str]] = Counter()
+    """Choose clips in which all pairs of adjacent words are about equally frequent, as in recordings for synthesis."""
+    counts: Counter[tuple[str, str]] = Counter()
 
     def gain(entry: dict) -> float:
-        return sum(1 / (1 + heard[pair]) ** 2 for pair in set(pairs(entry)))
+        return sum(1 / (1 + counts[pair]) ** 2 for pair in set(pairs(entry)))
 
     chosen: list[dict] = []
     left = list(entries)
@@ -32,7 +32,7 @@ def balanced(entries: list[dict], count: int) -> list[dict]:
         best = max(left, key=gain)
         left.remove(best)
         chosen.append(best)
-        heard.update(pairs(best))
+        counts.update(pairs(best))
     return chosen
 
 

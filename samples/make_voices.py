@@ -20,7 +20,7 @@ SYSTEM = (
     "Generate audio following instruction.\n\n"
     "<|scene_desc_start|>\nAudio is recorded from a quiet room.\n<|scene_desc_end|>"
 )
-# GenerationModel: espeak voice, pitch 0 to 99, words per minute, sample rate in Hz of its files.
+# Speaker: espeak voice, pitch 0 to 99, words per minute, sample rate in Hz of its files.
 SPEAKERS = {
     "anna": ("en-gb+f3", 62, 150, 24000),
     "ben": ("en-us+m3", 35, 165, 22050),
@@ -63,7 +63,7 @@ CLONED_FROM = {6: 1, 7: 3}  # these clips of each speaker follow a reference cli
 
 
 def speak(text: str, voice: str, pitch: int, words_per_minute: int) -> tuple[np.ndarray, int]:
-    """Mono float32 samples and their rate, as espeak-ng gives them."""
+    """Return the mono float32 samples that espeak-ng generates, and their rate."""
     with tempfile.NamedTemporaryFile(suffix=".wav") as file:
         command = ["espeak-ng", "-v", voice, "-p", str(pitch), "-s", str(words_per_minute), "-w", file.name, text]
         subprocess.run(command, check=True)
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def entry(speaker: str, i: int) -> dict[str, object]:
-    """One line of the manifest: the text and its speech, after a reference pair where the voice is to be cloned."""
+    """Return one line of the manifest: a text and its speech, after a reference pair if the voice is to be cloned."""
     messages: list[dict[str, object]] = [{"role": "system", "content": SYSTEM}]
     for j in [CLONED_FROM[i], i] if i in CLONED_FROM else [i]:
         audio = {"type": "audio", "audio_url": f"voices/{speaker}_{j:02d}.flac"}

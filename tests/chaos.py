@@ -1,11 +1,12 @@
-"""Kill trainings at random moments, start them again, and hold what they end with against undisturbed ones.
+"""Kill training runs at random moments, resume them, and compare their results with those of undisturbed runs.
 
-python tests/chaos.py FOLDER KILLS SEED prints a JSON object with what was done, and fails where anything was lost.
+python tests/chaos.py FOLDER KILLS SEED prints a JSON object with counts of what was done, and fails if anything was
+lost.
 
-A story is one training, killed a few times and started again with --resume auto: SIGKILL to one of its ranks, the
-others then having to end by themselves, or to all. Every checkpoint that a kill leaves behind under its name must hold
-what the undisturbed run's holds, to the last bit; at the end so must adapters, moments, merged model and metrics. Every
-step is saved, so that many kills meet a save.
+A trial is one training run that is killed a few times and restarted with --resume auto. A kill sends SIGKILL to all
+ranks, or to one; then the others must exit on their own. Every checkpoint that exists under its name after a kill must
+equal that of the undisturbed run bit for bit. At the end, adapters, moments, merged model and metrics must be equal,
+too. Every step is saved, so that many kills happen during a save.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ def run_to_the_end(ranks: int, argv: Sequence[str], log: Path) -> None:
 
 
 def assert_same_tensors(expected: Path, found: Path) -> None:
-    one, other = load_file(expected), load_file(found)
-    assert one.keys() == other.keys(), found
-    assert all(tensor.equal(other[name]) for name, tensor in one.items()), f"{found} differs from {expected}"
+    expected_tensors, tensors = load_file(expected), load_file(found)
+    assert expected_tensors.keys() == tensors.keys(), found
+    assert all(t.equal(tensors[name]) for name, t in expected_tensors.items()), f"{found} differs from {expected}"
 
 
-def assert_checkpoints_are_whole(undisturbed: Path, killed: Path) -> None:
+def assert_checkpoints_are_complete(undisturbed: Path, killed: Path) -> None:
     for checkpoint in find_checkpoints(killed):
         assert why_incomplete(checkpoint) is None, f"{checkpoint}: {why_incomplete(checkpoint)}"
         for path in checkpoint.rglob("*.safetensors"):
@@ -63,7 +64,7 @@ def assert_checkpoints_are_whole(undisturbed: Path, killed: Path) -> None:
 
 
 def assert_same_end(undisturbed: Path, killed: Path) -> None:
-    assert_checkpoints_are_whole(undisturbed, killed)
+    assert_checkpoints_are_complete(undisturbed, killed)
     for folder in ("lora_adapters", "merged_model", "final_model"):
         for path in (undisturbed / folder).rglob("*.safetensors"):
             assert_same_tensors(path, killed / path.relative_to(undisturbed))
@@ -80,7 +81,7 @@ def assert_same_end(undisturbed: Path, killed: Path) -> None:
 
 def main(folder: Path, kills: int, seed: int) -> None:
     draw = random.Random(seed)
-    cache, began = folder / "cache", time.monotonic()
+    cache, start_time = folder / "cache", time.monotonic()
     clips = [
         speech_sample(f"Clip {i}.", f"{who}_00.flac", duration=0.4) for i, who in enumerate(("anna", "ben", "carla"))
     ]
@@ -97,7 +98,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
     counts: collections.Counter[str] = collections.Counter()
     while counts["kills"] < kills:
         kind = ranks, stage = draw.choice(KINDS)
-        run, log = folder / f"story-{counts['stories']}", folder / f"story-{counts['stories']}.log"
+        run, log = folder / f"trial-{counts['trials']}", folder / f"trial-{counts['trials']}.log"
         argv = command(manifest, stage, run, cache)
         for _ in range(min(draw.randint(1, 4), kills - counts["kills"])):
             pids = start(ranks, training(argv), log)
@@ -107,20 +108,21 @@ def main(folder: Path, kills: int, seed: int) -> None:
                 os.kill(pid, signal.SIGKILL)
             codes = wait(pids, SURVIVORS_END_WITHIN_S)
             hit = -signal.SIGKILL in codes
-            counts["kills" if hit else "behind the end"] += 1
+            counts["kills" if hit else "kills after the end"] += 1
             counts["one rank of two"] += hit and ranks == 2 and len(victims) == 1
-            counts["in the middle of a save"] += any(
+            counts["during a save"] += any(
                 re.fullmatch(r"\.(checkpoint-\d+|lora_adapters|merged_model|final_model|adapter)\..*", path.name)
                 for path in (run.iterdir() if run.is_dir() else ())
             )
             for path in run.glob(".*.tmp") if run.is_dir() else ():
-                path.rename(folder / f"seen-{sum(counts.values())}-{path.name}")  # so that the next kill's are its own
-            assert_checkpoints_are_whole(undisturbed[kind], run)
+                # Moved away, so that it is not counted for the next kill.
+                path.rename(folder / f"seen-{sum(counts.values())}-{path.name}")
+            assert_checkpoints_are_complete(undisturbed[kind], run)
         run_to_the_end(ranks, argv, log)
         assert_same_end(undisturbed[kind], run)
-        counts["passed over"] += log.read_text().count("passed over")
-        counts["stories"] += 1
-    print(json.dumps({**counts, "seed": seed, "minutes": round((time.monotonic() - began) / 60, 1)}))
+        counts["skipped checkpoints"] += log.read_text().count(": skipped: ")
+        counts["trials"] += 1
+    print(json.dumps({**counts, "seed": seed, "minutes": round((time.monotonic() - start_time) / 60, 1)}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What several tests share: the random base, a small mixed manifest, DeepSpeed files for tests."""
+"""Fixtures and helpers that several tests share: the random base, a small mixed manifest, DeepSpeed files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Tests side by side: threads of one that spin while they wait would cost the other more than they gain.
+    # With tests in parallel, the busy-waiting threads of one test slow the others down more than they gain.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 PROJECT = Path(__file__).resolve().parent.parent
 VOICES = PROJECT / "samples" / "voices"
@@ -25,7 +25,7 @@ _CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of its own for each test run: nothing left by an earlier one can help."""
+    """A new cache for each test run, so that no test depends on files of an earlier run."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["HIGGS_DS_CACHE"] = str(folder)
     return folder
@@ -33,7 +33,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base(cache_dir: Path) -> Path:
-    """The random base, which is made fast, and whose numbers tests know."""
+    """The random base, which is fast to create and whose values the tests rely on."""
     from higgs_ds.bases.tiny_random import random_base
 
     return random_base(cache_dir)
@@ -53,20 +53,20 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    """A page that must neither complain nor ask for anything but files."""
+    """A page that must not log anything to the console, raise errors, or request anything other than files."""
     page = browser.new_page(viewport={"width": 1240, "height": 900})
-    complaints, asked = [], []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    messages, requested = [], []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("request", lambda request: requested.append(request.url))
     yield page
-    assert not complaints
-    assert all(url.startswith(("file:", "data:")) for url in asked)
+    assert not messages
+    assert all(url.startswith(("file:", "data:")) for url in requested)
     page.close()
 
 
 def play(player: Any) -> list[float]:
-    """Play an audio element of a page; how far it is when its time first moves, and how long it is, in seconds."""
+    """Play an audio element of a page. Return its time when it first advances, and its duration, in seconds."""
     return player.evaluate("""async player => {
         player.muted = true;
         await player.play();
@@ -77,7 +77,7 @@ def play(player: Any) -> list[float]:
 
 @pytest.fixture(scope="session")
 def small_base(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The random base at a quarter of its width, for many runs in bf16, for which CPUs may lack instructions."""
+    """The random base at a quarter of its width, for many runs in bf16, which is slow on CPUs without bf16 support."""
     import torch
     from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
@@ -129,7 +129,7 @@ def write_manifest(path: Path, entries: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture(scope="session")
 def mixed_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine samples, four of them without any audio; short, as bf16 is slow on CPUs without instructions for it."""
+    """Nine samples, four of them without audio. They are short, as bf16 is slow on CPUs without bf16 support."""
     clips = ["anna_00.flac", "ben_00.flac", "carla_00.flac", "ben_04.flac", "anna_04.flac"]
     entries = [speech_sample(f"Clip {i}.", clip, duration=0.3 + i / 10) for i, clip in enumerate(clips)]
     entries += [text_sample(f"Question {i}?", f"Answer {'indeed ' * i}") for i in range(4)]
@@ -138,7 +138,7 @@ def mixed_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ds_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """A DeepSpeed file for a ZeRO stage; at stage 3 every parameter is spread over the ranks, however small."""
+    """Make a DeepSpeed file for a ZeRO stage. At stage 3 every parameter is partitioned, however small."""
     folder = tmp_path_factory.mktemp("ds")
 
     def make(stage: int) -> Path:
@@ -153,7 +153,7 @@ def ds_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 
 
 def speech_batch(size: int, length: int, num_text: int, num_codebooks: int, num_codes: int) -> Any:
-    """A `data.collate.Batch` of `size` samples: `num_text` text positions, then audio, all of it learned."""
+    """Return a `data.collate.Batch` of `size` samples: `num_text` text positions, then audio. All audio is a target."""
     import torch
 
     from higgs_ds.data.collate import Batch
@@ -181,7 +181,7 @@ def speech_batch(size: int, length: int, num_text: int, num_codebooks: int, num_
 
 
 def native_inputs(batch: Any, audio_token_id: int) -> dict[str, Any]:
-    """A `data.collate.Batch` as transformers' own forward takes it."""
+    """Return the arguments of transformers' own forward for a `data.collate.Batch`."""
     import torch
 
     num_text, num_rows = len(batch.text_ids), len(batch.codes)
@@ -195,7 +195,7 @@ def native_inputs(batch: Any, audio_token_id: int) -> dict[str, Any]:
 
 
 def processor_in(folder: Path) -> Any:
-    """transformers' processor of a model folder that brings its codec along, which it names relative to itself."""
+    """Load transformers' processor of a model folder that contains its codec and refers to it by a relative path."""
     from transformers import AutoProcessor
 
     with contextlib.chdir(folder):
@@ -207,7 +207,7 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def whisper_folder(folder: Path) -> Path:
-    """A tiny Whisper of random weights, saved by transformers; it hears one second at a time."""
+    """Save a tiny Whisper model of random weights, whose input is one second long."""
     import torch
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 

@@ -1,4 +1,4 @@
-"""Commands run in forks of a process that has imported everything: most of a short run's time would be imports.
+"""Run commands in forks of a process that has imported everything: imports would take most of a short run's time.
 
 Import this before anything that imports torch, and start no thread before the last fork.
 """
@@ -28,26 +28,26 @@ from higgs_ds.common import distributed  # noqa: E402
 from higgs_ds.options.command_line import parse_prepare_options, parse_train_options  # noqa: E402
 from higgs_ds.training import loop, prepare  # noqa: E402
 
-# Both libraries look these up once a process, and take half a second for it.
+# Both libraries look these up once per process, which takes half a second.
 _ = deepspeed.ops.__compatible_ops__
 get_checkpoint_conversion_mapping("higgs_audio_v2")
-gc.freeze()  # else each fork's first collection copies the memory of all that was imported
+gc.freeze()  # otherwise each fork's first collection copies the memory of all imports
 
 
 def training(argv: Sequence[str]) -> Callable[[], None]:
-    """What launch/train.py does with these options."""
+    """Return a function that does what launch/train.py does with these options."""
     options = parse_train_options(list(argv))
     return lambda: loop.main(*options)
 
 
 def preparing(argv: Sequence[str]) -> Callable[[], None]:
-    """What launch/prepare.py does with these options."""
+    """Return a function that does what launch/prepare.py does with these options."""
     options = parse_prepare_options(list(argv))
     return lambda: prepare.main(*options)
 
 
 def start(ranks: int, main: Callable[[], None], log: Path) -> list[int]:
-    """The process of each rank; what they say is added to `log`."""
+    """Start one process per rank and return their ids; their output is appended to `log`."""
     port, pids = free_port(), []
     for rank in range(ranks):
         pid = os.fork()
@@ -62,7 +62,7 @@ def start(ranks: int, main: Callable[[], None], log: Path) -> list[int]:
 
 
 def wait(pids: Sequence[int], timeout_s: float) -> list[int]:
-    """Exit codes, below 0 where killed. Raises TimeoutError, with all of them killed, where one does not end."""
+    """Return exit codes, negative if killed. If one does not end, kill all of them and raise TimeoutError."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + timeout_s
     while len(codes) < len(pids):

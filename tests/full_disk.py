@@ -1,8 +1,8 @@
-"""Every command on a small disk that is full or read-only, from the start or in its midst.
+"""Run every command on a small disk that is full or read-only, from the start or from a moment during the run.
 
-python tests/full_disk.py FOLDER prints a JSON object: for each try its exit code and its last words; for trainings that
-were hindered in their midst also the exit code of the run that went on once there was room again. FOLDER/undisturbed is
-a run that nothing was done to; the others of these are FOLDER/run-N.
+python tests/full_disk.py FOLDER prints a JSON object with the exit code and the last output line of each try. For
+training runs whose disk fails during the run, it also has the exit code of the run that is resumed once the disk is
+writable again. FOLDER/undisturbed is an undisturbed training run; the others are FOLDER/run-N.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from higgs_ds.reporting.metrics_log import MetricsLog
 from higgs_ds.speech import generate
 
 FULL, READ_ONLY = "full", "read-only"
-KIB_LEFT = [0, 2, 900, 1800, 2500, 2800]  # the random base's adapter has 800 KiB, a checkpoint 2,400
+KIB_LEFT = [0, 2, 900, 1800, 2500, 2800]  # the random base's adapter takes 800 KiB, a checkpoint 2,400
 
 
 def train(output_dir: Path, cache: Path, manifest: Path, *more: str) -> Callable[[], None]:
@@ -43,42 +43,42 @@ def train(output_dir: Path, cache: Path, manifest: Path, *more: str) -> Callable
     return training([*RANDOM, *options.split(), *more])
 
 
-def words_of(log: Path) -> str:
-    """What a run has said last; all of it where that is a traceback."""
+def last_words(log: Path) -> str:
+    """Return the last line of a run's output, or the whole output if it has a traceback."""
     text = log.read_text() if log.is_file() else ""
     return text if "Traceback" in text else (text.splitlines() or [""])[-1]
 
 
 @contextlib.contextmanager
 def small_disk(mib: int, how: str | None = None, kib_left: int = 0) -> Iterator[Path]:
-    """A disk of so many MiB."""
+    """Mount a disk of `mib` MiB, full or read-only if `how` says so."""
     disk = Path(tempfile.mkdtemp())
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", disk], check=True)
     try:
-        hinder(disk, how, kib_left)
+        make_unwritable(disk, how, kib_left)
         yield disk
     finally:
         subprocess.run(["umount", disk], check=True)
         disk.rmdir()
 
 
-def hinder(disk: Path, how: str | None, kib_left: int = 0) -> None:
+def make_unwritable(disk: Path, how: str | None, kib_left: int = 0) -> None:
     if how == FULL:
         with (disk / "filler").open("wb", buffering=0) as filler:
             filler.write(bytes(max(0, shutil.disk_usage(disk).free - 1024 * kib_left)))
     elif how == READ_ONLY:
-        # Refused while a file is open for writing, which is never long.
+        # It fails while a file is open for writing, which never takes long.
         while subprocess.run(["mount", "-o", "remount,ro", disk], capture_output=True, check=False).returncode:
             time.sleep(0.001)
 
 
-def set_right(disk: Path) -> None:
+def make_writable(disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
     (disk / "filler").unlink(missing_ok=True)
 
 
-def in_the_midst(folder: Path, cache: Path, manifest: Path) -> list[dict[str, object]]:
-    """Hindered behind the second checkpoint, and set right again."""
+def during_a_run(folder: Path, cache: Path, manifest: Path) -> list[dict[str, object]]:
+    """Make the disk fail after the second checkpoint, and then writable again."""
     tries: list[dict[str, object]] = []
     with small_disk(40) as disk:
         for how, kib_left in [*((FULL, kib) for kib in KIB_LEFT), (READ_ONLY, 0)]:
@@ -88,9 +88,9 @@ def in_the_midst(folder: Path, cache: Path, manifest: Path) -> list[dict[str, ob
             while not (run / "checkpoint-2").is_dir():
                 assert not os.waitpid(pids[0], os.WNOHANG)[0], log.read_text()
                 time.sleep(0.001)
-            hinder(disk, how, kib_left)
-            codes, words = wait(pids, 120), words_of(log)
-            set_right(disk)
+            make_unwritable(disk, how, kib_left)
+            codes, words = wait(pids, 120), last_words(log)
+            make_writable(disk)
             again = wait(start(1, main, log), 300)
             tries.append({"how": how, "codes": codes, "words": words, "again": again})
             shutil.copytree(run, folder / run.name)
@@ -107,31 +107,31 @@ def from_the_start(folder: Path, cache: Path, base: Path) -> dict[str, dict[str,
     speak = ["--lora_adapter_path", str(adapter), "--text", "Hello.", "--max_new_tokens", "12", "--output"]
     results = {}
 
-    def tell(name: str, main: Callable[[], None]) -> None:
+    def record(name: str, main: Callable[[], None]) -> None:
         log = folder / f"{name}.log"
-        results[name] = {"codes": wait(start(1, main, log), 120), "words": words_of(log)}
+        results[name] = {"codes": wait(start(1, main, log), 120), "words": last_words(log)}
 
     for how in (FULL, READ_ONLY):
         with small_disk(1, how) as disk:
-            tell(f"output, {how}", train(disk / "run", cache, manifest))
-            tell(f"cache, {how}", preparing([*prepare, str(manifest), "--cache_dir", str(disk / "cache")]))
+            record(f"output, {how}", train(disk / "run", cache, manifest))
+            record(f"cache, {how}", preparing([*prepare, str(manifest), "--cache_dir", str(disk / "cache")]))
             built_in = preparing(["--train_manifest", str(manifest), "--cache_dir", str(disk / "cache")])
-            tell(f"built-in base, {how}", built_in)
+            record(f"built-in base, {how}", built_in)
             listed = ["--cache_dir", str(folder / how), "--skip_bad", str(disk / "bad.txt")]
-            tell(f"list of bad samples, {how}", preparing([*prepare, str(one_bad), *listed]))
+            record(f"list of bad samples, {how}", preparing([*prepare, str(one_bad), *listed]))
             merged = ["--base_model_path", str(base), "--lora_adapter_path", str(adapter), "--output_path"]
             merge_options = parse_merge_options([*merged, str(disk / "merged")])
-            tell(f"merged model, {how}", lambda options=merge_options: merge.main(options))
+            record(f"merged model, {how}", lambda options=merge_options: merge.main(options))
             speak_options = parse_generate_options([*speak, str(disk / "speech.wav")])
-            tell(f"speech, {how}", lambda options=speak_options: generate.main(options))
-            tell(f"metrics, {how}", lambda disk=disk: log_a_line(disk))
-            tell(f"adapters, {how}", lambda disk=disk: publish(newest, disk / "run", read_state(newest), None))
+            record(f"speech, {how}", lambda options=speak_options: generate.main(options))
+            record(f"metrics, {how}", lambda disk=disk: log_a_line(disk))
+            record(f"adapters, {how}", lambda disk=disk: publish(newest, disk / "run", read_state(newest), None))
             left = sorted(str(path.relative_to(disk)) for path in disk.rglob("*") if path.is_file())
             results[f"left on the disk, {how}"] = {"codes": [], "words": " ".join(left)}
-    with small_disk(1, FULL, kib_left=20) as disk:  # for the index, in pages of 4 KiB, and not for all codes
-        tell("codes, full", preparing([*prepare, str(manifest), "--cache_dir", str(disk / "cache")]))
+    with small_disk(1, FULL, kib_left=20) as disk:  # enough for the index, in pages of 4 KiB, but not for all codes
+        record("codes, full", preparing([*prepare, str(manifest), "--cache_dir", str(disk / "cache")]))
     with small_disk(12) as disk:
-        tell("merged model of a run", train(disk / "run", cache, manifest, "--merge_adapter_with_base"))
+        record("merged model of a run", train(disk / "run", cache, manifest, "--merge_adapter_with_base"))
     return results
 
 
@@ -144,8 +144,8 @@ def main(folder: Path) -> None:
     manifest = write_manifest(folder / "samples.jsonl", [text_sample(f"Question {i}?", "Answer.") for i in range(6)])
     cache, log = folder / "cache", folder / "undisturbed.log"
     assert wait(start(1, train(folder / "undisturbed", cache, manifest), log), 300) == [0], log.read_text()
-    midst = in_the_midst(folder, cache, manifest)
-    print(json.dumps({"midst": midst, "start": from_the_start(folder, cache, random_base(cache))}))
+    during = during_a_run(folder, cache, manifest)
+    print(json.dumps({"during": during, "start": from_the_start(folder, cache, random_base(cache))}))
 
 
 if __name__ == "__main__":

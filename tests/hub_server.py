@@ -1,4 +1,4 @@
-"""A hub on this machine: the HTTP calls by which huggingface_hub publishes or downloads a repository, from memory."""
+"""A local, in-memory hub: the HTTP calls with which huggingface_hub publishes or downloads a repository."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ COMMIT = "0" * 40
 
 @dataclass
 class Hub:
-    """What the server has, and how it is to behave."""
+    """The content of the server, and how it behaves."""
 
     address: str = ""
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)  # files by path
     private: dict[str, bool] = field(default_factory=dict)
-    objects: dict[str, bytes] = field(default_factory=dict)  # of LFS, by SHA-256
+    objects: dict[str, bytes] = field(default_factory=dict)  # LFS objects by SHA-256
     asked: list[str] = field(default_factory=list)
-    drops: str | None = None  # requests whose path holds this are cut off
+    drops: str | None = None  # requests whose path contains this are cut off
 
 
 @contextmanager
@@ -100,14 +100,14 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 actions = {"upload": lambda oid: {"href": f"{hub.address}/objects/{oid}"}}
                 return 200, {
                     "transfer": "basic",
-                    "objects": [{**one, "actions": {name: made(one["oid"]) for name, made in actions.items()}}
-                                for one in wanted],
+                    "objects": [{**file, "actions": {name: action(file["oid"]) for name, action in actions.items()}}
+                                for file in wanted],
                 }  # fmt: skip
             parts = path.split("/")
             if path.startswith("/api/models/") and len(parts) >= 7:
                 name, what = f"{parts[3]}/{parts[4]}", parts[5]
                 if what == "preupload":
-                    return 200, {"files": [_mode(one) for one in json.loads(body or b"{}")["files"]]}
+                    return 200, {"files": [_mode(file) for file in json.loads(body or b"{}")["files"]]}
                 if what == "commit":
                     self._commit(hub.repositories[name], (body or b"").splitlines())
                     return 200, {"commitUrl": f"{hub.address}/{name}/commit/1", "commitOid": "1" * 40, "success": True}

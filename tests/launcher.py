@@ -1,4 +1,4 @@
-"""Start training on several local ranks, as a launcher does: one process per rank, found through the environment."""
+"""Start training on several local ranks like a launcher: one process per rank, described by the environment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 WORKER = Path(__file__).parent / "worker.py"
 LAUNCH = Path(__file__).parents[1] / "launch"
-# What tests train on; put in front of a run's own options, which win.
+# What tests train on. These options come before a run's own options, which take precedence.
 RANDOM = [
     "--base_ckpt", "tiny-random-base",
     "--train_manifest", str(Path(__file__).parents[1] / "samples" / "voices.jsonl"),
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def default_port() -> Iterator[None]:
-    """What launchers take where no port is named, for one test at a time."""
+    """Reserve the launchers' default port for one test at a time."""
     with (Path(tempfile.gettempdir()) / "higgs_ds_default_port.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -47,7 +47,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        # Ranks whose collectives differ fail at once, where they would wait for each other.
+        # Ranks whose collectives differ fail at once instead of waiting for each other.
         "TORCH_DISTRIBUTED_DEBUG": "DETAIL",
     }
 
@@ -69,16 +69,16 @@ def start_ranks(world_size: int, command: Sequence[str]) -> list[subprocess.Pope
 def train_runs(world_size: int, runs: Sequence[Sequence[str]], timeout_s: float = 900, report: bool = False) -> None:
     """Run several trainings, each given by its command line, one after another in one group of ranks.
 
-    On the random base and the sample voices, where a run names no others. Their tables are not planned and, unless
-    `report` asks for it, their pages not drawn: that takes longer than a run.
+    They use the random base and the sample voices unless a run names others. The tables at the start are not planned,
+    and report pages are not drawn unless `report` is set: that takes longer than a run.
     """
-    undrawn = ["--quiet"] if report else ["--quiet", "--no_report"]
+    unreported = ["--quiet"] if report else ["--quiet", "--no_report"]
     with tempfile.NamedTemporaryFile(mode="r", suffix=".log") as log:
         job = {
-            "ranks": world_size, "runs": [[*RANDOM, *run, *undrawn] for run in runs], "log": log.name,
+            "ranks": world_size, "runs": [[*RANDOM, *run, *unreported] for run in runs], "log": log.name,
             "timeout_s": timeout_s, "environment": dict(os.environ),
         }  # fmt: skip
-        codes = _asked(job, os.environ)
+        codes = _run_job(job, os.environ)
         assert codes == [0] * world_size, f"ranks ended with {codes}:\n{log.read()[-9000:]}"
 
 
@@ -89,20 +89,20 @@ def run_script(
     timeout_s: float = 300,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """What `python launch/NAME.py OPTIONS` does in a folder, without the seconds of imports of a new process."""
+    """Do what `python launch/NAME.py OPTIONS` does in a folder, without a new process's seconds of imports."""
     command, environment = [str(LAUNCH / f"{name}.py"), *options], dict(environment or os.environ)
     with tempfile.NamedTemporaryFile(mode="r") as stdout, tempfile.NamedTemporaryFile(mode="r") as stderr:
         script = {
             "command": command, "folder": str(folder), "environment": environment,
             "outputs": [stdout.name, stderr.name],
         }  # fmt: skip
-        code = _asked({"script": script, "timeout_s": timeout_s}, environment)
+        code = _run_job({"script": script, "timeout_s": timeout_s}, environment)
         assert isinstance(code, int), f"{command} did not end within {timeout_s} s:\n{stderr.read()[-9000:]}"
         return subprocess.CompletedProcess(command, code, stdout.read(), stderr.read())
 
 
-def _asked(job: dict[str, Any], environment: Mapping[str, str]) -> Any:
-    # Libraries read where the hub's cache is when they are imported.
+def _run_job(job: dict[str, Any], environment: Mapping[str, str]) -> Any:
+    # Libraries read the location of the hub's cache when they are imported.
     server = _server(tuple((name, environment[name]) for name in sorted(environment) if name.startswith("HF_")))
     assert server.stdin
     assert server.stdout
@@ -112,7 +112,7 @@ def _asked(job: dict[str, Any], environment: Mapping[str, str]) -> Any:
 
 @functools.cache
 def _server(hub: tuple[tuple[str, str], ...]) -> subprocess.Popen[str]:
-    """A process that has imported everything, and whose forks are the ranks; it ends with its stdin."""
+    """Start a process that has imported everything and whose forks are the ranks; it ends when its stdin closes."""
     return subprocess.Popen(
         [sys.executable, str(WORKER)],
         env=os.environ | dict(hub),

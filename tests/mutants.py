@@ -1,6 +1,6 @@
-"""Trainers with wrong labels, as there are some: each is this one with a part of it put wrong, for tests to notice.
+"""Trainers with wrong labels, as some exist: each is this one with one part made wrong, which the tests must detect.
 
-A mutant is switched on in a process of its own, by `worker.py --mutant NAME`.
+A mutant is enabled in its own process, by `worker.py --mutant NAME`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ apply_delay_pattern, delayed_labels, render = collate.apply_delay_pattern, colla
 
 
 def eos_masked() -> None:
-    """No codebook's end is learned, as with the labels of transformers' processor."""
+    """No codebook learns its end, as with the labels of transformers' processor."""
 
     def labels_without_end(codes: torch.Tensor, stream: Any) -> torch.Tensor:
         labels = delayed_labels(codes, stream)
@@ -28,7 +28,7 @@ def eos_masked() -> None:
 
 
 def delay_off() -> None:
-    """All codebooks begin in one row."""
+    """All codebooks start in the same row."""
 
     def rows_side_by_side(codes: torch.Tensor, stream: Any) -> torch.Tensor:
         rows = torch.full_like(apply_delay_pattern(codes, stream), stream.eos_id)
@@ -51,14 +51,14 @@ def audio_unshifted() -> None:
 
     def collate_unshifted(*args: Any, **kwargs: Any) -> Any:
         batch = shifted(*args, **kwargs)
-        own = batch.places.flatten()[batch.positions[batch.audio_places] + 1]
-        return replace(batch, audio_places=own)
+        unshifted = batch.places.flatten()[batch.positions[batch.audio_places] + 1]
+        return replace(batch, audio_places=unshifted)
 
     dataset.collate = collate_unshifted
 
 
 def reference_trained() -> None:
-    """What is said before the turn that is to be learned is learned, too."""
+    """The speech before the target turn is learned, too."""
 
     def render_all_as_target(messages: Sequence[Any], start_index: int) -> Iterator[Any]:
         del start_index

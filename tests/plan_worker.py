@@ -1,6 +1,6 @@
-"""One rank of tests/planning/test_plan_against_ranks.py: bytes of the tensors of real runs, by part, as JSON on rank 0.
+"""One rank of tests/planning/test_plan_against_ranks.py. Rank 0 writes the tensor bytes of real runs by part, as JSON.
 
-Called with a JSON list of command lines and the file to write to.
+Arguments: a JSON list of command lines and the output file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from higgs_ds.training.engine import Engine  # noqa: E402
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Bytes by storage."""
+    """Return the bytes of each storage."""
     found = {}
     for tensor in tensors:
         if tensor.device.type != "meta":
@@ -44,7 +44,7 @@ def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 
 
 def all_tensors() -> list[torch.Tensor]:
-    """Every tensor that Python knows, and all gradients, but 4-bit weights: ZeRO-3 makes some whole for a while."""
+    """Return all tensors that Python knows and all gradients, except 4-bit weights: ZeRO-3 gathers some temporarily."""
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -53,7 +53,7 @@ def all_tensors() -> list[torch.Tensor]:
 
 
 def in_model(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
-    """What the model consists of on this rank: its parameters or their parts, scales of 4-bit weights."""
+    """Return the model's tensors on this rank: its parameters or their partitions, and scales of 4-bit weights."""
     parts: dict[str, list[torch.Tensor]] = {"frozen": [], "trained": [], "quantization": [], "host": []}
     for parameter in model.parameters():
         part = getattr(parameter, "ds_tensor", parameter)
@@ -68,7 +68,7 @@ def in_model(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
 
 
 def optimizer_tensors(engine: Engine) -> list[torch.Tensor]:
-    """float32 masters and Adam's state."""
+    """Return the float32 masters and Adam's state."""
     states = [t for state in engine._inner.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     return states + engine._flat_masters()
 
@@ -79,12 +79,12 @@ def bucket_tensors(engine: Engine) -> list[torch.Tensor]:
 
 
 def count(argv: list[str]) -> dict[str, int]:
-    """Bytes by part in a run of one optimizer step of two micro-batches."""
+    """Count the bytes by part in a run of one optimizer step with two micro-batches."""
     options, given = parse_train_options(argv)
     settings, options = resolve(read_ds_config(options.run.deepspeed), options, given, distributed.world_size())
-    # Stage 3 is to let go of every weight that it has gathered as soon as a layer has passed.
+    # Stage 3 must release every gathered weight as soon as its layer is done.
     settings["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
-    earlier_packed = all_packed()  # of the runs before; kept, so that no new storage takes the place of an old one
+    earlier_packed = all_packed()  # of earlier runs; kept, so that no new storage gets the id of an old one
     folder = random_base(default_cache_dir())
     here, dtype = torch.device("cpu"), getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[options.model.precision])
     four_bit = options.model.load_in_4bit
@@ -119,7 +119,7 @@ def count(argv: list[str]) -> dict[str, int]:
 
 
 def whole_after_forward(engine: Engine, batch: Batch, earlier: list[torch.Tensor]) -> dict[str, int]:
-    """Bytes of 4-bit weights that this rank keeps: its own, and others while the graph of a forward pass is there."""
+    """Bytes of 4-bit weights on this rank: its partitions, and others while the graph of a forward pass exists."""
     packed = [p for p in engine.engine.module.parameters() if p.dtype == torch.uint8]
     own = storages(getattr(p, "ds_tensor", p) for p in packed)
     known = own | storages([*in_model(engine.engine.module)["quantization"], *earlier])
@@ -134,7 +134,7 @@ def all_packed() -> list[torch.Tensor]:
 
 
 def main() -> None:
-    gc.freeze()  # what the imports made need not be looked through each time
+    gc.freeze()  # objects of the imports need not be scanned each time
     counted = [count(argv) for argv in json.loads(sys.argv[1])]
     if distributed.is_main():
         Path(sys.argv[2]).write_text(json.dumps(counted))

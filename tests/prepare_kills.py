@@ -1,7 +1,7 @@
-"""Prepare one manifest in processes that are killed at random moments, and in two at once.
+"""Prepare one manifest in processes that are killed at random moments, and in two processes at once.
 
 python tests/prepare_kills.py MANIFEST BASE FOLDER KILLS SEED leaves caches in FOLDER/{undisturbed,killed,two}, and
-prints a JSON object that says how many of the killed had not come to their end.
+prints a JSON object with the number of processes that were killed before they had finished.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from forks import start as start_ranks
 
 
 def start(manifest: Path, base: str, cache: Path) -> list[int]:
-    """A process that prepares."""
+    """Start a process that prepares the manifest. Return its process id in a list."""
     argv = ["--train_manifest", str(manifest), "--base_ckpt", base, "--cache_dir", str(cache)]
     return start_ranks(1, preparing(argv), cache.parent / "prepare.log")
 
@@ -27,23 +27,23 @@ def start(manifest: Path, base: str, cache: Path) -> list[int]:
 def main(manifest: Path, base: str, folder: Path, kills: int, seed: int) -> None:
     began = time.monotonic()
     assert wait(start(manifest, base, folder / "undisturbed"), 300) == [0]
-    whole_s = time.monotonic() - began
+    undisturbed_s = time.monotonic() - began
 
     draw, cache = random.Random(seed), folder / "killed"
     killed = 0
     for _ in range(kills):
         pids = start(manifest, base, cache)
-        time.sleep(draw.uniform(0, whole_s))
+        time.sleep(draw.uniform(0, undisturbed_s))
         os.kill(pids[0], signal.SIGKILL)
         killed += wait(pids, 60) == [-signal.SIGKILL]
-        done = sorted(cache.glob("codes/*/*.safetensors"))  # the next one shall find something to do
+        done = sorted(cache.glob("codes/*/*.safetensors"))  # so that the next process has something to encode
         for path in draw.sample(done, len(done) // 2):
             path.unlink()
     assert wait(start(manifest, base, cache), 300) == [0]
 
     both = [start(manifest, base, folder / "two") for _ in range(2)]
     assert [wait(pids, 300) for pids in both] == [[0], [0]]
-    print(json.dumps({"kills": kills, "before_the_end": killed, "undisturbed_s": round(whole_s, 2)}))
+    print(json.dumps({"kills": kills, "before_the_end": killed, "undisturbed_s": round(undisturbed_s, 2)}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""One rank of trainings in which something is not finite: python tests/spoiled_worker.py JSON.
+"""One rank of trainings in which values are not finite: python tests/spoiled_worker.py JSON.
 
-A list of {argv, steps, rank, kind}: in these optimizer steps, counted in this process, that rank's first micro-batch
-has hidden states ("loss"), or gradients of them ("gradient"), that are not finite. Rank 0 prints a JSON list: for each
-training its error, or null.
+JSON is a list of {argv, steps, rank, kind}: in these optimizer steps, counted in this process, that rank's first
+micro-batch has hidden states ("loss") or gradients of them ("gradient") that are not finite. Rank 0 prints a JSON list:
+each training's error, or null.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def train_spoiled(argv: list[str], steps: list[int], rank: int, kind: str) -> st
 
 
 def main() -> None:
-    gc.freeze()  # what the imports made need not be looked through each time
+    gc.freeze()  # objects of the imports need not be scanned each time
     errors = [train_spoiled(**case) for case in json.loads(sys.argv[1])]
     if distributed.is_main():
         print("errors:", json.dumps(errors))

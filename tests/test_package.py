@@ -1,4 +1,4 @@
-"""A wheel, installed into an environment that has the dependencies but no checkout, is whole."""
+"""The wheel is complete: it works in an environment that has the dependencies but no checkout."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of a new environment: the wheel installed there, its dependencies taken from this one."""
+    """Install the wheel into a new environment that shares this one's dependencies; return its folder of programs."""
     environment = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
     programs = environment / "bin"
     subprocess.run([programs / "python", "-m", "pip", "install", "-q", "--no-deps", wheel], check=True)
     (packages,) = environment.glob("lib/python*/site-packages")
-    # What such a line names is searched last, and its own .pth files, an editable install among them, are not read.
+    # Python searches this folder last, and does not read its .pth files, such as that of an editable install.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return programs
 
@@ -57,7 +57,7 @@ def run(installed: Path, folder: Path, *command: str) -> str:
     return done.stdout
 
 
-def test_what_is_in_the_wheel(wheel: Path) -> None:
+def test_files_in_the_wheel(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for folder, pattern in (("ds_configs", "*.json"), ("samples", "*.jsonl"), ("samples", "*/*.flac")):
         expected = {f"higgs_ds/{path.relative_to(PROJECT)}" for path in (PROJECT / folder).glob(pattern)}
@@ -68,16 +68,16 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     assert not [name for name in names if name.startswith(("tests/", "launch/", "benchmarks/"))]
 
 
-def test_train_prepare_and_merge_elsewhere(installed: Path, tmp_path: Path) -> None:
+def test_train_prepare_and_merge_outside_of_the_checkout(installed: Path, tmp_path: Path) -> None:
     code = "import higgs_ds; print(higgs_ds.__file__)"
     assert str(installed.parent) in run(installed, tmp_path, "python", "-c", code)
     trained = run(
         installed, tmp_path, "higgs-ds", "train", "--deepspeed", "ds_configs/zero2.json", "--max_steps", "2",
         "--batch_size", "1", "--grad_accum", "1", "--precision", "fp32", "--output_dir", "run",
     )  # fmt: skip
-    (advice,) = [line for line in trained.splitlines() if line.startswith("Merge them: ")]
+    (merge_line,) = [line for line in trained.splitlines() if line.startswith("Merge them: ")]
     assert run(installed, tmp_path, "higgs-ds", "prepare", "--check_only")
-    run(installed, tmp_path, *advice.removeprefix("Merge them: ").split())
+    run(installed, tmp_path, *merge_line.removeprefix("Merge them: ").split())
     assert (tmp_path / "MERGED" / "model.safetensors").is_file()
 
 
@@ -91,4 +91,4 @@ def test_help_of_every_command(installed: Path, tmp_path: Path) -> None:
 def test_an_unknown_command(installed: Path, tmp_path: Path) -> None:
     done = subprocess.run([installed / "higgs-ds", "trian"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "error: trian: no such command; did you mean train?" in done.stderr
+    assert "error: trian: unknown command; did you mean train?" in done.stderr

@@ -1,4 +1,4 @@
-"""Rooms import downward only, every module is small, and every library of weight has one user."""
+"""Subpackages import only downward, every module is small, and each large library is imported in one place."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT
 
-# From the bottom up: a room imports those before it, and modules of its own.
-ROOMS = (
+# From the bottom up: a subpackage imports only from itself and from those before it.
+SUBPACKAGES = (
     "common", "options", "model", "data", "bases", "adapters", "checkpoints", "planning", "reporting", "speech",
     "training",
 )  # fmt: skip
@@ -27,7 +27,7 @@ SOURCES = {
 
 
 def imports_of(source: str) -> Iterator[str]:
-    """Modules of this project that a source imports, wherever in it."""
+    """Yield the modules of this project that a source imports, also inside functions."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -43,15 +43,19 @@ def imports_of(source: str) -> Iterator[str]:
 
 
 def upward_imports(module: str, source: str) -> list[str]:
-    """What a module of a room imports from higher ones."""
-    room = module.split(".")[0]
-    if room not in ROOMS:
-        return []  # the commands, which are above all rooms
-    return [name for name in imports_of(source) if name.split(".")[0] not in ROOMS[: ROOMS.index(room) + 1]]
+    """Return what a module imports from subpackages above its own."""
+    subpackage = module.split(".")[0]
+    if subpackage not in SUBPACKAGES:
+        return []  # the commands, which are above all subpackages
+    return [
+        name
+        for name in imports_of(source)
+        if name.split(".")[0] not in SUBPACKAGES[: SUBPACKAGES.index(subpackage) + 1]
+    ]
 
 
 def cycle_among(imports: dict[str, set[str]]) -> list[str]:
-    """Modules that are left once those without imports among the rest are taken away, again and again."""
+    """Return the modules in or above an import cycle: those left after repeatedly removing modules without imports."""
     left = {module: set(names) & imports.keys() - {module} for module, names in imports.items()}
     while free := [module for module, names in left.items() if not names & left.keys()]:
         for module in free:
@@ -74,19 +78,19 @@ def test_imports_go_down(module: str) -> None:
         ("common.errors", "from higgs_ds.cli import main", "cli"),
     ],
 )
-def test_a_planted_upward_import_is_found(module: str, line: str, found: str) -> None:
+def test_planted_upward_import_is_found(module: str, line: str, found: str) -> None:
     source = SOURCES[module].read_text(encoding="utf-8")
     assert upward_imports(module, f"{source}\n{line}\n") == [found]
 
 
-def test_no_cycles_within_a_room() -> None:
+def test_no_import_cycles() -> None:
     imports = {module: set(imports_of(path.read_text(encoding="utf-8"))) for module, path in SOURCES.items()}
     assert cycle_among(imports) == []
     assert cycle_among(imports | {"common.errors": {"common.files"}}) != []
 
 
-def test_rooms_are_those_of_the_listing() -> None:
-    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(ROOMS)
+def test_subpackages_are_those_listed() -> None:
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(SUBPACKAGES)
     assert len([path for path in PACKAGE.glob("*.py") if path.name != "__init__.py"]) <= MAX_ROOT_MODULES
 
 
@@ -95,7 +99,7 @@ def test_no_file_is_long(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
 
 
-def test_data_knows_of_the_model_only_which_labels_are_ignored() -> None:
+def test_data_imports_only_the_loss_from_the_model() -> None:
     known = {
         name
         for module, path in SOURCES.items()
@@ -106,7 +110,7 @@ def test_data_knows_of_the_model_only_which_labels_are_ignored() -> None:
     assert known == {"model.loss"}
 
 
-def test_no_module_uses_what_another_calls_private() -> None:
+def test_no_module_imports_private_names_of_another() -> None:
     for module, path in SOURCES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("higgs_ds"):
@@ -114,7 +118,7 @@ def test_no_module_uses_what_another_calls_private() -> None:
 
 
 def users_of(library: str, name: str | None = None) -> set[str]:
-    """Modules that import a library, or one name of it."""
+    """Return the modules that import a library, or one name of it."""
     users = set()
     for module, path in SOURCES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -128,7 +132,7 @@ def users_of(library: str, name: str | None = None) -> set[str]:
     return users
 
 
-def test_one_user_of_each_engine() -> None:
+def test_large_libraries_are_imported_in_one_place() -> None:
     assert users_of("deepspeed") == {"training.engine"}
     assert users_of("bitsandbytes") == {"model.nf4", "training.optimizers"}
     of_model = {module for module in SOURCES if module.startswith("model.")} | {"bases.tiny_random"}

@@ -1,4 +1,4 @@
-"""Forks of a process that has imported everything; lines on stdin are jobs of `launcher`, trainings or commands."""
+"""Run jobs in forks of a process that has imported everything; stdin has one job (training or command) per line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from higgs_ds.training.startup import start
 
 
 def dump_logits(run: Run, path: Path) -> None:
-    """What the heads of the trained model give for the first samples, with what went in, as transformers takes it."""
+    """Save the trained model's logits for the first samples, and its inputs in transformers' format."""
     batch = run.train.batch(range(6))
     caught = {}
     higgs = run.engine.engine.module.higgs
@@ -57,7 +57,7 @@ def train_all(runs: list[list[str]]) -> None:
 
 
 def run_script(command: list[str], folder: str, environment: dict[str, str], outputs: list[str]) -> None:
-    """What `python SCRIPT OPTIONS` does in that folder."""
+    """Do what `python SCRIPT OPTIONS` does in that folder."""
     for path, stream in zip(outputs, (sys.stdout, sys.stderr), strict=True):
         os.dup2(os.open(path, os.O_WRONLY), stream.fileno())
     os.chdir(folder)

@@ -1,4 +1,4 @@
-"""launch/convert.py: bases, merged models and adapters from one layout to the other."""
+"""launch/convert.py: convert bases, merged models and adapters from one layout to the other."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ from higgs_ds.options.fields import NATIVE, ORIGINAL
 
 
 def main(options: ConvertOptions) -> None:
-    """Convert as the options say, and print what was made of what."""
+    """Convert a base, merged model or adapter as the options say, and print the output folder."""
     source, target, to = options.input_path, options.output_path, options.to
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--output_path {target}: is there already; choose a new folder")
+        raise InputError(f"--output_path {target}: already exists; choose a new folder")
     if (source / ADAPTER_CONFIG).is_file():
         convert_adapter(source, target, to)
     else:
         folder = find_base(str(source), "--input_path", default_cache_dir())
         layout = MODEL_TYPES[read_json_config(folder, "--input_path")["model_type"]]
         if layout == to and not pickled_files(folder):
-            raise _already(source, to)
+            raise _already_converted(source, to)
         for name in rewrite(folder, target, to, "--input_path"):
-            print(f"left out, as the {to} layout has no use for it: {name}")
+            print(f"not written, because the {to} layout has no use for it: {name}")
     print(f"{to} layout: {target}")
 
 
-def _already(source: Path, layout: str) -> InputError:
-    return InputError(f"--input_path {source}: is in the {layout} layout already")
+def _already_converted(source: Path, layout: str) -> InputError:
+    return InputError(f"--input_path {source}: is already in the {layout} layout")
 
 
 @contextlib.contextmanager
 def adapter_in_native_names(folder: Path, adapter: Adapter) -> Iterator[Path]:
-    """The folder itself, or for the block one with the names that a native model knows, as PEFT passes over others."""
+    """Yield `folder` or, if it has original tensor names, a temporary native copy: PEFT ignores unknown names."""
     if not adapter.in_original_names:
         yield folder
         return
@@ -58,17 +58,22 @@ def adapter_in_native_names(folder: Path, adapter: Adapter) -> Iterator[Path]:
 
 
 def convert_adapter(source: Path, target: Path, to: str) -> None:
-    """Write an adapter with the tensor names of another layout to a new folder. Raises InputError, SaveError."""
+    """Write an adapter to a new folder with the tensor names of the layout `to`.
+
+    Raises:
+        InputError: `source` is not an adapter, or is already in that layout.
+        SaveError: writing fails.
+    """
     is_native = not read_adapter(source).in_original_names
     tensors = load_file(source / ADAPTER_WEIGHTS)
     config = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if (NATIVE if is_native else ORIGINAL) == to:
-        raise _already(source, to)
+        raise _already_converted(source, to)
     rename = native_name if to == NATIVE else original_name
     renamed = {f"{PEFT_PREFIX}{rename(name.removeprefix(PEFT_PREFIX))}": t for name, t in tensors.items()}
     with safe_open(source / ADAPTER_WEIGHTS, framework="pt") as file:
         metadata = file.metadata() or {}
-    # The record of how the base was quantized stays: it names weights as this trainer reads them, in either layout.
+    # The record of the base's quantization stays unchanged: it uses native weight names in both layouts.
     metadata |= {DIGEST_KEY: digest(renamed, config, metadata.get(QUANTIZATION_KEY))}
     with saving(target), new_folder(target) as folder:
         save_file(renamed, folder / ADAPTER_WEIGHTS, metadata)

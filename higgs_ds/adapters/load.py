@@ -1,4 +1,4 @@
-"""An adapter as it lies on disk, read without PEFT's model classes: what it does to a weight, and to an input."""
+"""Read an adapter from disk without PEFT's model classes, and apply it to a weight or to an input."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OTHER_PARTS = {".lora_B.bias": "bias", ".lora_magnitude_vector": "magnitude"}
 
 @dataclass
 class Factors:
-    """What adapts one linear layer: A (r, in), B (out, r); where it has them, B's bias and DoRA's row norms (out,)."""
+    """The adapter of one linear layer: A (r, in), B (out, r); optional: B's bias (out,) and DoRA's row norms (out,)."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -41,7 +41,7 @@ class Factors:
 class Adapter:
     """An adapter's factors by the name of the weight that they adapt, and how its base was quantized, if it was.
 
-    `full_weights`: the weights of optional parts that were trained `full_parts`, by their names in the base.
+    `full_parts`: optional parts that were fully trained; `full_weights`: their weights, by their names in the base.
     """
 
     factors: dict[str, Factors]
@@ -49,17 +49,17 @@ class Adapter:
     quantization: BaseQuantization | None
     full_parts: Parts = NO_PARTS
     full_weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    in_original_names: bool = False  # whether its file calls the base's layers as the original layout does
+    in_original_names: bool = False  # whether its file uses the layer names of the original layout
 
     def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """A weight (out, in) with its adapter in it, float32: W + scaling x B A (Hu et al. 2021, arXiv 2106.09685).
+        """Return a weight (out, in) with its adapter, float32: W + scaling x B A (Hu et al. 2021, arXiv 2106.09685).
 
         With DoRA, each row is scaled to its trained norm (Liu et al. 2024, arXiv 2402.09353).
         """
-        merged, magnitude = self._sum(name, weight), self.factors[name].magnitude
+        merged, magnitude = self._add_product(name, weight), self.factors[name].magnitude
         return merged if magnitude is None else merged * self._row_scale(magnitude, merged)[:, None]
 
-    def _sum(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def _add_product(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         factors = self.factors[name]
         return torch.addmm(weight.float(), factors.b.float(), factors.a.float(), alpha=self.scaling)
 
@@ -68,22 +68,22 @@ class Adapter:
         return magnitude.float() / torch.linalg.norm(summed, dim=1)
 
     def bias(self, name: str) -> torch.Tensor | None:
-        """What is added to the bias of an adapted layer, float32 (out,)."""
+        """Return what the adapter adds to a layer's bias, float32 (out,); None if it adds nothing."""
         bias = self.factors[name].bias
         return None if bias is None else self.scaling * bias.float()
 
     def forward(self, name: str, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """What an adapted layer without its bias makes of x (..., in), float32: the adapter beside the weight."""
+        """Apply an adapted layer, without the layer's own bias and without merging, to x (..., in), in float32."""
         factors = self.factors[name]
         y = F.linear(x, weight.float()) + F.linear(F.linear(x, factors.a.float()), factors.b.float()) * self.scaling
         if factors.magnitude is not None:
-            y *= self._row_scale(factors.magnitude, self._sum(name, weight))
+            y *= self._row_scale(factors.magnitude, self._add_product(name, weight))
         bias = self.bias(name)
         return y if bias is None else y + bias
 
 
 class BaseWeights:
-    """The weights that an adapter is added to, as they were in training, and which of them turn out otherwise here."""
+    """The weights that an adapter was trained on; `differing` names those that quantize differently here."""
 
     def __init__(self, quantization: BaseQuantization | None, dequantized: bool) -> None:
         self.dequantized = dequantized
@@ -97,7 +97,7 @@ class BaseWeights:
         return self.dequantized and nf4.is_quantized_weight(name)
 
     def as_trained(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """A weight of the base's files, or what is left of it once it has been held in 4 bits; float32, on the CPU."""
+        """Return a base weight in float32 on the CPU, quantized and dequantized if the model held it in 4 bits."""
         if not self.is_quantized(name):
             return weight.float()
         quantized = nf4.quantize(weight.to(self.device), self.dtype)
@@ -108,9 +108,13 @@ class BaseWeights:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter of LoRA. Raises InputError where the folder is something else, and says what to give."""
+    """Read a LoRA adapter.
+
+    Raises:
+        InputError: the folder is not a LoRA adapter, or a damaged one; the message says what to give instead.
+    """
     if not (folder / ADAPTER_CONFIG).is_file():
-        raise InputError(_no_adapter(folder))
+        raise InputError(_describe_non_adapter(folder))
     try:
         tensors = load_file(folder / ADAPTER_WEIGHTS)
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
@@ -123,14 +127,14 @@ def read_adapter(folder: Path) -> Adapter:
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise InputError(f"{folder}: its adapter cannot be read: {error}") from error
     problems = [
-        f"{folder}: {name} is {getattr(config, name)!r}, which cannot be merged here; LoRA, rsLoRA and DoRA can"
+        f"{folder}: {name} is {getattr(config, name)!r}, which cannot be merged here; plain LoRA, rsLoRA and DoRA can"
         for name, plain in (("bias", "none"), ("fan_in_fan_out", False), ("rank_pattern", {}), ("alpha_pattern", {}),
                             ("modules_to_save", full_parts.modules or None))
         if getattr(config, name) != plain
     ]  # fmt: skip
-    whole = {_base_name(name): tensor for name, tensor in tensors.items() if full_parts.has(name)}
-    factors, unpaired = _factors({name: tensor for name, tensor in tensors.items() if not full_parts.has(name)})
-    problems += [f"{folder}: {name} is no part of a LoRA pair" for name in unpaired]
+    full_weights = {_name_in_base(name): tensor for name, tensor in tensors.items() if full_parts.has(name)}
+    factors, unpaired = _pair_factors({name: tensor for name, tensor in tensors.items() if not full_parts.has(name)})
+    problems += [f"{folder}: {name} does not belong to a LoRA pair" for name in unpaired]
     problems += [f"{folder}: {name} holds NaN or infinity" for name, t in tensors.items() if not t.isfinite().all()]
     if not factors:
         problems.append(f"{folder}: {ADAPTER_WEIGHTS} holds no LoRA tensors")
@@ -138,23 +142,23 @@ def read_adapter(folder: Path) -> Adapter:
         raise InputError(problems)
     scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     in_original_names = any(name.startswith(f"{PEFT_PREFIX}layers.") for name in tensors)
-    return Adapter(factors, scaling, quantization, full_parts, whole, in_original_names)
+    return Adapter(factors, scaling, quantization, full_parts, full_weights, in_original_names)
 
 
 def _check_digest(folder: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Raise InputError where an adapter that bears a digest is not as it was written; others may have none."""
+    """Raise InputError if the files do not match the digest that they record. An adapter without a digest passes."""
     written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if not isinstance(written, dict):
-        raise ValueError(f"{ADAPTER_CONFIG} is no JSON object")
+        raise ValueError(f"{ADAPTER_CONFIG} is not a JSON object")
     if DIGEST_KEY in metadata and metadata[DIGEST_KEY] != digest(tensors, written, metadata.get(QUANTIZATION_KEY)):
         raise InputError(
-            f"{folder}: {ADAPTER_WEIGHTS} or {ADAPTER_CONFIG} is not as it was written: damaged, half copied or "
-            "changed by hand; copy both anew from where they were trained"
+            f"{folder}: {ADAPTER_WEIGHTS} or {ADAPTER_CONFIG} has changed since it was written: it is damaged, half "
+            "copied or edited; copy both files again from the training output"
         )
 
 
-def _factors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Factors], list[str]]:
-    """The factors by the names of the weights they adapt, and the tensors that belong to none."""
+def _pair_factors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Factors], list[str]]:
+    """Return the factors by the names of the weights they adapt, and the names of tensors that belong to no factors."""
     rest = dict(tensors)
     factors = {}
     for name in sorted(tensors):
@@ -162,44 +166,44 @@ def _factors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Factors], list
         if layer == name or layer + _LORA_B not in rest:
             continue
         parts = {part: rest.pop(layer + suffix, None) for suffix, part in _OTHER_PARTS.items()}
-        factors[_base_name(f"{layer}.weight")] = Factors(rest.pop(name), rest.pop(layer + _LORA_B), **parts)
+        factors[_name_in_base(f"{layer}.weight")] = Factors(rest.pop(name), rest.pop(layer + _LORA_B), **parts)
     return factors, sorted(rest)
 
 
-def _base_name(name: str) -> str:
-    """The name that a base in the native layout has for what an adapter's file calls so, in either layout's names."""
+def _name_in_base(name: str) -> str:
+    """Return the native base's name of a tensor in an adapter's file, which may use the names of either layout."""
     name = name.removeprefix(PEFT_PREFIX)
     return name if name.startswith("model.") else native_name(name) or name
 
 
 def check_fit(adapter: Adapter, shapes: dict[str, tuple[int, ...]], adapter_folder: Path, base_folder: Path) -> None:
-    """Raise InputError where a base, whose tensors have these shapes, lacks what an adapter adapts."""
+    """Raise InputError unless a base with tensors of these `shapes` has every layer that an adapter adapts."""
     problems = []
     for name, factors in adapter.factors.items():
         a, b = factors.a, factors.b
         if name not in shapes:
-            problems.append(f"{adapter_folder}: adapts {name}, which the base {base_folder} has not")
+            problems.append(f"{adapter_folder}: adapts {name}, which the base {base_folder} does not have")
         elif (b.shape[0], a.shape[1]) != shapes[name] or a.shape[0] != b.shape[1]:
             problems.append(
-                f"{adapter_folder}: adapts {name} as {b.shape[0]} x {a.shape[1]}, in the base it is {shapes[name]}"
+                f"{adapter_folder}: adapts {name} as {b.shape[0]} x {a.shape[1]}, but in the base it is {shapes[name]}"
             )
         elif factors.bias is not None and name.removesuffix("weight") + "bias" not in shapes:
-            problems.append(f"{adapter_folder}: gives {name} a bias, and the base's layer has none")
+            problems.append(f"{adapter_folder}: has a bias for {name}, but the base's layer has none")
     if problems:
         raise InputError(problems)
 
 
-def _no_adapter(folder: Path) -> str:
-    near = sorted({path.parent for parent in (folder, folder.parent) for path in _adapters_below(parent)})
-    where = "; adapters nearby: " + ", ".join(map(str, near)) if near else ""
+def _describe_non_adapter(folder: Path) -> str:
+    nearby = sorted({path.parent for parent in (folder, folder.parent) for path in _adapters_below(parent)})
+    where = "; adapters nearby: " + ", ".join(map(str, nearby)) if nearby else ""
     if (folder / TRAINED_FOLDER).is_dir():
-        return f"{folder}: is a checkpoint of full fine-tuning, and no adapter; {command('export')} makes a model of it"
+        return f"{folder}: is a checkpoint of full fine-tuning, not an adapter; {command('export')} makes a model of it"
     if folder.name.startswith("checkpoint-"):
         return (
-            f"{folder}: is a checkpoint directory, for going on with training (--resume), and no adapter; give the "
-            f"adapter directory, {folder / ADAPTER_FOLDER}{where}"
+            f"{folder}: is a checkpoint directory, for resuming training (--resume), not an adapter; give the adapter "
+            f"directory, {folder / ADAPTER_FOLDER}{where}"
         )
-    return f"{folder}: is no adapter: it holds no {ADAPTER_CONFIG}{where}"
+    return f"{folder}: is not an adapter: it holds no {ADAPTER_CONFIG}{where}"
 
 
 def _adapters_below(folder: Path) -> Iterable[Path]:

@@ -20,12 +20,12 @@ from higgs_ds.model.parts import parts_of, with_parts
 from higgs_ds.options.commands import MergeOptions
 from higgs_ds.options.fields import MERGE_DEQUANTIZED, MERGE_ORIGINAL, NATIVE
 
-LARGEST_DIFFERENCE = 0.1  # of the logits, root mean square; rounding the weights to bf16 makes about a hundredth
+LARGEST_DIFFERENCE = 0.1  # relative, root mean square, of the logits; rounding weights to bf16 causes about 0.01
 
 
 @dataclass
 class MergeReport:
-    """What a merge was made from. `differing`: weights that are quantized otherwise here than they were in training."""
+    """What a merge was made from. `differing`: weights that quantize differently here than in training."""
 
     merge_base: str
     quantized: int = 0
@@ -33,13 +33,13 @@ class MergeReport:
     agreement: Agreement | None = None
 
     def lines(self) -> list[str]:
-        """What a user should know, a line each."""
+        """Return the lines to print for the user."""
         lines = [f"Merged into: the {self.merge_base} weights" if self.quantized else "Merged into: the base's weights"]
         if self.differing:
             lines.append(
-                f"warning: {len(self.differing)} of {self.quantized} weights quantize otherwise here than in training "
-                f"(for instance {self.differing[0]}): another base, device or version of bitsandbytes. The merged "
-                "model is close to, but not exactly, what was trained"
+                f"warning: {len(self.differing)} of {self.quantized} weights quantize differently here than in "
+                f"training (for instance {self.differing[0]}): the base, the device or the version of bitsandbytes is "
+                "another one. The merged model is close to, but not exactly, what was trained"
             )
         if self.agreement is not None:
             lines.append(f"Self-check: {self.agreement}")
@@ -47,7 +47,7 @@ class MergeReport:
 
 
 def main(options: MergeOptions) -> None:
-    """Merge as the options say, and print what from and where to."""
+    """Merge as the options say, and print a report and the output folder."""
     base = find_base(options.base_model_path, "--base_model_path", default_cache_dir())
     report = merge(
         base,
@@ -76,15 +76,15 @@ def merge(
     Peak memory is about the largest tensor of the base, in float32.
 
     Args:
-        merge_base: "dequantized", into the weights as a 4-bit base holds them, which is the function that QLoRA has
-            trained, or "original"; None for what the adapter was trained on.
-        verify: compare the result's logits with those of the adapter beside the base.
+        merge_base: "dequantized" merges into the dequantized weights of a 4-bit base, the function that QLoRA trained;
+            "original" merges into the base's own weights; None stands for what the adapter was trained on.
+        verify: compare the merged model's logits with those of the base with the unmerged adapter.
         export_layout: "native", "original", or "both", each in a folder of its own below `output_folder`.
-        codec_folder: the codec that goes with the model, native; None for the one that the base names.
+        codec_folder: the native codec to store with the model; None for the one that the base names.
 
-    Raises InputError: one of the folders is not what it should be, they do not fit together, or the output is there
-    already; SaveError where writing or the comparison fails. Nothing is left behind then, and a folder that was to be
-    overwritten is as it was.
+    Raises:
+        InputError: a folder is not what it should be, they do not fit together, or the output already exists.
+        SaveError: writing or the comparison fails. Nothing is left on disk, and a folder to overwrite is unchanged.
     """
     base_folder = native_folder(base_folder, "--base_model_path", default_cache_dir())
     adapter = read_adapter(adapter_folder)
@@ -106,26 +106,26 @@ def merge(
     changed |= {name.removesuffix("weight") + "bias" for name in adapter.factors if adapter.bias(name) is not None}
     with model_folder(base_folder, output_folder, export_layout, overwrite, codec_folder) as native:
         for shard in shards:
-            write_shard(shard, native / shard.name, changed, lambda name, old: _merged(name, old, adapter, base))
+            write_shard(shard, native / shard.name, changed, lambda name, old: _merged_value(name, old, adapter, base))
         if added:
             add_parts(native, shards, added, config)
         report = MergeReport(merge_base, base.quantized, base.differing)
         if verify:
-            report.agreement = _verified(base_folder, native, adapter, merge_base)
+            report.agreement = _verify(base_folder, native, adapter, merge_base)
     return report
 
 
-def _verified(base_folder: Path, merged_folder: Path, adapter: Adapter, merge_base: str) -> Agreement:
+def _verify(base_folder: Path, merged_folder: Path, adapter: Adapter, merge_base: str) -> Agreement:
     as_trained = adapter.quantization is not None or merge_base == MERGE_DEQUANTIZED
     agreement = compare_merged(base_folder, merged_folder, adapter, BaseWeights(adapter.quantization, as_trained))
     if merge_base == MERGE_ORIGINAL and as_trained:
         agreement.note = "the adapter was trained on 4-bit weights and merged into the original ones"
     elif agreement.relative > LARGEST_DIFFERENCE:
-        raise SaveError(f"{merged_folder}: the merged model is not what was trained: {agreement}")
+        raise SaveError(f"{merged_folder}: the merged model differs from what was trained: {agreement}")
     return agreement
 
 
-def _merged(name: str, tensor: torch.Tensor, adapter: Adapter, base: BaseWeights) -> torch.Tensor:
+def _merged_value(name: str, tensor: torch.Tensor, adapter: Adapter, base: BaseWeights) -> torch.Tensor:
     if name in adapter.full_weights:
         return adapter.full_weights[name]
     if name.endswith(".bias"):

@@ -1,4 +1,4 @@
-"""`lora_adapters/`: written from gathered float32 masters, read back, and only then put in place."""
+"""Write `lora_adapters/` from gathered float32 master weights, and check it before it is moved into place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_CARD = "adapter_config.json", "adapter_
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained: adapters by the names that PEFT gives them in a file, a model's own weights by theirs."""
+    """Return the trained parameters: adapters by PEFT's names in a file, a model's own weights by their own names."""
     return {_name_in_file(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -34,9 +34,9 @@ def _name_in_file(name: str) -> str:
 
 @dataclass(frozen=True)
 class AdapterFormat:
-    """What an adapter's files tell beside its tensors: PEFT's configuration, and how its base was quantized.
+    """What an adapter's files record besides its tensors: PEFT's configuration, and how its base was quantized.
 
-    `full_parts`: optional parts of the model that were trained whole; their parameters are among the tensors.
+    `full_parts`: optional parts of the model that were fully trained; their parameters are among the tensors.
     """
 
     config: LoraConfig
@@ -44,7 +44,7 @@ class AdapterFormat:
     full_parts: Parts = NO_PARTS
 
     def metadata(self, tensors: dict[str, torch.Tensor], written_config: dict[str, Any]) -> dict[str, str]:
-        """The header of the tensors' file."""
+        """Return the header of the tensor file."""
         quantization = self.quantization.to_json() if self.quantization else None
         metadata = {"format": "pt", DIGEST_KEY: digest(tensors, written_config, quantization)}
         metadata |= {QUANTIZATION_KEY: quantization} if quantization else {}
@@ -54,7 +54,7 @@ class AdapterFormat:
 def digest(tensors: dict[str, torch.Tensor], config: dict[str, Any], quantization: str | None) -> str:
     """SHA-256 of what decides an adapter's effect: its tensors, its configuration, how its base was quantized.
 
-    Where the base lies is left out, as it may be moved, and its name in the configuration changed.
+    The base's path is left out: the base may be moved, and its name in the configuration changed.
     """
     use = {name: value for name, value in config.items() if name != "base_model_name_or_path"}
     sha = hashlib.sha256(json.dumps([use, quantization], sort_keys=True).encode())
@@ -65,14 +65,17 @@ def digest(tensors: dict[str, torch.Tensor], config: dict[str, Any], quantizatio
 
 
 def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], form: AdapterFormat, must_have_moved: bool) -> None:
-    """Write an adapter as PEFT reads it, and check what was written.
+    """Write an adapter in PEFT's format, and check what was written.
 
     Args:
-        folder: an empty one, which takes its final place only if this returns.
-        tensors: by the names of `adapter_parameters`.
-        must_have_moved: after a step with a learning rate above 0, factors that are still all zero are an error.
+        folder: an empty folder, which the caller moves to its final place only if this returns.
+        tensors: by the names of `trained_parameters`.
+        must_have_moved: whether it is an error if all B factors are still zero; true after a step with a learning
+            rate above 0.
 
-    Raises NotFiniteError before anything is written; SaveError where what was written reads back otherwise.
+    Raises:
+        NotFiniteError: a tensor holds NaN or infinity; nothing is written.
+        SaveError: the files read back differently than written.
     """
     check_finite(tensors)
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,17 +91,17 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], form: AdapterF
 
 
 def check_finite(tensors: dict[str, torch.Tensor]) -> None:
-    """Raise NotFiniteError where a trained tensor holds NaN or infinity."""
+    """Raise NotFiniteError if a trained tensor holds NaN or infinity."""
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise NotFiniteError(
             f"{len(broken)} of {len(tensors)} trained tensors hold NaN or infinity, for instance {broken[0]}; "
-            "they were not saved. The last checkpoint is as it was; lower --lr"
+            "they were not saved. The last checkpoint is unchanged; lower --lr"
         )
 
 
 def verify_adapter(folder: Path, tensors: dict[str, torch.Tensor], must_have_moved: bool) -> None:
-    """Raise SaveError unless the files of an adapter hold exactly `tensors`, and training has changed them."""
+    """Raise SaveError unless the files of an adapter hold exactly `tensors` and, if they must, B factors have moved."""
     try:
         written = load_file(folder / ADAPTER_WEIGHTS)
         LoraConfig.from_pretrained(folder)
@@ -110,16 +113,18 @@ def verify_adapter(folder: Path, tensors: dict[str, torch.Tensor], must_have_mov
         if name not in written or name not in tensors or not torch.equal(written[name], tensors[name])
     ]
     if differing:
-        raise SaveError(f"{folder}: {len(differing)} tensors read back otherwise than written: {sorted(differing)[:3]}")
+        raise SaveError(
+            f"{folder}: {len(differing)} tensors read back differently than written: {sorted(differing)[:3]}"
+        )
     if must_have_moved and not any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
-        raise SaveError(f"{folder}: every lora_B is zero although the model was trained: the adapter would do nothing")
+        raise SaveError(f"{folder}: every lora_B is zero although the model was trained: the adapter has no effect")
 
 
 def _card(form: AdapterFormat) -> str:
     config = form.config
     base = config.base_model_name_or_path
-    on = f"`{base}`" + (", whose decoder was held in 4 bits (NF4)" if form.quantization else "")
-    full_parts = f"\nTrained in full, and held here: {form.full_parts}.\n" if form.full_parts else ""
+    on = f"`{base}`" + (", with its decoder quantized to 4 bits (NF4)" if form.quantization else "")
+    full_parts = f"\nFully trained, and stored with the adapter: {form.full_parts}.\n" if form.full_parts else ""
     return f"""---
 library_name: peft
 base_model: {json.dumps(base)}
@@ -135,7 +140,7 @@ Trained with higgs_ds on {on}: rank {config.r}, alpha {config.lora_alpha}, float
 
 
 def how_to_use_adapter(base: str) -> str:
-    """For a model card: what to do with an adapter."""
+    """Return the part of a model card that says how to use an adapter."""
     return f"""Merge it into its base:
 
     python launch/merge.py --base_model_path {base} --lora_adapter_path THIS_FOLDER --output_path MERGED

@@ -1,4 +1,4 @@
-"""A merged model against the adapter beside its base, layer by layer from their files: neither is ever in memory."""
+"""Compare a merged model with its base and adapter, layer by layer from the files: neither model is ever in memory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from higgs_ds.model.loading import read_config
 from higgs_ds.model.parts import parts_of, with_parts
 from higgs_ds.model.streaming import all_logits, streaming_model
 
-NUM_TEXT, NUM_FRAMES = 12, 16  # positions of the sequence that both are given
-NUM_HEARD = 4  # of the text's, where there is a tower
-ROWS_AT_ONCE = 2**22  # numbers of a weight that are in memory together
+NUM_TEXT, NUM_FRAMES = 12, 16  # positions of the sequence that both models get
+NUM_HEARD = 4  # of the text positions, for audio input if the model has a Whisper tower
+ROWS_AT_ONCE = 2**22  # elements of a weight that are in memory at once
 
 
 @dataclass
 class Agreement:
-    """How far two models' logits are apart. `relative`: root mean square of the difference over that of the logits."""
+    """How far the logits of two models differ. `relative`: RMS of the difference divided by RMS of the logits."""
 
     max_difference: float
     largest_logit: float
@@ -39,7 +39,7 @@ class Agreement:
 
 
 def compare_merged(base_folder: Path, merged_folder: Path, adapter: Adapter, base: BaseWeights) -> Agreement:
-    """Text and audio logits, in float32, of a random sequence of text and frames, by both models."""
+    """Compare both models' text and audio logits, in float32, for a random sequence of text and frames."""
     config = with_parts(read_config(base_folder), adapter.full_parts)
     expected = _probe_logits(config, AdaptedWeightFiles(base_folder, adapter, base))
     found = _probe_logits(read_config(merged_folder), Files(merged_folder))
@@ -52,7 +52,7 @@ def compare_merged(base_folder: Path, merged_folder: Path, adapter: Adapter, bas
 
 
 class Files:
-    """The weights of a model's files, as `model.higgs.streaming_model` takes them."""
+    """The weights in a model's files, as `streaming_model` reads them."""
 
     def __init__(self, folder: Path) -> None:
         self.places = weight_locations(folder)
@@ -65,7 +65,7 @@ class Files:
         return torch.stack([self.slice(name, i, i + 1)[0] for i in ids.flatten().tolist()]).view(*ids.shape, -1)
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Some rows of a weight, float32."""
+        """Return rows `start` to `stop` (exclusive) of a weight, in float32."""
         return read_rows(self.places[name], name, start, stop).float()
 
     def has(self, name: str) -> bool:
@@ -83,13 +83,13 @@ class Files:
         return self.biased(layer, y)
 
     def biased(self, layer: str, y: torch.Tensor) -> torch.Tensor:
-        """y with the layer's own bias, where it has one."""
+        """Return y plus the layer's own bias, if it has one."""
         release_freed_memory()
         return y + self.tensor(f"{layer}.bias") if self.has(f"{layer}.bias") else y
 
 
 class AdaptedWeightFiles(Files):
-    """The same with an adapter beside them."""
+    """The same with an adapter, which is applied without being merged."""
 
     def __init__(self, folder: Path, adapter: Adapter, base: BaseWeights) -> None:
         super().__init__(folder)
@@ -97,12 +97,12 @@ class AdaptedWeightFiles(Files):
         self.shapes |= {name: tuple(tensor.shape) for name, tensor in adapter.full_weights.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
-        whole = self.adapter.full_weights.get(name)
-        return super().tensor(name) if whole is None else whole.float()
+        trained = self.adapter.full_weights.get(name)
+        return super().tensor(name) if trained is None else trained.float()
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
-        whole = self.adapter.full_weights.get(name)
-        return super().slice(name, start, stop) if whole is None else whole[start:stop].float()
+        trained = self.adapter.full_weights.get(name)
+        return super().slice(name, start, stop) if trained is None else trained[start:stop].float()
 
     def has(self, name: str) -> bool:
         return super().has(name) or name in self.adapter.full_weights

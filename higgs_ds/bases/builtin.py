@@ -1,4 +1,4 @@
-"""The bases that the project brings along, by name: one that speaks digits, and one of random weights."""
+"""The built-in bases, by name: a small one that speaks digits, and a tiny one with random weights."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from higgs_ds.model.loading import read_config
 
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_BASE, SPEAKING_CODEC = "speaking-base", "speaking-codec"
-# What a user is told of each.
+# Descriptions for users.
 BUILT_IN = {
-    DEFAULT_BASE: "built in, small: for trying out, it speaks digits",
-    tiny_random.BASE_NAME: "built in, random: for trying out, it speaks noise",
+    DEFAULT_BASE: "built in, small: speaks digits, for trying out the trainer",
+    tiny_random.BASE_NAME: "built in, random weights: generates noise, for trying out the trainer",
 }
 WEIGHTS = "model.safetensors"
 PARTS = {
@@ -34,14 +34,14 @@ PARTS = {
 
 
 def is_builtin(name: str) -> bool:
-    """Whether a base of this name comes with the project."""
+    """Whether this is the name of a built-in base."""
     return name in BUILT_IN
 
 
 def which_builtin(name: str | None) -> str | None:
-    """The built-in base that is meant, which is DEFAULT_BASE where none is named; None where another one is.
+    """Return the built-in base that `name` refers to: DEFAULT_BASE for None, and None for any other base.
 
-    A folder of that name in the working directory comes before the built-in base.
+    A folder of that name in the working directory takes precedence over the built-in base.
     """
     if name is None:
         return DEFAULT_BASE
@@ -49,23 +49,30 @@ def which_builtin(name: str | None) -> str | None:
 
 
 def find_base(name: str | None, asked_by: str, cache_dir: Path, revision: str | None = None) -> Path:
-    """The folder of a base: built in, by default DEFAULT_BASE, a folder, or a hub id at a `revision`.
+    """Return the folder of a base: a built-in one (DEFAULT_BASE for None), a folder, or a hub id at `revision`.
 
-    Raises InputError, beginning with `asked_by`, where there is none of that name; SaveError.
+    Args:
+        asked_by: the option that names the base, for error messages.
+
+    Raises:
+        InputError: there is no base of that name.
+        SaveError: the base cannot be written to the cache.
     """
     built_in = which_builtin(name)
     if built_in is not None:
         return builtin_base(built_in, cache_dir)
-    assert name is not None  # that would be the default
+    assert name is not None  # None is the built-in default
     return resolve_folder(name, asked_by, revision)
 
 
 def builtin_base(name: str, cache_dir: Path) -> Path:
-    """The folder of a built-in base, in float32, made on first use; several processes may ask at once.
+    """Return the folder of a built-in base in float32, created on first use. Several processes may call it at once.
 
-    Raises InputError where there is none of that name, or the project is not installed whole; SaveError.
+    Raises:
+        InputError: there is no built-in base of that name, or the installation of the project is incomplete.
+        SaveError: the base cannot be written to the cache.
     """
-    _check(name)
+    _check_builtin(name)
     if name == tiny_random.BASE_NAME:
         return tiny_random.random_base(cache_dir)
     home = cache_dir / f"speaking-{_assets_digest()[:12]}"
@@ -78,8 +85,12 @@ def builtin_base(name: str, cache_dir: Path) -> Path:
 
 
 def builtin_config(name: str) -> HiggsAudioV2Config:
-    """The configuration of a built-in base, which need not be made for it. Raises InputError as `builtin_base` does."""
-    _check(name)
+    """Return the configuration of a built-in base without creating the base.
+
+    Raises:
+        InputError: as for `builtin_base`.
+    """
+    _check_builtin(name)
     if name == tiny_random.BASE_NAME:
         return tiny_random.random_config()
     config = read_config(ASSETS / DEFAULT_BASE)
@@ -87,24 +98,24 @@ def builtin_config(name: str) -> HiggsAudioV2Config:
     return config
 
 
-def _check(name: str) -> None:
-    """Raise InputError for a name of no built-in base, and where the files of this one are not all there."""
+def _check_builtin(name: str) -> None:
+    """Raise InputError if there is no built-in base of that name, or if some of its files are missing or damaged."""
     if not is_builtin(name):
-        raise InputError(f"{name}: is no built-in base; there are {' and '.join(BUILT_IN)}")
+        raise InputError(f"{name}: is not a built-in base; choose {' or '.join(BUILT_IN)}")
     if name == tiny_random.BASE_NAME:
         return
     paths = [ASSETS / folder / part for folder, parts in PARTS.items() for part in parts]
     missing = [str(path.relative_to(ASSETS)) for path in paths if not path.is_file()]
     if missing:
         raise InputError(
-            f"{ASSETS}: lacks {', '.join(missing)} of the built-in base {name}; the project is not installed whole. "
-            "Install it anew, or name another base"
+            f"{ASSETS}: missing {', '.join(missing)} of the built-in base {name}; the installation of the project is "
+            "incomplete. Reinstall it, or choose another base"
         )
     weight_shapes([path for path in paths if path.name == WEIGHTS])
 
 
 def _assets_digest() -> str:
-    """SHA-256 over all that the speaking base is made of: another one has another folder in the cache."""
+    """Return the SHA-256 over all files of the speaking base. It names the cache folder: other files, other folder."""
     digest = hashlib.sha256((ASSETS / "chat_template.jinja").read_bytes())
     for folder in PARTS:
         for path in sorted(path for path in (ASSETS / folder).iterdir() if path.is_file()):
@@ -114,25 +125,25 @@ def _assets_digest() -> str:
 
 
 def _copy_in_float32(asset: str, target: Path, codec: Path | None = None) -> None:
-    """Copy a model of the assets to a new folder, its weights in float32; a base gets a processor with its `codec`."""
+    """Copy a model of the assets to a new folder, in float32. With `codec`, also write a processor that names it."""
     source = ASSETS / asset
     with saving(target), new_folder(target) as folder:
         for path in source.iterdir():
             if path.is_file() and path.name not in ("config.json", WEIGHTS):
                 shutil.copyfile(path, folder / path.name)
         write_json(
-            folder / "config.json", _in_float32(json.loads((source / "config.json").read_text(encoding="utf-8")))
+            folder / "config.json", _set_dtype_float32(json.loads((source / "config.json").read_text(encoding="utf-8")))
         )
         tensors = load_file(source / WEIGHTS).items()
-        wide = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors}
-        save_file(wide, folder / WEIGHTS, {"format": "pt"})
+        in_float32 = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors}
+        save_file(in_float32, folder / WEIGHTS, {"format": "pt"})
         if codec is not None:
             tiny_random.build_processor(AutoTokenizer.from_pretrained(source), codec).save_pretrained(folder)
 
 
-def _in_float32(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration whose models, those within it too, are told to be in float32."""
+def _set_dtype_float32(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with every `dtype` set to float32, those of nested models included."""
     return {
-        key: _in_float32(value) if isinstance(value, dict) else "float32" if key == "dtype" else value
+        key: _set_dtype_float32(value) if isinstance(value, dict) else "float32" if key == "dtype" else value
         for key, value in values.items()
     }

@@ -1,4 +1,4 @@
-"""A base as it lies on disk, without its weights: configuration, tokenizer, codec, and whether they fit together."""
+"""A base on disk, without its weights: configuration, tokenizer and codec, and checks that they fit together."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ from higgs_ds.options.train import ModelOptions
 
 @dataclass(frozen=True)
 class Bundle:
-    """Everything of a base but its weights. `name` is how the user called it.
+    """Everything of a base except its weights. `name` is the name that is reported to the user.
 
-    `config` has parts that are `added` to the base, too; `whisper_folder` is where a tower among them comes from.
+    `config` includes the parts that are `added` to the base. If a Whisper tower is among them, `whisper_folder` is
+    where its weights come from.
     """
 
     name: str
@@ -46,12 +47,12 @@ class Bundle:
 
     @property
     def identity(self) -> str:
-        """As `base_identity` tells."""
+        """See `base_identity`."""
         return base_identity(self.folder)
 
     @property
     def pad_id(self) -> int:
-        """What fills the end of a row, where nothing is ever predicted."""
+        """The token id that pads the end of a row, where nothing is predicted."""
         return self.config.pad_token_id or 0
 
     @property
@@ -59,15 +60,17 @@ class Bundle:
         return AudioStream(self.config.num_codebooks, self.config.audio_stream_bos_id, self.config.audio_stream_eos_id)
 
     def coder(self, cache_dir: Path) -> Coder:
-        """What turns samples into this base's ids and codes."""
+        """Return the coder that turns samples into token ids and audio codes of this base."""
         cache = CodeCache(cache_dir, codec_digest(self.codec.folder))
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        hearing = self._hearing(cache_dir)
-        parts = (vocabulary, self.stream, cache.codec_digest, *([hearing.identity] if hearing else []))
+        mel_features = self._mel_features(cache_dir)
+        parts = (vocabulary, self.stream, cache.codec_digest, *([mel_features.identity] if mel_features else []))
         identity = hashlib.sha256(repr(parts).encode()).hexdigest()
-        return Coder(CachedTokenizer(self.tokenizer), self.stream, self.pad_id, self.codec, cache, identity, hearing)
+        return Coder(
+            CachedTokenizer(self.tokenizer), self.stream, self.pad_id, self.codec, cache, identity, mel_features
+        )
 
-    def _hearing(self, cache_dir: Path) -> MelFeatureStore | None:
+    def _mel_features(self, cache_dir: Path) -> MelFeatureStore | None:
         tower = parts_of(self.config).audio_tower
         if tower is None:
             return None
@@ -77,19 +80,21 @@ class Bundle:
 
 
 def base_identity(folder: Path) -> str:
-    """The same for one base wherever it lies: SHA-256 over its configuration and its files' names and sizes."""
+    """SHA-256 over a base's configuration and the names and sizes of its weight files; independent of its location."""
     sizes = [(path.name, path.stat().st_size) for path in weight_files(folder)]
     return hashlib.sha256(repr((sha256_of(folder / "config.json"), sizes)).encode()).hexdigest()
 
 
 def open_bundle(name: str | None, revision: str | None, codec_name: str | None, cache_dir: Path) -> Bundle:
-    """Find a base, by default the built-in one, and its codec; one that is not native is written anew to the cache.
+    """Find a base, by default the built-in one, and its codec. Either is converted into the cache if it is not native.
 
-    Raises InputError with all that does not fit; SaveError.
+    Raises:
+        InputError: lists everything that does not fit together.
+        SaveError: a converted base or codec cannot be written.
     """
     folder = find_base(name, "--base_ckpt", cache_dir, revision)
-    # What is told of a built-in base is where it lies: programs that read an adapter know no names of this project.
-    called = name if name and which_builtin(name) is None else str(folder)
+    # A built-in base is reported by its folder: programs that read an adapter do not know this project's names.
+    reported_name = name if name and which_builtin(name) is None else str(folder)
     layout = MODEL_TYPES[read_json_config(folder, "--base_ckpt")["model_type"]]
     folder = native_folder(folder, "--base_ckpt", cache_dir)
     config = read_config(folder)
@@ -104,8 +109,8 @@ def open_bundle(name: str | None, revision: str | None, codec_name: str | None, 
     problems = _tokenizer_problems(folder, config, tokenizer)
     if codec.config.num_quantizers != config.num_codebooks:
         problems.append(
-            f"{codec_folder}: gives {codec.config.num_quantizers} codebooks, "
-            f"the base {folder} takes {config.num_codebooks}"
+            f"{codec_folder}: the codec has {codec.config.num_quantizers} codebooks, "
+            f"but the base {folder} uses {config.num_codebooks}"
         )
     if codec.config.codebook_size != config.audio_stream_bos_id or config.codebook_size <= config.audio_stream_eos_id:
         problems.append(
@@ -114,30 +119,33 @@ def open_bundle(name: str | None, revision: str | None, codec_name: str | None, 
         )
     if problems:
         raise InputError(problems)
-    return Bundle(called, folder, config, tokenizer, codec, layout)
+    return Bundle(reported_name, folder, config, tokenizer, codec, layout)
 
 
 def open_for_training(options: ModelOptions, cache_dir: Path) -> Bundle:
-    """A base with the optional parts that it is to be trained with. Every rank must call this.
+    """Open a base together with the optional parts that are to be trained. Every rank must call this.
 
-    What has to be downloaded, or written anew, is by one rank. Raises InputError, SaveError, on every rank.
+    Only one rank downloads and converts files.
+
+    Raises:
+        InputError, SaveError: on every rank, as for `open_bundle`.
     """
 
-    def opened() -> Bundle:
+    def open_with_parts() -> Bundle:
         bundle = open_bundle(options.base_ckpt, options.base_revision, options.codec_ckpt, cache_dir)
         added, whisper_folder = parts_to_add(options, bundle.config, resolve_folder)
         if whisper_folder is not None:
             weight_shapes(weight_files(whisper_folder))
         return replace(bundle, config=with_parts(bundle.config, added), added=added, whisper_folder=whisper_folder)
 
-    distributed.on_main(lambda: opened() and None)
-    return distributed.run_on_all_ranks(opened)
+    distributed.on_main(lambda: open_with_parts() and None)
+    return distributed.run_on_all_ranks(open_with_parts)
 
 
 def _tokenizer_problems(folder: Path, config: HiggsAudioV2Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     missing = missing_tokens(tokenizer.get_vocab())
     if missing:
-        return [f"{folder}: its tokenizer lacks {', '.join(missing)}"]
+        return [f"{folder}: its tokenizer has no {', '.join(missing)}"]
     expected = {
         AUDIO_OUT: config.audio_token_id,
         AUDIO_DELAY: config.audio_delay_token_id,

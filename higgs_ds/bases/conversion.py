@@ -1,4 +1,4 @@
-"""A model's files written anew in another layout, or as safetensors: one file in memory at a time, without loss."""
+"""Rewrite a model's files in another layout or as safetensors: without loss, one file in memory at a time."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ from higgs_ds.model.layouts import (
 )
 from higgs_ds.options.fields import NATIVE
 
-SAVED_ORIGINAL_CONFIG = "original_config.json"  # beside a native model that was made from an original one
-SAMPLE_RATE = 24000  # Hz, of all codecs of this family
-_CACHE_VERSION = 2  # of what is kept in the cache: raise it with every change to what is written
+SAVED_ORIGINAL_CONFIG = "original_config.json"  # stored with a native model that was converted from an original one
+SAMPLE_RATE = 24000  # Hz; all codecs of this family use it
+_CACHE_VERSION = 2  # of converted models in the cache: raise it with every change to what is written
 ORIGINAL_CODEC_FILE = "model.pth"
 _PICKLED = (".bin", ".pth", ".pt")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor where it lies: its size in bytes, and how to read it."""
+    """A tensor on disk: its name, its size in bytes, and a function that reads it."""
 
     name: str
     size: int
@@ -61,10 +61,12 @@ class StoredTensor:
 
 
 def native_folder(folder: Path, asked_by: str, cache_dir: Path) -> Path:
-    """The folder itself where it holds a native model in safetensors; else the one that it is written to, once.
+    """Return `folder` if it holds a native model in safetensors; else convert it once, and return the cached folder.
 
-    Raises InputError, beginning with `asked_by`: it is no model of this family, is damaged, or there is no room;
-    SaveError.
+    Raises:
+        InputError: it is not a model of this family, it is damaged, or there is not enough free disk space. The
+            message begins with `asked_by`.
+        SaveError: writing fails.
     """
     config = read_json_config(folder, asked_by)
     if MODEL_TYPES[config["model_type"]] == NATIVE and not pickled_files(folder):
@@ -79,26 +81,28 @@ def native_folder(folder: Path, asked_by: str, cache_dir: Path) -> Path:
 
 
 def native_codec(folder: Path, asked_by: str, cache_dir: Path) -> Path:
-    """The folder itself where it holds a codec as transformers reads it; else the one it is written to, once.
+    """Return `folder` if it holds a codec that transformers reads; else convert it once, and return the cached folder.
 
-    Raises InputError, beginning with `asked_by`: it holds no such codec, or a damaged one; SaveError.
+    Raises:
+        InputError: it does not hold a codec in either layout, or a damaged one. The message begins with `asked_by`.
+        SaveError: writing fails.
     """
     config = read_codec_json(folder)
     if not is_original_codec(config):
         return folder
     where, path = f"{asked_by} {folder}", folder / ORIGINAL_CODEC_FILE
     if not path.is_file():
-        raise InputError(f"{where}: lacks {ORIGINAL_CODEC_FILE}")
+        raise InputError(f"{where}: missing {ORIGINAL_CODEC_FILE}")
     identity = hashlib.sha256(f"{sha256_of(folder / 'config.json')} {sha256_of(path)}".encode()).hexdigest()
     target = cache_dir / "converted" / f"codec-{identity[:32]}"
     if not target.is_dir():
-        tensors = _unpickled(path)
-        made = native_codec_config(config, tensors, where)
+        tensors = _load_pickled(path)
+        new_config = native_codec_config(config, tensors, where)
         weights = native_codec_tensors(tensors, len(config["ratios"]))
-        check_codec_tensors(where, made, weights)
-        made.architectures, made.dtype = ["HiggsAudioV2TokenizerModel"], torch.float32
+        check_codec_tensors(where, new_config, weights)
+        new_config.architectures, new_config.dtype = ["HiggsAudioV2TokenizerModel"], torch.float32
         with saving(target), new_folder(target) as temporary:
-            made.save_pretrained(temporary)
+            new_config.save_pretrained(temporary)
             save_file(
                 {name: t.float().contiguous() for name, t in weights.items()},
                 temporary / "model.safetensors",
@@ -108,39 +112,45 @@ def native_codec(folder: Path, asked_by: str, cache_dir: Path) -> Path:
 
 
 def rewrite(source: Path, target: Path, to: str, asked_by: str) -> list[str]:
-    """Write a base or merged model in a layout, its own or the other, to a new folder; the names that were left out.
+    """Write a base or merged model to a new folder in the layout `to`: its own or the other one.
 
-    Raises InputError, beginning with `asked_by`, where `source` is no such model or there is no room; SaveError.
+    Returns:
+        The names of tensors that the layout `to` has no use for; they are not written.
+
+    Raises:
+        InputError: `source` is not such a model, or there is not enough free disk space. The message begins with
+            `asked_by`.
+        SaveError: writing fails.
     """
     config = read_json_config(source, asked_by)
-    made, rename = _config_and_names(source, config, to)
-    groups, dropped = _renamed(source, rename)
+    new_config, rename = _config_and_names(source, config, to)
+    groups, dropped = _group_by_new_name(source, rename)
     needed, free = sum(part.size for parts in groups.values() for part in parts), free_bytes(target)
     if needed > free:
         raise InputError(
-            f"{asked_by} {source}: is to be written in the {to} layout to {target}, which takes {needed / 2**30:.1f} "
-            f"GiB, and {free / 2**30:.1f} GiB are free there"
+            f"{asked_by} {source}: writing it in the {to} layout to {target} takes {needed / 2**30:.1f} GiB, but only "
+            f"{free / 2**30:.1f} GiB are free there"
         )
     with saving(target), new_folder(target) as folder:
         sizes = {name: sum(part.size for part in parts) for name, parts in groups.items()}
-        write_shards(sizes, map(_joined, groups.values()), folder)
+        write_shards(sizes, map(_concatenate, groups.values()), folder)
         for path in companion_files(source):
             if path.name not in ("config.json", SAVED_ORIGINAL_CONFIG) and not path.name.endswith(".index.json"):
                 shutil.copy(path, folder)
         if (source / CODEC_SUBFOLDER).is_dir():
             shutil.copytree(source / CODEC_SUBFOLDER, folder / CODEC_SUBFOLDER)
-        write_json(folder / "config.json", made)
-        if to == NATIVE and config is not made:
+        write_json(folder / "config.json", new_config)
+        if to == NATIVE and config is not new_config:
             write_json(folder / SAVED_ORIGINAL_CONFIG, config)
             if not (folder / PROCESSOR_CONFIG).is_file():
                 bundled = (folder / CODEC_SUBFOLDER).is_dir()
-                write_processor(folder, made, CODEC_SUBFOLDER if bundled else ORIGINAL_CODEC)
+                write_processor(folder, new_config, CODEC_SUBFOLDER if bundled else ORIGINAL_CODEC)
     return dropped
 
 
 def write_processor(folder: Path, config: dict[str, Any], codec: str) -> None:
-    """Write what transformers' processor loads, which folders in the original layout lack, with a codec's place."""
-    extractor = DacFeatureExtractor(sampling_rate=SAMPLE_RATE, hop_length=1)  # the codec pads clips by itself
+    """Write the processor files, which original folders do not have. `codec`: the codec's path or hub id."""
+    extractor = DacFeatureExtractor(sampling_rate=SAMPLE_RATE, hop_length=1)  # the codec itself pads clips
     values = {
         "processor_class": "HiggsAudioV2Processor",
         "feature_extractor": extractor.to_dict(),
@@ -163,7 +173,7 @@ def write_processor(folder: Path, config: dict[str, Any], codec: str) -> None:
 def _config_and_names(
     source: Path, config: dict[str, Any], to: str
 ) -> tuple[dict[str, Any], Callable[[str], str | None]]:
-    """The configuration in another layout, and how tensors are called there."""
+    """Return the configuration in the layout `to`, and a function that maps tensor names to that layout."""
     if MODEL_TYPES[config["model_type"]] == to:
         return config, lambda name: name
     if to == NATIVE:
@@ -174,8 +184,14 @@ def _config_and_names(
     return original_config(config, special_tokens(source)), original_name
 
 
-def _renamed(source: Path, rename: Callable[[str], str | None]) -> tuple[dict[str, list[StoredTensor]], list[str]]:
-    """What each tensor of the other layout is made of, in the order of its rows; and what is left out."""
+def _group_by_new_name(
+    source: Path, rename: Callable[[str], str | None]
+) -> tuple[dict[str, list[StoredTensor]], list[str]]:
+    """Return the tensors that make up each tensor of the new layout, in the order of its rows, and the dropped names.
+
+    Raises:
+        InputError: a tensor belongs to neither layout.
+    """
     groups: dict[str, list[StoredTensor]] = {}
     dropped, unknown = [], []
     for stored in stored_tensors(source):
@@ -190,52 +206,53 @@ def _renamed(source: Path, rename: Callable[[str], str | None]) -> tuple[dict[st
             groups.setdefault(name, []).append(stored)
     if unknown:
         some = ", ".join(sorted(unknown)[:3])
-        raise InputError(f"{source}: {len(unknown)} tensors are of neither layout, for instance {some}")
+        raise InputError(f"{source}: {len(unknown)} tensors belong to neither layout, for instance {some}")
     for parts in groups.values():
         parts.sort(key=lambda stored: part_of_rows(stored.name))
     return groups, dropped
 
 
 def stored_tensors(folder: Path) -> Iterator[StoredTensor]:
-    """The tensors of a model's safetensors files or, where it has none, of its pickled ones, which run nothing.
+    """Yield the tensors of a model's safetensors files or, if it has none, of its pickled files, without running code.
 
-    Raises InputError where files are missing or damaged.
+    Raises:
+        InputError: files are missing or damaged.
     """
     pickled = pickled_files(folder)
     if not pickled:
         files = weight_files(folder)
-        weight_shapes(files)  # names those that are damaged
+        weight_shapes(files)  # raises InputError with the names of damaged files
         for path in files:
             for name, (start, stop) in byte_ranges(path).items():
                 yield StoredTensor(name, stop - start, partial(read_tensor, path, name))
     for path in pickled:
-        for name, tensor in _unpickled(path).items():
+        for name, tensor in _load_pickled(path).items():
             yield StoredTensor(name, tensor.nbytes, tensor.clone)
 
 
 def pickled_files(folder: Path) -> list[Path]:
-    """The files of a model that holds its weights as torch.save writes them, and not as safetensors."""
+    """Return the weight files that torch.save wrote; empty if the model has safetensors files."""
     if any(folder.glob("*.safetensors")) or (folder / WEIGHT_INDEX).is_file():
         return []
     indexed = indexed_files(folder, "pytorch_model.bin.index.json")
     return indexed or sorted(path for path in folder.iterdir() if path.suffix in _PICKLED)
 
 
-def _unpickled(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file of torch.save, mapped and not read where its format allows."""
+def _load_pickled(path: Path) -> dict[str, torch.Tensor]:
+    """Load the tensors of a torch.save file, memory-mapped if its format allows it."""
     try:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # of a format before 2020, which cannot be mapped
+        except RuntimeError:  # the format before 2020 cannot be memory-mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path}: is no file of weights, or holds more than tensors: {reason}") from error
+        raise InputError(f"{path}: is not a file of weights, or holds more than tensors: {reason}") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"{path}: holds something else than tensors by name")
+        raise InputError(f"{path}: must hold a dictionary of tensors by name")
     return dict(state)
 
 
-def _joined(parts: list[StoredTensor]) -> torch.Tensor:
+def _concatenate(parts: list[StoredTensor]) -> torch.Tensor:
     tensors = [part.read() for part in parts]
     return tensors[0].contiguous() if len(tensors) == 1 else torch.cat(tensors)

@@ -1,4 +1,4 @@
-"""A model's folder, written from a base's with some of its weights changed."""
+"""Write a model's folder: a copy of a base's folder with some of its weights changed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ PARTS_FILE = "parts.safetensors"
 
 
 def named_codec(base_folder: Path, name: str | None) -> Path | None:
-    """The codec that --codec_ckpt names, native; None where it names none. Raises InputError."""
+    """Return the native folder of the codec that --codec_ckpt names, or None if `name` is None.
+
+    Raises:
+        InputError: there is no such codec.
+    """
     return None if name is None else native_codec(find_codec(base_folder, name), "--codec_ckpt", default_cache_dir())
 
 
@@ -41,7 +45,10 @@ def named_codec(base_folder: Path, name: str | None) -> Path | None:
 def model_folder(
     base_folder: Path, output_folder: Path, export_layout: str, overwrite: bool, codec_folder: Path | None
 ) -> Iterator[Path]:
-    """Where a native model's weights are to be written, beside a base's other files; it becomes `output_folder`."""
+    """Yield a folder with a copy of a base's other files, to write a native model's weights to.
+
+    After the block it is converted to `export_layout` and becomes `output_folder`.
+    """
     with saving(output_folder), (replaced_folder if overwrite else new_folder)(output_folder) as folder:
         native = folder if export_layout == NATIVE else folder / NATIVE
         native.mkdir(exist_ok=True)
@@ -57,26 +64,34 @@ def model_folder(
 
 
 def check_output(folder: Path, needed_bytes: int, overwrite: bool) -> None:
-    """Raise InputError where a model of so many bytes cannot be written to a folder, or other things are there."""
+    """Check that a model of `needed_bytes` can be written to a folder.
+
+    Raises:
+        InputError: the folder holds other files without `overwrite`, it is not writable, or the disk is too full.
+    """
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not overwrite)):
-        raise InputError(f"{folder}: is there already; choose a new folder for the merged model")
+        raise InputError(f"{folder}: already exists; choose a new folder for the merged model")
     reason = why_not_writable(folder)
     if reason:
         raise InputError(f"{folder}: cannot be written to: {reason}; choose another --output_path")
     free = free_bytes(folder)
     if free < needed_bytes * 1.05:
         raise InputError(
-            f"{folder}: there are {free / 2**30:.1f} GiB free, the merged model takes {needed_bytes / 2**30:.1f} GiB"
+            f"{folder}: only {free / 2**30:.1f} GiB are free, but the merged model takes {needed_bytes / 2**30:.1f} GiB"
         )
 
 
 def write_shard(
     source: Path, target: Path, changed: Collection[str], value: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> None:
-    """Copy one file of weights, and write those that change over the copies, which they equal in type and size.
+    """Copy one file of weights and overwrite those that change. The dtype and size of each weight stay the same.
 
     Args:
-        value: what a weight of this name and old value becomes.
+        changed: names of the weights that change.
+        value: computes a weight's new value from its name and old value.
+
+    Raises:
+        SaveError: a new value is not finite in the weight's dtype, or it reads back differently than written.
     """
     shutil.copyfile(source, target)
     for name, (start, stop) in byte_ranges(target).items():
@@ -85,17 +100,17 @@ def write_shard(
         tensor = read_tensor(source, name)
         merged = value(name, tensor).to(tensor.dtype).contiguous()
         if not merged.isfinite().all():
-            raise SaveError(f"{source}: {name} is not finite once it is {tensor.dtype}")
+            raise SaveError(f"{source}: {name} is not finite in {tensor.dtype}")
         with target.open("r+b") as file:
             file.seek(start)
             written = file.write(merged.flatten().view(torch.uint8).numpy().data)
         if written != stop - start or not torch.equal(read_tensor(target, name), merged):
-            raise SaveError(f"{target}: {name} reads back otherwise than written")
+            raise SaveError(f"{target}: {name} reads back differently than written")
         release_freed_memory()
 
 
 def add_parts(folder: Path, shards: list[Path], added: Mapping[str, torch.Tensor], config: HiggsAudioV2Config) -> None:
-    """Write the weights of parts that the base lacks, in the dtype of its norms, and tell of them."""
+    """Write the weights of added parts, in the dtype of the base's norms, and list them in the index and the config."""
     places = {name: shard.name for shard in shards for name in weight_shapes([shard])}
     dtype = read_tensor(folder / places["model.norm.weight"], "model.norm.weight").dtype
     save_file({name: tensor.to(dtype).contiguous() for name, tensor in added.items()}, folder / PARTS_FILE)
@@ -109,7 +124,7 @@ def add_parts(folder: Path, shards: list[Path], added: Mapping[str, torch.Tensor
 
 
 def check_layout(parts: Parts, export_layout: str) -> None:
-    """Raise InputError where a model with such parts is asked for in the native layout, which has no place for them."""
+    """Raise InputError if optional parts are to be written in the native layout, which has no place for them."""
     if parts and export_layout != ORIGINAL:
         raise InputError(
             f"--export_layout {export_layout}: the native layout has no place for the model's {parts}; give "
@@ -118,9 +133,9 @@ def check_layout(parts: Parts, export_layout: str) -> None:
 
 
 def _copy_companion_files(base_folder: Path, folder: Path, codec_folder: Path | None) -> None:
-    """Copy everything of the base but its weights, and the codec where that is a folder on this machine.
+    """Copy the base's files except its weights, and the codec if it is a folder on this machine.
 
-    A copied codec is named relative to the model's folder, which may be moved or uploaded.
+    A copied codec is referenced relative to the model's folder, so that the model can be moved or uploaded.
     """
     for path in companion_files(base_folder):
         shutil.copy(path, folder)

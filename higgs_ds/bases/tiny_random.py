@@ -1,7 +1,8 @@
-"""The random base: a tiny Higgs Audio v2 with its codec and tokenizer, for trying out and for tests.
+"""The random base: a tiny Higgs Audio v2 with its codec and tokenizer, for trying out the trainer and for tests.
 
-Same classes, layout and special tokens as a real base, and loaded by the same path; but random: what it says is noise
-until it is trained, and its codec turns any codes into noise. Built the same on every machine, from fixed seeds.
+It has the classes, layout and special tokens of a real base, and the same code loads it. Its weights are random: it
+generates noise until it is trained, and its codec decodes any codes to noise. It is built from fixed seeds, so that it
+is the same on every machine.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from higgs_ds.common.files import new_folder, saving
 
 BASE_NAME, CODEC_NAME = "tiny-random-base", "tiny-random-codec"
 VERSION = "2"  # part of the folder's name: raise it with every change to what is built
-# In the order of their ids, behind those of the text.
+# In the order of their ids, which follow those of the text.
 SPECIAL_TOKENS = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
     "<|recipient|>", "<|scene_desc_start|>", "<|scene_desc_end|>", "<|audio_bos|>", "<|audio_eos|>",
@@ -43,7 +44,11 @@ CODEBOOK_SIZE = 1024
 
 
 def random_base(cache_dir: Path) -> Path:
-    """The folder of the random base, built on first use; several processes may ask at once. Raises SaveError."""
+    """Return the folder of the random base, built on first use. Several processes may call it at once.
+
+    Raises:
+        SaveError: it cannot be written.
+    """
     home = cache_dir / f"builtin-{VERSION}"
     codec = home / CODEC_NAME
     if not codec.is_dir():
@@ -61,7 +66,7 @@ def random_base(cache_dir: Path) -> Path:
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Write what `save_pretrained` writes; that itself writes nothing on any rank of a process group but the first."""
+    """Write what `save_pretrained` writes, on any rank: in a process group, that writes nothing except on the first."""
     model.config.architectures = [type(model).__name__]
     model.config.dtype = model.dtype
     model.config.save_pretrained(folder)
@@ -72,19 +77,19 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Random numbers from `seed` in the block, and afterwards as if it had not been."""
+    """Seed the random numbers in the block, and restore the generator's state after it."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
 
 
-def _random(shape: torch.Size, std: float) -> torch.Tensor:
-    """Uniform numbers with a standard deviation. Unlike normal ones, they are the same bits on every processor."""
+def _uniform(shape: torch.Size, std: float) -> torch.Tensor:
+    """Uniform numbers with standard deviation `std`. Unlike normal ones, they are bit-identical on every processor."""
     return (2 * torch.rand(shape) - 1) * (std * math.sqrt(3))
 
 
 def _build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level, without merges: a token a byte, and the special tokens."""
+    """Build a byte-level tokenizer without merges: one token per byte, and the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -93,7 +98,7 @@ def _build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def with_special_tokens(backend: Tokenizer) -> PreTrainedTokenizerFast:
-    """A tokenizer with the special tokens behind its own, as transformers takes it; `backend` is changed."""
+    """Append the special tokens to a tokenizer and wrap it for transformers. Changes `backend` in place."""
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -105,15 +110,15 @@ def with_special_tokens(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def random_config() -> HiggsAudioV2Config:
-    """The configuration of the random base, which need not be built for it."""
+    """Return the configuration of the random base without building the base."""
     return base_config(_build_tokenizer())
 
 
 def base_config(tokenizer: PreTrainedTokenizerFast, **geometry: Any) -> HiggsAudioV2Config:
-    """The configuration of a base with this tokenizer.
+    """Return the configuration of a base with this tokenizer.
 
     Args:
-        geometry: values of it that are to differ from two dual-FFN layers of width 256.
+        geometry: values that replace the default of two dual-FFN layers of width 256.
     """
     token = tokenizer.convert_tokens_to_ids
     values = {
@@ -141,7 +146,7 @@ def base_config(tokenizer: PreTrainedTokenizerFast, **geometry: Any) -> HiggsAud
 
 
 def greedy_generation(config: HiggsAudioV2Config) -> GenerationConfig:
-    """How a base generates where nothing else is asked for: greedily, 30 s at most."""
+    """Return the default generation settings of a base: greedy, at most 30 s."""
     return GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
@@ -152,31 +157,33 @@ def greedy_generation(config: HiggsAudioV2Config) -> GenerationConfig:
 
 
 def _build_model(tokenizer: PreTrainedTokenizerFast) -> HiggsAudioV2ForConditionalGeneration:
-    """Weights large enough that adapters alone can learn clips by heart."""
+    """Build a model with weights large enough that adapters alone can memorize clips."""
     config = base_config(tokenizer)
     model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
-                parameter.copy_(_random(parameter.shape, _weight_std(name, parameter)))
+                parameter.copy_(_uniform(parameter.shape, _weight_std(name, parameter)))
     model.generation_config = greedy_generation(config)
     return model.to(torch.bfloat16)
 
 
 def _weight_std(name: str, parameter: torch.Tensor) -> float:
     if "embed_audio_tokens" in name:
-        return 1 / math.sqrt(8)  # eight of them are added up at each position
+        return 1 / math.sqrt(8)  # eight of them are summed at each position
     if "embed_tokens" in name:
         return 1.0
     return (1.5 if "lm_head" in name else 1.0) / math.sqrt(parameter.shape[1])
 
 
 def codec_config(latent: int, encoder: int, decoder: int, semantic: int) -> HiggsAudioV2TokenizerConfig:
-    """24 kHz, hop 960, 25 frames/s, 8 codebooks of 1024: the released codec's interface at a hundredth of its size.
+    """A codec with the released codec's interface at a hundredth of its size.
+
+    24 kHz, hop 960, 25 frames/s, 8 codebooks of 1024 codes.
 
     Args:
-        latent: width of what is quantized.
-        encoder, decoder: widths of the first convolution of the one, and of the other.
+        latent: width of the vectors that are quantized.
+        encoder, decoder: width of the first convolution of each.
         semantic: width of the semantic branch's convolutions.
     """
     ratios = [8, 5, 4, 2, 3]
@@ -213,20 +220,20 @@ def _build_codec() -> HiggsAudioV2TokenizerModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 and not name.endswith("alpha"):
-                parameter.copy_(_random(parameter.shape, math.sqrt(1 / parameter[0].numel())))
+                parameter.copy_(_uniform(parameter.shape, math.sqrt(1 / parameter[0].numel())))
             elif name.endswith("bias"):
                 parameter.zero_()
         for quantizer in model.quantizer.quantizers:
-            # As made, the codebooks are zero, and every code is the same.
-            quantizer.codebook.embed.copy_(_random(quantizer.codebook.embed.shape, 1.0))
-        _scale_layers(model, _random(torch.Size([1, 1, config.sample_rate]), 0.1))
+            # The initial codebooks are zero, so that every code would be the same.
+            quantizer.codebook.embed.copy_(_uniform(quantizer.codebook.embed.shape, 1.0))
+        _scale_layers(model, _uniform(torch.Size([1, 1, config.sample_rate]), 0.1))
     return model
 
 
 def _scale_layers(model: HiggsAudioV2TokenizerModel, noise: torch.Tensor) -> None:
-    """Scale single layers so that one second of noise comes out of each part at a size that the next one can use.
+    """Scale single layers so that, for one second of noise, each part's output has a size that the next part can use.
 
-    By powers of two: measured sizes differ in their last digits from machine to machine, the weights must not.
+    The factors are powers of two: measured sizes differ in their last digits between machines, but weights must not.
     """
 
     def size(output: torch.Tensor) -> torch.Tensor:
@@ -245,7 +252,7 @@ def _scale_layers(model: HiggsAudioV2TokenizerModel, noise: torch.Tensor) -> Non
 
 
 def build_processor(tokenizer: PreTrainedTokenizerBase, codec_folder: Path) -> HiggsAudioV2Processor:
-    """transformers' processor with this project's chat template; as it is saved, it names the codec's folder."""
+    """Build transformers' processor with this project's chat template. The saved processor names the codec's folder."""
     return HiggsAudioV2Processor(
         feature_extractor=DacFeatureExtractor(sampling_rate=24000, hop_length=1),
         tokenizer=tokenizer,

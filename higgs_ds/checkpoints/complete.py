@@ -1,4 +1,4 @@
-"""A complete model of a checkpoint of full fine-tuning: its weights in place of the base's, tensor by tensor."""
+"""Make a complete model of a checkpoint of full fine-tuning: replace the base's weights, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from higgs_ds.options.fields import NATIVE
 
 
 def main(options: ExportOptions) -> None:
-    """Make a model as the options say, and print where it is."""
+    """Make a complete model as the options say, and print its folder."""
     base = options.base_model_path or read_trained(options.checkpoint_path)[1].base
     folder = find_base(base, "--base_model_path", default_cache_dir())
     codec_folder = named_codec(folder, options.codec_ckpt)
@@ -39,23 +39,24 @@ def complete_model(
     overwrite: bool = False,
     codec_folder: Path | None = None,
 ) -> None:
-    """Write the model of a checkpoint to a folder: the base, with what was trained in place of its weights.
+    """Write the model of a checkpoint to a folder: a copy of the base with the trained weights.
 
-    Each weight is read, cast to the base's dtype, written over a copy of the base's, and compared with what was
-    written. Peak memory is about the largest weight, in float32, and parts that the base lacks.
+    Each weight is read, cast to the base's dtype, written over its copy, read back and compared. Peak memory is about
+    the largest weight in float32, plus the parts that the base does not have.
 
     Args:
         export_layout: "native", "original", or "both", each in a folder of its own below `output_folder`.
-        codec_folder: the codec that goes with the model, native; None for the one that the base names.
+        codec_folder: the native codec to store with the model; None for the one that the base names.
 
-    Raises InputError: the checkpoint is damaged or of another kind, the base is not the one that was trained, or the
-    output is there already; SaveError where writing fails. Nothing is left behind then, and a folder that was to be
-    overwritten is as it was.
+    Raises:
+        InputError: the checkpoint is damaged or of another kind, the base is not the one that was trained, or the
+            output already exists.
+        SaveError: writing fails. Nothing is left on disk, and a folder to overwrite is unchanged.
     """
     weights, form = read_trained(checkpoint)
     reason = why_incomplete(checkpoint)
     if reason:
-        raise InputError(f"{checkpoint}: is no complete checkpoint: {reason}")
+        raise InputError(f"{checkpoint}: is not a complete checkpoint: {reason}")
     base_folder = native_folder(base_folder, "--base_model_path", default_cache_dir())
     _check_base(base_folder, checkpoint, form)
     config = with_parts(read_config(base_folder, "--base_model_path"), form.full_parts)
@@ -65,22 +66,22 @@ def complete_model(
     added = sorted(weights.keys() - in_base.keys())
     needed = sum(path.stat().st_size for path in shards) + sum(weights.sizes[name] for name in added)
     check_output(output_folder, (1 if export_layout == NATIVE else 2) * needed, overwrite)
-    changed = {name for name in in_base if _own_name(name) in weights}
+    changed = {name for name in in_base if _without_duplicate_prefix(name) in weights}
     with model_folder(base_folder, output_folder, export_layout, overwrite, codec_folder) as native:
         for shard in shards:
-            write_shard(shard, native / shard.name, changed, lambda name, _: weights[_own_name(name)])
+            write_shard(shard, native / shard.name, changed, lambda name, _: weights[_without_duplicate_prefix(name)])
         if added:
             add_parts(native, shards, {name: weights[name] for name in added}, config)
 
 
-def _own_name(name: str) -> str:
-    """The name of a weight, or of that which it is a leftover copy of."""
+def _without_duplicate_prefix(name: str) -> str:
+    """Return the name of a weight or, for a leftover duplicate, of the weight that it duplicates."""
     return name.removeprefix(DUPLICATE_PREFIX) if name in DUPLICATE_HEADS else name
 
 
 def _check_base(folder: Path, checkpoint: Path, form: FullFormat) -> None:
     if base_identity(folder) != form.base_identity:
         raise InputError(
-            f"{folder}: is not the base that {checkpoint} was trained from, which was called {form.base}; give that "
-            "one as --base_model_path"
+            f"{folder}: is not the base that {checkpoint} was trained from. That base was named {form.base}; give it "
+            "as --base_model_path"
         )

@@ -1,4 +1,4 @@
-"""What runs have left: adapters below a folder, checkpoints and adapters looked through. Nothing is loaded to run."""
+"""Inspect the output of runs: list adapters, validate checkpoints and adapters. No model is loaded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from higgs_ds.options.fields import FULL
 
 @dataclass(frozen=True)
 class FoundAdapter:
-    """An adapter's folder, and what is known of it; `problem` is why it is no good."""
+    """An adapter's folder and its properties; `problem` says why the adapter is unusable."""
 
     path: str
     problem: str | None = None
@@ -54,36 +54,43 @@ class FoundAdapter:
     changed: str = ""
 
     def lines(self) -> list[str]:
-        """For a terminal."""
+        """Return the lines to print."""
         if self.problem:
-            return [f"{self.path}", f"  no good: {self.problem}"]
-        four_bit = ", held in 4 bits" if self.base_in_4bit else ""
-        step = f"of step {self.of_step}, " if self.of_step is not None else ""
+            return [f"{self.path}", f"  unusable: {self.problem}"]
+        four_bit = ", quantized to 4 bits" if self.base_in_4bit else ""
+        step = f"step {self.of_step}, " if self.of_step is not None else ""
         return [
             f"{self.path}",
-            f"  rank {self.rank}, alpha {self.alpha}, on {', '.join(self.targets)}; in full: {self.in_full}",
+            f"  rank {self.rank}, alpha {self.alpha}, on {', '.join(self.targets)}; "
+            f"fully trained parts: {self.in_full}",
             f"  base: {self.base}{four_bit}",
             f"  {step}{self.tensors} tensors, {self.size_mib:.1f} MiB, {self.changed}",
         ]
 
 
 def find_adapters(options: InspectOptions) -> None:
-    """List the adapters below a folder, or say where to look. Raises InputError where there is no such folder."""
+    """List the adapters below a folder or, if there are none, say where to search.
+
+    Raises:
+        InputError: there is no such folder.
+    """
     if not options.path.is_dir():
-        raise InputError(f"{options.path}: is no folder")
+        raise InputError(f"{options.path}: is not a folder")
     found = [describe_adapter(path.parent) for path in sorted(options.path.rglob(ADAPTER_CONFIG))]
     if options.as_json:
-        print(json.dumps([asdict(one) for one in found], indent=2))
+        print(json.dumps([asdict(adapter) for adapter in found], indent=2))
     elif not found:
         print("\n".join(_tips(options.path)))
     else:
-        print("\n".join(line for one in found for line in one.lines()))
-        if any(one.of_step is not None for one in found):
-            print(f"Merge one with {command('merge')} --lora_adapter_path; those of checkpoint-N are of earlier steps.")
+        print("\n".join(line for adapter in found for line in adapter.lines()))
+        if any(adapter.of_step is not None for adapter in found):
+            print(
+                f"Merge one with {command('merge')} --lora_adapter_path; those in checkpoint-N are from earlier steps."
+            )
 
 
 def describe_adapter(folder: Path) -> FoundAdapter:
-    """What is known of an adapter."""
+    """Return the properties of an adapter, or why it is unusable."""
     step = step_of(folder.parent)
     try:
         adapter = read_adapter(folder)
@@ -109,51 +116,55 @@ def describe_adapter(folder: Path) -> FoundAdapter:
 def _tips(folder: Path) -> list[str]:
     checkpoints = find_checkpoints(folder)
     runs = sorted({path.parent for path in folder.rglob(STATE_FILE) if not path.parent.name.startswith("checkpoint-")})
-    tips = [f"no adapter below {folder} (a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS})"]
+    tips = [f"no adapter below {folder} (an adapter is a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS})"]
     if any(_is_full_finetuning(run) for run in runs):
         tips.append(
-            "runs with --finetune full train no adapter: the model is in final_model/, and "
-            f"{command('export')} makes one of a checkpoint-N"
+            "runs with --finetune full train no adapter: the model is in final_model/; "
+            f"{command('export')} makes a model of a checkpoint-N"
         )
     elif checkpoints or runs:
         tips.append(
-            f"there are runs: {', '.join(map(str, runs or [folder]))}; an adapter lies in {ADAPTER_FOLDER}/ once the "
-            "first checkpoint is saved, which a signal (SIGUSR1, SIGTERM) also asks for"
+            f"runs found: {', '.join(map(str, runs or [folder]))}; a run writes its adapter to {ADAPTER_FOLDER}/ with "
+            "its first checkpoint. A signal (SIGUSR1, SIGTERM) makes it save one"
         )
     else:
-        tips.append("adapters lie in OUTPUT_DIR/lora_adapters/, the output folder that training tells at its end")
-        tips.append(f"give a folder above it: {command('find_lora_adapters')} {folder.resolve().parent}")
+        tips.append("training writes adapters to OUTPUT_DIR/lora_adapters/, and prints the output folder at its end")
+        tips.append(f"search a folder above it: {command('find_lora_adapters')} {folder.resolve().parent}")
     return tips
 
 
 def _is_full_finetuning(run: Path) -> bool:
     try:
         return bool(read_state(run).settings.get("finetune") == FULL)
-    except (OSError, ValueError, TypeError, AttributeError):  # there is none, or it is of something else
+    except (OSError, ValueError, TypeError, AttributeError):  # no state file, or one of another program
         return False
 
 
 @dataclass
 class Report:
-    """What was looked at, and whether it was good."""
+    """The checks of a folder and their results."""
 
     path: str
     checks: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, what: str, problem: str | None, detail: str = "") -> bool:
-        """One thing that was looked at; whether it was good."""
+        """Add the result of one check. Returns whether it is good: `problem` is None."""
         self.checks.append({"what": what, "good": problem is None, "detail": problem or detail})
         return problem is None
 
-    def add_result_of(self, what: str, look: Callable[[], str]) -> bool:
-        """Look at one thing, which tells a detail, or raises InputError."""
+    def add_result_of(self, what: str, check: Callable[[], str]) -> bool:
+        """Run one check, which returns a detail or raises InputError, and add its result."""
         try:
-            return self.add(what, None, look())
+            return self.add(what, None, check())
         except InputError as error:
             return self.add(what, "; ".join(error.problems))
 
     def show(self, as_json: bool) -> None:
-        """Print it. Raises InputError where something was not good."""
+        """Print the report.
+
+        Raises:
+            InputError: a check failed.
+        """
         bad = [check["what"] for check in self.checks if not check["good"]]
         if as_json:
             print(json.dumps({"path": self.path, "good": not bad, "checks": self.checks}, indent=2))
@@ -162,26 +173,30 @@ class Report:
             for check in self.checks:
                 print(f"  {'good' if check['good'] else 'BAD '}  {check['what']}: {check['detail']}")
         if bad:
-            raise InputError(f"{self.path}: not good: {', '.join(bad)}")
+            raise InputError(f"{self.path}: failed checks: {', '.join(bad)}")
 
 
 def validate_checkpoint(options: InspectOptions) -> None:
-    """Look through a checkpoint. Raises InputError, behind its report, where it is not good; or is none."""
+    """Check a checkpoint and print a report.
+
+    Raises:
+        InputError: the folder is not a checkpoint, or a check failed; the report is printed first.
+    """
     folder = options.path
     if not folder.is_dir():
-        raise InputError(f"{folder}: is no folder")
+        raise InputError(f"{folder}: is not a folder")
     if not (folder / MANIFEST_FILE).is_file() and not folder.name.startswith("checkpoint-"):
-        near = ", ".join(map(str, find_checkpoints(folder)))
-        raise InputError(f"{folder}: is no checkpoint-N folder" + (f"; there are {near}" if near else ""))
+        found = ", ".join(map(str, find_checkpoints(folder)))
+        raise InputError(f"{folder}: is not a checkpoint-N folder" + (f"; it holds {found}" if found else ""))
     report = Report(str(folder))
     is_full = (folder / TRAINED_FOLDER).is_dir() or _is_full_finetuning(folder)
     files = [MANIFEST_FILE, STATE_FILE, RNG_FILE]
-    if is_full:  # the names of the others depend on how many there are; the manifest tells them
+    if is_full:  # the names of the other files depend on their number; the manifest lists them
         files.append(f"{TRAINED_FOLDER}/{FACTS_FILE}")
     else:
         files += [OPTIMIZER_FILE, f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}", f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}"]
     missing = [name for name in files if not (folder / name).is_file()]
-    report.add("files", f"lacks {', '.join(missing)}" if missing else None, f"all {len(files)} are there")
+    report.add("files", f"missing {', '.join(missing)}" if missing else None, f"all {len(files)} exist")
     reason = why_incomplete(folder)
     report.add("as written", reason, "every file has the size and SHA-256 of its manifest")
     if is_full:
@@ -193,11 +208,11 @@ def validate_checkpoint(options: InspectOptions) -> None:
         report.add("state", None, _describe_state(read_state(folder)))
     report.show(options.as_json)
     if not options.as_json:
-        print(f"go on from it: --resume {folder}")
+        print(f"to resume from it: --resume {folder}")
 
 
 def _describe_adapter(adapter: Adapter) -> str:
-    return f"{len(adapter.factors)} layers adapted, in full: {adapter.full_parts}, all finite"
+    return f"{len(adapter.factors)} layers adapted, fully trained parts: {adapter.full_parts}, all finite"
 
 
 def _describe_weights(checkpoint: Path) -> str:
@@ -205,7 +220,8 @@ def _describe_weights(checkpoint: Path) -> str:
     broken = [name for name in weights if not weights[name].isfinite().all()]
     if broken:
         raise InputError(f"{broken[0]} holds NaN or infinity")
-    return f"{len(weights)} weights trained in full ({', '.join(form.groups)}; in full: {form.full_parts}), all finite"
+    groups = ", ".join(form.groups)
+    return f"{len(weights)} weights fully fine-tuned ({groups}; optional parts: {form.full_parts}), all finite"
 
 
 def _describe_state(state: TrainerState) -> str:
@@ -218,28 +234,32 @@ def _describe_moments(folder: Path) -> str:
     names, found = masters_in(folder), weight_shapes(shard_files(folder, OPTIMIZER_STEM))
     missing = sorted({f"{moment}.{name}" for moment in MOMENTS for name in names} - found.keys())
     if missing:
-        raise InputError(f"lacks {len(missing)}, for instance {missing[0]}")
-    return "both of Adam's moments for every tensor that is trained"
+        raise InputError(f"missing {len(missing)} moments, for instance {missing[0]}")
+    return "both of Adam's moments exist for every trained tensor"
 
 
 def validate_adapter(options: InspectOptions) -> None:
-    """Look through an adapter, also beside a base. Raises InputError, behind its report, where it is not good."""
+    """Check an adapter, and whether it fits a base if one is given, and print a report.
+
+    Raises:
+        InputError: a check failed; the report is printed first.
+    """
     report = Report(str(options.path))
     if report.add_result_of("files", lambda: _describe_adapter(read_adapter(options.path))):
         adapter = read_adapter(options.path)
         moved = adapter.full_weights or any(factors.b.any() for factors in adapter.factors.values())
-        untrained = "every second factor is zero, as before training: it would change nothing"
-        report.add("trained", None if moved else untrained, "its second factors are not zero")
+        untrained = "every lora_B is zero, as before training: the adapter has no effect"
+        report.add("trained", None if moved else untrained, "not every lora_B is zero")
         base = "the base's own" if adapter.quantization is None else f"{adapter.quantization.quant_type}"
         report.add("weights it was trained on", None, base)
         name = options.base_model_path
         if name is not None:
-            report.add_result_of("fits", lambda: _fits(adapter, options.path, name))
+            report.add_result_of("fits", lambda: _describe_fit(adapter, options.path, name))
     report.show(options.as_json)
 
 
-def _fits(adapter: Adapter, folder: Path, base: str) -> str:
-    found = find_base(base, "--base_model_path", default_cache_dir())
-    base_folder = native_folder(found, "--base_model_path", default_cache_dir())
+def _describe_fit(adapter: Adapter, folder: Path, base: str) -> str:
+    base_folder = find_base(base, "--base_model_path", default_cache_dir())
+    base_folder = native_folder(base_folder, "--base_model_path", default_cache_dir())
     check_fit(adapter, weight_shapes(weight_files(base_folder)), folder, base_folder)
-    return f"every adapted layer is in {base}, in its shape"
+    return f"every adapted layer exists in {base} with the same shape"

@@ -1,4 +1,4 @@
-"""Writing a checkpoint from an engine, and loading it into one."""
+"""Write a checkpoint from an engine, and load it into one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from higgs_ds.common.tensor_files import write_shards
 
 
 class TrainedState(Protocol):
-    """What a checkpoint is made of and restored into: masters, Adam's moments, the schedule; see `Engine`."""
+    """What a checkpoint saves and restores: master weights, Adam's moments, the schedule; see `Engine`."""
 
     scheduler: Any
 
@@ -55,16 +55,18 @@ def save_checkpoint(
     form: AdapterFormat | FullFormat,
     keep: int | None = None,
 ) -> None:
-    """Write `checkpoint-N/` and renew `lora_adapters/` and `trainer_state.json` beside it. Every rank must call this.
+    """Write `checkpoint-N/`, and update `lora_adapters/` and `trainer_state.json` beside it. Every rank must call this.
 
-    Weights that are trained in full go from the ranks to the files one after another, about a gigabyte at a time.
+    Fully fine-tuned weights are gathered and written one after another, about a gigabyte at a time. Errors are raised
+    on every rank; what was saved before stays unchanged.
 
     Args:
         meter_state: `Meter.state` of this rank.
-        keep: how many of the newest checkpoints are kept, besides the best; None for all.
+        keep: how many of the newest checkpoints to keep, besides the best; None keeps all.
 
-    Raises, on every rank, SaveError where it cannot be written and NotFiniteError where training has gone astray; what
-    was saved before stays as it was.
+    Raises:
+        SaveError: writing fails.
+        NotFiniteError: a trained tensor holds NaN or infinity.
     """
     state.scheduler = engine.scheduler.state_dict()
     state.meters = gather_objects(meter_state)
@@ -92,9 +94,10 @@ def save_checkpoint(
 
 
 def publish(checkpoint: Path, output_dir: Path, state: TrainerState, keep: int | None) -> None:
-    """Renew what lies beside the checkpoints from one of them, with its state, and delete those that are not kept.
+    """Update the adapter and state beside the checkpoints from one of them, and delete those that are not kept.
 
-    Raises SaveError.
+    Raises:
+        SaveError: writing or deleting fails.
     """
     if (checkpoint / ADAPTER_FOLDER).is_dir():
         with saving(output_dir / ADAPTER_FOLDER), replaced_folder(output_dir / ADAPTER_FOLDER) as folder:
@@ -107,7 +110,7 @@ def publish(checkpoint: Path, output_dir: Path, state: TrainerState, keep: int |
 
 
 def load_masters_into(folder: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Give what is trained in a model the values of a checkpoint, before an engine takes the model."""
+    """Copy a checkpoint's master weights into a model's trained parameters, before an engine is built from it."""
     tensors = masters_in(folder)
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -115,7 +118,7 @@ def load_masters_into(folder: Path, parameters: dict[str, torch.nn.Parameter]) -
 
 
 def load_into_engine(folder: Path, engine: TrainedState, state: TrainerState) -> None:
-    """Give an engine the masters, moments, schedule and random state of a checkpoint. Every rank must call this."""
+    """Restore master weights, moments, schedule and random state of a checkpoint. Every rank must call this."""
     moments = {moment: moments_in(folder, moment) for moment in MOMENTS}
     engine.restore(masters_in(folder), moments, state.step - len(state.skipped))
     engine.restore_schedule(state.scheduler)
@@ -127,7 +130,7 @@ def load_into_engine(folder: Path, engine: TrainedState, state: TrainerState) ->
 
 
 def _rng_state() -> dict[str, torch.Tensor]:
-    """This rank's generators, which dropout draws from."""
+    """Return the state of this rank's random generators, which dropout uses."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()

@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""The progress of a run."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from higgs_ds.common.errors import InputError
 
 @dataclass
 class TrainerState:
-    """Where a run stands. `step` counts optimizer steps; the place in the data follows from it and the settings."""
+    """The progress of a run. `step` counts optimizer steps; it and the settings determine the position in the data."""
 
     total_steps: int
     settings: dict[str, Any]
     step: int = 0
     epoch: float = 0.0
-    skipped: list[int] = field(default_factory=list)  # steps that were not taken, as something was not finite
+    skipped: list[int] = field(default_factory=list)  # steps that were skipped because something was not finite
     has_learned: bool = False  # whether any step so far had a learning rate above 0
     validation_due: bool = False  # whether a signal came before the validation of this step was done
-    val_losses: dict[str, float] = field(default_factory=dict)  # of each validation so far, by its step
+    val_losses: dict[str, float] = field(default_factory=dict)  # loss of each validation so far, by its step
     stopped_early: bool = False  # whether validation losses have ended the run before its last step
     scheduler: dict[str, Any] = field(default_factory=dict)
     meters: list[dict[str, Any]] = field(default_factory=list)  # each rank's, of the steps since the last log line
 
     def skips(self) -> dict[str, float]:
-        """For the log: how many steps were not taken, once there are any."""
+        """Return the number of skipped steps for the log; empty if there are none."""
         return {"skipped_steps": len(self.skipped)} if self.skipped else {}
 
     def to_json(self) -> dict[str, Any]:
@@ -35,11 +35,11 @@ class TrainerState:
 
     @property
     def best_step(self) -> int | None:
-        """The step of the lowest validation loss so far."""
+        """The step with the lowest validation loss so far; None without validations."""
         return int(min(self.val_losses, key=self.val_losses.__getitem__)) if self.val_losses else None
 
     def is_out_of_patience(self, patience: int | None, min_delta: float) -> bool:
-        """Whether that many validations in a row, up to the last, were not lower than all before by `min_delta`."""
+        """Whether each of the last `patience` validations failed to lower the best loss by more than `min_delta`."""
         if patience is None:
             return False
         lowest, without = math.inf, 0
@@ -50,14 +50,14 @@ class TrainerState:
 
 
 def check_same_run(saved: TrainerState, fresh: TrainerState, folder: Path) -> None:
-    """Raise InputError where a checkpoint's settings are not those of the run that would go on from it."""
+    """Raise InputError if a checkpoint's settings differ from those of the run that is to resume from it."""
     names = saved.settings.keys() | fresh.settings.keys()
     problems = [
-        f"{folder}: was trained with {name} {saved.settings.get(name)!r}, now it is {fresh.settings.get(name)!r}"
+        f"{folder}: was trained with {name} {saved.settings.get(name)!r}, but this run has {fresh.settings.get(name)!r}"
         for name in sorted(names)
         if saved.settings.get(name) != fresh.settings.get(name)
     ]
     if saved.total_steps != fresh.total_steps:
-        problems.append(f"{folder}: was trained for {saved.total_steps} steps, now it would be {fresh.total_steps}")
+        problems.append(f"{folder}: was trained for {saved.total_steps} steps, but this run has {fresh.total_steps}")
     if problems:
-        raise InputError([*problems, "--resume goes on with the same settings; begin anew in another --output_dir"])
+        raise InputError([*problems, "--resume needs the same settings; start a new run in another --output_dir"])

@@ -1,4 +1,4 @@
-"""`checkpoint-N/trained_weights/`: the float32 masters of weights that are trained in full, as they are gathered."""
+"""`checkpoint-N/trained_weights/`: the float32 master weights of full fine-tuning, written while they are gathered."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ FACTS_FILE = "trained.json"
 
 @dataclass(frozen=True)
 class FullFormat:
-    """What is to be known of weights that were trained in full, beside them.
+    """What is recorded with fully fine-tuned weights.
 
-    `groups`: those of --train_groups; `base`: how the base was called, `base_identity`: `Bundle.identity` of it.
-    `full_parts`: optional parts of the model that are among them.
+    `groups`: those of --train_groups; `base`: the reported name of the base; `base_identity`: its `Bundle.identity`;
+    `full_parts`: optional parts of the model that are among the weights.
     """
 
     groups: tuple[str, ...]
@@ -43,33 +43,43 @@ class FullFormat:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> FullFormat:
-        """Raises KeyError, TypeError, ValueError: something else has written it."""
+        """Read what `to_json` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: something else wrote the values.
+        """
         parts = Parts.from_json(values["in_full"])
         return cls(tuple(values["groups"]), str(values["base"]), str(values["base_identity"]), parts)
 
 
 def write_trained(folder: Path, sizes: Mapping[str, int], tensors: Iterator[torch.Tensor], form: FullFormat) -> None:
-    """Write masters as they come, about a gigabyte of them in memory at a time.
+    """Write master weights while they are gathered, with about a gigabyte of them in memory at a time.
 
     Args:
-        folder: an empty one, which takes its final place only if this returns.
-        sizes: bytes of each by its name in a native model, in the order in which they come.
+        folder: an empty folder, which the caller moves to its final place only if this returns.
+        sizes: bytes of each tensor by its name in a native model, in the order of `tensors`.
 
-    Raises NotFiniteError where one holds NaN or infinity; SaveError where one reads back otherwise than written.
+    Raises:
+        NotFiniteError: a tensor holds NaN or infinity.
+        SaveError: a tensor reads back differently than written.
     """
 
-    def finite() -> Iterator[torch.Tensor]:
+    def checked_tensors() -> Iterator[torch.Tensor]:
         for name, tensor in zip(sizes, tensors, strict=True):
             check_finite({name: tensor})
             yield tensor
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_shards(sizes, finite(), folder)
+    write_shards(sizes, checked_tensors(), folder)
     write_json(folder / FACTS_FILE, form.to_json())
 
 
 def read_trained(checkpoint: Path) -> tuple[StoredTensors, FullFormat]:
-    """The masters in a checkpoint, and what is known of them. Raises InputError: there are none, or damaged ones."""
+    """Return the master weights in a checkpoint, and what is recorded with them.
+
+    Raises:
+        InputError: the checkpoint has no master weights of full fine-tuning, or they are damaged.
+    """
     folder = checkpoint / TRAINED_FOLDER
     if not folder.is_dir():
         raise InputError(
@@ -78,5 +88,5 @@ def read_trained(checkpoint: Path) -> tuple[StoredTensors, FullFormat]:
     try:
         form = FullFormat.from_json(json.loads((folder / FACTS_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: its {FACTS_FILE} cannot be read ({type(error).__name__})") from error
+        raise InputError(f"{folder}: {FACTS_FILE} cannot be read ({type(error).__name__})") from error
     return StoredTensors(shard_files(folder)), form

@@ -1,4 +1,4 @@
-"""This process among the others: rank, world size, device, and the few exchanges that training needs."""
+"""Distributed state of this process (rank, world size, device) and the few collectives that training needs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from higgs_ds.common.errors import EXIT_BUG, EXIT_OK, HiggsError, InputError, Lo
 
 T = TypeVar("T")
 ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
-# Ranks wait here for the slowest one to encode its share of the audio: far longer than any exchange while training.
+# Ranks wait for the slowest one to encode its share of the audio, which takes far longer than any collective during
+# training.
 TIMEOUT = datetime.timedelta(minutes=60)
-# A launcher ends all ranks as soon as one has left, and takes the exit code of the first: so long do others wait who
-# have nothing to say of their own.
+# A launcher ends all ranks as soon as one has exited, and uses the exit code of the first. Ranks without an error of
+# their own wait this long, so that they are not the first.
 EXIT_DELAY_S = 2
-_host_group: dist.ProcessGroup | None = None  # ranks' processors among themselves; None where all ranks are on CPUs
+_host_group: dist.ProcessGroup | None = None  # gloo, for exchanges between CPUs; None if gloo is the default group
 
 
 def rank() -> int:
@@ -36,7 +37,7 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """Ranks on this machine, as torchrun or deepspeed's launcher tells."""
+    """Return the number of ranks on this machine, as set by torchrun or the deepspeed launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
@@ -45,21 +46,21 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
+    """Return this rank's GPU, or the CPU if there is no GPU."""
     if torch.cuda.is_available():
-        # A scheduler may show each rank its own GPU alone.
+        # A scheduler may make only its own GPU visible to each rank.
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
 
 
 def run_ranks(main: Callable[[], None]) -> int:
-    """Run `main` on every rank between setting up and taking down the process group; return the exit code.
+    """Set up the process group, run `main` on every rank, take the group down and return the exit code.
 
-    Errors that all ranks agreed on are printed by rank 0 alone. Any other one is printed before this rank's connections
-    are closed, on which the other ranks fail: whoever fails first speaks first.
+    An error that all ranks raise is printed by rank 0 only. Any other error is printed before this rank closes its
+    connections. Only then do the other ranks fail, so that the cause is printed first.
     """
     join_ranks()
-    sys.excepthook = _exit_after_uncaught(sys.excepthook)  # behind that of torch, which names the rank in every line
+    sys.excepthook = _exit_after_uncaught(sys.excepthook)  # runs torch's hook first, which names the rank in every line
     try:
         main()
     except HiggsError as error:
@@ -67,30 +68,30 @@ def run_ranks(main: Callable[[], None]) -> int:
     except (RuntimeError, dist.DistError) as error:
         if not _is_lost_connection(error):
             raise
-        return _leave_group(LostRankError(f"rank {rank()}: another rank has ended; what it said tells why ({error})"))
+        return _leave_group(LostRankError(f"rank {rank()}: another rank has ended; see its own error ({error})"))
     dist.destroy_process_group()
     return EXIT_OK
 
 
 def _leave_group(error: HiggsError) -> int:
-    speaks, lost = is_main() or not error.on_all_ranks, isinstance(error, LostRankError)
-    if speaks:
+    prints, lost = is_main() or not error.on_all_ranks, isinstance(error, LostRankError)
+    if prints:
         sys.stdout.flush()  # as in errors.exit_code_of
         print(f"error: {error}", file=sys.stderr, flush=True)
-    if lost or not speaks:
+    if lost or not prints:
         time.sleep(EXIT_DELAY_S)
-    if not lost:  # else there is nobody to take leave of, for whom NCCL would wait
+    if not lost:  # NCCL would wait for the rank that is gone
         dist.destroy_process_group()
     return error.exit_code
 
 
 def _is_lost_connection(error: Exception) -> bool:
-    """Whether a rank could not reach another one. gloo's errors are plain RuntimeErrors that name its source files."""
+    """Return whether a rank could not reach another one. gloo raises plain RuntimeErrors that name its source files."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _exit_after_uncaught(show: ExceptHook) -> ExceptHook:
-    """Show an error that nobody has caught, and end this process without another one on top of it; see `leave`."""
+    """Return a hook that shows an uncaught error and ends the process without a further one; see `exit_process`."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         show(kind, error, trace)
@@ -102,9 +103,9 @@ def _exit_after_uncaught(show: ExceptHook) -> ExceptHook:
 def exit_process(exit_code: int) -> NoReturn:
     """End this process.
 
-    Without Python's own shutdown on CPU ranks, where a thread of PyTorch 2.11's gloo may still be letting go of a
-    tensor and aborts the process for want of the interpreter (seen about once in 50 runs of two ranks), and after an
-    error, where a shutdown could wait for ranks that have gone.
+    Python's own shutdown is skipped in two cases. On CPU ranks, a thread of PyTorch 2.11's gloo may still release a
+    tensor, and aborts the process because the interpreter is gone (seen about once in 50 runs of two ranks). After an
+    error, the shutdown could wait for ranks that are gone.
     """
     if device().type == "cuda" and exit_code == EXIT_OK:
         sys.exit(exit_code)
@@ -114,12 +115,12 @@ def exit_process(exit_code: int) -> NoReturn:
 
 
 def join_ranks() -> None:
-    """Set up the process group, from what a launcher or Slurm has set, or for this process alone."""
+    """Set up the process group from the variables of a launcher or of Slurm, or for this process alone."""
     if "RANK" not in os.environ:
         os.environ.update(slurm_ranks(os.environ) or _single_process())
     here = device()
     if here.type == "cuda":
-        # Lengths differ from step to step; with segments that grow, what one leaves behind serves the next.
+        # Lengths differ from step to step. Expandable segments let one step reuse the memory that another one freed.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(here)
     dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
@@ -128,15 +129,15 @@ def join_ranks() -> None:
 
 
 def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
-    """What a launcher would have set, from the variables that srun sets for each task; empty outside of srun.
+    """Return the variables that a launcher would set, derived from those of an srun task; empty outside of srun.
 
-    In a batch script, too, SLURM_PROCID is set, but not the step's own variables: what is started there is alone.
+    A batch script has SLURM_PROCID too, but not the variables of a job step: a process started there runs alone.
     """
     if "SLURM_STEP_NUM_TASKS" not in environment:
         return {}
     first_host = re.match(r"([^,\[]+)(?:\[(\d+))?", environment["SLURM_STEP_NODELIST"])
     on_first_node = re.match(r"\d+", environment["SLURM_STEP_TASKS_PER_NODE"])
-    assert first_host and on_first_node  # noqa: PT018 - of no other form, as Slurm writes them
+    assert first_host and on_first_node  # noqa: PT018 - Slurm writes no other form
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
     return {
         "RANK": environment["SLURM_PROCID"],
@@ -144,13 +145,13 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
         "LOCAL_WORLD_SIZE": on_first_node[0],
         "MASTER_ADDR": environment.get("MASTER_ADDR") or "".join(filter(None, first_host.groups())),
-        # Alike on all nodes, and unlike another job's that has a rank on the same one.
+        # The same on all nodes, and different from that of another job with a rank on the same node.
         "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + (8 * job + step) % 20000),
     }
 
 
 def _single_process() -> dict[str, str]:
-    """A world of one, for a process that no launcher has started."""
+    """Return the variables of a world of size 1, for a process started without a launcher."""
     return {
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
     }  # fmt: skip
@@ -167,14 +168,14 @@ def barrier() -> None:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The element-wise sum of a tensor over all ranks, on every rank. Leaves the argument as it was."""
+    """Return the element-wise sum of a tensor over all ranks, on every rank. The argument is not modified."""
     total = values.clone()
     dist.all_reduce(total)
     return total
 
 
 def max_over_ranks(value: int) -> int:
-    """The largest of all ranks' numbers. It goes from host to host, so that no GPU has to be waited for."""
+    """Return the maximum over all ranks. It is exchanged between CPUs, so that no rank waits for its GPU."""
     if world_size() == 1:
         return value
     highest = torch.tensor(value)
@@ -183,22 +184,22 @@ def max_over_ranks(value: int) -> int:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The values of all ranks, in rank order, on every rank."""
+    """Return the values of all ranks, in rank order, on every rank."""
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+    """Return the value of rank 0 on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def raise_problems(problems: list[str]) -> None:
-    """Raise one InputError on every rank that holds the problems of all ranks, each once; return if there are none."""
-    found = list(dict.fromkeys(problem for share in gather_objects(problems) for problem in share))
+    """Raise one InputError with the distinct problems of all ranks on every rank; return if there are none."""
+    found = list(dict.fromkeys(problem for rank_problems in gather_objects(problems) for problem in rank_problems))
     if found:
         error = InputError(found)
         error.on_all_ranks = True
@@ -206,7 +207,7 @@ def raise_problems(problems: list[str]) -> None:
 
 
 def run_on_all_ranks(action: Callable[[], T]) -> T:
-    """Run `action` on every rank; where it raises InputError on any, raise it on all."""
+    """Run `action` on every rank; if it raises InputError on any rank, raise it on all of them."""
     problems: list[str] = []
     result = None
     try:
@@ -218,7 +219,7 @@ def run_on_all_ranks(action: Callable[[], T]) -> T:
 
 
 def on_main(action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0 and give its result to every rank; an error of it is raised on every rank."""
+    """Run `action` on rank 0 and return its result on every rank; if it raises a HiggsError, raise it on every rank."""
     outcome: Any = None
     if is_main():
         try:
@@ -232,23 +233,24 @@ def on_main(action: Callable[[], Any]) -> Any:
     return outcome
 
 
-def on_main_consuming(made: Iterator[T], action: Callable[[Iterator[T]], Any]) -> Any:
-    """As `on_main`, for an action that takes what all ranks make together, one after another.
+def on_main_consuming(items: Iterator[T], action: Callable[[Iterator[T]], Any]) -> Any:
+    """Like `on_main`, for an action that consumes items which all ranks produce together, one after another.
 
-    What the action leaves is made all the same: each time, the other ranks wait for rank 0.
+    Items that the action does not consume are still produced: every item is a collective, in which the other ranks
+    wait for rank 0.
     """
 
-    def act() -> Any:
+    def consume() -> Any:
         try:
-            return action(made)
+            return action(items)
         finally:
-            _exhaust(made)
+            _exhaust(items)
 
     if not is_main():
-        _exhaust(made)
-    return on_main(act)
+        _exhaust(items)
+    return on_main(consume)
 
 
-def _exhaust(made: Iterator[Any]) -> None:
-    for _ in made:
+def _exhaust(items: Iterator[Any]) -> None:
+    for _ in items:
         pass

@@ -1,4 +1,4 @@
-"""Errors that a user can act on, and the exit code that each one ends the process with."""
+"""Errors that a user can act on, each with the exit code of the process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class HiggsError(Exception):
     """An error with an exit code of its own, shown without a traceback."""
 
     exit_code = EXIT_BUG
-    on_all_ranks = False  # True once every rank raises it, so that one of them may speak for all
+    on_all_ranks = False  # True if every rank raises it, so that only rank 0 prints it
 
 
 class InputError(HiggsError):
@@ -41,7 +41,7 @@ class InputError(HiggsError):
 
 
 class SaveError(HiggsError):
-    """Something could not be written, or what was written did not read back the same."""
+    """Something could not be written, or it read back differently than written."""
 
     exit_code = EXIT_SAVE_FAILED
 
@@ -53,31 +53,31 @@ class NotFiniteError(HiggsError):
 
 
 class StoppedError(HiggsError):
-    """A signal asked the run to end; it has saved a checkpoint and can go on from it."""
+    """A signal asked the run to end. It has saved a checkpoint to resume from."""
 
     exit_code = EXIT_STOPPED
 
 
 class LostRankError(HiggsError):
-    """Another rank has ended, for a reason that only it can tell; what was saved before is whole."""
+    """Another rank has ended; only its own error has the reason. What was saved before is intact."""
 
     exit_code = EXIT_LOST_RANK
 
 
 class MergeError(HiggsError):
-    """Training ended well and its adapter is in place, but the merge asked for at its end failed."""
+    """Training is complete and its adapter is saved, but the requested merge at the end failed."""
 
     exit_code = EXIT_MERGE_FAILED
 
 
 class PublishError(HiggsError):
-    """Training ended well and all of it is in place, but uploading it failed."""
+    """Training is complete and its results are saved, but the upload failed."""
 
     exit_code = EXIT_PUBLISH_FAILED
 
 
 def collect_problems(problems: list[str], action: Callable[[], T]) -> T | None:
-    """The answer of `action`; where it raises InputError, None, and what was wrong is added to `problems`."""
+    """Return the result of `action`; if it raises InputError, add its problems to `problems` and return None."""
     try:
         return action()
     except InputError as error:
@@ -86,11 +86,11 @@ def collect_problems(problems: list[str], action: Callable[[], T]) -> T | None:
 
 
 def exit_code_of(main: Callable[[], None]) -> int:
-    """Run `main` and return the exit code of a command; errors that a user can act on go to stderr."""
+    """Run `main` and return the exit code of the command. Errors that a user can act on are printed to stderr."""
     try:
         main()
     except HiggsError as error:
-        sys.stdout.flush()  # where both go to one file, the error comes behind what was said before it
+        sys.stdout.flush()  # if both go to one file, the error comes after the earlier output
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     return EXIT_OK

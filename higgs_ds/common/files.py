@@ -1,4 +1,4 @@
-"""Files and folders that are either there whole or not there at all, and folders checked before they are needed."""
+"""Atomic writes of files and folders, and checks of folders before they are needed."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[^.]+\.tmp(?P<old>\.old)?")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file by way of a temporary one beside it, so that a reader sees the old or the new text."""
+    """Write a text file atomically, through a temporary file beside it: a reader sees the old or the new text."""
     with replaced_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, atomically."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place, flushed to disk, when the block ends well."""
+    """Yield a temporary file beside `path` that is flushed to disk and replaces it if the block raises no error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(descriptor)
@@ -53,11 +53,11 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, which takes its place, flushed to disk, when the block ends well.
+    """Yield a temporary folder beside `path` that is flushed to disk and replaces it if the block raises no error.
 
-    A folder that stood at `path` is moved aside first and removed last: at every moment one of the two is whole.
+    A folder that exists at `path` is moved aside first and removed last: at every moment one of the two is complete.
     """
-    with _folder_beside(path) as temporary:
+    with _temporary_folder(path) as temporary:
         yield temporary
         flush_folder(temporary)
         aside = Path(f"{temporary}.old")
@@ -69,10 +69,13 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
 
 def restore_leftovers(folder: Path, names: re.Pattern[str]) -> None:
-    """Put in order what killed processes have left of files and folders of these names that are replaced as above.
+    """Clean up after killed processes: temporary files and folders of `replaced_file` and `replaced_folder`.
 
-    What had been moved aside, and nothing has come in its place, is moved back. The rest is deleted an hour later:
-    until then, a process that still runs may be writing it.
+    A folder that was moved aside and not yet replaced is moved back. Everything else is deleted once it is an hour old:
+    until then, a running process may still be writing it.
+
+    Args:
+        names: matches the final names of the files and folders that may be cleaned up.
     """
     for leftover in folder.glob(".*.tmp*") if folder.is_dir() else ():
         match = _TEMPORARY.fullmatch(leftover.name)
@@ -85,19 +88,19 @@ def restore_leftovers(folder: Path, names: re.Pattern[str]) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder; under its name it is whole until it is gone."""
-    with _folder_beside(path) as temporary:
+    """Delete a folder atomically: under its own name it is complete until it is gone."""
+    with _temporary_folder(path) as temporary:
         os.rename(path, temporary / path.name)
         _sync(path.parent)
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, which becomes it, flushed to disk, when the block ends well.
+    """Yield a temporary folder beside `path` that is flushed to disk and renamed to it if the block raises no error.
 
-    Where another process has made a folder there in the meantime, that one stays, and this one is dropped.
+    If another process has created `path` in the meantime, that folder stays and this one is deleted.
     """
-    with _folder_beside(path) as temporary:
+    with _temporary_folder(path) as temporary:
         yield temporary
         flush_folder(temporary)
         try:
@@ -109,7 +112,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -118,23 +121,23 @@ def sha256_of(path: Path) -> str:
 
 
 def release_freed_memory() -> None:
-    """Give memory that was freed back to the system, where the C library can.
+    """Return freed memory to the operating system, if the C library supports it.
 
-    glibc keeps it, and small objects that outlive large tensors part it into pieces that the next ones do not fit in:
-    passing over a model of 2 GiB tensor by tensor left 1.2 GiB behind.
+    glibc keeps freed memory, and small objects that outlive large tensors fragment it so that the next tensors do not
+    fit: reading a model of 2 GiB tensor by tensor left 1.2 GiB allocated.
     """
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that are free on the disk where a folder is, or is to be."""
+    """Return the free bytes on the disk of a folder, which need not exist yet."""
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
     return shutil.disk_usage(existing).free
 
 
 def why_not_writable(folder: Path) -> str | None:
-    """Why nothing can be written to `folder`, or made where it is to be, as the system says it; None where it can."""
+    """Return why `folder` cannot be written to or created, with the system's reason; None if it can."""
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
     if not existing.is_dir():
         return f"{existing} is a file, not a folder"
@@ -147,17 +150,17 @@ def why_not_writable(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def saving(what: Path) -> Iterator[None]:
-    """Turn a failure to write in the block (full disk, permissions) into a SaveError that names `what`."""
+    """Turn a write failure in the block (full disk, permissions) into a SaveError that names `what`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise SaveError(
-            f"{what}: could not be written: {type(error).__name__}: {error}. What was saved before is as it was"
+            f"{what}: could not be written: {type(error).__name__}: {error}. What was saved before is unchanged"
         ) from error
 
 
 @contextlib.contextmanager
-def _folder_beside(path: Path) -> Iterator[Path]:
+def _temporary_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
@@ -167,7 +170,7 @@ def _folder_beside(path: Path) -> Iterator[Path]:
 
 
 def flush_folder(folder: Path) -> None:
-    """Give everything in a folder, which libraries may have written as private, the usual mode, and sync it."""
+    """Set the usual mode on everything in a folder (libraries may have written private files), and sync it to disk."""
     for entry in [*folder.rglob("*"), folder]:
         entry.chmod((0o777 if entry.is_dir() else 0o666) & ~_umask())
         _sync(entry)

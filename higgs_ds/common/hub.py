@@ -1,4 +1,4 @@
-"""Model folders by path or hub id."""
+"""Locate model folders by path or hub id."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from higgs_ds.common.errors import InputError
 
-# The revision of a hub id where none is given: the content of these was replaced once, and may be again.
+# Default revisions of hub ids. The content of these repositories was replaced once, and may be again.
 PINNED = {
     "bosonai/higgs-audio-v2-generation-3B-base": "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84",
     "bosonai/higgs-tts-2-3b-base": "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84",  # its name since April 2026
@@ -19,18 +19,20 @@ PINNED = {
 
 
 def resolve_folder(name: str, asked_by: str, revision: str | None = None) -> Path:
-    """The folder of a model named by path or hub id; a hub id is downloaded into the hub's cache.
+    """Return the folder of a model named by path or hub id. A hub id is downloaded into the hub's cache.
 
     Args:
-        revision: commit, tag or branch of a hub id; without one that of PINNED, or the newest.
+        asked_by: option or field that names the model; error messages start with it.
+        revision: commit, tag or branch of a hub id. Default: the revision in PINNED, or else the newest.
 
-    Raises InputError, beginning with `asked_by`: there is neither such a folder nor such a repository.
+    Raises:
+        InputError: there is no such folder, and no such repository.
     """
     return _resolve(name, asked_by, lambda: Path(snapshot_download(name, revision=revision or PINNED.get(name))))
 
 
 def resolve_config_folder(name: str, asked_by: str, revision: str | None = None) -> Path:
-    """As `resolve_folder`, but of a hub id only config.json is downloaded."""
+    """Like `resolve_folder`, but download only config.json of a hub id."""
     revision = revision or PINNED.get(name)
     return _resolve(name, asked_by, lambda: Path(hf_hub_download(name, "config.json", revision=revision)).parent)
 
@@ -45,9 +47,9 @@ def _resolve(name: str, asked_by: str, download: Callable[[], Path]) -> Path:
         return download()
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{asked_by} {name}: neither a folder here nor to be had from the hub: {reason}") from error
+        raise InputError(f"{asked_by} {name}: not a local folder, and not available on the hub: {reason}") from error
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form of a repository's, OWNER/NAME, and not of a path."""
+    """Return whether a name has the form of a hub repository, OWNER/NAME, and not of a path."""
     return name.count("/") == 1 and name[0] not in "./~"

@@ -1,4 +1,4 @@
-"""Where the project's own files and its cache are."""
+"""Locations of the project's own files and of its cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def _resource_folder(name: str) -> Path:
-    """A folder that lies beside the package in a checkout, and inside it once it is installed."""
+    """Return a folder that is next to the package in a checkout, and inside the package once it is installed."""
     installed = _PACKAGE / name
     return installed if installed.is_dir() else _PACKAGE.parent / name
 
@@ -20,10 +20,10 @@ SAMPLE_MANIFEST = SAMPLES / "digits.jsonl"
 
 
 def command(name: str) -> str:
-    """How a command is called: by its script in a checkout, as a subcommand of `higgs-ds` once it is installed."""
+    """Return how a command is called: its script in a checkout, a subcommand of `higgs-ds` once it is installed."""
     return f"python launch/{name}.py" if (_PACKAGE.parent / "launch" / f"{name}.py").is_file() else f"higgs-ds {name}"
 
 
 def default_cache_dir() -> Path:
-    """$HIGGS_DS_CACHE, or ~/.cache/higgs_ds."""
+    """Return $HIGGS_DS_CACHE, or ~/.cache/higgs_ds if it is not set."""
     return Path(os.environ.get("HIGGS_DS_CACHE") or Path.home() / ".cache" / "higgs_ds")

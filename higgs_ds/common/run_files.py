@@ -1,4 +1,4 @@
-"""Names of a run's files and folders, and of what they hold, as far as several rooms share them."""
+"""Names of a run's files and folders, and of their contents, that several subpackages share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ METRICS_FILE, STATE_FILE = "metrics.jsonl", "trainer_state.json"
 SAMPLES_FOLDER, PROMPTS_FILE, REFERENCE_FOLDER = "samples", "prompts.json", "reference"
 ADAPTER_FOLDER = "lora_adapters"
 FINAL_MODEL, ADAPTER_COPY, MERGED_MODEL = "final_model", "adapter", "merged_model"
-# In a checkpoint.
+# Inside a checkpoint.
 TRAINED_FOLDER = "trained_weights"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state of each parameter, beside its count of steps
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state of each parameter, besides its step count

@@ -1,4 +1,4 @@
-"""Safetensors files: headers and single tensors are read, many tensors are written in files of about a gigabyte."""
+"""Safetensors files: read headers and single tensors, and write many tensors in files of about a gigabyte."""
 
 from __future__ import annotations
 
@@ -18,55 +18,55 @@ WEIGHT_INDEX = "model.safetensors.index.json"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, as its index names them. Raises InputError where any is missing."""
+    """Return the safetensors files of a model, as its index lists them. Raises InputError if any is missing."""
     return indexed_files(folder, WEIGHT_INDEX) or require_files(folder, ["model.safetensors"])
 
 
 def indexed_files(folder: Path, index: str) -> list[Path]:
-    """The files that an index of weights names; none without an index. Raises InputError where one is missing."""
+    """Return the files that a weight index lists; none without an index. Raises InputError if any is missing."""
     if not (folder / index).is_file():
         return []
     return require_files(folder, json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
 
 
 def require_files(folder: Path, names: Iterable[str]) -> list[Path]:
-    """Files by name. Raises InputError where one is missing."""
+    """Return the paths of files in a folder. Raises InputError if any is missing."""
     files = [folder / name for name in sorted(set(names))]
     missing = [path.name for path in files if not path.is_file()]
     if missing:
-        raise InputError(f"{folder}: lacks {', '.join(missing)}")
+        raise InputError(f"{folder}: missing {', '.join(missing)}")
     return files
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """What lies beside a model's weights: configuration, tokenizer, template, generation settings."""
+    """Return the files beside a model's weights: configuration, tokenizer, chat template, generation settings."""
     return [
         path for path in folder.iterdir() if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model")
     ]
 
 
 def weight_locations(folder: Path) -> dict[str, Path]:
-    """The file of every tensor of a model. Raises InputError where a file is missing or damaged."""
+    """Return the file of every tensor of a model. Raises InputError if a file is missing or damaged."""
     return {name: path for path in weight_files(folder) for name in weight_shapes([path])}
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
-    """One tensor of a file, which is opened for it alone: what is read of a file stays in memory until it is closed."""
+    """Read one tensor. The file is opened for it alone: what is read stays in memory until the file is closed."""
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 
 
 def read_rows(path: Path, name: str, start: int, stop: int) -> torch.Tensor:
-    """Rows of one tensor of a file."""
+    """Read rows `start` to `stop` (exclusive) of one tensor."""
     with safe_open(path, framework="pt") as file:
         return file.get_slice(name)[start:stop]
 
 
 def byte_ranges(path: Path) -> dict[str, tuple[int, int]]:
-    """Where in a safetensors file each tensor's bytes begin and end, to write them in place.
+    """Return where each tensor's bytes begin and end in a safetensors file, to write them in place.
 
-    The format (huggingface.co/docs/safetensors): 8 bytes with the header's length, little-endian; a header in JSON with
-    offsets behind it; the data.
+    The format (huggingface.co/docs/safetensors): 8 bytes with the header's length, little-endian; a JSON header with
+    each tensor's offsets, counted from the end of the header; the data.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -80,14 +80,14 @@ def byte_ranges(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def weight_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in some safetensors files, from their headers alone. Raises InputError for others."""
+    """Read the shape of every tensor in safetensors files, from the headers. Raises InputError for any other file."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: is no safetensors file, or a damaged one: {error}") from error
+            raise InputError(f"{path}: not a safetensors file, or damaged: {error}") from error
     return shapes
 
 
@@ -95,87 +95,91 @@ SHARD_BYTES = 2**30
 
 
 def write_shards(sizes: Mapping[str, int], tensors: Iterator[torch.Tensor], folder: Path, stem: str = "model") -> None:
-    """Write tensors to STEM.safetensors, or where they are large to several files with an index, as models have them.
+    """Write tensors to STEM.safetensors, or to several files with an index if they are large, as models are stored.
 
-    The tensors of one file are in memory at a time.
+    Only the tensors of one file are in memory at a time.
 
     Args:
-        sizes: bytes of each tensor by its name, in the order in which they come.
+        sizes: bytes of each tensor by name, in the order of `tensors`.
 
-    Raises SaveError where one reads back otherwise than written.
+    Raises:
+        SaveError: a tensor reads back differently than written.
     """
     written: list[list[str]] = []
-    held: dict[str, torch.Tensor] = {}
-    bytes_held = 0
+    pending: dict[str, torch.Tensor] = {}
+    pending_bytes = 0
     for name, size in sizes.items():
-        if held and bytes_held + size > SHARD_BYTES:
-            written.append(_write(held, _numbered(folder, stem, len(written) + 1)))
-            bytes_held = 0
-        held[name] = next(tensors).contiguous()
-        bytes_held += size
-    written.append(_write(held, _numbered(folder, stem, len(written) + 1)))
-    places: dict[str, str] = {}
+        if pending and pending_bytes + size > SHARD_BYTES:
+            written.append(_write_shard(pending, _shard_path(folder, stem, len(written) + 1)))
+            pending_bytes = 0
+        pending[name] = next(tensors).contiguous()
+        pending_bytes += size
+    written.append(_write_shard(pending, _shard_path(folder, stem, len(written) + 1)))
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(written, start=1):
-        one = len(written) == 1
-        file = f"{stem}.safetensors" if one else f"{stem}-{number:05d}-of-{len(written):05d}.safetensors"
-        _numbered(folder, stem, number).rename(folder / file)
-        places |= dict.fromkeys(names, file)
+        single = len(written) == 1
+        file = f"{stem}.safetensors" if single else f"{stem}-{number:05d}-of-{len(written):05d}.safetensors"
+        _shard_path(folder, stem, number).rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
     if len(written) > 1:
-        write_json(folder / _index(stem), {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})
+        write_json(
+            folder / _index_name(stem), {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        )
 
 
-def _numbered(folder: Path, stem: str, number: int) -> Path:
+def _shard_path(folder: Path, stem: str, number: int) -> Path:
     return folder / f"{stem}-{number:05d}.safetensors"
 
 
-def _index(stem: str) -> str:
+def _index_name(stem: str) -> str:
     return f"{stem}.safetensors.index.json"
 
 
-def _write(held: dict[str, torch.Tensor], path: Path) -> list[str]:
-    """Write tensors and let go of them; their names."""
-    save_file(held, path, {"format": "pt"})
-    for name, tensor in held.items():
-        if not _bits(read_tensor(path, name)).equal(_bits(tensor)):
-            raise SaveError(f"{path}: {name} reads back otherwise than written")
-    names = list(held)
-    held.clear()
+def _write_shard(tensors: dict[str, torch.Tensor], path: Path) -> list[str]:
+    """Write tensors to one file, verify them, clear the dict to free them, and return their names."""
+    save_file(tensors, path, {"format": "pt"})
+    for name, tensor in tensors.items():
+        if not _bytes_of(read_tensor(path, name)).equal(_bytes_of(tensor)):
+            raise SaveError(f"{path}: {name} reads back differently than written")
+    names = list(tensors)
+    tensors.clear()
     release_freed_memory()
     return names
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's bytes: NaN equals itself there."""
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """View a tensor as bytes, in which NaN equals itself."""
     return tensor.flatten().view(torch.uint8)
 
 
 def shard_files(folder: Path, stem: str = "model") -> list[Path]:
-    """The files that `write_shards` has written. Raises InputError where one is missing."""
-    return indexed_files(folder, _index(stem)) or require_files(folder, [f"{stem}.safetensors"])
+    """Return the files that `write_shards` has written. Raises InputError if any is missing."""
+    return indexed_files(folder, _index_name(stem)) or require_files(folder, [f"{stem}.safetensors"])
 
 
 class StoredTensors(Mapping[str, torch.Tensor]):
-    """Tensors of some files by name, each read when it is asked for.
+    """Tensors of safetensors files by name, read on access.
 
-    The file that was read last stays open, as long as the next tensor is in it, too.
+    The file that was read last stays open until a tensor of another file is read.
     """
 
     def __init__(self, files: Iterable[Path], prefix: str = "") -> None:
-        """Take those of the tensors whose names begin with `prefix`, and call them without it.
+        """Select the tensors whose names begin with `prefix`, and strip it from their names.
 
-        Raises InputError where a file is damaged.
+        Raises:
+            InputError: a file is damaged.
         """
         found = {name: (path, shape) for path in files for name, shape in weight_shapes([path]).items()}
-        own = {name.removeprefix(prefix): place for name, place in found.items() if name.startswith(prefix)}
-        self.places = {name: path for name, (path, _) in own.items()}
-        self.sizes = {name: 4 * math.prod(shape) for name, (_, shape) in own.items()}  # bytes in float32
+        selected = {name.removeprefix(prefix): place for name, place in found.items() if name.startswith(prefix)}
+        self.places = {name: path for name, (path, _) in selected.items()}
+        self.sizes = {name: 4 * math.prod(shape) for name, (_, shape) in selected.items()}  # bytes in float32
         self.prefix = prefix
         self._open: tuple[Path, safe_open] | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         path = self.places[name]
         if self._open is None or self._open[0] != path:
-            self._open = None  # before the next one is mapped
+            self._open = None  # close it before the next file is mapped
             self._open = (path, safe_open(path, framework="pt"))
         return self._open[1].get_tensor(self.prefix + name)
 

@@ -1,1 +1,1 @@
-"""From a manifest to batches. Knows nothing of the model beyond its codebooks and special tokens."""
+"""From a manifest to batches. Independent of the model, except for its codebooks and special tokens."""

@@ -1,4 +1,4 @@
-"""Codec codes of clips, kept on disk: each clip is encoded once, whatever the number of epochs, runs and ranks."""
+"""Cache codec codes on disk: each clip is encoded once, whatever the number of epochs, runs and ranks."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from higgs_ds.data.audio import RESAMPLING
 from higgs_ds.data.sample import AudioClip
 
 KEY_BYTES = 32
-HEADER_BYTES = 1024  # what a file of codes holds beside them, at most
+HEADER_BYTES = 1024  # upper limit of what a file contains besides the codes
 
 
 @dataclass(frozen=True)
 class CachedCodes:
-    """What the cache holds of a clip: codes (C, F), int16, and the share of its samples at full scale."""
+    """Cached data of a clip: codes (C, F), int16, and the fraction of its samples at full scale."""
 
     codes: torch.Tensor
     clipped: float
 
 
 class CodeCache:
-    """One small file per clip, named by the clip's content, its stretch, the resampling and the codec.
+    """One small file per clip, named after the clip's content, offset and duration, the resampling and the codec.
 
-    Safe against several processes that store the same clip, and against being killed. A file that is damaged, or that
-    belongs to another key, counts as not there.
+    Several processes may store the same clip at the same time, and may be killed at any time. A file that is damaged,
+    or that belongs to another key, counts as missing.
     """
 
     def __init__(self, folder: Path, codec_digest: str) -> None:
@@ -40,13 +40,13 @@ class CodeCache:
         self.codec_digest = codec_digest
 
     def key(self, clip: AudioClip) -> str:
-        """Name of a clip's codes, in hexadecimal. Raises OSError where the audio file cannot be read."""
+        """Return the hexadecimal key of a clip's codes. Raises OSError if the audio file cannot be read."""
         content = _content_of_file(clip.path, *_stamp(clip.path)) if clip.data is None else _sha256(clip.data)
         identity = [content, clip.offset_s, clip.duration_s, RESAMPLING, self.codec_digest]
         return _sha256(json.dumps(identity, sort_keys=True).encode())
 
     def load(self, key: str, num_codebooks: int) -> CachedCodes | None:
-        """A clip's codes, or None where they are not there."""
+        """Return a clip's codes, or None if they are not cached."""
         try:
             with safe_open(self.path(key), framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -58,7 +58,7 @@ class CodeCache:
             return None
 
     def looks_complete(self, key: str, num_frames: int, num_codebooks: int) -> bool:
-        """Whether there is a file of the right size; cheaper than to read it."""
+        """Return whether a file of the right size exists. Cheaper than reading it."""
         try:
             size = self.path(key).stat().st_size
         except OSError:
@@ -66,13 +66,13 @@ class CodeCache:
         return 128 < size - 2 * num_codebooks * num_frames < HEADER_BYTES
 
     def store(self, key: str, cached: CachedCodes) -> None:
-        """Keep codes (C, F). Raises SaveError."""
+        """Store codes (C, F). Raises SaveError."""
         with saving(self.path(key)), replaced_file(self.path(key)) as temporary:
             metadata = {"key": key, "clipped": repr(cached.clipped)}
             save_file({"codes": cached.codes.to(torch.int16).contiguous()}, temporary, metadata)
 
     def drop(self, key: str) -> None:
-        """Forget a clip, so that it will be encoded again."""
+        """Delete a clip's codes, so that it is encoded again."""
         self.path(key).unlink(missing_ok=True)
 
     def path(self, key: str) -> Path:
@@ -88,6 +88,6 @@ def _stamp(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-@lru_cache(maxsize=4096)  # a recording may hold thousands of clips, one behind the other
+@lru_cache(maxsize=4096)  # one recording may contain thousands of clips
 def _content_of_file(path: Path, size: int, mtime_ns: int) -> str:
     return sha256_of(path)

@@ -17,14 +17,14 @@ from higgs_ds.common.files import sha256_of
 from higgs_ds.common.hub import resolve_folder
 from higgs_ds.data.codec_layout import is_original_codec
 
-CODEC_SUBFOLDER = "audio_tokenizer"  # a model folder may bring its codec along
-ORIGINAL_CODEC = "bosonai/higgs-audio-v2-tokenizer"  # which bases in the original layout were released with
-PROCESSOR_CONFIG = "processor_config.json"  # of transformers' processor, which names the codec
+CODEC_SUBFOLDER = "audio_tokenizer"  # of a model folder that contains its codec
+ORIGINAL_CODEC = "bosonai/higgs-audio-v2-tokenizer"  # that bases in the original layout were released with
+PROCESSOR_CONFIG = "processor_config.json"  # of transformers' processor; names the codec
 MODEL_TYPE = "higgs_audio_v2_tokenizer"
 
 
 class Codec:
-    """Encodes and decodes clips as inference does, in float32: a clip's codes depend on no other clip."""
+    """Encodes and decodes clips in float32, as inference does. A clip's codes do not depend on other clips."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         model = HiggsAudioV2TokenizerModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
@@ -35,22 +35,23 @@ class Codec:
 
     @torch.inference_mode()
     def encode(self, waveforms: torch.Tensor) -> torch.Tensor:
-        """Codes (B, C, F), int64 on the CPU, of mono waveforms (B, num_samples) at the codec's sample rate.
+        """Return codes (B, C, F), int64 on the CPU, of mono waveforms (B, num_samples) at the codec's sample rate.
 
-        Waveforms of one batch have one length: padding would change the codes, as the codec normalizes over time.
+        Waveforms of a batch have the same length: the codec normalizes over time, so padding would change the codes.
         """
         return self.model.encode(waveforms.to(self.device)[:, None]).audio_codes.cpu()
 
     @torch.inference_mode()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Waveform (num_samples,), float32 on the CPU, of codes (C, F)."""
+        """Return the waveform (num_samples,), float32 on the CPU, of codes (C, F)."""
         return self.model.decode(codes.to(self.device)[None]).audio_values[0, 0].float().cpu()
 
 
 def find_codec(base_folder: Path, name: str | None) -> Path:
-    """The codec's folder: the one named, else the one that the base brings along, else the one that it refers to.
+    """Return the codec's folder: the named one, else the one inside the base's folder, else the one the base refers to.
 
-    Raises InputError where none is named, or what is named is no codec.
+    Raises:
+        InputError: no codec is named, or the named folder is not a codec.
     """
     processor_config = base_folder / PROCESSOR_CONFIG
     asked_by = "--codec_ckpt"
@@ -66,20 +67,20 @@ def find_codec(base_folder: Path, name: str | None) -> Path:
     if config.get("model_type") != MODEL_TYPE and not is_original_codec(config):
         raise InputError(
             f"{asked_by} {folder}: model_type is {config.get('model_type')!r}; an audio codec has '{MODEL_TYPE}', or "
-            "is a folder as first released, with model.pth"
+            "is in the original layout, with model.pth"
         )
     return folder
 
 
 def read_codec_json(folder: Path) -> dict[str, Any]:
-    """The config.json of a folder; nothing where there is none."""
+    """Return the config.json of a folder, or {} if it has none."""
     path = folder / "config.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 @dataclass(frozen=True)
 class CodecInfo:
-    """A codec without its weights."""
+    """A codec's properties, without its weights."""
 
     folder: Path
     config: HiggsAudioV2TokenizerConfig
@@ -90,13 +91,13 @@ class CodecInfo:
 
     @property
     def hop_length(self) -> int:
-        """Samples of a frame, which a clip must have at least."""
+        """Number of samples per frame, which is also the minimum length of a clip."""
         return int(self.config.hop_length)
 
     def num_frames(self, num_samples: int) -> int:
-        """Frames of codes that a clip of so many samples is encoded to.
+        """Return the number of code frames of a clip of `num_samples` samples.
 
-        The semantic branch decides it: resampling, padding by 160 at both ends, convolutions, every n-th frame.
+        The semantic branch determines it: resampling, padding by 160 at both ends, convolutions, every n-th frame.
         """
         semantic = self.config.semantic_model_config
         length = -(-num_samples * self.config.semantic_sample_rate // self.config.sample_rate) + 2 * 160
@@ -106,25 +107,25 @@ class CodecInfo:
 
 
 def read_codec_info(folder: Path) -> CodecInfo:
-    """A codec's properties, from its configuration."""
+    """Read a codec's properties from its configuration."""
     return CodecInfo(folder, HiggsAudioV2TokenizerConfig.from_pretrained(folder))
 
 
 def codec_digest(folder: Path) -> str:
-    """Identity of a codec: SHA-256 over its configuration and weight files. Codes of one codec are noise to another."""
+    """Return a codec's identity, as codes of one codec are noise to another: SHA-256 of its config and weight files."""
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     return hashlib.sha256("".join(sha256_of(path) for path in files).encode()).hexdigest()
 
 
 def check_codec_tensors(where: str, config: HiggsAudioV2TokenizerConfig, found: Mapping[str, torch.Tensor]) -> None:
-    """Raise InputError, beginning with `where`, unless tensors are those of a codec with this configuration."""
+    """Raise InputError, starting with `where`, unless `found` are the tensors of a codec with this configuration."""
     with torch.device("meta"):
         expected = HiggsAudioV2TokenizerModel(config).state_dict()
     differing = [name for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape]
     problems = {
-        "lacks": expected.keys() - found.keys(),
-        "holds what is unknown:": found.keys() - expected.keys(),
-        "holds in another shape:": differing,
+        "missing tensors:": expected.keys() - found.keys(),
+        "unknown tensors:": found.keys() - expected.keys(),
+        "tensors of a wrong shape:": differing,
     }
     if any(problems.values()):
         raise InputError(

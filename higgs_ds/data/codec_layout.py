@@ -1,4 +1,4 @@
-"""The audio codec as it was first released (`model.pth`): its names and configuration as transformers has them."""
+"""Convert the configuration and tensors of the audio codec's original layout (`model.pth`) to transformers' layout."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from transformers import HiggsAudioV2TokenizerConfig
 
 from higgs_ds.common.errors import InputError
 
-_UNIT = ("snake1", "conv1", "snake2", "conv2")  # of a residual unit of the acoustic parts, in order
-_GAIN, _DIRECTION = ".weight_g", ".weight_v"  # what a weight-normalized weight is kept as
+_UNIT = ("snake1", "conv1", "snake2", "conv2")  # layers of a residual unit of the acoustic parts, in order
+_GAIN, _DIRECTION = ".weight_g", ".weight_v"  # the two tensors of a weight-normalized weight
 _REPLACED = {
     "quantizer.vq.layers.": "quantizer.quantizers.",
     "._codebook.": ".codebook.",
@@ -22,25 +22,26 @@ _REPLACED = {
     ".conv1.conv.": ".conv1.",
     ".conv2.conv.": ".conv2.",
 }
-_ONLY_TRAINED_WITH = "semantic_model.masked_spec_embed"
+_TRAINING_ONLY = "semantic_model.masked_spec_embed"
 _NEEDED = ("ratios", "sample_rate", "target_bandwidths", "bins")
 
 
 def is_original_codec(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of a codec in its original layout, which names no model type."""
+    """Return whether a config.json is that of a codec in the original layout, which has no model type."""
     return "model_type" not in config and "semantic_techer" in config
 
 
 def native_codec_config(
     config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], where: str
 ) -> HiggsAudioV2TokenizerConfig:
-    """The configuration of a codec in transformers' layout; what the original does not write down, by its tensors.
+    """Return a codec's configuration in transformers' layout; values missing from the original come from the tensors.
 
-    Raises InputError, beginning with `where`, for what is no such codec.
+    Raises:
+        InputError: starting with `where`; this is not a codec in the original layout.
     """
     missing = [name for name in _NEEDED if name not in config]
     if missing:
-        raise InputError(f"{where}: its config.json lacks {', '.join(missing)}")
+        raise InputError(f"{where}: its config.json has no {', '.join(missing)}")
     ratios, semantic = list(config["ratios"]), "semantic_model"
     try:
         convolutions = [
@@ -50,7 +51,7 @@ def native_codec_config(
         position = f"{semantic}.encoder.pos_conv_embed.conv"
         directions = (f"{position}.parametrizations.weight.original1", f"{position}{_DIRECTION}")
         width, per_group, kernel = next(tensors[name].shape for name in directions if name in tensors)
-        made = HiggsAudioV2TokenizerConfig(
+        native = HiggsAudioV2TokenizerConfig(
             target_bandwidths=config["target_bandwidths"],
             sample_rate=config["sample_rate"],
             semantic_sample_rate=config.get("semantic_sample_rate") or 16000,
@@ -79,36 +80,36 @@ def native_codec_config(
             },
         )
     except (KeyError, StopIteration) as error:
-        raise InputError(f"{where}: is no such codec: it lacks {error}") from error
+        raise InputError(f"{where}: not an audio codec in the original layout: missing {error}") from error
     num_codebooks = sum(name.endswith("._codebook.embed") for name in tensors)
-    if made.num_quantizers != num_codebooks:
+    if native.num_quantizers != num_codebooks:
         raise InputError(
-            f"{where}: holds {num_codebooks} codebooks, and by the target_bandwidths of its config.json it has "
-            f"{made.num_quantizers}"
+            f"{where}: contains {num_codebooks} codebooks, but the target_bandwidths of its config.json give "
+            f"{native.num_quantizers}"
         )
-    return made
+    return native
 
 
 def native_codec_tensors(tensors: Mapping[str, torch.Tensor], num_blocks: int) -> dict[str, torch.Tensor]:
-    """A codec's tensors by transformers' names; the acoustic parts' weights without their weight normalization.
+    """Return a codec's tensors by transformers' names, with the acoustic parts' weight normalization folded in.
 
     Args:
-        num_blocks: of the encoder, and of the decoder.
+        num_blocks: number of blocks of the encoder, and of the decoder.
     """
-    made = {}
+    native = {}
     for name, tensor in tensors.items():
-        if name == _ONLY_TRAINED_WITH:
+        if name == _TRAINING_ONLY:
             continue
         if name.startswith("semantic_model."):
             renamed = name.replace(_GAIN, ".parametrizations.weight.original0")
-            made[renamed.replace(_DIRECTION, ".parametrizations.weight.original1")] = tensor
+            native[renamed.replace(_DIRECTION, ".parametrizations.weight.original1")] = tensor
         elif name.endswith(_GAIN):
             direction = tensors[name.removesuffix(_GAIN) + _DIRECTION]
             norm = torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True)
-            made[_native_name(name.removesuffix(_GAIN) + ".weight", num_blocks)] = direction * (tensor / norm)
+            native[_native_name(name.removesuffix(_GAIN) + ".weight", num_blocks)] = direction * (tensor / norm)
         elif not name.endswith(_DIRECTION):
-            made[_native_name(name, num_blocks)] = tensor
-    return made
+            native[_native_name(name, num_blocks)] = tensor
+    return native
 
 
 def _native_name(name: str, num_blocks: int) -> str:
@@ -121,14 +122,14 @@ def _native_name(name: str, num_blocks: int) -> str:
 
 
 def _acoustic_name(parts: list[str], num_blocks: int, side: str) -> str:
-    """A convolution, the blocks, an activation and a convolution; in the original, all of these by number."""
+    """Name a layer of an acoustic part. The original numbers them: convolution, blocks, activation, convolution."""
     at, leaf = int(parts[0]), parts[-1]
     outside = {0: "conv1", num_blocks + 1: "snake1", num_blocks + 2: "conv2"}
     if at in outside:
         return f"{outside[at]}.{leaf}"
     inner = int(parts[2])
-    own = {3: "snake1", 4: "conv1"} if side == "acoustic_encoder" else {0: "snake1", 1: "conv_t1"}
-    if inner in own:
-        return f"block.{at - 1}.{own[inner]}.{leaf}"
+    block_layers = {3: "snake1", 4: "conv1"} if side == "acoustic_encoder" else {0: "snake1", 1: "conv_t1"}
+    if inner in block_layers:
+        return f"block.{at - 1}.{block_layers[inner]}.{leaf}"
     unit = inner + 1 if side == "acoustic_encoder" else inner - 1
     return f"block.{at - 1}.res_unit{unit}.{_UNIT[int(parts[4])]}.{leaf}"

@@ -1,4 +1,4 @@
-"""What a base turns samples into ids and codes with."""
+"""Everything that turns samples into token ids and codes for one base."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from higgs_ds.data.prompt import Tokenizer
 
 @dataclass(frozen=True)
 class Coder:
-    """The tokenizer, codec and stream of one base, and the cache of that codec's codes."""
+    """The tokenizer, codec and audio stream of one base, and the cache of that codec's codes."""
 
     tokenizer: Tokenizer
     stream: AudioStream
     pad_id: int
     codec: CodecInfo
     cache: CodeCache
-    identity: str  # the same for two coders that give the same ids and codes
-    hearing: MelFeatureStore | None = None  # of a model with a Whisper tower
+    identity: str  # equal for two coders that give the same ids and codes
+    hearing: MelFeatureStore | None = None  # for a model with a Whisper tower
 
     def has_outputs(self, clip: CheckedClip) -> bool:
-        """Whether all that a clip was made into seems to be there still; cheaper than to read it."""
+        """Return whether a clip's codes and features seem to exist. Cheaper than reading them."""
         codes = self.cache.looks_complete(clip.key, clip.num_frames, self.stream.num_codebooks)
         features = self.hearing is None or not clip.num_outputs or self.hearing.path(clip.key).is_file()
         return codes and features

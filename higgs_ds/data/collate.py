@@ -1,4 +1,4 @@
-"""From encoded samples to one micro-batch: padded ids, delayed codes, and where which target stands."""
+"""Collate encoded samples into one micro-batch: padded ids, delayed codes, and the targets with their positions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from higgs_ds.model.loss import IGNORE_INDEX
 class EncodedSample:
     """A prompt and the codes (C, F), int64, of each of its clips, in order.
 
-    `heard`: for a model with a tower, the mel features (bins, T) of each stretch that it hears, in order.
+    `heard`: for a model with a Whisper tower, the mel features (bins, T) of each stretch that it encodes, in order.
     """
 
     prompt: Prompt
@@ -30,44 +30,44 @@ class EncodedSample:
 class Batch:
     """One micro-batch of B rows of T positions, M of text and A of audio; C codebooks. All tensors are int64.
 
-    Positions are counted through the batch (row * T + column). The model works on all text positions first and then on
-    all audio positions, so that each of its two FFNs finds what is its own in one piece; `positions` and `places` lead
-    from one order to the other. A target stands with the place whose output predicts it: that of the position before.
-    Rows are padded with text on the right, where causal attention keeps it out of everything that is predicted; no
-    attention mask is needed.
+    Positions are numbered through the batch (row * T + column). The model processes all text positions first, then all
+    audio positions, so that the inputs of each of its two FFNs are contiguous. A place is an index into this order;
+    `positions` and `places` map between the two orders. A target is stored with the place whose output predicts it:
+    that of the preceding position. Rows are padded with text on the right, where causal attention keeps it out of all
+    predictions, so no attention mask is needed.
     """
 
     text_ids: torch.Tensor  # (M,)
     codes: torch.Tensor  # (A, C), delayed
-    positions: torch.Tensor  # (M + A,): the position of each place, text first
-    places: torch.Tensor  # (B, T): the place of each position
-    text_places: torch.Tensor  # (L,): whose outputs predict text
+    positions: torch.Tensor  # (M + A,): position of each place, text first
+    places: torch.Tensor  # (B, T): place of each position
+    text_places: torch.Tensor  # (L,): places whose outputs predict text
     text_targets: torch.Tensor  # (L,)
-    audio_places: torch.Tensor  # (K,): whose outputs predict audio
+    audio_places: torch.Tensor  # (K,): places whose outputs predict audio
     audio_targets: torch.Tensor  # (K, C), IGNORE_INDEX where a codebook has no target
-    audio_rows: torch.Tensor  # (B, S): audio places of each sample, counted from the first; A for padding
-    audio_at: torch.Tensor  # (A,): where each of them stands in audio_rows, counted through it
+    audio_rows: torch.Tensor  # (B, S): audio places of each sample, numbered from the first one; A for padding
+    audio_at: torch.Tensor  # (A,): index of each of them in the flattened audio_rows
     num_samples: int
     num_tokens: int  # positions that are not padding
-    # For a model with a tower; its outputs, N x T / 4 of them, are counted through all stretches.
+    # For a model with a Whisper tower. Its outputs, N x T / 4 of them, are numbered through all stretches.
     features: torch.Tensor | None = None  # float32 (N, bins, T)
     feature_lengths: torch.Tensor | None = None  # (N,)
-    feature_rows: torch.Tensor | None = None  # (P,): the tower's outputs that are of clips
-    feature_places: torch.Tensor | None = None  # (P,): the text places that they take
+    feature_rows: torch.Tensor | None = None  # (P,): the tower's outputs that belong to clips
+    feature_places: torch.Tensor | None = None  # (P,): the text places that they fill
 
     def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The tensors by name, as the model's forward takes them."""
+        """Return the tensors by name, as arguments of the model's forward."""
         values = {field_.name: getattr(self, field_.name) for field_ in fields(self)}
         return {name: v.to(device, non_blocking=True) for name, v in values.items() if isinstance(v, torch.Tensor)}
 
     def pinned(self) -> Batch:
-        """The same in page-locked memory, from which a GPU fetches while it computes."""
+        """Return the same batch in page-locked memory, from which a GPU can copy while it computes."""
         tensors = self.tensors(torch.device("cpu"))
         pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         return replace(self, **pinned)
 
     def target_counts(self) -> torch.Tensor:
-        """Number of targets, float64 (1 + C,): text, then each codebook."""
+        """Return the number of targets, float64 (1 + C,): text, then each codebook."""
         audio = (self.audio_targets != IGNORE_INDEX).sum(dim=0)
         return torch.cat([torch.tensor([len(self.text_targets)]), audio]).double()
 
@@ -75,19 +75,19 @@ class Batch:
 def collate(
     samples: Sequence[EncodedSample], stream: AudioStream, pad_id: int, num_mel_bins: int | None = None
 ) -> Batch:
-    """Put samples into one batch. None at all give a batch of one padding token that holds no target.
+    """Collate samples into one batch. Without samples, the batch is one padding token without a target.
 
-    A batch without audio still carries codes, none of them: every rank must run through every module, or a model whose
-    weights are spread over the ranks (ZeRO-3) waits for a rank that does not come.
+    A batch without audio still has a codes tensor, of zero rows: every rank must run every module. Otherwise, when the
+    weights are partitioned over the ranks (ZeRO-3), the other ranks wait forever.
 
     Args:
-        num_mel_bins: of a model with a Whisper tower, which hears something in every batch for the same reason.
+        num_mel_bins: for a model with a Whisper tower, which needs an input in every batch for the same reason.
     """
     width = max((len(sample.prompt.input_ids) for sample in samples), default=1)
     ids = torch.full((max(len(samples), 1), width), pad_id)
-    nothing = torch.zeros(0, dtype=torch.long)
-    codes, audio_targets = [nothing.view(0, 1).expand(0, stream.num_codebooks)], []
-    audio_positions, text_sources, text_targets, audio_sources = [nothing], [nothing], [nothing], [nothing]
+    empty = torch.zeros(0, dtype=torch.long)
+    codes, audio_targets = [empty.view(0, 1).expand(0, stream.num_codebooks)], []
+    audio_positions, text_sources, text_targets, audio_sources = [empty], [empty], [empty], [empty]
     for i, sample in enumerate(samples):
         start = i * width
         row, labels = torch.tensor(sample.prompt.input_ids), torch.tensor(sample.prompt.labels)
@@ -96,7 +96,7 @@ def collate(
         text_sources.append(start + columns - 1)
         text_targets.append(labels[columns])
 
-        delayed, delayed_targets = _delayed(sample, stream)
+        delayed, delayed_targets = _delay_clips(sample, stream)
         codes.append(delayed)
         columns = torch.tensor(sample.prompt.audio_columns, dtype=torch.long)
         audio_positions.append(start + columns)
@@ -122,12 +122,12 @@ def collate(
         audio_at=audio_at,
         num_samples=len(samples),
         num_tokens=sum(len(sample.prompt.input_ids) for sample in samples),
-        **(_heard(samples, width, places, num_mel_bins) if num_mel_bins else {}),
+        **(_tower_inputs(samples, width, places, num_mel_bins) if num_mel_bins else {}),
     )
 
 
 def _audio_rows(counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of samples with so many audio positions, `Batch.audio_rows` and `audio_at`; at least one column, of padding."""
+    """Return `Batch.audio_rows` (at least one column) and `audio_at` for samples with `counts` audio positions."""
     total, width = sum(counts), max([*counts, 1])
     at = torch.cat([i * width + torch.arange(count) for i, count in enumerate(counts)])
     rows = torch.full((len(counts) * width,), total)
@@ -135,10 +135,10 @@ def _audio_rows(counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     return rows.view(len(counts), width), at
 
 
-def _heard(
+def _tower_inputs(
     samples: Sequence[EncodedSample], width: int, places: torch.Tensor, num_mel_bins: int
 ) -> dict[str, torch.Tensor]:
-    """What a tower is to hear, or a moment of silence whose output goes nowhere; and where its outputs go."""
+    """Return a Whisper tower's inputs, or a short silence whose output is unused; and the places of its outputs."""
     stretches = [stretch for sample in samples for stretch in sample.heard]
     silence = [] if stretches else [MelFeatures(torch.zeros(num_mel_bins, MARGIN), MARGIN)]
     longest = max(stretch.values.shape[1] for stretch in stretches + silence)
@@ -155,10 +155,10 @@ def _heard(
     }
 
 
-def _delayed(sample: EncodedSample, stream: AudioStream) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input rows (R, C) and labels (R, C) of all clips of a sample; clips that are not learned have no labels."""
-    nothing = torch.zeros(0, stream.num_codebooks, dtype=torch.long)
-    rows, labels = [nothing], [nothing]
+def _delay_clips(sample: EncodedSample, stream: AudioStream) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return input rows (R, C) and labels (R, C) of a sample's clips. Clips that are not targets have no labels."""
+    empty = torch.zeros(0, stream.num_codebooks, dtype=torch.long)
+    rows, labels = [empty], [empty]
     for codes, is_target in zip(sample.codes, sample.prompt.target_clips, strict=True):
         rows.append(apply_delay_pattern(codes, stream))
         clip_labels = delayed_labels(codes, stream)

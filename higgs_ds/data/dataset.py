@@ -1,4 +1,4 @@
-"""Samples with their cached codes, made into batches as they are asked for."""
+"""Samples with their cached codes, collated into batches on demand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from higgs_ds.data.sample import Sample
 
 @dataclass(frozen=True)
 class Dataset:
-    """Some rows of an index, whose clips are all in the cache."""
+    """A selection of rows of an index. All their clips are in the cache."""
 
     index: Index
     rows: np.ndarray
@@ -32,26 +32,26 @@ class Dataset:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sample."""
+        """Number of tokens of each sample."""
         return self.index.num_tokens[self.rows].tolist()
 
     def batches(self, micro_batches: Sequence[Sequence[int]]) -> list[Batch]:
-        """Several micro-batches, in memory that a GPU can read from where there is one."""
+        """Return several micro-batches, in page-locked memory if there is a GPU."""
         batches = [self.batch(indices) for indices in micro_batches]
         return [batch.pinned() for batch in batches] if torch.cuda.is_available() else batches
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """One micro-batch; no indices give one without targets."""
+        """Return one micro-batch. Without indices, it has no targets."""
         hearing = self.coder.hearing
         num_mel_bins = hearing.num_mel_bins if hearing else None
         return collate([self.encoded(i) for i in indices], self.coder.stream, self.coder.pad_id, num_mel_bins)
 
     def sample(self, index: int) -> Sample:
-        """A conversation, whose clips are named by its source alone."""
+        """Return a conversation. The path of each of its clips is just the sample's source."""
         return self.index.sample(int(self.rows[index]))[0]
 
     def encoded(self, index: int) -> EncodedSample:
-        """A sample as ids and codes. Raises InputError where its codes have gone from the cache."""
+        """Return a sample as token ids and codes. Raises InputError if its codes are missing from the cache."""
         sample, clips = self.index.sample(int(self.rows[index]))
         cache, stream, hearing = self.coder.cache, self.coder.stream, self.coder.hearing
         codes: list[torch.Tensor] = []
@@ -60,34 +60,34 @@ class Dataset:
         for clip in clips:
             cached = cache.load(clip.key, stream.num_codebooks)
             if cached is None:
-                cache.drop(clip.key)  # so that the next start makes them again
+                cache.drop(clip.key)  # so that the next run computes them again
                 raise _missing_from_cache(sample, "codes", cache.path(clip.key))
-            whole = cached.codes.long()
+            clip_codes = cached.codes.long()
             if hearing is None or not clip.num_outputs:
-                codes.append(whole)
+                codes.append(clip_codes)
                 stretches.append([])
                 continue
             features = hearing.load(clip.key)
             if features is None:
                 hearing.drop(clip.key)
                 raise _missing_from_cache(sample, "features", hearing.path(clip.key))
-            codes += whole.split(hearing.frames_per_stretch, dim=1)
+            codes += clip_codes.split(hearing.frames_per_stretch, dim=1)
             stretches.append(hearing.stretches(clip.num_frames, clip.num_outputs))
             heard += features
         prompt = prompt_of(sample, [clip.num_frames for clip in clips], self.coder.tokenizer, stream, stretches)
         return EncodedSample(prompt, codes, heard)
 
     def sources(self, indices: Sequence[int]) -> list[str]:
-        """Where samples come from: file and line."""
+        """Return where samples come from: file and line."""
         return self.index.sources(self.rows[list(indices)])
 
     def digest(self) -> str:
-        """Identity of the data: what is said, by whom, to which audio, whatever the files are called."""
+        """Return the identity of the data: texts, roles and audio content, independent of the names of files."""
         return hashlib.sha256(self.index.digests()[self.rows].tobytes()).hexdigest()
 
 
 def _missing_from_cache(sample: Sample, what: str, path: Path) -> InputError:
     return InputError(
-        f"{sample.source}: the {what} of its audio have gone from {path}, or are damaged; start again, with --resume "
-        "auto, and they will be made again"
+        f"{sample.source}: the {what} of its audio in {path} are missing or damaged; start again with --resume auto to "
+        "compute them again"
     )

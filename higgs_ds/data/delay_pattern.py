@@ -1,4 +1,4 @@
-"""The delay pattern of the audio stream: codebook k runs k rows behind the first one."""
+"""The delay pattern of the audio stream: codebook k is delayed by k rows."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from higgs_ds.model.loss import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class AudioStream:
-    """The shape of the audio stream: its codebooks and the two codes behind their entries."""
+    """The shape of the audio stream: the number of codebooks, and the two special codes after their entries."""
 
     num_codebooks: int
     bos_id: int
     eos_id: int
 
     def num_rows(self, num_frames: int) -> int:
-        """Rows of a delayed clip: its frames, one BOS, one EOS, and the last codebook's delay."""
+        """Return the number of rows of a delayed clip: its frames, one BOS, one EOS, and the last codebook's delay."""
         return num_frames + self.num_codebooks + 1
 
 
 def apply_delay_pattern(codes: torch.Tensor, stream: AudioStream) -> torch.Tensor:
-    """Delay codes (C, F) into input rows (F + C + 1, C): BOS in front of each codebook, EOS behind it."""
+    """Delay codes (C, F) into input rows (F + C + 1, C): BOS before each codebook's codes, EOS after them."""
     num_codebooks, num_frames = codes.shape
     rows = codes.new_full((stream.num_rows(num_frames), num_codebooks), stream.eos_id)
     for k in range(num_codebooks):
@@ -33,9 +33,9 @@ def apply_delay_pattern(codes: torch.Tensor, stream: AudioStream) -> torch.Tenso
 
 
 def delayed_labels(codes: torch.Tensor, stream: AudioStream) -> torch.Tensor:
-    """Labels (F + C + 1, C), unshifted, of codes (C, F): the codes and one EOS per codebook; the rest is ignored.
+    """Return unshifted labels (F + C + 1, C) of codes (C, F): the codes and one EOS per codebook; the rest is ignored.
 
-    The EOS is what teaches the model to stop; the filling around it says nothing.
+    The EOS teaches the model to stop. The padding around it carries no information.
     """
     num_codebooks, num_frames = codes.shape
     labels = codes.new_full((stream.num_rows(num_frames), num_codebooks), IGNORE_INDEX)
@@ -46,9 +46,9 @@ def delayed_labels(codes: torch.Tensor, stream: AudioStream) -> torch.Tensor:
 
 
 def revert_delay_pattern(rows: torch.Tensor, stream: AudioStream) -> torch.Tensor:
-    """Codes (C, F) of delayed rows (R, C) that begin with the row of BOS, up to the first codebook's EOS.
+    """Return the codes (C, F) of delayed rows (R, C), which start with the BOS row, up to the first codebook's EOS.
 
-    Rows of a generation cut short have no EOS: then every frame whose codebooks are all there is returned.
+    Rows of a truncated generation have no EOS. Then every frame that has the codes of all codebooks is returned.
     """
     num_rows, num_codebooks = rows.shape
     ends = (rows[:, 0] == stream.eos_id).nonzero()

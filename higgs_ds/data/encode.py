@@ -1,4 +1,4 @@
-"""Encode clips into the cache: batched on a GPU, over worker processes on CPUs."""
+"""Encode clips into the cache: batched on a GPU, in worker processes on CPUs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from higgs_ds.data.coder import Coder
 from higgs_ds.data.mel_features import MelFeatureStore
 from higgs_ds.data.sample import AudioClip
 
-WINDOW_CLIPS, WINDOW_BYTES = 4096, 64 << 20  # clips looked at together, and bytes of audio that lie inside manifests
-BATCH_S = 120.0  # seconds of audio encoded together on a GPU
+WINDOW_CLIPS, WINDOW_BYTES = 4096, 64 << 20  # limits of a window: clips, and bytes of audio embedded in manifests
+BATCH_S = 120.0  # seconds of audio per batch on a GPU
 WORTH_A_WORKER_S = 60.0  # seconds of audio below which a worker process takes longer to start than it saves
 
 
@@ -34,61 +34,63 @@ class ClipToEncode:
     key: str
     num_samples: int  # at the codec's rate
     clipped: float
-    is_heard: bool = False  # whether a Whisper tower hears it
+    is_heard: bool = False  # whether a Whisper tower encodes it
 
 
 def encode_clips(
     clips: Iterable[ClipToEncode], count: int, seconds: float, coder: Coder,
     device: torch.device, num_workers: int, show_progress: bool,
 ) -> None:  # fmt: skip
-    """Encode `count` clips of `seconds` in all into the cache, with a progress bar.
+    """Encode `count` clips of `seconds` in total into the cache, with a progress bar.
 
-    Clips are stored as they are done: what an interrupted run has encoded is not encoded again. On CPUs every clip is
-    encoded by itself on one thread, so that its codes do not depend on how many processes there are.
+    Each clip is stored as soon as it is encoded, so a clip that an interrupted run has encoded is not encoded again. On
+    CPUs every clip is encoded alone, on one thread, so that its codes do not depend on the number of processes.
     """
     workers = min(num_workers, int(seconds / WORTH_A_WORKER_S))
-    folder, kept = coder.codec.folder, CodeStore(coder.cache, coder.hearing)
-    disable = None if show_progress else True  # None: no bar where stderr is a file
+    folder, code_store = coder.codec.folder, CodeStore(coder.cache, coder.hearing)
+    disable = None if show_progress else True  # None: no bar if stderr is not a terminal
     with tqdm(total=count, desc="encoding", unit="clip", disable=disable, dynamic_ncols=True) as bar:
         if device.type == "cuda":
-            _encode_batched(clips, kept, Codec(folder, device), num_workers, bar)
+            _encode_batched(clips, code_store, Codec(folder, device), num_workers, bar)
         elif workers > 1:
-            _encode_in_processes(clips, kept, folder, workers, bar)
+            _encode_in_processes(clips, code_store, folder, workers, bar)
         else:
             with _one_thread():
                 codec = Codec(folder, device)
                 for clip in clips:
-                    _encode_one(clip, kept, codec)
+                    _encode_one(clip, code_store, codec)
                     bar.update()
 
 
 @dataclass(frozen=True)
 class CodeStore:
-    """Where what clips are made into is kept."""
+    """Stores the codes and mel features of clips."""
 
     cache: CodeCache
     hearing: MelFeatureStore | None = None
 
     def store(self, clip: ClipToEncode, codes: torch.Tensor) -> None:
-        """Keep a clip's codes (C, F) and, where a tower hears it, its features."""
+        """Store a clip's codes (C, F) and, if a Whisper tower encodes it, its features."""
         self.cache.store(clip.key, CachedCodes(codes, clip.clipped))
         if self.hearing is not None and clip.is_heard:
             self.hearing.store(clip.key, clip.clip, codes.shape[1])
 
 
-def _encode_one(clip: ClipToEncode, kept: CodeStore, codec: Codec) -> None:
-    found = kept.cache.load(clip.key, codec.num_codebooks)
-    codes = found.codes if found else codec.encode(read_audio(clip.clip, codec.sample_rate)[None])[0]
-    kept.store(clip, codes)
+def _encode_one(clip: ClipToEncode, code_store: CodeStore, codec: Codec) -> None:
+    cached = code_store.cache.load(clip.key, codec.num_codebooks)
+    codes = cached.codes if cached else codec.encode(read_audio(clip.clip, codec.sample_rate)[None])[0]
+    code_store.store(clip, codes)
 
 
-def _encode_batched(clips: Iterable[ClipToEncode], kept: CodeStore, codec: Codec, threads: int, bar: tqdm) -> None:
-    """Clips of one length together, read and resampled ahead by threads."""
+def _encode_batched(
+    clips: Iterable[ClipToEncode], code_store: CodeStore, codec: Codec, threads: int, bar: tqdm
+) -> None:
+    """Encode clips of equal length together. Threads read and resample them ahead."""
     with ThreadPoolExecutor(threads) as readers:
         for window in _windows(clips):
             for batch in _batches(window, codec.sample_rate):
                 waveforms = list(readers.map(lambda clip: read_audio(clip.clip, codec.sample_rate), batch))
-                list(readers.map(kept.store, batch, codec.encode(torch.stack(waveforms))))
+                list(readers.map(code_store.store, batch, codec.encode(torch.stack(waveforms))))
                 bar.update(len(batch))
 
 
@@ -106,7 +108,7 @@ def _windows(clips: Iterable[ClipToEncode]) -> Iterator[list[ClipToEncode]]:
 
 
 def _batches(window: list[ClipToEncode], sample_rate: int) -> Iterator[list[ClipToEncode]]:
-    """Clips of exactly one length, up to BATCH_S seconds in all."""
+    """Yield clips of exactly the same length, up to BATCH_S seconds in total."""
     batch: list[ClipToEncode] = []
     for clip in sorted(window, key=lambda clip: clip.num_samples):
         full = (len(batch) + 1) * clip.num_samples > BATCH_S * sample_rate
@@ -119,11 +121,11 @@ def _batches(window: list[ClipToEncode], sample_rate: int) -> Iterator[list[Clip
 
 
 def _encode_in_processes(
-    clips: Iterable[ClipToEncode], kept: CodeStore, codec_folder: Path, workers: int, bar: tqdm
+    clips: Iterable[ClipToEncode], code_store: CodeStore, codec_folder: Path, workers: int, bar: tqdm
 ) -> None:
-    """Longest clips first within a window, so that the workers end at about the same time."""
+    """Encode the longest clips of a window first, so that the workers finish at about the same time."""
     with ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (codec_folder, kept)
+        workers, multiprocessing.get_context("spawn"), _start_worker, (codec_folder, code_store)
     ) as pool:
         pending: set[Future[None]] = set()
         for window in _windows(clips):
@@ -143,21 +145,21 @@ def _collect(pending: set[Future[None]], bar: tqdm) -> set[Future[None]]:
     return pending
 
 
-_worker: tuple[CodeStore, Codec]  # of a worker process
+_worker: tuple[CodeStore, Codec]  # set in worker processes only
 
 
-def _start_worker(codec_folder: Path, kept: CodeStore) -> None:
+def _start_worker(codec_folder: Path, code_store: CodeStore) -> None:
     from higgs_ds.common.console import quiet_libraries
 
     quiet_libraries()
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     global _worker
-    _worker = kept, Codec(codec_folder, torch.device("cpu"))
+    _worker = code_store, Codec(codec_folder, torch.device("cpu"))
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next clip forever."""
+    """Exit when the parent does: a worker whose parent was killed would wait forever for its next clip."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,7 +1,7 @@
-"""CheckedManifest samples on disk, memory-mapped: a million of them take no more memory than the pages that are read.
+"""Checked samples on disk, memory-mapped: even a million samples take only the memory of the pages that are read.
 
-A folder of Arrow files, two for each rank that checked a share of the samples, and `index.json`. Rows are in the
-manifest's order, whatever the number of ranks was.
+An index is a folder of Arrow files, two for each rank that checked a share of the samples, and `index.json`. Rows are
+in manifest order, whatever the number of ranks was.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ import pyarrow.compute as pc
 from higgs_ds.data.code_cache import KEY_BYTES
 from higgs_ds.data.sample import AudioClip, Message, Sample
 
-VERSION = 2  # raise it with every change to what is written
+VERSION = 2  # increment it with every change to the files
 ROWS_PER_BATCH = 1024
 DIGEST_BYTES = 16
 DESCRIPTION = "index.json"
-# What is looked at of all samples at once: little, and in files of its own, since reading maps the pages around it.
+# Columns that are read for all samples at once. They are small, and in separate files, since reading a value also maps
+# the pages around it.
 FACTS = pa.schema(
     [
         ("number", pa.int64()),  # of the sample in its manifest, from 0
         ("num_tokens", pa.int32()),
         ("num_frames", pa.list_(pa.int32())),  # of each clip
-        ("num_outputs", pa.list_(pa.list_(pa.int32()))),  # of a Whisper tower, for the stretches of each clip it hears
+        ("num_outputs", pa.list_(pa.list_(pa.int32()))),  # of a Whisper tower: per clip, per stretch it encodes
         ("speaker", pa.string()),
         ("language", pa.string()),
-        ("digest", pa.binary(DIGEST_BYTES)),  # the same for two samples that are the same to the model
+        ("digest", pa.binary(DIGEST_BYTES)),  # equal for two samples that are the same to the model
     ]
 )
-# What is read of a sample when its turn comes, and when an index is held against the files.
+# Columns that are read when a sample is used, and when an index is compared with the files.
 CONTENT = pa.schema(
     [
         ("source", pa.string()),
         ("messages", pa.string()),  # JSON, null for a clip
         ("start_index", pa.int32()),
         ("keys", pa.list_(pa.binary(KEY_BYTES))),  # of the clips' codes
-        ("paths", pa.list_(pa.string())),  # of the files that the sample was read from, with size and time of change
+        ("paths", pa.list_(pa.string())),  # of the files that the sample was read from, with size and modification time
         ("sizes", pa.list_(pa.int64())),
         ("mtimes", pa.list_(pa.int64())),
     ]
@@ -54,7 +55,7 @@ SCHEMAS = {"facts": FACTS, "content": CONTENT}
 
 @dataclass(frozen=True)
 class CheckedClip:
-    """The name of a clip's codes, how many frames they have; what a Whisper tower has for each stretch it hears."""
+    """The key and number of frames of a clip's codes; the outputs of a Whisper tower for each stretch it encodes."""
 
     key: str
     num_frames: int
@@ -63,16 +64,16 @@ class CheckedClip:
 
 @dataclass(frozen=True)
 class CheckedSample:
-    """A sample, and what was found out about its clips."""
+    """A sample and the results of checking its clips."""
 
     number: int
     sample: Sample
     num_tokens: int
     clips: tuple[CheckedClip, ...]
-    files: tuple[tuple[str, int, int], ...]  # path, size in bytes, time of change in ns
+    files: tuple[tuple[str, int, int], ...]  # path, size in bytes, modification time in ns
 
     def rows(self) -> dict[str, tuple[Any, ...]]:
-        """Values in the order of each of the SCHEMAS."""
+        """Return the values for each of the SCHEMAS, in column order."""
         sample = self.sample
         messages = _messages_to_json(sample.messages)
         keys = tuple(clip.key for clip in self.clips)
@@ -80,16 +81,16 @@ class CheckedSample:
         identity = repr((messages, sample.start_index, keys)).encode()
         digest = hashlib.blake2b(identity, digest_size=DIGEST_BYTES).digest()
         paths, sizes, mtimes = zip(*self.files, strict=True) if self.files else ((), (), ())
-        names = [bytes.fromhex(key) for key in keys]
+        key_bytes = [bytes.fromhex(key) for key in keys]
         speaker, language = sample.speaker, sample.language
         return {
             "facts": (self.number, self.num_tokens, num_frames, num_outputs, speaker, language, digest),
-            "content": (sample.source, messages, sample.start_index, names, paths, sizes, mtimes),
+            "content": (sample.source, messages, sample.start_index, key_bytes, paths, sizes, mtimes),
         }
 
 
 class PartWriter:
-    """Writes one rank's share of an index, a batch of rows at a time."""
+    """Writes one rank's part of an index, in batches of rows."""
 
     def __init__(self, folder: Path, part: int) -> None:
         self._files = {kind: pa.OSFile(str(folder / f"{kind}-{part:05d}.arrow"), "wb") for kind in SCHEMAS}
@@ -110,13 +111,13 @@ class PartWriter:
     def _flush(self) -> None:
         for kind, schema in SCHEMAS.items() if self._rows else ():
             columns = zip(*(row[kind] for row in self._rows), strict=True)
-            arrays = [pa.array(values, of_type) for of_type, values in zip(schema.types, columns, strict=True)]
+            arrays = [pa.array(values, data_type) for data_type, values in zip(schema.types, columns, strict=True)]
             self._writers[kind].write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
         self._rows = []
 
 
 class Index:
-    """Random access to the rows of all parts, in the order of the manifest."""
+    """Random access to the rows of all parts, in manifest order."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -128,7 +129,7 @@ class Index:
         return len(self._order)
 
     def sample(self, row: int) -> tuple[Sample, list[CheckedClip]]:
-        """A sample, whose clips are named by its source alone, and what is known of these."""
+        """Return a sample and the properties of its clips. The path of each clip is just the sample's source."""
         at = int(self._order[row])
         content, facts = (table.slice(at, 1).to_pylist()[0] for table in (self._content, self._facts))
         messages = _messages_from_json(content["messages"], AudioClip(Path(content["source"])))
@@ -139,16 +140,16 @@ class Index:
         return [self._content["source"][int(self._order[row])].as_py() for row in rows]
 
     def labels(self, name: str) -> tuple[np.ndarray, list[str]]:
-        """A column of words (speaker, language): for each row the number of its word, -1 for none, and the words."""
+        """Return a column of strings (speaker, language): the index of each row's string, -1 for none; the strings."""
         column = self._facts[name].take(pa.array(self._order)).combine_chunks().dictionary_encode()
         return column.indices.fill_null(-1).to_numpy(zero_copy_only=False), column.dictionary.to_pylist()
 
     def any_heard(self) -> bool:
-        """Whether a Whisper tower hears any of the clips."""
+        """Return whether a Whisper tower encodes any of the clips."""
         return len(pc.list_flatten(pc.list_flatten(self._facts["num_outputs"]))) > 0
 
     def digests(self) -> np.ndarray:
-        """16 bytes for each row that tell whether two samples are the same to the model."""
+        """Return 16 bytes per row, equal for two samples that are the same to the model."""
         chunks = [
             np.frombuffer(chunk.buffers()[1], f"V{DIGEST_BYTES}", len(chunk), chunk.offset * DIGEST_BYTES)
             for chunk in self._facts["digest"].chunks
@@ -156,11 +157,11 @@ class Index:
         return np.concatenate(chunks)[self._order]
 
     def clip_frames(self) -> np.ndarray:
-        """Frames of all clips of all rows."""
+        """Return the numbers of frames of all clips of all rows."""
         return self._facts["num_frames"].combine_chunks().flatten().to_numpy()
 
     def is_fresh(self, is_kept: Callable[[CheckedClip], bool], share: int, num_shares: int) -> bool:
-        """Whether every file of a share of the rows is as it was, and all that its clips were made into is kept."""
+        """Return whether, in a share of the rows, all files are unchanged and the data of all clips is still stored."""
         start = 0
         for number, batch in enumerate(_read(self._folder, "content")):
             facts = self._facts.select(["num_frames", "num_outputs"]).slice(start, len(batch))
@@ -173,7 +174,7 @@ class Index:
 
 
 def open_kept(folder: Path) -> Index | None:
-    """An index that an earlier run has kept, or None where its files have gone or are damaged."""
+    """Open an index that an earlier run has kept. Return None if its files are missing or damaged."""
     try:
         return Index(folder)
     except (OSError, pa.ArrowInvalid):
@@ -186,8 +187,8 @@ def _row_is_fresh(row: dict[str, Any], is_kept: Callable[[CheckedClip], bool]) -
 
 
 def _clips_of(row: dict[str, Any]) -> list[CheckedClip]:
-    of_clips = zip(row["keys"], row["num_frames"], row["num_outputs"], strict=True)
-    return [CheckedClip(key.hex(), num_frames, tuple(outputs)) for key, num_frames, outputs in of_clips]
+    columns = zip(row["keys"], row["num_frames"], row["num_outputs"], strict=True)
+    return [CheckedClip(key.hex(), num_frames, tuple(outputs)) for key, num_frames, outputs in columns]
 
 
 def _files(folder: Path, kind: str) -> list[str]:
@@ -195,7 +196,7 @@ def _files(folder: Path, kind: str) -> list[str]:
 
 
 def _read(folder: Path, kind: str) -> Iterator[pa.RecordBatch]:
-    """The rows of all parts in batches, one in memory at a time."""
+    """Yield the rows of all parts in batches, with one batch in memory at a time."""
     for path in _files(folder, kind):
         with pa.OSFile(path) as file:
             reader = pa.ipc.open_file(file)
@@ -203,12 +204,12 @@ def _read(folder: Path, kind: str) -> Iterator[pa.RecordBatch]:
 
 
 def _mapped(folder: Path, kind: str) -> pa.Table:
-    """The rows of all parts, one part behind the other; not read before they are asked for."""
+    """Return the rows of all parts, concatenated. They are read from disk on access."""
     return pa.concat_tables([pa.ipc.open_file(pa.memory_map(path)).read_all() for path in _files(folder, kind)])
 
 
 def stamp_of(path: str) -> tuple[int, int] | None:
-    """Size and time of change of a file, or None where there is none."""
+    """Return size and modification time of a file, or None if it does not exist."""
     try:
         stat = os.stat(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""What a Whisper tower hears of a clip: mel features of its stretches, made once and kept on disk as the codes are."""
+"""Mel features, the input of a Whisper tower: computed once per stretch of a clip, stored on disk like the codes."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from higgs_ds.data.sample import AudioClip
 
 SAMPLE_RATE, HOP_LENGTH = 16000, 160  # of Whisper's features
 POSITIONS_PER_S = 50  # of its encoder
-MARGIN = 4  # mel frames behind a clip, which the encoder's convolutions reach into
+MARGIN = 4  # mel frames after a clip that the encoder's convolutions reach into
 
 
 @dataclass(frozen=True)
 class MelFeatures:
-    """Features (bins, T) of a stretch, float16; `length` frames are of the clip, a few of silence may follow."""
+    """Features (bins, T) of a stretch, float16. `length` frames belong to the clip; a few of silence may follow."""
 
     values: torch.Tensor
     length: int
 
     @property
     def num_outputs(self) -> int:
-        """How many outputs the tower has for it."""
+        """Number of outputs of the tower for this stretch."""
         return num_outputs(self.length)
 
 
 def num_outputs(mel_frames: int) -> int:
-    """How many outputs the tower has for so many mel frames: it halves them twice, first rounding up, then down."""
+    """Return the tower's number of outputs for `mel_frames`: it halves them twice, first rounding up, then down."""
     return (mel_frames + 1) // 2 // 2
 
 
 @dataclass(frozen=True)
 class MelFeatureStore:
-    """How a tower hears: in stretches of `stretch_s` seconds, of so many of the codec's frames; and its features."""
+    """Stored features for a tower that encodes stretches of `stretch_s` seconds (`frames_per_stretch` codec frames)."""
 
     num_mel_bins: int
     stretch_s: int
@@ -55,7 +55,7 @@ class MelFeatureStore:
         return f"whisper-{self.num_mel_bins}-{self.stretch_s}"
 
     def stretches(self, num_frames: int, num_outputs: tuple[int, ...]) -> list[Stretch]:
-        """A clip's stretches in the prompt, none where it is not heard: the tower's outputs, and the codec's frames."""
+        """Return a clip's stretches in the prompt (tower outputs, codec frames), or [] if it has no tower outputs."""
         if not num_outputs:
             return []
         bounds = [*range(0, num_frames, self.frames_per_stretch), num_frames]
@@ -63,17 +63,17 @@ class MelFeatureStore:
         return [Stretch(outputs, count) for outputs, count in zip(num_outputs, frames, strict=True)]
 
     def num_outputs(self, num_samples: int, num_frames: int) -> tuple[int, ...]:
-        """The tower's outputs of each stretch of a clip, of samples at 16 kHz and frames of the codec."""
+        """Return the tower's outputs of each stretch of a clip, given its samples at 16 kHz and its codec frames."""
         return tuple(map(num_outputs, self._lengths(num_samples, num_frames)))
 
     def _lengths(self, num_samples: int, num_frames: int) -> list[int]:
-        """Mel frames of each stretch."""
+        """Return the number of mel frames of each stretch."""
         stretch = self.stretch_s * SAMPLE_RATE
         count = -(-num_frames // self.frames_per_stretch)
         return [-(-max(0, min(num_samples - i * stretch, stretch)) // HOP_LENGTH) for i in range(count)]
 
     def store(self, key: str, clip: AudioClip, num_frames: int) -> None:
-        """Make a clip's features and keep them. Raises AudioError, SaveError."""
+        """Compute a clip's features and store them. Raises AudioError, SaveError."""
         waveform = read_audio(clip, SAMPLE_RATE)
         lengths = self._lengths(len(waveform), num_frames)
         stretch = self.stretch_s * SAMPLE_RATE
@@ -89,17 +89,17 @@ class MelFeatureStore:
             save_file(tensors, temporary, {"key": key, "lengths": json.dumps(lengths)})
 
     def load(self, key: str) -> list[MelFeatures] | None:
-        """The features of a clip's stretches that the tower has outputs for, or None where they are not there."""
+        """Return the features of a clip's stretches that give tower outputs, or None if they are not stored."""
         try:
             with safe_open(self.path(key), framework="pt") as file:
                 lengths = [length for length in _lengths_of(file, key) if length]
-                made = [MelFeatures(file.get_tensor(str(i)), length) for i, length in enumerate(lengths)]
-                return [features for features in made if features.num_outputs]
+                stored = [MelFeatures(file.get_tensor(str(i)), length) for i, length in enumerate(lengths)]
+                return [features for features in stored if features.num_outputs]
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
 
     def kept_outputs(self, key: str) -> tuple[int, ...] | None:
-        """As `num_outputs`, of a clip whose features are kept; None where they are not there."""
+        """Return the same as `num_outputs` for a clip whose features are stored, or None if they are not."""
         try:
             with safe_open(self.path(key), framework="pt") as file:
                 return tuple(map(num_outputs, _lengths_of(file, key)))
@@ -107,7 +107,7 @@ class MelFeatureStore:
             return None
 
     def drop(self, key: str) -> None:
-        """Forget a clip, so that its features will be made again."""
+        """Delete a clip's features, so that they are computed again."""
         self.path(key).unlink(missing_ok=True)
 
     def path(self, key: str) -> Path:
@@ -117,10 +117,10 @@ class MelFeatureStore:
 def _lengths_of(file: safe_open, key: str) -> list[int]:
     metadata = file.metadata() or {}
     if metadata.get("key") != key:
-        raise ValueError("of another clip")
+        raise ValueError("features of another clip")
     return json.loads(metadata["lengths"])
 
 
-@lru_cache(maxsize=1)  # its filters take a while to make
+@lru_cache(maxsize=1)  # computing its filters takes a while
 def _extractor(num_mel_bins: int, stretch_s: int) -> WhisperFeatureExtractor:
     return WhisperFeatureExtractor(feature_size=num_mel_bins, chunk_length=stretch_s)

@@ -1,6 +1,6 @@
-"""Spoken text as the base's generation example writes it: punctuation, units, sound tags."""
+"""Write spoken text as the base's generation example does: punctuation, units, sound tags."""
 
-# ruff: noqa: RUF001 - these characters are meant
+# ruff: noqa: RUF001 - these characters are intended
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ HALF_WIDTH = {
 }  # fmt: skip
 # Brackets are not spoken.
 SPELLED = {"(": " ", ")": " ", "°F": " degrees Fahrenheit", "°C": " degrees Celsius"}
-# One sound is <SE>, a stretch of sound lies between <SE_s> and <SE_e>. Early versions of the example opened humming
-# with <SE> and closed it with <SE_e>; it was mended there: music and singing have always come in pairs.
+# <SE> marks a single sound, <SE_s> and <SE_e> the start and end of a longer one. Early versions of the example opened
+# humming with <SE> and closed it with <SE_e>. This was fixed there; music and singing have always had matching tags.
 SOUNDS = {
     "[laugh]": "<SE>[Laughter]</SE>",
     "[humming start]": "<SE_s>[Humming]</SE_s>",
@@ -31,7 +31,7 @@ _SINGLE = str.maketrans(HALF_WIDTH)
 
 
 def normalize_text(text: str) -> str:
-    """The text as the base's example would hand it to the model; empty where nothing is left to be spoken."""
+    """Return the text as the base's example passes it to the model; empty if nothing is left to speak."""
     text = text.translate(_SINGLE)
     for written, spoken in (SPELLED | SOUNDS).items():
         text = text.replace(written, spoken)

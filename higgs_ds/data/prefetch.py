@@ -1,4 +1,4 @@
-"""Batches made ahead, in a thread, while the model works on those before."""
+"""Make batches ahead, in a thread, while the model works on the previous ones."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ U = TypeVar("U")
 
 
 def prefetched(items: Iterable[T], make: Callable[[T], U]) -> Iterator[tuple[T, U]]:
-    """Each item with what `make` makes of it, one ahead of what is asked for. An error of `make` comes at its item."""
+    """Yield each item with the result of `make`, computed one item ahead. An error of `make` is raised at its item."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as thread:
-        coming = None
+        pending = None
         for item in items:
-            following = item, thread.submit(make, item)
-            if coming is not None:
-                yield coming[0], coming[1].result()
-            coming = following
-        if coming is not None:
-            yield coming[0], coming[1].result()
+            submitted = item, thread.submit(make, item)
+            if pending is not None:
+                yield pending[0], pending[1].result()
+            pending = submitted
+        if pending is not None:
+            yield pending[0], pending[1].result()

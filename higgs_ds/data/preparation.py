@@ -1,7 +1,7 @@
 """From a manifest to an index of checked samples whose clips are all encoded. All ranks work together.
 
-Ranks share the work by the numbers of the samples, and the cache, which must therefore lie where all of them see it.
-Nothing is kept of a manifest in which anything is wrong.
+The ranks divide the samples among them by number, and share the cache, whose folder must therefore be visible to all of
+them. If a manifest has any problem, nothing of it is kept.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from higgs_ds.data.survey import MAX_SHOWN, Checker, MissingClips, Share, Survey
 from higgs_ds.options.train import DataOptions
 
 BAD_LINES = "bad-{:05d}.txt"
-UNUSED_AFTER_S = 30 * 24 * 3600  # when an index that no run has asked for is cleared away
-# Options that decide what is in an index.
+UNUSED_AFTER_S = 30 * 24 * 3600  # age at which an index that no run has used is removed
+# Options that affect the content of an index.
 INDEXED_OPTIONS = ("format", "reference", "normalize_text", "allow_text_targets", "max_clip_s")
 WHOLE = Share()
 
 
 @dataclass
 class CheckedManifest:
-    """A manifest that has been looked through, or whose kept index is as good as new."""
+    """A manifest that has been checked, or whose kept index is still valid."""
 
     path: Path
     problems: list[str] = field(default_factory=list)
-    index: Index | None = None  # where there is a base, and nothing is wrong or may be left out
-    findings: list[SurveyResult] = field(default_factory=list)  # of every rank; none for a kept index
+    index: Index | None = None  # set if there is a base, and no problem or --skip_bad
+    findings: list[SurveyResult] = field(default_factory=list)  # of every rank; empty for a kept index
     missing: MissingClips = field(default_factory=MissingClips)  # of this rank's share
     folder: Path | None = None  # of an index that is not kept yet
     identity: dict[str, Any] = field(default_factory=dict)  # of the manifest before it was read
@@ -56,13 +56,13 @@ class CheckedManifest:
 
 
 class Preparation:
-    """Checks manifests for one base, then encodes what is not in the cache. Every rank must call every method.
+    """Checks manifests for one base, then encodes clips that are not in the cache. Every rank must call every method.
 
-    Used as a context, which removes what was begun and not finished.
+    Use it as a context manager: on exit, it removes unfinished files.
     """
 
     def __init__(self, options: DataOptions, coder: Coder | None, cache_dir: Path, shard: Share = WHOLE) -> None:
-        """A `shard` is a part of each manifest for this run alone, while others do the rest."""
+        """With a `shard`, this run processes only that part of each manifest; other runs process the rest."""
         self.options = options
         self.coder = coder
         self.cache_dir = cache_dir
@@ -88,10 +88,10 @@ class Preparation:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def check(self, path: Path) -> CheckedManifest:
-        """Look through a manifest, unless nothing has changed since a run did so."""
-        kept = self._kept_index(path)
-        if kept is not None:
-            return CheckedManifest(path, index=kept)
+        """Check a manifest, unless an earlier run has checked it and nothing has changed since."""
+        kept_index = self._kept_index(path)
+        if kept_index is not None:
+            return CheckedManifest(path, index=kept_index)
         folder = self._scratch_folder()
         unshared = [] if folder.is_dir() else [self._not_shared()]
         unshared = [problem for problems in distributed.gather_objects(unshared) for problem in problems]
@@ -100,13 +100,13 @@ class Preparation:
         identity = self._identity(path)
         rank, world_size = distributed.rank(), distributed.world_size()
         share = Share(self.shard.index * world_size + rank, self.shard.count * world_size)
-        with _part(folder, rank) as (keep, report_invalid):
+        with _open_part(folder, rank) as (keep, report_invalid):
             findings, missing = survey(path, self.checker, share, self.num_workers, keep, report_invalid)
         gathered = distributed.gather_objects(findings)
         checked = CheckedManifest(path, findings=gathered, missing=missing, folder=folder, identity=identity)
         if checked.num_bad and self.options.skip_bad is not None:
             self._list_bad(folder, self.options.skip_bad)
-            say(f"left out: {checked.num_bad:,} bad samples of {path}; all are in {self.options.skip_bad}")
+            say(f"skipped {checked.num_bad:,} bad samples of {path}; they are listed in {self.options.skip_bad}")
             if checked.num_bad == sum(findings.num_entries for findings in checked.findings):
                 checked.problems.append(f"{path}: every sample is bad, see {self.options.skip_bad}")
         else:
@@ -116,7 +116,7 @@ class Preparation:
         return checked
 
     def encode(self, checked: CheckedManifest, device: torch.device) -> None:
-        """Encode what is missing, this rank its share of it, and wait for the others."""
+        """Encode this rank's share of the missing clips, and wait for the other ranks."""
         missing = checked.missing
         if missing.keys:
             assert self.coder is not None
@@ -132,7 +132,7 @@ class Preparation:
         distributed.barrier()
 
     def keep(self, checked: CheckedManifest) -> Index:
-        """Put the index of a whole manifest in place, for this run and the next; a shard's is not kept."""
+        """Move the index of a whole manifest into place for this and later runs. The index of a shard is not kept."""
         assert checked.index is not None
         if checked.folder is None or self.shard != WHOLE:
             return checked.index
@@ -146,11 +146,11 @@ class Preparation:
                 os.replace(checked.folder, target)
             return target
 
-        checked.index = None  # what is mapped twice is counted twice
+        checked.index = None  # release this mapping first: memory that is mapped twice counts twice
         return Index(distributed.on_main(publish))
 
     def describe(self, checked: CheckedManifest) -> str:
-        """A summary, in lines."""
+        """Return a summary of several lines."""
         assert checked.index is not None
         assert self.coder is not None
         codec = self.coder.codec
@@ -160,7 +160,7 @@ class Preparation:
         return describe(checked.index, frame_rate, self.options.max_seq_len, clipped, num_clipped)
 
     def _kept_index(self, path: Path) -> Index | None:
-        """The index of an earlier run, where the manifest, its files and the codes are as they were then."""
+        """Return the index of an earlier run if the manifest, its files and the codes are unchanged since."""
         if self.coder is None or self.shard != WHOLE:
             return None
 
@@ -182,20 +182,23 @@ class Preparation:
         return index if all(distributed.gather_objects(bool(fresh))) else None
 
     def _index_name(self, path: Path) -> Path:
-        """One for each manifest, base and way of reading; a number follows, as none is ever changed."""
+        """Return the path of an index without its number: one for each manifest, base and set of options.
+
+        Each new index gets a new number, since an index is never changed.
+        """
         assert self.coder is not None
-        ways = [getattr(self.options, name) for name in INDEXED_OPTIONS]
-        name = hashlib.sha256(json.dumps([str(path.absolute()), *ways, self.coder.identity]).encode()).hexdigest()
+        values = [getattr(self.options, name) for name in INDEXED_OPTIONS]
+        name = hashlib.sha256(json.dumps([str(path.absolute()), *values, self.coder.identity]).encode()).hexdigest()
         return self.cache_dir / "index" / name[:32]
 
     def _identity(self, path: Path) -> dict[str, Any]:
-        """What a kept index is held against: size and time of change of the manifest, or of all files of a folder."""
+        """Return what a kept index is compared with: sizes and times of the manifest, or of all files of a folder."""
         files = sorted(str(file) for file in path.rglob("*") if file.is_file()) if path.is_dir() else [str(path)]
         digest = hashlib.sha256(repr([(file, stamp_of(file)) for file in files]).encode())
         return {"version": VERSION, "manifest": str(path.absolute()), "files": digest.hexdigest()}
 
     def _scratch_folder(self) -> Path:
-        """A new folder for the parts of an index, beside the kept ones; those that nobody uses any more are removed."""
+        """Make a folder for the parts of an index, next to the kept indexes; remove those that are no longer used."""
 
         def make() -> Path:
             indexes = self.cache_dir / "index"
@@ -211,12 +214,12 @@ class Preparation:
 
     def _not_shared(self) -> str:
         return (
-            f"--cache_dir {self.cache_dir}: {socket.gethostname()} does not see what rank 0 writes there; "
-            "it must be a folder that all nodes share"
+            f"--cache_dir {self.cache_dir}: {socket.gethostname()} cannot see the files that rank 0 writes there; "
+            "use a folder that all nodes share"
         )
 
     def _list_bad(self, folder: Path, target: Path) -> None:
-        """Write what each rank has left out to one file, in the order of the manifest."""
+        """Write the bad samples that each rank has skipped to one file, in manifest order."""
 
         def collect() -> None:
             lines = []
@@ -230,7 +233,7 @@ class Preparation:
 
 
 def check_folders(**folders: Path | None) -> list[str]:
-    """Folders, by the options that name them, that a run is to write to and cannot."""
+    """Return a problem for each folder that cannot be written to. Folders are given by the options that name them."""
     return [
         f"--{name} {folder}: cannot be written to: {reason}; choose another folder"
         for name, folder in folders.items()
@@ -239,14 +242,14 @@ def check_folders(**folders: Path | None) -> list[str]:
 
 
 def scratch_problems(options: DataOptions, cache_dir: Path) -> list[str]:
-    """Why manifests cannot even be looked through."""
+    """Return the problems that prevent manifests from being checked at all."""
     bad_list = options.skip_bad
     return check_folders(cache_dir=cache_dir, skip_bad=bad_list.parent if bad_list is not None else None)
 
 
 @contextlib.contextmanager
-def _part(folder: Path, rank: int) -> Iterator[tuple[Callable[[CheckedSample], None], Callable[[int, str], None]]]:
-    """Where one rank puts its good samples, and what is wrong with the others."""
+def _open_part(folder: Path, rank: int) -> Iterator[tuple[Callable[[CheckedSample], None], Callable[[int, str], None]]]:
+    """Open the files of one rank; yield the functions that write its good samples and the problems of the others."""
     bad_lines = folder / BAD_LINES.format(rank)
     with saving(folder):
         writer = PartWriter(folder, rank)
@@ -269,8 +272,8 @@ def _part(folder: Path, rank: int) -> Iterator[tuple[Callable[[CheckedSample], N
 
 
 def _merged_problems(findings: list[SurveyResult]) -> list[str]:
-    """The problems of all ranks in the order of the manifest; of very many, the first."""
+    """Return the problems of all ranks in manifest order, up to MAX_SHOWN of them."""
     lines = [line for _, line in sorted(problem for f in findings for problem in f.problems)]
     left_out = sum(f.num_problems for f in findings) - min(len(lines), MAX_SHOWN)
-    more = [f"and {left_out:,} problems more; --skip_bad LIST_FILE writes them all down"] if left_out else []
+    more = [f"and {left_out:,} more problems; --skip_bad LIST_FILE writes all of them to a file"] if left_out else []
     return lines[:MAX_SHOWN] + more

@@ -1,4 +1,4 @@
-"""From a sample to token ids and text labels, in the layout that the model was pretrained on."""
+"""Convert a sample to token ids and text labels, in the layout that the model was pretrained on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REQUIRED_TOKENS = (
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer of transformers."""
+    """The methods of a transformers tokenizer that are used here."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
@@ -33,10 +33,10 @@ class Tokenizer(Protocol):
 
 
 class CachedTokenizer:
-    """A tokenizer that remembers short texts: headers and system prompts come with every sample."""
+    """A tokenizer that caches recent texts: headers and system prompts occur in every sample."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """Takes a fast tokenizer of transformers, and asks what is under it: that takes a tenth of the time."""
+        """Wrap a fast transformers tokenizer. Its backend is called directly, which takes a tenth of the time."""
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
@@ -50,7 +50,7 @@ class CachedTokenizer:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the prompt: text with special tokens, or the place of one clip."""
+    """A piece of the prompt: text with special tokens, or the place of one clip."""
 
     text: str
     is_target: bool
@@ -59,9 +59,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids and labels of one sample, unshifted; where its audio tokens stand; which of its clips are learned.
+    """Unshifted token ids and labels of one sample, positions of its audio tokens, and which of its clips are targets.
 
-    `heard_columns`: where a Whisper tower's outputs stand. A clip that it hears in several stretches counts as several.
+    `heard_columns`: positions of a Whisper tower's outputs. A clip of several stretches counts as several clips.
     """
 
     input_ids: list[int]
@@ -73,14 +73,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Stretch:
-    """A clip, or a stretch of one: how many outputs a Whisper tower has for it, and its length in codec frames."""
+    """A clip, or the part of one that a Whisper tower encodes at once: its tower outputs and codec frames."""
 
     num_outputs: int
     num_frames: int
 
 
 def stretches_of(num_frames: Sequence[int], heard: Sequence[Sequence[Stretch]]) -> list[Sequence[Stretch]]:
-    """The stretches of each clip; one that no tower hears, and all of them where there is none, is in one piece."""
+    """Return the stretches of each clip. A clip that no tower encodes is one stretch without outputs."""
     return [stretches or [Stretch(0, n)] for n, stretches in zip_longest(num_frames, heard)]
 
 
@@ -89,10 +89,10 @@ def header(role: str) -> str:
 
 
 def render(messages: Sequence[Message], start_index: int) -> Iterator[Segment]:
-    """The segments of a conversation, each tokenized on its own, as the original runtime does.
+    """Yield the segments of a conversation. Each is tokenized separately, as in the original runtime.
 
-    A clip's segment holds `<|AUDIO_OUT|>` in an assistant turn and `<|AUDIO|>` in another. The model gives codes the
-    same path through its layers in both cases, so that `tokenize` puts the same placeholders in for either.
+    A clip's segment is `<|AUDIO_OUT|>` in an assistant turn and `<|AUDIO|>` in any other. The model processes the codes
+    in the same way in both cases, so `tokenize` inserts the same placeholders for both.
     """
     for turn, message in enumerate(messages):
         is_assistant = message.role == ASSISTANT
@@ -112,7 +112,7 @@ def render(messages: Sequence[Message], start_index: int) -> Iterator[Segment]:
 
 
 def render_generation(messages: Sequence[Message]) -> Iterator[Segment]:
-    """The segments of a conversation that ends where the model begins to speak."""
+    """Yield the segments of a conversation that ends where the model starts to generate speech."""
     yield from render(messages, len(messages))
     yield Segment(header(ASSISTANT), False)
     yield Segment(AUDIO_OUT_BOS, False)
@@ -125,14 +125,14 @@ def tokenize(
     stream: AudioStream,
     heard: Sequence[Sequence[Stretch]] = (),
 ) -> Prompt:
-    """Token ids and labels; a clip of F frames takes F + 2 audio tokens and C - 1 delay tokens, all without a label.
+    """Return token ids and labels. A clip of F frames takes F + 2 audio tokens and C - 1 delay tokens, without labels.
 
-    What a Whisper tower makes of a clip stands in front of it. A clip of several stretches becomes as many clips, as in
-    the original runtime; each has its own codes here.
+    A Whisper tower's outputs for a clip precede its audio tokens. A clip of several stretches becomes as many clips, as
+    in the original runtime; here each of them has its own codes.
 
     Args:
-        num_frames: length of each clip, in order, in codec frames.
-        heard: for a model with a tower, the stretches of each clip; none for a clip that it does not hear.
+        num_frames: length of each clip in codec frames, in order.
+        heard: for a model with a Whisper tower, the stretches of each clip; empty for a clip it does not encode.
     """
     audio_in_id, *between = (tokenizer.convert_tokens_to_ids(t) for t in (AUDIO_IN, AUDIO_EOS, AUDIO_IN_BOS))
     audio_id = tokenizer.convert_tokens_to_ids(AUDIO_OUT)
@@ -170,7 +170,7 @@ def prompt_of(
     stream: AudioStream,
     heard: Sequence[Sequence[Stretch]] = (),
 ) -> Prompt:
-    """Token ids and labels of a sample to learn from; arguments as of `tokenize`."""
+    """Return token ids and labels of a training sample. Arguments are those of `tokenize`."""
     return tokenize(render(sample.messages, sample.start_index), num_frames, tokenizer, stream, heard)
 
 
@@ -181,7 +181,7 @@ def count_tokens(
     stream: AudioStream,
     heard: Sequence[Sequence[Stretch]] = (),
 ) -> int:
-    """How many tokens `prompt_of` gives."""
+    """Return the number of tokens that `prompt_of` gives."""
     texts = (s.text for s in render(sample.messages, sample.start_index) if s.clip is None)
     num_text = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
     clips = stretches_of(num_frames, heard)
@@ -190,5 +190,5 @@ def count_tokens(
 
 
 def missing_tokens(vocabulary: dict[str, int]) -> list[str]:
-    """Special tokens of the layout that a tokenizer's vocabulary lacks."""
+    """Return the special tokens of the layout that are missing from a tokenizer's vocabulary."""
     return [token for token in REQUIRED_TOKENS if token not in vocabulary]

@@ -1,4 +1,4 @@
-"""One conversation to learn from, as every reader yields it."""
+"""One conversation to train on, as every reader yields it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ ROLES = (SYSTEM, USER, ASSISTANT)
 
 @dataclass(frozen=True)
 class AudioClip:
-    """A stretch of an audio file; `offset_s` and `duration_s` in seconds, the whole file without them.
+    """A part of an audio file, given by `offset_s` and `duration_s` in seconds; without them, the whole file.
 
-    Audio that lies inside a manifest (base64, Parquet) comes along as `data`, the bytes of an audio file; `path` then
-    names the manifest and the place in it.
+    For audio embedded in a manifest (base64, Parquet), `data` holds the bytes of an audio file, and `path` names the
+    manifest and the place in it.
     """
 
     path: Path
@@ -25,7 +25,7 @@ class AudioClip:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: text and audio in the order in which they appear."""
+    """One turn: text and audio, in order of appearance."""
 
     role: str
     parts: tuple[str | AudioClip, ...]
@@ -38,9 +38,9 @@ class Message:
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation. Assistant turns from `start_index` on are learned; `source` is FILE:LINE for messages.
+    """A conversation. Assistant turns from `start_index` on are targets; `source` is FILE:LINE, for error messages.
 
-    `text_files` are those that its words were read from, beside the manifest.
+    `text_files` are the files, other than the manifest, that its text was read from.
     """
 
     messages: tuple[Message, ...]
@@ -52,16 +52,16 @@ class Sample:
 
     @property
     def clips(self) -> list[AudioClip]:
-        """Every clip, in the order of the conversation."""
+        """All clips, in the order of the conversation."""
         return [clip for message in self.messages for clip in message.clips]
 
     @property
     def is_heard(self) -> list[bool]:
-        """Of every clip, whether a model with a Whisper tower hears it: in a turn that is not the assistant's."""
+        """For each clip, whether a Whisper tower encodes it: it does so in turns that are not the assistant's."""
         return [message.role != ASSISTANT for message in self.messages for _ in message.clips]
 
     def is_target(self, turn: int) -> bool:
-        """Whether the message at index `turn` is learned."""
+        """Return whether the message at index `turn` is a target."""
         return turn >= self.start_index and self.messages[turn].role == ASSISTANT
 
     @property
@@ -71,7 +71,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a reader has made of one sample of a manifest: the sample, or what is wrong with it ("field: reason")."""
+    """A reader's result for one sample of a manifest: the sample, or its faults ("field: reason")."""
 
     source: str
     sample: Sample | None

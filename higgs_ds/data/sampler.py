@@ -1,4 +1,4 @@
-"""Which samples each rank takes at each optimizer step: seeded, by length, without overlap, resumable at any step."""
+"""Assign samples to ranks and optimizer steps: seeded, sorted by length, without overlap, resumable at any step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Window:
-    """The samples of one optimizer step: `micro_batches[m]` are this rank's in its m-th forward pass, maybe none.
+    """The samples of one optimizer step: `micro_batches[m]` are this rank's in its m-th forward pass, possibly none.
 
-    Every rank has the same number of micro-batches. `epoch` is where the run stands after this step.
+    Every rank has the same number of micro-batches. `epoch` is the number of epochs that are done after this step.
     """
 
     epoch: float
@@ -25,14 +25,15 @@ class Window:
 
 @dataclass(frozen=True)
 class WindowSampler:
-    """Cuts each shuffled epoch into windows of samples of about the same length, one for each optimizer step.
+    """Divides each shuffled epoch into windows of samples of about the same length, one per optimizer step.
 
-    An epoch is shuffled, cut into at least four buckets of up to `bucket_size`, each bucket is sorted by length and cut
-    into batches, and these are shuffled. No sample is dropped or repeated; the last window of an epoch may be short.
+    An epoch is shuffled and cut into at least four buckets of up to `bucket_size` samples. Each bucket is sorted by
+    length and cut into batches, and these are shuffled. No sample is dropped or repeated; the last window of an epoch
+    may be short.
 
-    With a fixed batch size, a window holds micro_batch_size x gradient_accumulation_steps x ranks samples, whatever
-    the three are. With `max_tokens`, a micro-batch is as many samples as fit into that many positions with their
-    padding, and a window is gradient_accumulation_steps x ranks micro-batches, whatever the two are.
+    With a fixed batch size, a window has micro_batch_size x gradient_accumulation_steps x ranks samples, and depends
+    only on this product. With `max_tokens`, a micro-batch has as many samples as fit into that many positions including
+    padding, and a window has gradient_accumulation_steps x ranks micro-batches and depends only on this product.
     """
 
     lengths: Sequence[int]  # tokens of each sample
@@ -46,29 +47,29 @@ class WindowSampler:
 
     @property
     def window_size(self) -> int:
-        """Samples of a window, or, with `max_tokens`, its micro-batches."""
+        """Number of samples of a window or, with `max_tokens`, of micro-batches."""
         micro_batches = self.gradient_accumulation_steps * self.world_size
         return micro_batches if self.max_tokens else micro_batches * self.micro_batch_size
 
     def windows(self, first_step: int, last_step: int) -> Iterator[Window]:
-        """The windows of the optimizer steps `first_step` (from 0) to before `last_step`, over as many epochs."""
+        """Yield the windows of steps `first_step` (from 0) to `last_step` - 1, over as many epochs as needed."""
         step, epoch = 0, 0
         while step < last_step:
-            of_epoch = self.micro_batches(epoch)
-            for index, window in enumerate(of_epoch, start=1):
+            epoch_windows = self.micro_batches(epoch)
+            for index, window in enumerate(epoch_windows, start=1):
                 if first_step <= step < last_step:
-                    yield Window(epoch + index / len(of_epoch), window[self.rank :: self.world_size])
+                    yield Window(epoch + index / len(epoch_windows), window[self.rank :: self.world_size])
                 step += 1
             epoch += 1
 
     def num_steps(self, epochs: int) -> int:
-        """Optimizer steps of so many epochs. With `max_tokens` they differ a little from epoch to epoch."""
+        """Return the optimizer steps of `epochs` epochs. With `max_tokens`, epochs differ a little in length."""
         if not self.max_tokens:
             return epochs * -(-len(self.lengths) // self.window_size)
         return sum(len(self.micro_batches(epoch)) for epoch in range(epochs))
 
     def padding(self) -> float:
-        """Share of the positions that are padding, over all micro-batches of the first epoch."""
+        """Return the fraction of positions that are padding, over all micro-batches of the first epoch."""
         used = padded = 0
         for window in self.micro_batches(0):
             for indices in filter(None, window):
@@ -78,11 +79,11 @@ class WindowSampler:
         return 1 - used / padded if padded else 0.0
 
     def micro_batches(self, epoch: int) -> list[list[list[int]]]:
-        """The micro-batches of all ranks, in each window of an epoch: a multiple of `world_size`, some maybe empty."""
+        """Return all ranks' micro-batches of each window of an epoch: a multiple of `world_size`, some may be empty."""
         rng = random.Random(f"{self.seed}:{epoch}")
         order = list(range(len(self.lengths)))
         rng.shuffle(order)
-        # Were all of an epoch sorted at once, the same samples would meet in every epoch.
+        # If the whole epoch were sorted at once, the same samples would share a batch in every epoch.
         bucket_size = min(self.bucket_size, -(-len(order) // 4))
         if self.max_tokens:
             packed = [batch for bucket in self._buckets(order, bucket_size) for batch in self._pack(bucket)]
@@ -91,19 +92,19 @@ class WindowSampler:
         per_bucket = -(-bucket_size // self.window_size)
         buckets = self._buckets(order, per_bucket * self.window_size)
         windows = [window for bucket in buckets for window in _chunks(bucket, self.window_size)]
-        whole = len(order) // self.window_size  # only the last window is short; it stays there
-        head = windows[:whole]
+        num_full = len(order) // self.window_size  # only the last window may be short; it stays last
+        head = windows[:num_full]
         rng.shuffle(head)
-        return [self._fill(_chunks(window, self.micro_batch_size)) for window in head + windows[whole:]]
+        return [self._fill(_chunks(window, self.micro_batch_size)) for window in head + windows[num_full:]]
 
     def _buckets(self, order: list[int], size: int) -> list[list[int]]:
-        """Stretches of a shuffled order, each sorted by length; with a `bucket_size` of 1 the order as it is."""
+        """Cut a shuffled order into buckets, each sorted by length. With a `bucket_size` of 1, leave it unchanged."""
         if self.bucket_size == 1:
             return [order]
         return [sorted(bucket, key=self.lengths.__getitem__) for bucket in _chunks(order, size)]
 
     def _pack(self, bucket: list[int]) -> Iterator[list[int]]:
-        """As many samples in a row as fit into `max_tokens` once they are padded to the longest."""
+        """Yield batches of consecutive samples that fit into `max_tokens` when padded to the longest."""
         assert self.max_tokens is not None
         batch: list[int] = []
         longest = 0
@@ -117,7 +118,7 @@ class WindowSampler:
             yield batch
 
     def _fill(self, micro_batches: list[list[int]]) -> list[list[int]]:
-        """Give every rank as many forward passes as the others, if need be on no sample."""
+        """Append empty micro-batches, so that every rank has the same number of forward passes."""
         return micro_batches + [[]] * (-len(micro_batches) % self.world_size)
 
 
@@ -126,7 +127,7 @@ def _chunks(items: Sequence[T], size: int) -> list[list[T]]:
 
 
 def share_of_rank(items: Sequence[T], micro_batch_size: int, rank: int, world_size: int) -> list[list[T]]:
-    """This rank's micro-batches of `items`: the same number on every rank, the last ones short or empty."""
+    """Return this rank's micro-batches of `items`: the same number on every rank, the last ones short or empty."""
     stride = micro_batch_size * world_size
     count = max(1, -(-len(items) // stride))
     starts = [m * stride + rank * micro_batch_size for m in range(count)]
@@ -134,23 +135,23 @@ def share_of_rank(items: Sequence[T], micro_batch_size: int, rank: int, world_si
 
 
 def split_validation(groups: Sequence[int] | np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of samples to train on and to validate on: a seeded draw of whole groups, about `fraction` of all.
+    """Return indices of training and validation samples: a seeded draw of whole groups, about `fraction` of all.
+
+    At least one group is held out if there are two or more, and at least one remains for training.
 
     Args:
-        groups: what each sample belongs to and may not be parted from, for instance the number of its speaker.
-
-    At least one group is held out where there are two or more, and at least one is left to train on.
+        groups: the group of each sample, for instance the number of its speaker. Groups are not split.
     """
-    of_sample, counts = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)[1:]
+    group_of_sample, counts = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)[1:]
     order = list(range(len(counts)))
     random.Random(f"{seed}:split").shuffle(order)
-    wanted = len(of_sample) * fraction
+    wanted = len(group_of_sample) * fraction
     is_held_out = np.zeros(len(counts), dtype=bool)
-    taken = 0
+    num_held_out = 0
     for group in order[1:] if fraction > 0 else []:
-        if taken and taken + counts[group] / 2 > wanted:
+        if num_held_out and num_held_out + counts[group] / 2 > wanted:
             break
         is_held_out[group] = True
-        taken += counts[group]
-    held_out = is_held_out[of_sample]
+        num_held_out += counts[group]
+    held_out = is_held_out[group_of_sample]
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)

@@ -1,4 +1,4 @@
-"""What a manifest holds, in lines for the terminal."""
+"""Summarize a manifest, in lines for the terminal."""
 
 from __future__ import annotations
 
@@ -11,38 +11,40 @@ from higgs_ds.data.index import Index
 
 BINS_S = (0, 1, 2, 4, 8, 15, 30, 60, 120, 300, float("inf"))
 BAR = 40  # characters of the longest bar
-NAMED = 5  # speakers, languages and samples that are named
+NAMED = 5  # number of speakers, languages and samples that are named
 
 
 def describe(index: Index, frame_rate: float, max_seq_len: int | None, clipped: Sequence[str], num_clipped: int) -> str:
-    """Clips, hours, speakers, languages, tokens, duplicates, clipping, what is too long, a histogram of lengths.
+    """Return clips, hours, speakers, languages, tokens, duplicates, clipping, samples that are too long, a histogram.
 
     Args:
-        frame_rate: the codec's, in Hz; clipped: samples with clips at full scale, maybe only the first of num_clipped.
+        frame_rate: the codec's frame rate in Hz.
+        clipped: sources of samples with clips at full scale, possibly only the first of `num_clipped`.
     """
     if len(index) == 0:
         return "samples: 0"
     seconds = index.clip_frames() / frame_rate
     lines = [f"samples: {len(index):,}", f"clips: {len(seconds):,}, {seconds.sum() / 3600:.2f} hours"]
     if len(seconds):
-        lines[-1] += f", {seconds.min():.2f} to {seconds.max():.2f} s, {np.median(seconds):.2f} s in the middle"
-    lines += [_labels(index, "speaker"), _labels(index, "language")]
+        lines[-1] += f", {seconds.min():.2f} to {seconds.max():.2f} s, median {np.median(seconds):.2f} s"
+    lines += [_label_line(index, "speaker"), _label_line(index, "language")]
     tokens = index.num_tokens
-    lines.append(f"tokens: {tokens.sum():,}, {tokens.min()} to {tokens.max()} a sample")
+    lines.append(f"tokens: {tokens.sum():,}, {tokens.min()} to {tokens.max()} per sample")
     if max_seq_len is not None:
-        lines.append(_found(index, f"longer than --max_seq_len {max_seq_len}", np.flatnonzero(tokens > max_seq_len)))
-    lines.append(_found(index, "the same as an earlier sample", _repeated(index.digests())))
+        too_long = np.flatnonzero(tokens > max_seq_len)
+        lines.append(_rows_line(index, f"samples longer than --max_seq_len {max_seq_len}", too_long))
+    lines.append(_rows_line(index, "duplicates of an earlier sample", _repeated(index.digests())))
     more = f": {', '.join(clipped[:NAMED])}{', ...' if num_clipped > NAMED else ''}" if num_clipped else ""
-    lines.append(f"with clipped audio: {num_clipped:,}{more}")
+    lines.append(f"samples with clipped audio: {num_clipped:,}{more}")
     return "\n".join([*lines, *histogram(seconds)])
 
 
 def histogram(seconds: np.ndarray) -> list[str]:
-    """The lengths of clips, a line for each range from that of the shortest to that of the longest."""
+    """Return a histogram of clip lengths, one line per range, from the shortest to the longest clip."""
     counts, _ = np.histogram(seconds, bins=BINS_S)
     filled = np.flatnonzero(counts)
     ranges = list(zip(BINS_S, BINS_S[1:], counts, strict=False))
-    lines = ["lengths of the clips:"] if len(filled) else []
+    lines = ["clip lengths:"] if len(filled) else []
     for low, high, count in ranges[filled[0] : filled[-1] + 1] if len(filled) else []:
         bar = "#" * -(-count * BAR // max(counts.max(), 1))
         upper = f"to {high:>3} s" if high < float("inf") else "s or more"
@@ -50,23 +52,23 @@ def histogram(seconds: np.ndarray) -> list[str]:
     return lines
 
 
-def _labels(index: Index, name: str) -> str:
+def _label_line(index: Index, name: str) -> str:
     numbers, words = index.labels(name)
     counts = Counter(numbers[numbers >= 0].tolist()).most_common()
     named = "".join(f", {words[number]} ({count:,})" for number, count in counts[:NAMED])
     more = f", {len(counts) - NAMED:,} more" if len(counts) > NAMED else ""
     unnamed = int((numbers < 0).sum())
-    return f"{name}s: {len(counts):,}{named}{more}{f'; {unnamed:,} samples without' if unnamed else ''}"
+    return f"{name}s: {len(counts):,}{named}{more}{f'; {unnamed:,} samples without a {name}' if unnamed else ''}"
 
 
 def _repeated(digests: np.ndarray) -> np.ndarray:
-    """Rows whose digest an earlier row has."""
+    """Return the rows whose digest occurs in an earlier row."""
     _, first = np.unique(digests.view("S16"), return_index=True)
     is_repeated = np.ones(len(digests), dtype=bool)
     is_repeated[first] = False
     return np.flatnonzero(is_repeated)
 
 
-def _found(index: Index, what: str, rows: np.ndarray) -> str:
+def _rows_line(index: Index, what: str, rows: np.ndarray) -> str:
     named = f": {', '.join(index.sources(rows[:NAMED]))}{', ...' if len(rows) > NAMED else ''}" if len(rows) else ""
     return f"{what}: {len(rows):,}{named}"

@@ -1,4 +1,4 @@
-"""One pass over a manifest: every sample and clip checked, counted and named, in bounded memory."""
+"""Check a manifest in one pass and in bounded memory: every sample and clip is checked, counted and reported."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from higgs_ds.data.audio import AudioError, examine
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.encode import ClipToEncode
+from higgs_ds.data.formats.checks import printable
 from higgs_ds.data.formats.reader import read_entries
 from higgs_ds.data.index import CheckedClip, CheckedSample, stamp_of
 from higgs_ds.data.mel_features import SAMPLE_RATE
@@ -22,14 +23,14 @@ from higgs_ds.data.sample import AudioClip, Entry, Sample
 from higgs_ds.options.train import DataOptions
 
 CHUNK = 32  # entries that a thread takes at a time
-MAX_SHOWN = 1000  # problems that are kept to be shown
+MAX_SHOWN = 1000  # problems that are kept for display
 USUAL_RATE_AND_HOP = 24000, 960
-CLIPPED_SHARE = 1e-3  # of a clip's samples at full scale, from which on it is worth a note
+CLIPPED_SHARE = 1e-3  # of a clip's samples at full scale, above which it is reported
 
 
 @dataclass(frozen=True)
 class Share:
-    """The samples that a process looks at: those whose number leaves `index` when divided by `count`."""
+    """The samples that a process checks: those whose number modulo `count` is `index`."""
 
     index: int = 0
     count: int = 1
@@ -40,7 +41,7 @@ class Share:
 
 @dataclass
 class SurveyResult:
-    """What one process has found in its share of a manifest. Lines come with the number of their sample."""
+    """What one process has found in its share of a manifest. Lines are stored with the number of their sample."""
 
     num_entries: int = 0
     num_bad: int = 0
@@ -52,7 +53,7 @@ class SurveyResult:
 
 @dataclass
 class MissingClips:
-    """Clips that are not encoded yet: the samples that they are in, the beginnings of their keys, their seconds."""
+    """Clips that are not encoded yet: the numbers of their samples, their shortened keys, and their total seconds."""
 
     numbers: array[int] = field(default_factory=lambda: array("q"))
     keys: set[int] = field(default_factory=set)
@@ -68,9 +69,9 @@ class MissingClips:
 
 @dataclass(frozen=True)
 class ClipFacts:
-    """A good clip: the name of its codes, how many frames they have, whether all that it is made into is kept.
+    """A good clip: the key of its codes, their number of frames, and whether its codes and features are all stored.
 
-    `num_outputs`: for a clip that a Whisper tower hears, its outputs of each stretch.
+    `num_outputs`: for a clip that a Whisper tower encodes, the outputs of each stretch.
     """
 
     key: str
@@ -82,13 +83,13 @@ class ClipFacts:
 
     @property
     def short_key(self) -> int:
-        """The key as a number that takes little memory: eight bytes of it tell a million clips apart."""
+        """The key as a number that takes little memory: eight bytes of it distinguish a million clips."""
         return int(self.key[:16], 16) * 2 + bool(self.num_outputs)
 
 
 @dataclass(frozen=True)
 class CheckedEntry:
-    """What was found out about one sample: its faults, or all that an index holds of it."""
+    """The result of checking one sample: its faults, or everything that an index stores of it."""
 
     number: int
     source: str
@@ -98,10 +99,10 @@ class CheckedEntry:
 
 
 class Checker:
-    """Checks samples against what the base and its codec take."""
+    """Checks samples against the requirements of the base and its codec."""
 
     def __init__(self, options: DataOptions, coder: Coder | None) -> None:
-        """Without a coder (the base is no good) clips are only decoded, to name their problems all the same."""
+        """Without a coder (the base cannot be used), clips are only decoded, so their problems are still reported."""
         self.options = options
         self.coder = coder
         self.sample_rate, self.hop_length = (
@@ -110,28 +111,36 @@ class Checker:
         self._facts_of_file = lru_cache(maxsize=1 << 14)(self._examine)
 
     def facts(self, clip: AudioClip, is_heard: bool) -> ClipFacts:
-        """Raises AudioError or OSError where the clip cannot be used.
+        """Return the properties of a clip.
 
         Args:
-            is_heard: whether a model with a Whisper tower hears the clip.
+            is_heard: whether a Whisper tower encodes the clip, in a model that has one.
+
+        Raises:
+            AudioError, OSError: the clip cannot be used.
         """
         return self._facts_of_file(clip, is_heard) if clip.data is None else self._examine(clip, is_heard)
 
     def check_entry(self, number: int, entry: Entry) -> CheckedEntry:
-        """Check one sample's clips, and count its tokens where there is a coder."""
+        """Check one sample's clips, and count its tokens if there is a coder."""
         sample, faults = entry.sample, list(entry.faults)
-        stamps = _stamps(sample) if sample else []  # before anything is read, so that a later change shows
+        stamps = _stamps(sample) if sample else []  # before anything is read, so that a later change is detected
         facts: dict[tuple[AudioClip, bool], ClipFacts] = {}
-        asked = list(zip(sample.clips, sample.is_heard, strict=True)) if sample else []
-        for clip, is_heard in asked:
+        clips_to_check = list(zip(sample.clips, sample.is_heard, strict=True)) if sample else []
+        for clip, is_heard in clips_to_check:
             try:
                 facts[clip, is_heard] = facts.get((clip, is_heard)) or self.facts(clip, is_heard)
             except (AudioError, OSError) as error:
                 reason = error.strerror if isinstance(error, OSError) else error
-                faults.append(f"{clip.path}: {reason}" if clip.data is None else f"audio: {reason}")
+                if clip.data is not None:
+                    faults.append(f"audio: {reason}")
+                elif printable(clip.path) == entry.source:  # the line already starts with the name of the audio file
+                    faults.append(f"{reason}")
+                else:
+                    faults.append(f"{clip.path}: {reason}")
         if sample is None or faults or self.coder is None:
             return CheckedEntry(number, entry.source, list(dict.fromkeys(faults)))
-        clips = [facts[clip, is_heard] for clip, is_heard in asked]
+        clips = [facts[clip, is_heard] for clip, is_heard in clips_to_check]
         num_frames = [clip.num_frames for clip in clips]
         hearing = self.coder.hearing
         stretches = [hearing.stretches(clip.num_frames, clip.num_outputs) for clip in clips] if hearing else []
@@ -174,38 +183,38 @@ def survey(
     keep: Callable[[CheckedSample], None],
     report_invalid: Callable[[int, str], None],
 ) -> tuple[SurveyResult, MissingClips]:
-    """Check a share of a manifest's samples; each good one is given to `keep`, each problem to `report_invalid`."""
-    findings, missing = SurveyResult(), MissingClips()
-    for looked in _check_in_threads(path, checker, share, num_threads):
-        findings.num_entries += 1
-        findings.num_bad += bool(looked.faults)
-        for fault in looked.faults:
-            line = f"{looked.source}: {fault}"
-            findings.num_problems += 1
-            report_invalid(looked.number, line)
-            if len(findings.problems) < MAX_SHOWN:
-                findings.problems.append((looked.number, line))
-        if looked.checked is not None:
-            keep(looked.checked)
-            missing.add(looked.number, looked.clips, checker.sample_rate)
-            if any(clip.clipped > CLIPPED_SHARE for clip in looked.clips):
-                findings.num_clipped += 1
-                if len(findings.clipped) < MAX_SHOWN:
-                    findings.clipped.append((looked.number, looked.source))
-    return findings, missing
+    """Check a share of a manifest's samples. Pass each good one to `keep`, each problem to `report_invalid`."""
+    result, missing = SurveyResult(), MissingClips()
+    for entry in _check_in_threads(path, checker, share, num_threads):
+        result.num_entries += 1
+        result.num_bad += bool(entry.faults)
+        for fault in entry.faults:
+            line = f"{entry.source}: {fault}"
+            result.num_problems += 1
+            report_invalid(entry.number, line)
+            if len(result.problems) < MAX_SHOWN:
+                result.problems.append((entry.number, line))
+        if entry.checked is not None:
+            keep(entry.checked)
+            missing.add(entry.number, entry.clips, checker.sample_rate)
+            if any(clip.clipped > CLIPPED_SHARE for clip in entry.clips):
+                result.num_clipped += 1
+                if len(result.clipped) < MAX_SHOWN:
+                    result.clipped.append((entry.number, entry.source))
+    return result, missing
 
 
 def _check_in_threads(path: Path, checker: Checker, share: Share, num_threads: int) -> Iterator[CheckedEntry]:
-    """Look at a share of the entries by threads, a few chunks ahead; in order."""
+    """Check a share of the entries in threads, a few chunks ahead, and yield the results in order."""
 
-    def check_entry(chunk: list[tuple[int, Entry]]) -> list[CheckedEntry]:
+    def check_chunk(chunk: list[tuple[int, Entry]]) -> list[CheckedEntry]:
         return [checker.check_entry(number, entry) for number, entry in chunk]
 
     entries = share.of(read_entries(path, checker.options))
     ahead: deque[Future[list[CheckedEntry]]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:
         while chunk := list(islice(entries, CHUNK)):
-            ahead.append(pool.submit(check_entry, chunk))
+            ahead.append(pool.submit(check_chunk, chunk))
             if len(ahead) > 2 * num_threads:
                 yield from ahead.popleft().result()
         while ahead:
@@ -213,14 +222,14 @@ def _check_in_threads(path: Path, checker: Checker, share: Share, num_threads: i
 
 
 def _stamps(sample: Sample) -> list[tuple[str, tuple[int, int] | None]]:
-    """Every file that a sample is read from, but its manifest, with its size and time of change."""
+    """Return every file that a sample is read from, except its manifest, with its size and modification time."""
     paths = [*(clip.path for clip in sample.clips if clip.data is None), *sample.text_files]
     return [(path, stamp_of(path)) for path in dict.fromkeys(map(str, paths))]
 
 
 def missing_clips(path: Path, checker: Checker, missing: MissingClips) -> Iterator[ClipToEncode]:
-    """Read a manifest once more for the clips that are still to be encoded, each once."""
-    left = set(missing.keys)
+    """Read a manifest again and yield the clips that are still to be encoded, each once."""
+    remaining = set(missing.keys)
     numbers = iter(missing.numbers)
     wanted = next(numbers, None)
     for number, entry in enumerate(read_entries(path, checker.options)):
@@ -230,8 +239,8 @@ def missing_clips(path: Path, checker: Checker, missing: MissingClips) -> Iterat
         clips = zip(entry.sample.clips, entry.sample.is_heard, strict=True) if entry.sample else ()
         for clip, is_heard in clips:
             facts = checker.facts(clip, is_heard)
-            if facts.short_key in left:
-                left.remove(facts.short_key)
+            if facts.short_key in remaining:
+                remaining.remove(facts.short_key)
                 yield ClipToEncode(clip, facts.key, facts.num_samples, facts.clipped, bool(facts.num_outputs))
         if wanted is None:
             return

@@ -1,4 +1,4 @@
-"""From a plain recording (a clip and its words) to the conversation that the base was pretrained on."""
+"""Convert a plain recording (a clip and its transcript) to the conversation format that the base was pretrained on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from higgs_ds.data.sample import ASSISTANT, SYSTEM, USER, AudioClip, Message
 
 INSTRUCTION = "Generate audio following instruction."
-# The prompt of the base's own example for several speakers without a reference, word for word.
+# The prompt of the base's own example for several speakers without references, copied word for word.
 SPEAKERS_INSTRUCTION = (
     "You are an AI assistant designed to convert text into speech.\n"
     "If the user's message includes a [SPEAKER*] tag, do not read out the tag and generate speech for the following "
@@ -21,7 +21,7 @@ CONTEXT, IN_SYSTEM, NO_REFERENCE = "context", "system", "none"  # the values of 
 
 @dataclass(frozen=True)
 class Reference:
-    """A voice to speak with: a clip (and what is said in it), or a description in words; `tag` is like SPEAKER0."""
+    """A voice to speak with: a clip and its transcript, or a description in words. `tag` is, for example, SPEAKER0."""
 
     clip: AudioClip | None
     words: str | None = None
@@ -31,7 +31,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Recording:
-    """A clip, what is said in it, and what is known of it. The words of several speakers carry [SPEAKERi] tags."""
+    """A clip, its transcript (`words`), and its metadata. The words of several speakers have [SPEAKERi] tags."""
 
     clip: AudioClip
     words: str
@@ -42,12 +42,12 @@ class Recording:
 
 
 def scene_block(parts: tuple[str | AudioClip, ...]) -> tuple[str | AudioClip, ...]:
-    """A description of the scene as it stands in a system message."""
+    """Wrap a description of the scene as in a system message."""
     return joined(("<|scene_desc_start|>\n", *parts, "\n<|scene_desc_end|>"))
 
 
 def joined(parts: tuple[str | AudioClip, ...]) -> tuple[str | AudioClip, ...]:
-    """The same parts with neighbouring texts made one, since a tokenizer may see across the seam."""
+    """Merge adjacent texts, since a token may cross the boundary between them."""
     merged: list[str | AudioClip] = []
     for part in parts:
         if isinstance(part, str) and merged and isinstance(merged[-1], str):
@@ -58,14 +58,14 @@ def joined(parts: tuple[str | AudioClip, ...]) -> tuple[str | AudioClip, ...]:
 
 
 def conversation(recording: Recording, placement: str) -> tuple[tuple[Message, ...], int]:
-    """The messages for a recording, and the index of the first one of the pair that is learned.
+    """Return the messages of a recording, and the index of the first message of the target pair.
 
     Args:
-        placement: where reference clips go: `context` (a pair of turns each, in front), `system` (the system message)
-            or `none` (left out). Descriptions in words always stand in the system message.
+        placement: where reference clips go: `context` (a pair of turns each, before the target), `system` (the system
+            message) or `none` (omitted). Descriptions in words always go into the system message.
 
     Raises:
-        ValueError: a reference has no words, and `context` needs them.
+        ValueError: a reference clip has no transcript, and `context` needs it.
     """
     turns = []
     if placement == CONTEXT:
@@ -73,7 +73,7 @@ def conversation(recording: Recording, placement: str) -> tuple[tuple[Message, .
             if ref.clip is None:
                 continue
             if ref.words is None:
-                raise ValueError(f"the reference of {tag} has no words, which turns in front of the target need")
+                raise ValueError(f"the reference clip of {tag} has no transcript, which --reference {CONTEXT} needs")
             several = len(recording.references) > 1 and not ref.words.startswith(f"[{tag}]")
             words = f"[{tag}] {ref.words}" if several else ref.words
             turns += [Message(USER, (words,)), Message(ASSISTANT, (ref.clip,))]
@@ -82,7 +82,7 @@ def conversation(recording: Recording, placement: str) -> tuple[tuple[Message, .
 
 
 def system_message(recording: Recording, placement: str = NO_REFERENCE) -> Message:
-    """The instruction, the scene and the voices; speakers of whom nothing is known are in the words' tags alone."""
+    """Return the instruction, the scene and the voices. Other speakers appear only as tags in the words."""
     has_clips = placement != NO_REFERENCE and any(ref.clip is not None for ref in recording.references)
     several = len(set(re.findall(r"\[SPEAKER\d+\]", recording.words))) > 1
     instruction = SPEAKERS_INSTRUCTION if several and not has_clips else INSTRUCTION
@@ -95,7 +95,7 @@ def system_message(recording: Recording, placement: str = NO_REFERENCE) -> Messa
 
 
 def _voice_line(tag: str, ref: Reference, placement: str) -> tuple[str | AudioClip, ...]:
-    """A line of the scene. A clip says more of a voice than words, which stand in only where no clip is used."""
+    """Return a voice's line in the scene. A description is used only if no clip is: a clip conveys more of a voice."""
     if placement == IN_SYSTEM and ref.clip is not None:
         return ("\n", f"{tag}: ", ref.clip)
     if ref.description and (ref.clip is None or placement == NO_REFERENCE):

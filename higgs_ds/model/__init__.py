@@ -1,1 +1,1 @@
-"""The Higgs Audio v2 model, its adapters, and their loss-bearing wrapper."""
+"""The Higgs Audio v2 model, its adapters, and the wrapper that computes the loss."""

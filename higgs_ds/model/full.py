@@ -1,4 +1,4 @@
-"""Full fine-tuning: which of a model's own weights are trained. And whichever of the ways to fine-tune was chosen."""
+"""Full fine-tuning: which of a model's own weights are trained. Also the switch between full fine-tuning and LoRA."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from higgs_ds.model.parts import ATTENTION_MODULES, NO_PARTS, TOWER_MODULES, Par
 from higgs_ds.options.fields import EMBEDDINGS, FULL, HEADS
 from higgs_ds.options.train import LoraOptions, TuneOptions
 
-# A norm belongs to the part of the layer that it stands in front of.
+# A norm belongs to the module whose input it normalizes.
 _GROUP_OF_NORM = {
     "input_layernorm": "attention",
     "audio_input_layernorm": "attention",
@@ -24,7 +24,7 @@ _GROUP_OF_NORM = {
     "post_attention_layernorm": "text_mlp",
     "audio_post_attention_layernorm": "audio_mlp",
 }
-_GROUP_OUTSIDE = {
+_GROUP_OUTSIDE_LAYERS = {
     "embed_tokens": EMBEDDINGS,
     "embed_audio_tokens": EMBEDDINGS,
     "norm": HEADS,
@@ -35,30 +35,32 @@ _GROUP_IN_LAYER = GROUP_OF_MODULE | _GROUP_OF_NORM
 
 
 def group_of(name: str) -> str | None:
-    """The group of --train_groups that a parameter belongs to; None for a tower's, which has an option of its own.
+    """Return the --train_groups group of a parameter; None for the Whisper tower, which has its own option.
 
-    Raises KeyError for a parameter of no model of this family.
+    Raises:
+        KeyError: no model of this family has such a parameter.
     """
     path = name.split(".")
     if not set(TOWER_MODULES).isdisjoint(path):
         return None
     if path[:2] == ["model", "layers"]:
         return _GROUP_IN_LAYER[path[3]]
-    return _GROUP_OUTSIDE[path[1] if path[0] == "model" else path[0]]
+    return _GROUP_OUTSIDE_LAYERS[path[1] if path[0] == "model" else path[0]]
 
 
 def unfreeze_groups(model: nn.Module, groups: Sequence[str], full_parts: Parts = NO_PARTS) -> nn.Module:
-    """Unfreeze the weights of a frozen model that are in some groups, and optional parts that are trained `full_parts`.
+    """Unfreeze those weights of a frozen model that are in `groups` or in optional parts `full_parts`.
 
-    Raises InputError where one weight bears two names of which only one is in a group.
+    Raises:
+        InputError: two names share one weight, and only one of them is in `groups`.
     """
-    by_weight: dict[int, set[bool]] = {}
+    trained_by_weight: dict[int, set[bool]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         trained = group_of(name) in groups or full_parts.has(name)
-        by_weight.setdefault(id(parameter), set()).add(trained)
+        trained_by_weight.setdefault(id(parameter), set()).add(trained)
         parameter.requires_grad_(trained)
-    if any(len(trained) > 1 for trained in by_weight.values()):
-        raise InputError("--train_groups: the base has one weight for two groups; give both, or neither")
+    if any(len(trained) > 1 for trained in trained_by_weight.values()):
+        raise InputError("--train_groups: the base shares one weight between two groups; give both groups or neither")
     return model
 
 
@@ -70,9 +72,10 @@ def make_trainable(
     dtype: torch.dtype,
     full_parts: Parts = NO_PARTS,
 ) -> nn.Module:
-    """A frozen model made ready for what --finetune says: itself with weights unfrozen, or wrapped with adapters.
+    """Prepare a frozen model for --finetune: unfreeze its own weights, or wrap it with adapters.
 
-    Raises InputError where it lacks what is to be trained.
+    Raises:
+        InputError: the model does not have the weights or layers that are to be trained.
     """
     if tune.finetune == FULL:
         return unfreeze_groups(model, tune.train_groups, full_parts)
@@ -80,10 +83,10 @@ def make_trainable(
 
 
 def describe(model: nn.Module, tune: TuneOptions, base_parameters: int, full_parts: Parts = NO_PARTS) -> str:
-    """One line on what is trained.
+    """Describe what is trained, in one line.
 
     Args:
-        base_parameters: of the base without its parts that are trained `full_parts`.
+        base_parameters: number of parameters of the base, without those of `full_parts`.
     """
     if isinstance(model, PeftModel):
         return describe_lora(model, base_parameters, full_parts)
@@ -92,7 +95,7 @@ def describe(model: nn.Module, tune: TuneOptions, base_parameters: int, full_par
         if parameter.requires_grad:
             counts[group_of(name) or str(Parts(audio_tower=full_parts.audio_tower))] += parameter.numel()
     trained = counts.total()
-    whole = base_parameters + sum(p.numel() for name, p in model.named_parameters() if full_parts.has(name))
-    of_groups = ", ".join(f"{group} {count:,}" for group, count in counts.items())
+    total = base_parameters + sum(p.numel() for name, p in model.named_parameters() if full_parts.has(name))
+    by_group = ", ".join(f"{group} {count:,}" for group, count in counts.items())
     full = f"; optional parts: {full_parts}" if full_parts else ""
-    return f"full fine-tuning: {trained:,} of {whole:,} parameters ({trained / whole:.2%}): {of_groups}{full}"
+    return f"full fine-tuning: {trained:,} of {total:,} parameters ({trained / total:.2%}): {by_group}{full}"

@@ -1,4 +1,4 @@
-"""Higgs Audio v2 as this trainer uses it. The only user of transformers' model class; its quirks live here."""
+"""Higgs Audio v2 as this trainer uses it. The quirks of transformers' model class are handled here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from higgs_ds.model.routed_layers import GENERATION_CLASSES, TRAINING_CLASSES, L
 
 
 def describe_model(config: HiggsAudioV2Config) -> str:
-    """What a model is made of, in one line; the text head is there, or `check_weights` has refused it."""
+    """Describe a model's architecture in one line. `check_weights` has ensured that it has a text head."""
     parts = parts_of(config)
     attention = "with" if parts.audio_self_attention else "no"
     tower = "a" if parts.audio_tower else "no"
@@ -30,31 +30,31 @@ def describe_model(config: HiggsAudioV2Config) -> str:
 
 
 def checkpoint_layers(higgs: HiggsAudioV2ForConditionalGeneration, every: int) -> None:
-    """Have every `every`-th decoder layer, from the first, keep its input alone, and run again in the backward pass."""
+    """Recompute every `every`-th decoder layer, starting with the first, in the backward pass from its input."""
     higgs.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for i, layer in enumerate(higgs.model.layers):
         layer.gradient_checkpointing = i % every == 0
 
 
 def offload_embeddings(higgs: HiggsAudioV2ForConditionalGeneration) -> None:
-    """Keep the embeddings of text and codes in host memory: of each, a step needs a few rows."""
+    """Keep the text and code embeddings in host memory: a step needs only a few rows of each."""
     higgs.model.embed_tokens = HostModule(higgs.model.embed_tokens.cpu())
     higgs.model.embed_audio_tokens = HostModule(higgs.model.embed_audio_tokens.cpu())
 
 
 class DualLossModel(nn.Module):
-    """The model that is trained and its loss in one forward, with the heads applied only where there is a target.
+    """The trained model and its loss in one forward; the heads are applied only at positions with a target.
 
-    Both heads are called in every forward, on no rows if need be, so that all ranks run the same collectives.
+    Both heads are called in every forward, if necessary on zero rows, so that all ranks run the same collectives.
     """
 
     def __init__(
         self, adapted: PeftModel | HiggsAudioV2ForConditionalGeneration, offload_checkpoints: bool = False
     ) -> None:
-        """Take a model with adapters, or one whose own weights are trained.
+        """Wrap a model with adapters, or one whose own weights are trained.
 
         Args:
-            offload_checkpoints: the inputs of recomputed layers wait in host memory for the backward pass.
+            offload_checkpoints: keep the inputs of recomputed layers in host memory until the backward pass.
         """
         super().__init__()
         self.adapted = adapted
@@ -67,7 +67,7 @@ class DualLossModel(nn.Module):
 
     @contextlib.contextmanager
     def generation_mode(self, folder: Path) -> Iterator[PeftModel | HiggsAudioV2ForConditionalGeneration]:
-        """For the block, the adapted model as transformers generates with it, by its folder's generation settings."""
+        """Within the block, yield the model with transformers' own layers and the generation settings of `folder`."""
         changed = [(module, type(module)) for module in self.modules() if type(module) in GENERATION_CLASSES]
         was_training = self.training
         if (folder / GENERATION_CONFIG_NAME).is_file():
@@ -101,23 +101,25 @@ class DualLossModel(nn.Module):
         audio_at: torch.Tensor,
         **heard: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Loss, its unweighted sums, and how many targets were the likeliest, for a batch of `data.collate.Batch`.
+        """Compute the loss, its unweighted sums and the number of correct predictions for a `data.collate.Batch`.
 
         Args:
-            target_weights: float32 (1 + C,), what one target of the text and of each codebook weighs in the loss.
-            heard: the batch's features and where they go, for a model with a tower.
+            target_weights: float32 (1 + C,), weight in the loss of one target of the text and of each codebook.
+            heard: for a model with a Whisper tower, the batch's mel features and where their outputs are inserted.
 
-        Returns the weighted loss, a float32 scalar; the detached sums, float32 (1 + C,); and hits, float32
-        (1 + C + 2,): of text, of each codebook, of the codes that end a stream, and how many of these there were.
+        Returns:
+            The weighted loss, a float32 scalar; the detached sums, float32 (1 + C,); and hits, float32 (1 + C + 2,):
+            targets with the highest logit, of the text, of each codebook and of the codes that end a stream, followed
+            by the number of targets that end a stream.
         """
         hidden = self.decode(text_ids, codes, positions, places, audio_rows, audio_at, **heard)
-        predicting = self.higgs.model.norm(hidden[torch.cat([text_places, audio_places])])
-        text, audio = predicting.split([len(text_places), len(audio_places)])
+        selected = self.higgs.model.norm(hidden[torch.cat([text_places, audio_places])])
+        text, audio = selected.split([len(text_places), len(audio_places)])
         text_loss, text_sum, text_hits = self.higgs.text_lm_head(text, text_targets[:, None], target_weights[:1])
         audio_loss, audio_sums, audio_hits = self.higgs.audio_lm_head(audio, audio_targets, target_weights[1:])
         ends = audio_targets == self.higgs.config.audio_stream_eos_id
-        of_ends = torch.stack([(audio_hits & ends).sum(), ends.sum()])
-        hits = torch.cat([text_hits.sum(0), audio_hits.sum(0), of_ends]).float()
+        end_hits = torch.stack([(audio_hits & ends).sum(), ends.sum()])
+        hits = torch.cat([text_hits.sum(0), audio_hits.sum(0), end_hits]).float()
         return text_loss + audio_loss, torch.cat([text_sum, audio_sums]), hits
 
     def _insert_tower_outputs(
@@ -128,7 +130,7 @@ class DualLossModel(nn.Module):
         feature_rows: torch.Tensor,
         feature_places: torch.Tensor,
     ) -> torch.Tensor:
-        """Embeddings of text (M, hidden) with what the tower makes of clips at its places."""
+        """Return the text embeddings (M, hidden) with the tower's outputs at `feature_places`."""
         outputs = self.higgs.model.encode_features(features, feature_lengths).flatten(0, 1)
         return text.index_copy(0, feature_places, outputs.index_select(0, feature_rows).to(text.dtype))
 
@@ -142,7 +144,7 @@ class DualLossModel(nn.Module):
         audio_at: torch.Tensor,
         **heard: torch.Tensor,
     ) -> torch.Tensor:
-        """Hidden states (M + A, hidden) of all places, behind the last layer and before the last norm."""
+        """Return the hidden states (M + A, hidden) of all places, after the last layer and before the final norm."""
         model = self.higgs.model
         text = model.embed_tokens(text_ids)
         if heard:

@@ -1,7 +1,7 @@
-"""The two layouts that Higgs Audio v2 comes in: the names of its tensors and its configuration, from each to the other.
+"""Convert tensor names and configurations between the two layouts of Higgs Audio v2.
 
-`native` is what transformers reads (`model_type` higgs_audio_v2), `original` what boson_multimodal reads (higgs_audio).
-No tensor changes between them; tests hold the model in the one against the original runtime's numbers in the other.
+transformers reads the layout `native` (`model_type` higgs_audio_v2), boson_multimodal reads `original` (higgs_audio).
+The tensors are identical in both. Tests compare the native model with numbers from the original runtime.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 from higgs_ds.common.errors import InputError
 from higgs_ds.options.fields import NATIVE, ORIGINAL
 
-EXTENDED_TYPE = "higgs_audio_v2_extended"  # native names, with parts that transformers' own model has not
+EXTENDED_TYPE = "higgs_audio_v2_extended"  # native names, with parts that transformers' own model does not have
 MODEL_TYPES = {"higgs_audio_v2": NATIVE, EXTENDED_TYPE: NATIVE, "higgs_audio": ORIGINAL}
 CODEC_TYPE = "higgs_audio_v2_tokenizer"
-# Prefixes of the original's names, and what the native layout has in their place.
+# Name prefixes in the original layout, and the corresponding prefixes in the native layout.
 _PREFIXES = {
     "embed_tokens.": "model.embed_tokens.",
     "layers.": "model.layers.",
@@ -29,40 +29,40 @@ _PREFIXES = {
     "audio_decoder_proj.audio_lm_head.": "audio_lm_head.",
     "audio_decoder_proj.text_lm_head.": "text_lm_head.",
 }
-# What the original computes anew, or only its training used.
+# Tensors that the original recomputes, or that only its training used.
 _DROPPED = re.compile(r"^audio_codebook_weights$|rotary_emb\.(original_)?inv_freq$")
-# Rows that are trained and rows that are not may lie apart, behind one another.
-_PART = re.compile(r"^(?P<whole>.+)\.(embedding|linear)_(?P<part>frozen|trainable)\.(?P<leaf>weight|bias)$")
-# A native checkpoint may still hold these, beside the heads that they are copies of.
+# The original may split a tensor's rows into two tensors: frozen rows, followed by trainable rows.
+_SPLIT_ROWS = re.compile(r"^(?P<whole>.+)\.(embedding|linear)_(?P<part>frozen|trainable)\.(?P<leaf>weight|bias)$")
+# A native checkpoint may still contain these copies of the heads in addition to the heads themselves.
 DUPLICATE_PREFIX = "audio_decoder_proj."
 DUPLICATE_HEADS = (f"{DUPLICATE_PREFIX}audio_lm_head.weight", f"{DUPLICATE_PREFIX}text_lm_head.weight")
 
 
 def read_json_config(folder: Path, asked_by: str) -> dict[str, Any]:
-    """The config.json of a model in either layout. Raises InputError, beginning with `asked_by`, for anything else."""
+    """Read a model's config.json in either layout. Raises InputError, prefixed `asked_by`, for any other folder."""
     path, where = folder / "config.json", f"{asked_by} {folder}"
     expected = " or ".join(f"'{model_type}' ({layout})" for model_type, layout in MODEL_TYPES.items())
     if (folder / "adapter_config.json").is_file():
         raise InputError(f"{where}: is an adapter; give the base that it was trained on")
     if not path.is_file():
         run = "; it holds checkpoints of a run" if any(folder.glob("checkpoint-*")) else ""
-        raise InputError(f"{where}: is no model folder: it has no config.json{run}")
+        raise InputError(f"{where}: is not a model folder: it has no config.json{run}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         model_type = config.get("model_type")
     except (ValueError, AttributeError) as error:
-        raise InputError(f"{where}: its config.json is no JSON object: {error}") from error
+        raise InputError(f"{where}: its config.json is not a JSON object: {error}") from error
     if model_type == CODEC_TYPE:
         raise InputError(f"{where}: is an audio codec, which --codec_ckpt takes; a base has model_type {expected}")
     if model_type not in MODEL_TYPES:
         raise InputError(f"{where}: model_type is {model_type!r}; a Higgs Audio v2 model has {expected}")
     if "quantization_config" in config:
-        raise InputError(f"{where}: its weights are quantized; give the base they were made from (--load_in_4bit)")
+        raise InputError(f"{where}: its weights are quantized; give the unquantized base (and --load_in_4bit)")
     return config
 
 
 def special_tokens(folder: Path) -> dict[str, int]:
-    """The ids of the special tokens of a model's tokenizer; none where it has no tokenizer.json."""
+    """Return the ids of the tokenizer's special tokens by token; empty if there is no tokenizer.json."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return {}
@@ -71,10 +71,10 @@ def special_tokens(folder: Path) -> dict[str, int]:
 
 
 def native_name(name: str) -> str | None:
-    """The native name of a tensor of the original layout; None for one that is dropped; KeyError for an unknown one."""
+    """Return the native name of an original tensor; None for a dropped one. Raises KeyError for an unknown one."""
     if _DROPPED.search(name):
         return None
-    part = _PART.match(name)
+    part = _SPLIT_ROWS.match(name)
     if part:
         name = f"{part['whole']}.{part['leaf']}"
     for original, native in _PREFIXES.items():
@@ -84,13 +84,13 @@ def native_name(name: str) -> str | None:
 
 
 def part_of_rows(name: str) -> int:
-    """Where a tensor's rows stand among those that bear its native name: 0 at first, 1 behind."""
-    part = _PART.match(name)
+    """Return the order of a tensor among those with the same native name: 0 for its first rows, 1 for the last."""
+    part = _SPLIT_ROWS.match(name)
     return int(part is not None and part["part"] == "trainable")
 
 
 def original_name(name: str) -> str | None:
-    """The original name of a native tensor; None for a leftover copy of a head; KeyError for an unknown one."""
+    """Return the original name of a native tensor; None for a copy of a head. Raises KeyError for an unknown one."""
     if name in DUPLICATE_HEADS:
         return None
     for original, native in _PREFIXES.items():
@@ -99,7 +99,7 @@ def original_name(name: str) -> str | None:
     raise KeyError(name)
 
 
-# Flags of the original's configuration whose other values are other models, with the values that are read here.
+# Flags of the original configuration that change the model, with the supported values.
 _SUPPORTED_FLAGS = {
     "use_delay_pattern": (True,),
     "audio_embed_avg": (False,),
@@ -108,13 +108,13 @@ _SUPPORTED_FLAGS = {
     "audio_decoder_proj_num_layers": (0, None),
     "encode_audio_in_tokens": (True,),
 }
-# What decides the shapes of the tower's weights, and what it makes of them, under the same names in both.
+# Fields that determine the shapes and the computation of the tower, with the same names in both layouts.
 TOWER_GEOMETRY = (
     "num_mel_bins", "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "max_source_positions",
     "activation_function", "dropout", "attention_dropout", "activation_dropout",
 )  # fmt: skip
-# Of the trunk, under the same names in both.
-_TRUNK = (
+# Fields of the decoder, with the same names in both layouts.
+_DECODER_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act", "max_position_embeddings", "attention_bias",
     "attention_dropout", "mlp_bias", "initializer_range",
@@ -122,18 +122,19 @@ _TRUNK = (
 
 
 def native_config(original: Mapping[str, Any], token_ids: Mapping[str, int], where: str) -> dict[str, Any]:
-    """A native config.json from an original one.
+    """Convert an original config.json to a native one.
 
     Args:
-        token_ids: of the tokenizer's special tokens; what it does not tell is taken from the configuration.
-        where: how errors call the configuration.
+        token_ids: ids of the tokenizer's special tokens; missing ids are taken from the configuration.
+        where: name of the configuration in error messages.
 
-    Raises InputError for a model of the family that is not read here, with each flag that says so.
+    Raises:
+        InputError: a model of the family that is not supported; each unsupported flag is reported.
     """
     text = original.get("text_config") or {}
     layers = text.get("num_hidden_layers")
     problems = [
-        f"{where}: {flag} is {original.get(flag)!r}; this trainer reads models with {' or '.join(map(repr, values))}"
+        f"{where}: {flag} is {original.get(flag)!r}; this trainer supports only {' or '.join(map(repr, values))}"
         for flag, values in _SUPPORTED_FLAGS.items()
         if original.get(flag, values[-1]) not in values
     ]
@@ -141,15 +142,17 @@ def native_config(original: Mapping[str, Any], token_ids: Mapping[str, int], whe
     if not str(adapter_type).startswith("dual_ffn"):
         problems.append(f"{where}: audio_adapter_type is {adapter_type!r}, not dual_ffn or dual_ffn_fast_forward")
     elif sorted(original.get("audio_dual_ffn_layers") or ()) != list(range(layers or 0)):
-        problems.append(f"{where}: audio_dual_ffn_layers must be all of the {layers} layers")
+        problems.append(f"{where}: audio_dual_ffn_layers must list all {layers} layers")
     has_tower = not original.get("skip_audio_tower", False)
     if has_tower and not original.get("encode_whisper_embed", True):
-        problems.append(f"{where}: encode_whisper_embed is False beside a tower; set skip_audio_tower to true as well")
+        problems.append(
+            f"{where}: encode_whisper_embed is False, but the model has a tower; set skip_audio_tower to true"
+        )
     encoder = (original.get("audio_encoder_config") or {}) if has_tower else {}
-    missing = [name for name in _TRUNK[:6] if name not in text]
+    missing = [name for name in _DECODER_FIELDS[:6] if name not in text]
     missing += [f"audio_encoder_config.{name}" for name in TOWER_GEOMETRY[:6] if has_tower and name not in encoder]
     missing += [name for name in ("audio_num_codebooks", "audio_codebook_size") if name not in original]
-    problems += [f"{where}: lacks {name}" for name in missing]
+    problems += [f"{where}: {name} is missing" for name in missing]
     if problems:
         raise InputError(problems)
     audio_bos = original.get("audio_out_bos_token_id", token_ids.get("<|audio_out_bos|>"))
@@ -163,11 +166,11 @@ def native_config(original: Mapping[str, Any], token_ids: Mapping[str, int], whe
         "audio_stream_bos_id": original.get("audio_stream_bos_id"),
         "audio_stream_eos_id": original.get("audio_stream_eos_id"),
     }
-    attends = bool(original.get("use_audio_out_self_attention"))
+    has_attention = bool(original.get("use_audio_out_self_attention"))
     extended = {
         "architectures": ["ExtendedModel"],
         "model_type": EXTENDED_TYPE,
-        "audio_self_attention": attends,
+        "audio_self_attention": has_attention,
         "audio_tower": {name: encoder[name] for name in TOWER_GEOMETRY if name in encoder} if has_tower else None,
         "audio_in_token_id": original.get("audio_in_token_idx", token_ids.get("<|AUDIO|>")),
     }
@@ -176,19 +179,19 @@ def native_config(original: Mapping[str, Any], token_ids: Mapping[str, int], whe
         "model_type": "higgs_audio_v2",
         "dtype": original.get("torch_dtype") or text.get("torch_dtype") or "bfloat16",
         "num_codebooks": original["audio_num_codebooks"],
-        # The stream's BOS and EOS are codes too.
+        # The stream's BOS and EOS are codes, too.
         "codebook_size": original["audio_codebook_size"] + 2,
         "rope_parameters": {**(text.get("rope_scaling") or {"rope_type": "default"}),
                             "rope_theta": text.get("rope_theta", 500000.0)},
         "tie_word_embeddings": False,
-        **{name: text[name] for name in _TRUNK if name in text},
+        **{name: text[name] for name in _DECODER_FIELDS if name in text},
         **{name: value for name, value in ids.items() if value is not None},
-        **(extended if attends or has_tower else {}),
+        **(extended if has_attention or has_tower else {}),
     }  # fmt: skip
 
 
 def original_config(native: Mapping[str, Any], token_ids: Mapping[str, int]) -> dict[str, Any]:
-    """An original config.json from a native one, with the released model's flags and those of its optional parts."""
+    """Convert a native config.json to an original one, with the flags of the released model and its optional parts."""
     rope = dict(native.get("rope_parameters") or {})
     tower = native.get("audio_tower")
     theta = rope.pop("rope_theta", 500000.0)
@@ -222,7 +225,7 @@ def original_config(native: Mapping[str, Any], token_ids: Mapping[str, int]) -> 
         "torch_dtype": native.get("dtype", "bfloat16"),
         "text_config": {
             "model_type": "llama",
-            **{name: native[name] for name in _TRUNK if name in native},
+            **{name: native[name] for name in _DECODER_FIELDS if name in native},
             "rope_scaling": rope,
             "rope_theta": theta,
             "torch_dtype": native.get("dtype", "bfloat16"),

@@ -1,4 +1,4 @@
-"""Reading a base: its configuration, its weights in full precision or in 4 bits, and whether the two fit together."""
+"""Read a base: its configuration and its weights, in full precision or in 4 bits, and check that the two match."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HiggsAudioV2ForConditionalGeneration._keys_to_ignore_on_load_unexpected += DUPLI
 
 
 def read_config(folder: Path, asked_by: str = "--base_ckpt") -> HiggsAudioV2Config:
-    """The configuration of a base in either layout. Raises InputError, beginning with `asked_by`, for anything else."""
+    """Read the configuration of a base in either layout. Raises InputError, prefixed `asked_by`, for other folders."""
     config = read_json_config(folder, asked_by)
     if MODEL_TYPES[config["model_type"]] != NATIVE:
         config = native_config(config, special_tokens(folder), str(folder / "config.json"))
@@ -36,29 +36,32 @@ def read_config(folder: Path, asked_by: str = "--base_ckpt") -> HiggsAudioV2Conf
 
 
 def check_weights(folder: Path) -> None:
-    """Raise InputError where a base's files lack the text head, which the text loss needs, or do not fit its config."""
+    """Raise InputError if a base has no text head, which the text loss needs, or its files do not match its config."""
     found = weight_shapes(weight_files(folder))
     if TEXT_HEAD not in found:
         raise InputError(
-            f"{folder}: holds no {TEXT_HEAD}, which the text loss needs; use a base saved with its text head"
+            f"{folder}: holds no {TEXT_HEAD}, which the text loss needs; use a base that was saved with its text head"
         )
     expected = empty_model(read_config(folder), torch.float32).state_dict()
     _check_shapes(folder, {name: tuple(tensor.shape) for name, tensor in expected.items()}, found)
 
 
-def num_parameters(folder: Path, left_out: Parts = NO_PARTS) -> int:
-    """Parameters of a base without some of its parts, by the headers of its files."""
+def num_parameters(folder: Path, excluded: Parts = NO_PARTS) -> int:
+    """Count the parameters of a base, without those of `excluded`, from the headers of its files."""
     shapes = weight_shapes(weight_files(folder))
     return sum(
-        math.prod(shape) for name, shape in shapes.items() if name not in DUPLICATE_HEADS and not left_out.has(name)
+        math.prod(shape) for name, shape in shapes.items() if name not in DUPLICATE_HEADS and not excluded.has(name)
     )
 
 
 def load_base(folder: Path, dtype: torch.dtype, to_add: Parts = NO_PARTS) -> HiggsAudioV2ForConditionalGeneration:
-    """Load a base with its text head, every weight from its files, on the CPU, frozen.
+    """Load a frozen base with its text head on the CPU. Every weight must be in its files.
 
-    The text head must be asked for: transformers drops its weights silently otherwise. Parts that are `to_add` are
-    added later (`ExtendedModel.add_parts`).
+    The text head must be requested explicitly: otherwise transformers silently drops its weights. The parts `to_add`
+    are added later (`ExtendedModel.add_parts`).
+
+    Raises:
+        InputError: weights are missing, unexpected or have the wrong shape.
     """
     config = ready_for_parts(read_config(folder), to_add)
     model, info = model_class(config).from_pretrained(
@@ -73,8 +76,8 @@ def load_base(folder: Path, dtype: torch.dtype, to_add: Parts = NO_PARTS) -> Hig
 
 
 def empty_model(config: HiggsAudioV2Config, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGeneration:
-    """A frozen model with its text head whose weights have shapes, but neither values nor memory."""
-    config = copy.deepcopy(config)  # the model keeps it, and the next line would be seen by whoever reads the dtype
+    """Build a frozen model with its text head whose weights have shapes, but neither values nor memory."""
+    config = copy.deepcopy(config)  # the model keeps the object, and the caller must not see the new dtype
     config.dtype = dtype
     with init_empty_weights(include_buffers=True):
         model = model_class(config)(config, use_text_head=True)
@@ -84,18 +87,20 @@ def empty_model(config: HiggsAudioV2Config, dtype: torch.dtype) -> HiggsAudioV2F
 def load_base_in_4bit(
     folder: Path, dtype: torch.dtype, quantize_on: torch.device, keep_on: torch.device, to_add: Parts = NO_PARTS
 ) -> tuple[HiggsAudioV2ForConditionalGeneration, BaseQuantization]:
-    """Load a base with its decoder's linear layers in NF4 and all else in `dtype`, one tensor at a time, frozen.
+    """Load a frozen base, tensor by tensor: its decoder's linear layers in NF4, everything else in `dtype`.
 
-    transformers' own loader keeps every file that it has read mapped until the end: for a base of 2.1 GiB its process
-    peaked at 2.58 GiB, and at 1.15 GiB with this one.
+    transformers' own loader keeps every file that it has read mapped until it returns: for a base of 2.1 GiB the
+    process peaked at 2.58 GiB with that loader, and at 1.15 GiB with this one.
 
     Args:
-        quantize_on: where weights are quantized; keep_on: where they stay.
-        to_add: parts that are added later, as by `load_base`.
+        quantize_on: device on which weights are quantized.
+        keep_on: device on which they are kept.
+        to_add: parts that are added later, as in `load_base`.
 
-    Raises InputError where the files and the configuration do not agree.
+    Raises:
+        InputError: the files do not match the configuration.
     """
-    places = {name: path for name, path in weight_locations(folder).items() if name not in DUPLICATE_HEADS}
+    paths = {name: path for name, path in weight_locations(folder).items() if name not in DUPLICATE_HEADS}
     config = ready_for_parts(read_config(folder), to_add)
     config.dtype = dtype
     with init_empty_weights():
@@ -104,7 +109,7 @@ def load_base_in_4bit(
     _check_shapes(folder, expected, weight_shapes(weight_files(folder)))
     nf4.replace_linears(model, dtype)
     quantized = {}
-    for name, path in places.items():
+    for name, path in paths.items():
         layer, _, leaf = name.rpartition(".")
         tensor = read_tensor(path, name)
         if nf4.is_quantized_weight(name):
@@ -135,15 +140,15 @@ def _check_shapes(folder: Path, expected: dict[str, tuple[int, ...]], found: dic
 def load_for_generation(
     folder: Path, quantization: BaseQuantization | None, device: torch.device, to_add: Parts = NO_PARTS
 ) -> HiggsAudioV2ForConditionalGeneration:
-    """Load a model as its users do, in the dtype of its files; or in 4 bits, for an adapter trained on such a base.
+    """Load a model in the dtype of its files, as its users do, or in 4 bits for an adapter trained on such a base.
 
     Args:
-        to_add: parts that are added later, as by `load_base`.
+        to_add: parts that are added later, as in `load_base`.
     """
     if quantization is not None:
         model, _ = load_base_in_4bit(folder, quantization.dtype, device, device, to_add)
         if (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-        return model.to(device)  # its buffers, too
+        return model.to(device)  # moves the buffers, too
     config = ready_for_parts(read_config(folder), to_add)
     return model_class(config).from_pretrained(folder, config=config, dtype="auto", use_safetensors=True).to(device)

@@ -1,4 +1,4 @@
-"""LoRA by PEFT: targets found in the model, not assumed; reported; refused where some layer lacks one."""
+"""LoRA by PEFT. Targets are discovered in the model and reported; one that is missing in some layers is an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.model.parts import NO_PARTS, TOWER_MODULES, Parts
 from higgs_ds.options.train import LoraOptions
 
-# Which part of a decoder layer belongs to which group of targets. `audio_attn` exists in some of the family.
+# Group of targets that each module of a decoder layer belongs to. Only some models of the family have `audio_attn`.
 GROUP_OF_MODULE = {
     "self_attn": "attention",
     "audio_attn": "attention",
@@ -25,18 +25,20 @@ GROUP_OF_MODULE = {
 _LAYER_LINEAR = re.compile(r"^model\.layers\.(\d+)\.((\w+)\.\w+)$")
 
 
-def discover_targets(model: nn.Module, groups: Sequence[str], left_out: Parts = NO_PARTS) -> list[str]:
-    """Names, from the layer on (`audio_mlp.up_proj`), of the decoder's linear layers in the given groups.
+def discover_targets(model: nn.Module, groups: Sequence[str], excluded: Parts = NO_PARTS) -> list[str]:
+    """Return the names, relative to the layer (`audio_mlp.up_proj`), of the decoder's linear layers in `groups`.
 
-    `audio_mlp.up_proj` and `mlp.up_proj` are told apart: PEFT matches a name only behind a dot.
-    Raises InputError: a group has no module, or a module is missing in some layers.
+    `mlp.up_proj` does not match `audio_mlp.up_proj`: PEFT matches a suffix only after a dot.
+
+    Raises:
+        InputError: a group has no module, or a module is missing in some layers.
     """
     found: Counter[str] = Counter()
     layers = set()
     present = set()
     for name, module in model.named_modules():
         match = _LAYER_LINEAR.match(name)
-        if match is None or not isinstance(module, nn.Linear) or left_out.has(name):
+        if match is None or not isinstance(module, nn.Linear) or excluded.has(name):
             continue
         layers.add(match[1])
         group = GROUP_OF_MODULE.get(match[3])
@@ -57,31 +59,31 @@ def discover_targets(model: nn.Module, groups: Sequence[str], left_out: Parts = 
 
 
 def check_biases(config: PreTrainedConfig, options: LoraOptions) -> None:
-    """Raise InputError where adapters are to have biases and their layers have none that these could be merged into."""
-    without = [
+    """Raise InputError if adapters are to have biases, but the layers have no bias to merge them into."""
+    groups_without_bias = [
         group
         for group in options.lora_targets
         if not (config.attention_bias if group == "attention" else config.mlp_bias)
     ]
-    if options.lora_bias and without:
+    if options.lora_bias and groups_without_bias:
         raise InputError(
-            f"--lora_bias: the base's layers in {', '.join(without)} have no bias, so that such an adapter could not "
-            "be merged into them; leave it out"
+            f"--lora_bias: the base's layers in {', '.join(groups_without_bias)} have no bias, so the adapter's biases "
+            "could not be merged; omit this option"
         )
 
 
 def add_lora(
     model: nn.Module, options: LoraOptions, base_name: str, dtype: torch.dtype, full_parts: Parts = NO_PARTS
 ) -> PeftModel:
-    """Wrap a frozen model with adapters of `dtype`. The second factor starts at 0: nothing changes at first.
+    """Wrap a frozen model with adapters of `dtype`. Their second factor starts at 0, so the outputs do not change.
 
-    Optional parts that are trained `full_parts` get no adapters; their own parameters are unfrozen.
+    The modules of `full_parts` get no adapters; their own parameters are unfrozen.
 
-    No task type is given: PEFT would pass `labels` into a forward of another meaning. The adapters are not upcast
-    (PEFT's default): the engine keeps float32 master weights of them.
+    No task type is given, because PEFT would then pass `labels` to a forward that has none. The adapters are not upcast
+    to float32 (PEFT's default), because the engine keeps float32 master weights for them.
     """
-    # A tower has layers of the same names as the decoder's.
-    has_tower = any(in_tower in name.split(".") for name, _ in model.named_modules() for in_tower in TOWER_MODULES)
+    # Layers of the tower have the same names as those of the decoder.
+    has_tower = any(module in name.split(".") for name, _ in model.named_modules() for module in TOWER_MODULES)
     config = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
@@ -98,16 +100,16 @@ def add_lora(
         if full_parts.has(name):
             parameter.requires_grad_()
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)  # PEFT takes float32 beside 4-bit weights
-    config.base_model_name_or_path = base_name  # PEFT takes the folder, which for a hub id is this machine's own
+            parameter.data = parameter.data.to(dtype)  # PEFT uses float32 next to 4-bit weights
+    config.base_model_name_or_path = base_name  # PEFT records the folder, for a hub id a local path
     return adapted
 
 
 def describe(model: PeftModel, base_parameters: int, full_parts: Parts = NO_PARTS) -> str:
-    """One line on what is trained: modules, parameters, share of these and the base's."""
+    """Describe what is trained, in one line: adapted modules, trained parameters and their share of all parameters."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    whole = trained + base_parameters
+    total = trained + base_parameters
     modules = sum(1 for name, _ in model.named_modules() if name.endswith(".lora_A.default"))
     targets = ", ".join(sorted(model.peft_config["default"].target_modules))
-    full = f"; in full: {full_parts}" if full_parts else ""
-    return f"LoRA on {modules} modules, {trained:,} of {whole:,} parameters ({trained / whole:.2%}): {targets}{full}"
+    full = f"; fully fine-tuned: {full_parts}" if full_parts else ""
+    return f"LoRA on {modules} modules, {trained:,} of {total:,} parameters ({trained / total:.2%}): {targets}{full}"

@@ -1,4 +1,4 @@
-"""From sums of cross-entropies to one loss: sum, count, add up over micro-batches and ranks, divide once."""
+"""Combine sums of cross-entropies into one loss: sum and count over micro-batches and ranks, then divide once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IGNORE_INDEX = -100  # the ignore_index of torch's cross entropy
 
 @dataclass(frozen=True)
 class LossWeights:
-    """What each part weighs in the total; the codebooks' weights sum to 1."""
+    """Weight of each part in the total loss. The weights of the codebooks sum to 1."""
 
     text: float
     audio: float
@@ -20,18 +20,18 @@ class LossWeights:
 
     @classmethod
     def of(cls, text: float, audio: float, num_codebooks: int, codebooks: Sequence[float] | None) -> LossWeights:
-        """All codebooks alike (1/8 each, as in the original model) unless weights are given."""
+        """Normalize the codebooks' weights. Without weights, all are equal (1/8 each, as in the original model)."""
         raw = codebooks or [1.0] * num_codebooks
         return cls(text, audio, tuple(weight / sum(raw) for weight in raw))
 
     def tensor(self) -> torch.Tensor:
-        """Float64 (1 + C,), text, then each codebook."""
+        """Return the weights as float64 (1 + C,): text, then each codebook."""
         return torch.tensor([self.text, *(self.audio * weight for weight in self.codebooks)], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Means over all targets that were counted; nan where there were none."""
+    """Mean losses over all counted targets; nan for a part without targets."""
 
     total: float
     text: float
@@ -44,11 +44,12 @@ class Losses:
 
 
 def accuracies(hits: torch.Tensor, counts: torch.Tensor, prefix: str) -> dict[str, float]:
-    """Shares of targets that were the likeliest; none of a part without targets.
+    """Return the accuracies: shares of targets that had the highest logit. A part without targets is left out.
 
     Args:
-        hits: (1 + C + 2,), of text, of each codebook, of the codes that end a stream, and how many of these there were.
-        counts: (1 + C,), targets of text and of each codebook.
+        hits: (1 + C + 2,), correct predictions of text, of each codebook and of the codes that end a stream, and the
+            number of targets that end a stream.
+        counts: (1 + C,), number of targets of text and of each codebook.
     """
     hits, counts = hits.double().cpu(), counts.double().cpu()
     shares = {
@@ -60,7 +61,7 @@ def accuracies(hits: torch.Tensor, counts: torch.Tensor, prefix: str) -> dict[st
 
 
 def mean_losses(sums: torch.Tensor, counts: torch.Tensor, weights: LossWeights) -> Losses:
-    """Divide sums (1 + C,) by counts (1 + C,), and weigh them into a total; a part without targets adds nothing."""
+    """Divide sums (1 + C,) by counts (1 + C,) and weight them into a total; a part without targets adds nothing."""
     means = sums.double().cpu() / counts.cpu()
     total = (weights.tensor() * means).nansum()
     codebooks = torch.tensor(weights.codebooks, dtype=torch.float64)
@@ -68,17 +69,18 @@ def mean_losses(sums: torch.Tensor, counts: torch.Tensor, weights: LossWeights) 
 
 
 def target_weights(counts: torch.Tensor, weights: LossWeights) -> torch.Tensor:
-    """What one target of each part weighs in the loss of a whole window with `counts` (1 + C,) targets; float32."""
+    """Return the loss weight of one target of each part, float32 (1 + C,), for a window with `counts` targets."""
     return (weights.tensor().to(counts.device) / counts.clamp(min=1)).float()
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step was made from, and whether it was taken.
+    """The losses of an optimizer step, and whether it was applied.
 
-    sums: this rank's loss sums of each micro-batch, float32 (M, 1 + C); counts: targets of all ranks, float64 (1 + C,).
-    hits: of this rank's targets, how many were the likeliest, as the model tells it, float32 (1 + C + 2,).
-    taken: False where a loss or a gradient of any rank was not finite. Nothing but the schedule has moved then.
+    sums: this rank's loss sums of each micro-batch, float32 (M, 1 + C).
+    counts: number of targets on all ranks, float64 (1 + C,).
+    hits: this rank's correct predictions, as `DualLossModel` returns them, float32 (1 + C + 2,).
+    applied: False if a loss or a gradient of any rank was not finite. Then only the schedule has advanced.
     """
 
     sums: torch.Tensor

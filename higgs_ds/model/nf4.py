@@ -1,7 +1,7 @@
 """A 4-bit base: NF4 with double quantization (Dettmers et al. 2023, arXiv 2305.14314), by bitsandbytes.
 
-Only the decoder's linear layers are quantized. The heads and the embeddings stay as they are: they are what the loss
-and the codes are read from.
+Only the decoder's linear layers are quantized. The heads and the embeddings are not, because the loss and the codes
+are computed from them directly.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _DECODER_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp|audio_mlp)\.\w
 
 @dataclass(frozen=True)
 class BaseQuantization:
-    """How a base was quantized, kept with each adapter that was trained on it.
+    """How a base was quantized. Stored with each adapter that was trained on it.
 
-    `digests` holds 64 bits of each quantized weight's SHA-256, by its name in the base.
+    digests: 64 bits of the SHA-256 of each quantized weight, by its name in the base.
     """
 
     compute_dtype: str
@@ -41,7 +41,7 @@ class BaseQuantization:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the quantized weights were multiplied in."""
+        """The dtype that the quantized weights were multiplied in."""
         return getattr(torch, self.compute_dtype)
 
     def to_json(self) -> str:
@@ -49,20 +49,20 @@ class BaseQuantization:
 
     @classmethod
     def from_json(cls, text: str) -> BaseQuantization:
-        """Raises ValueError, TypeError: it was written by another version, in another form."""
+        """Read a record. Raises ValueError or TypeError if another version wrote it in another form."""
         record = cls(**json.loads(text))
         if (record.quant_type, record.block_size, record.double_quant) != (QUANT_TYPE, BLOCK_SIZE, True):
-            raise ValueError(f"{record.quant_type} in blocks of {record.block_size} is not known here")
+            raise ValueError(f"{record.quant_type} in blocks of {record.block_size} is not supported")
         return record
 
 
 def is_quantized_weight(name: str) -> bool:
-    """Whether a base's tensor of this name is held in 4 bits."""
+    """Return whether the base's tensor of this name is kept in 4 bits."""
     return _DECODER_LINEAR.match(name) is not None
 
 
 def quantize(weight: torch.Tensor, compute_dtype: torch.dtype) -> Params4bit:
-    """A weight (out, in) in 4 bits, on its device; forward and backward, it is dequantized to `compute_dtype`."""
+    """Quantize a weight (out, in) on its device. Forward and backward passes dequantize it to `compute_dtype`."""
     packed, state = quantize_4bit(
         weight.to(compute_dtype).contiguous(),
         blocksize=BLOCK_SIZE,
@@ -83,24 +83,24 @@ def quantize(weight: torch.Tensor, compute_dtype: torch.dtype) -> Params4bit:
 
 
 class NF4Linear(Linear4bit):
-    """A 4-bit layer that asks for its weight anew in the backward pass.
+    """A 4-bit layer that reads its weight from the module again in the backward pass.
 
-    bitsandbytes' own keeps hold of what it has multiplied by, which under ZeRO-3 is the whole weight that the ranks
-    have gathered: after a forward pass, each would have all of them.
+    bitsandbytes' own layer keeps a reference to the weight of the forward pass. Under ZeRO-3 this is the gathered
+    weight, so that after a forward pass each rank would hold all weights.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = _Multiply.apply(x, self)
+        y = _FourBitMatmul.apply(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-class _Multiply(torch.autograd.Function):
-    """x W^T, for x (..., in), by a frozen 4-bit weight (out, in)."""
+class _FourBitMatmul(torch.autograd.Function):
+    """x W^T, for x (..., in) and a frozen 4-bit weight W (out, in)."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: NF4Linear) -> torch.Tensor:
         ctx.layer = layer
-        assert layer.quant_state is not None  # `fill` has given it
+        assert layer.quant_state is not None  # set by `fill`
         return matmul_4bit(x, layer.weight, quant_state=layer.quant_state)
 
     @staticmethod
@@ -109,7 +109,7 @@ class _Multiply(torch.autograd.Function):
 
 
 def replace_linears(model: nn.Module, compute_dtype: torch.dtype) -> None:
-    """Put an empty 4-bit layer in place of each of the decoder's linear layers, to be filled with `quantize`."""
+    """Replace each linear layer of the decoder by an empty 4-bit layer. `fill` sets their weights."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_quantized_weight(f"{name}.weight"):
             layer = NF4Linear(
@@ -121,23 +121,23 @@ def replace_linears(model: nn.Module, compute_dtype: torch.dtype) -> None:
                 device="meta",
             )
             model.set_submodule(name, layer)
-    setattr(model, "is_loaded_in_4bit", True)  # noqa: B010 - what PEFT looks at; the class does not declare it
+    setattr(model, "is_loaded_in_4bit", True)  # noqa: B010 - read by PEFT; the class does not declare it
 
 
 def fill(layer: NF4Linear, weight: Params4bit) -> None:
-    """Give a layer of `replace_linears` its weight."""
+    """Set the weight of a layer from `replace_linears`."""
     layer.weight = weight
     layer.quant_state = weight.quant_state
     weight.module = layer
 
 
 def dequantize(weight: Params4bit) -> torch.Tensor:
-    """A weight (out, in) as the forward pass multiplies it, in the dtype that it was quantized for."""
+    """Dequantize a weight (out, in) as the forward pass does, to the compute dtype that it was quantized for."""
     return dequantize_4bit(weight.data, weight.quant_state)
 
 
 def digest(weight: Params4bit) -> str:
-    """64 bits, in hexadecimal, of the SHA-256 over everything that `dequantize` works from."""
+    """Return 64 bits, in hexadecimal, of the SHA-256 of all inputs of `dequantize`."""
     state: QuantState = weight.quant_state
     hashed = hashlib.sha256()
     for part in (weight.data, state.absmax, state.state2.absmax, state.offset):
@@ -146,7 +146,7 @@ def digest(weight: Params4bit) -> str:
 
 
 def describe(weights: dict[str, Params4bit], compute_dtype: torch.dtype) -> BaseQuantization:
-    """The record of a quantized base, before anything has moved or parted its weights."""
+    """Return the record of a quantized base. Call it before the weights are moved or partitioned."""
     device = next(iter(weights.values())).device
     return BaseQuantization(
         compute_dtype=str(compute_dtype).removeprefix("torch."),
@@ -157,7 +157,7 @@ def describe(weights: dict[str, Params4bit], compute_dtype: torch.dtype) -> Base
 
 
 def move_statistics(model: nn.Module, device: torch.device) -> None:
-    """Bring the scales of quantized weights to a device; they are no parameters, and nothing else moves them."""
+    """Move the scales of quantized weights to a device. They are not parameters, so nothing else moves them."""
     for module in model.modules():
         if isinstance(module, NF4Linear) and module.quant_state is not None:
             module.quant_state.to(device)

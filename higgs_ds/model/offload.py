@@ -1,4 +1,4 @@
-"""What a model keeps in host memory while it trains: embeddings, and the inputs of recomputed layers."""
+"""Offload to host memory during training: embeddings, and the inputs of recomputed layers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class HostModule(nn.Module):
-    """A module without gradients that stays in host memory, and takes and gives tensors of any device.
+    """A module without gradients that stays in host memory; its inputs and outputs may be on any device.
 
-    It is no submodule: nothing that walks the model moves, parts or saves its weights.
+    The wrapped module is not registered as a submodule, so that nothing that iterates over the model moves, partitions
+    or saves its weights.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -22,10 +23,10 @@ class HostModule(nn.Module):
 
 
 def save_on_host() -> saved_tensors_hooks:
-    """While the block runs, what autograd keeps for the backward pass goes to host memory, and comes back on demand.
+    """Within the block, keep the tensors that autograd saves for the backward pass in host memory.
 
-    Around a recomputed layer this is its input alone: what it saves within, activation checkpointing takes first. The
-    copies run in order with the computation on the same stream; the host waits for none of them.
+    Around a recomputed layer this is only its input: activation checkpointing intercepts everything saved inside. The
+    copies run in order with the computation on the same stream, and the host does not wait for them.
     """
     return saved_tensors_hooks(_to_host, _from_host)
 
@@ -35,6 +36,6 @@ def _to_host(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
     return tensor.device, on_host.copy_(tensor, non_blocking=True)
 
 
-def _from_host(kept: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
-    device, on_host = kept
+def _from_host(saved: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+    device, on_host = saved
     return on_host.to(device, non_blocking=True)

@@ -22,11 +22,11 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.common.tensor_files import read_tensor, weight_locations
 from higgs_ds.model.parts import ExtendedConfig, Parts, parts_of, with_parts
 
-_ENCODER_PREFIXES = ("model.encoder.", "encoder.")  # of a Whisper checkpoint, with and without its text head
+_ENCODER_PREFIXES = ("model.encoder.", "encoder.")  # in a Whisper checkpoint, with and without its text head
 
 
 class AudioTower(nn.Module):
-    """Whisper's encoder (Radford et al. 2022, arXiv 2212.04356), whose outputs are averaged in pairs: 25 a second."""
+    """Whisper's encoder (Radford et al. 2022, arXiv 2212.04356). Its outputs are averaged in pairs: 25 per second."""
 
     def __init__(self, config: WhisperConfig) -> None:
         super().__init__()
@@ -38,14 +38,14 @@ class AudioTower(nn.Module):
         self.layer_norm = nn.LayerNorm(config.d_model)
 
     def forward(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Outputs (N, T / 4, d_model) of mel features (N, bins, T), of which `lengths` (N,) are of the clip."""
+        """Encode mel features (N, bins, T), with `lengths` (N,) frames of the clip each, to (N, T / 4, d_model)."""
         x = F.gelu(self.conv1(features.to(self.conv1.weight.dtype)))
         x = F.gelu(self.conv2(x)).transpose(1, 2)
-        at = torch.arange(x.shape[1], device=x.device)
-        x = x + self.embed_positions(at)
-        mask = (at < (lengths[:, None] + 1) // 2)[:, None, None]
+        positions = torch.arange(x.shape[1], device=x.device)
+        x = x + self.embed_positions(positions)
+        mask = (positions < (lengths[:, None] + 1) // 2)[:, None, None]
         if self.config._attn_implementation == "eager":
-            # There the original adds its mask of booleans to the scores, as numbers; elsewhere it is a mask.
+            # In eager mode the original adds its boolean mask to the scores as 0 and 1; in other modes it masks.
             mask = mask.to(x.dtype)
         for layer in self.layers:
             x = layer(x, mask)
@@ -53,7 +53,7 @@ class AudioTower(nn.Module):
 
 
 class FeatureProjector(nn.Module):
-    """From the tower's width to the model's."""
+    """A projection from the tower's width to the model's."""
 
     def __init__(self, tower_width: int, width: int) -> None:
         super().__init__()
@@ -64,13 +64,13 @@ class FeatureProjector(nn.Module):
 
 
 class AudioAttentionLayer(HiggsAudioV2DecoderLayer):
-    """A decoder layer whose audio positions attend to each other before all attend to all."""
+    """A decoder layer in which audio positions attend to each other before the attention over all positions."""
 
     audio_attn: HiggsAudioV2Attention
     audio_post_audio_attn_layer_norm: HiggsAudioV2RMSNorm
 
     def add_parts(self, config: HiggsAudioV2Config, index: int) -> None:
-        """Make the modules that a native layer lacks."""
+        """Create the modules that a native layer does not have."""
         self.audio_attn = HiggsAudioV2Attention(config, index)
         self.audio_post_audio_attn_layer_norm = HiggsAudioV2RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -83,9 +83,9 @@ class AudioAttentionLayer(HiggsAudioV2DecoderLayer):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """transformers' forward of a layer, for a single sequence (1, T, H), as generation calls it."""
+        """The forward of transformers' layer for a single sequence (1, T, H), as generation calls it."""
         if len(hidden_states) != 1:
-            raise NotImplementedError("audio self-attention generates for one sequence at a time")
+            raise NotImplementedError("audio self-attention can generate only one sequence at a time")
         is_audio = audio_token_mask
         if is_audio is None:
             is_audio = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
@@ -93,7 +93,7 @@ class AudioAttentionLayer(HiggsAudioV2DecoderLayer):
         normed = hidden_states.clone()
         normed[~is_audio] = self.input_layernorm(hidden_states[~is_audio])
         if audio.shape[1]:
-            # Keys and values of audio positions have a cache of their own, as they are fewer.
+            # Keys and values of audio positions have their own cache, because there are fewer of them.
             cache = None if past_key_values is None else vars(past_key_values).setdefault("of_audio", DynamicCache())
             rotations = [rotation[is_audio][None] for rotation in position_embeddings]
             attended, _ = self.audio_attn(
@@ -115,19 +115,19 @@ class AudioAttentionLayer(HiggsAudioV2DecoderLayer):
 
 
 class ModelWithTower(HiggsAudioV2Model):
-    """A model with a tower."""
+    """A model with a Whisper tower."""
 
     audio_tower: AudioTower
     audio_encoder_proj: FeatureProjector
 
     def add_parts(self, config: ExtendedConfig) -> None:
-        """Make the modules that a native model lacks."""
+        """Create the modules that a native model does not have."""
         assert config.audio_tower is not None
         self.audio_tower = AudioTower(WhisperConfig(**config.audio_tower, attn_implementation="sdpa"))
         self.audio_encoder_proj = FeatureProjector(config.audio_tower["d_model"], config.hidden_size)
 
     def encode_features(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Embeddings (N, T / 4, H) of mel features (N, bins, T), of which `lengths` (N,) are of the clip."""
+        """Embed mel features (N, bins, T), with `lengths` (N,) frames of the clip each, as (N, T / 4, H)."""
         return self.audio_encoder_proj(self.audio_tower(features, lengths))
 
     def forward(
@@ -137,7 +137,7 @@ class ModelWithTower(HiggsAudioV2Model):
         feature_lengths: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' forward; mel features (N, bins, T) of N clips fill the places of `<|AUDIO|>` in input_ids."""
+        """transformers' forward, with the `<|AUDIO|>` positions of input_ids filled from mel features (N, bins, T)."""
         if input_ids is None or audio_features is None or feature_lengths is None:
             return super().forward(input_ids=input_ids, **kwargs)
         heard = self.encode_features(audio_features, feature_lengths)
@@ -151,7 +151,7 @@ class ModelWithTower(HiggsAudioV2Model):
 
 
 class ExtendedModel(HiggsAudioV2ForConditionalGeneration):
-    """Higgs Audio v2 with the optional parts that its configuration names."""
+    """Higgs Audio v2 with the optional parts of its configuration."""
 
     config: ExtendedConfig
     config_class = ExtendedConfig
@@ -172,58 +172,61 @@ class ExtendedModel(HiggsAudioV2ForConditionalGeneration):
 
     @torch.no_grad()
     def make_parts(self, added: Parts) -> None:
-        """Add parts that the base lacks, in the dtype and on the device of its norms, without values."""
+        """Add parts that the base does not have, uninitialized, in the dtype and on the device of its norms."""
         extended = with_parts(self.config, added)
         for name in ("audio_self_attention", "audio_tower", "audio_in_token_id"):
             setattr(self.config, name, getattr(extended, name))  # all modules share this one configuration
         with init_empty_weights():
             self._make_modules(added)
-        like = self.model.norm.weight
+        norm_weight = self.model.norm.weight
         for module in self.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.is_meta:
-                    empty = torch.empty(parameter.shape, dtype=like.dtype, device=like.device)
+                    empty = torch.empty(parameter.shape, dtype=norm_weight.dtype, device=norm_weight.device)
                     setattr(module, name, nn.Parameter(empty, requires_grad=False))
 
     @torch.no_grad()
     def add_parts(self, added: Parts, whisper_folder: Path | None) -> None:
-        """Add parts that the base lacks, as the identity: what they add to the model is multiplied by zero at first.
+        """Add parts that the base does not have, as the identity: their output projections start at zero.
 
-        The other weights of self-attention are drawn from torch's generator; the tower's are those of a Whisper model.
+        The other weights of self-attention are drawn from torch's generator; the tower's come from a Whisper model.
 
-        Raises InputError where that model's files do not hold them.
+        Raises:
+            InputError: weights of the encoder are missing in the Whisper model's files.
         """
         self.make_parts(added)
         if added.audio_self_attention:
             for layer in self.model.layers:
-                _start_attention(layer, self.config.initializer_range)
+                _init_attention(layer, self.config.initializer_range)
         if added.audio_tower is not None:
             assert whisper_folder is not None
-            _read_encoder(self.model.audio_tower, whisper_folder)
+            _load_encoder(self.model.audio_tower, whisper_folder)
             for parameter in self.model.audio_encoder_proj.parameters():
                 parameter.zero_()
 
 
 def model_class(config: HiggsAudioV2Config) -> type[HiggsAudioV2ForConditionalGeneration]:
-    """What a configuration's model is built as."""
+    """Return the class of a configuration's model."""
     return ExtendedModel if isinstance(config, ExtendedConfig) else HiggsAudioV2ForConditionalGeneration
 
 
-def _start_attention(layer: AudioAttentionLayer, std: float) -> None:
+def _init_attention(layer: AudioAttentionLayer, std: float) -> None:
     for name, parameter in layer.audio_attn.named_parameters():
         if name.endswith(("bias", "o_proj.weight")):
             parameter.zero_()
         else:
-            # Drawn on the CPU: the same on every kind of device.
+            # Drawn on the CPU, so that the values are the same on every kind of device.
             parameter.copy_(torch.empty(parameter.shape).normal_(std=std))
     layer.audio_post_audio_attn_layer_norm.weight.copy_(layer.audio_input_layernorm.weight)
 
 
-def _read_encoder(tower: AudioTower, whisper_folder: Path) -> None:
-    places = weight_locations(whisper_folder)
-    prefix = next((prefix for prefix in _ENCODER_PREFIXES if any(name.startswith(prefix) for name in places)), "")
-    missing = [name for name, _ in tower.named_parameters() if prefix + name not in places]
+def _load_encoder(tower: AudioTower, whisper_folder: Path) -> None:
+    paths = weight_locations(whisper_folder)
+    prefix = next((prefix for prefix in _ENCODER_PREFIXES if any(name.startswith(prefix) for name in paths)), "")
+    missing = [name for name, _ in tower.named_parameters() if prefix + name not in paths]
     if missing:
-        raise InputError(f"--whisper_ckpt {whisper_folder}: lacks {len(missing)} weights of an encoder: {missing[0]}")
+        raise InputError(
+            f"--whisper_ckpt {whisper_folder}: {len(missing)} encoder weights are missing, for example {missing[0]}"
+        )
     for name, parameter in tower.named_parameters():
-        parameter.copy_(read_tensor(places[prefix + name], prefix + name))
+        parameter.copy_(read_tensor(paths[prefix + name], prefix + name))

@@ -1,8 +1,8 @@
-"""Optional parts of the model, as subclasses beside transformers' native one: audio self-attention, a Whisper tower.
+"""Optional parts of the model, added by subclasses of transformers' model: audio self-attention and a Whisper tower.
 
-Both are the original's (boson_multimodal), which the released base goes without. Audio self-attention: in each layer,
-audio positions first attend to those before them alone. The tower: Whisper's encoder hears clips of system and user
-turns, and what it makes of them stands in front of their codes, as text does.
+Both come from the original model (boson_multimodal); the released base has neither. Audio self-attention: in each
+layer, audio positions first attend only to earlier audio positions. Whisper tower: Whisper's encoder encodes the clips
+of system and user turns, and its outputs take text positions before the codes of these clips.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.model.layouts import TOWER_GEOMETRY
 from higgs_ds.options.train import ModelOptions
 
-# The modules of each part, by the end of their names.
+# Last components of the module names of each part.
 ATTENTION_MODULES = ("audio_attn", "audio_post_audio_attn_layer_norm")
 TOWER_MODULES = ("audio_tower", "audio_encoder_proj")
 
@@ -29,8 +29,9 @@ TOWER_MODULES = ("audio_tower", "audio_encoder_proj")
 class ExtendedConfig(HiggsAudioV2Config):
     """A native configuration with optional parts.
 
-    audio_self_attention: whether layers attend among audio positions; audio_tower: geometry of Whisper's encoder;
-    audio_in_token_id: the text token at whose places its features stand.
+    audio_self_attention: whether the layers have attention among audio positions.
+    audio_tower: geometry of Whisper's encoder.
+    audio_in_token_id: the text token whose embeddings are replaced by the tower's outputs.
     """
 
     model_type = "higgs_audio_v2_extended"
@@ -40,12 +41,12 @@ class ExtendedConfig(HiggsAudioV2Config):
     audio_in_token_id: int | None = None
 
 
-AutoConfig.register(ExtendedConfig.model_type, ExtendedConfig)  # which AutoTokenizer asks
+AutoConfig.register(ExtendedConfig.model_type, ExtendedConfig)  # AutoTokenizer looks it up
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Which optional parts a model has, or which of them are trained in full."""
+    """The optional parts that a model has, or those of them that are fully trained."""
 
     audio_self_attention: bool = False
     audio_tower: dict[str, Any] | None = None
@@ -58,29 +59,29 @@ class Parts:
 
     @property
     def modules(self) -> list[str]:
-        """The ends of the names of their modules."""
+        """Last components of the names of the parts' modules."""
         attention = ATTENTION_MODULES if self.audio_self_attention else ()
         return sorted([*attention, *(TOWER_MODULES if self.audio_tower is not None else ())])
 
     def has(self, name: str) -> bool:
-        """Whether a parameter belongs to one of them."""
+        """Return whether a parameter belongs to one of the parts."""
         return not set(self.modules).isdisjoint(name.split("."))
 
     def without(self, others: Parts) -> Parts:
-        """Those that are not among the others."""
+        """Return the parts that are not in `others`."""
         tower = self.audio_tower if others.audio_tower is None else None
         return Parts(self.audio_self_attention and not others.audio_self_attention, tower)
 
     def __str__(self) -> str:
         names = {"audio self-attention": self.audio_self_attention, "Whisper tower": self.audio_tower is not None}
-        return ", ".join(name for name, is_there in names.items() if is_there) or "none"
+        return ", ".join(name for name, is_present in names.items() if is_present) or "none"
 
     def to_json(self) -> str:
         return json.dumps(self.__dict__, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Parts:
-        """Raises ValueError, TypeError: another version has written it."""
+        """Read `to_json`. Raises ValueError or TypeError if another version wrote it."""
         return cls(**json.loads(text))
 
 
@@ -88,25 +89,25 @@ NO_PARTS = Parts()
 
 
 def config_of(values: dict[str, Any]) -> HiggsAudioV2Config:
-    """A configuration from the values of a native config.json, of the class that they are of."""
+    """Return the configuration, of the class it needs, from the values of a native config.json."""
     is_extended = values.get("model_type") == ExtendedConfig.model_type
     return (ExtendedConfig if is_extended else HiggsAudioV2Config).from_dict(values)
 
 
 def parts_of(config: HiggsAudioV2Config) -> Parts:
-    """The optional parts of a model."""
+    """Return the optional parts of a model."""
     if not isinstance(config, ExtendedConfig):
         return Parts()
     return Parts(config.audio_self_attention, config.audio_tower)
 
 
 def with_parts(config: HiggsAudioV2Config, added: Parts) -> HiggsAudioV2Config:
-    """A configuration with further parts; the same one where there are none to add."""
+    """Return a configuration with `added` parts, or the same object if there are none."""
     return _extended(config, added) if added else config
 
 
 def ready_for_parts(config: HiggsAudioV2Config, added: Parts) -> HiggsAudioV2Config:
-    """A configuration with the parts that it has, of a class that can take those to be added."""
+    """Return a configuration with its present parts, of a class that the `added` parts can be added to later."""
     return _extended(config, Parts()) if added else config
 
 
@@ -114,13 +115,13 @@ def _extended(config: HiggsAudioV2Config, added: Parts) -> HiggsAudioV2Config:
     values = config.to_dict() | {"model_type": ExtendedConfig.model_type}
     values["audio_self_attention"] = added.audio_self_attention or values.get("audio_self_attention", False)
     values["audio_tower"] = added.audio_tower or values.get("audio_tower")
-    # In all models of the family it stands in front of the token of the model's own audio.
+    # In all models of the family, it is the id before that of the token for generated audio.
     values["audio_in_token_id"] = values.get("audio_in_token_id") or config.audio_token_id - 1
     return config_of(values)
 
 
 def tower_geometry(whisper_folder: Path) -> dict[str, Any]:
-    """The geometry of a Whisper model's encoder. Raises InputError, naming --whisper_ckpt, for any other folder."""
+    """Read the geometry of a Whisper model's encoder. Raises InputError, naming --whisper_ckpt, for other folders."""
     path = whisper_folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if config.get("model_type") != "whisper":
@@ -135,10 +136,10 @@ def tower_geometry(whisper_folder: Path) -> dict[str, Any]:
 def parts_to_add(
     options: ModelOptions, config: HiggsAudioV2Config, find_whisper: Callable[[str, str], Path]
 ) -> tuple[Parts, Path | None]:
-    """The parts that options ask for and a base lacks, and the folder of the Whisper model a tower is made from.
+    """Return the parts that are requested but missing in a base, and the folder of the Whisper model for a tower.
 
     Args:
-        find_whisper: gives the folder of a name, and says in its errors which option asked.
+        find_whisper: returns the folder of a model name; its second argument is the option named in errors.
     """
     has, folder, tower = parts_of(config), None, None
     if options.whisper_conditioning and has.audio_tower is None:
@@ -148,5 +149,5 @@ def parts_to_add(
 
 
 def fully_trained_parts(options: ModelOptions, config: HiggsAudioV2Config) -> Parts:
-    """The optional parts of a model that are trained in full."""
+    """Return the optional parts of a model that are fully trained."""
     return Parts(options.audio_self_attention, parts_of(config).audio_tower if options.whisper_conditioning else None)

@@ -1,7 +1,7 @@
-"""The decoder's layers on text and audio that each lie in one piece, and heads that know their loss.
+"""Decoder layers for batches in which text and audio are each contiguous, and heads that compute their loss.
 
-transformers' layer finds text and audio by a mask, in each layer anew, and each time a GPU has to wait for the answer.
-Here a batch comes in an order (`data.collate.Batch`) that all layers share. The numbers are the same to the bit.
+transformers' layer selects text and audio by a mask, again in every layer, which synchronizes with the GPU each time.
+Here all layers share the order in which the batch is packed (`data.collate.Batch`). Results are bit-identical.
 """
 
 from __future__ import annotations
@@ -24,11 +24,16 @@ from higgs_ds.model.part_modules import AudioAttentionLayer
 
 @dataclass(frozen=True)
 class Routing:
-    """Where each position of a batch is: `positions` (N,) of the places, `places` (B, T) of the positions.
+    """Maps between positions, the flat indices into (B, T), and places, the indices into the packed batch.
 
-    `audio_rows` (B, S) has the audio of each sample without its text, by number, and A, that of all audio, for padding;
-    `audio_at` (A,) is where each is there; `audio_rotations` are the cosines and sines of their positions, (B, S, D),
-    for a model whose layers attend among audio.
+    The packed batch has the places of all text first, then those of all A audio positions.
+
+    num_text: number of text places, with padding.
+    positions: (N,), the position of each place.
+    places: (B, T), the place of each position.
+    audio_rows: (B, S), numbers of each sample's audio places, counted from the first audio place; A for padding.
+    audio_at: (A,), the flat index of each audio place in `audio_rows`.
+    audio_rotations: cosines and sines (B, S, D) of the positions in `audio_rows`, for audio self-attention.
     """
 
     num_text: int
@@ -39,24 +44,24 @@ class Routing:
     audio_rotations: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def to_sequences(self, x: torch.Tensor) -> torch.Tensor:
-        """From places (N, H) to positions (B, T, H)."""
+        """Reorder places (N, H) to positions (B, T, H)."""
         return _Permute.apply(x, self.places.flatten(), self.positions).view(*self.places.shape, -1)
 
     def to_places(self, x: torch.Tensor) -> torch.Tensor:
-        """From positions (B, T, H) to places (N, H)."""
+        """Reorder positions (B, T, H) to places (N, H)."""
         return _Permute.apply(x.flatten(0, 1), self.positions, self.places.flatten())
 
     def to_audio_rows(self, audio: torch.Tensor) -> torch.Tensor:
-        """From audio places (A, H) to the audio of each sample (B, S, H), with zeros behind it."""
+        """Reorder audio places (A, H) to the audio of each sample (B, S, H), padded with zeros at the end."""
         padded = torch.cat([audio, audio.new_zeros(1, audio.shape[1])])
         return padded.index_select(0, self.audio_rows.flatten()).view(*self.audio_rows.shape, -1)
 
     def to_audio_places(self, rows: torch.Tensor) -> torch.Tensor:
-        """From the audio of each sample (B, S, H) to audio places (A, H)."""
+        """Reorder the audio of each sample (B, S, H) to audio places (A, H)."""
         return rows.flatten(0, 1).index_select(0, self.audio_at)
 
     def with_audio_rotations(self, rotations: tuple[torch.Tensor, torch.Tensor]) -> Routing:
-        """With those of `audio_rows`, from the cosines and sines of all columns (1, T, D); those of padding are any."""
+        """Add `audio_rotations`, selected from cosines and sines of all columns (1, T, D); padding gets any of them."""
         columns = self.positions[self.num_text :] % self.places.shape[1]
         columns = torch.cat([columns, columns.new_zeros(1)])[self.audio_rows]
         cos, sin = rotations
@@ -64,7 +69,7 @@ class Routing:
 
 
 class _Permute(torch.autograd.Function):
-    """Rows in another order; backward takes them back by the inverse order, where torch would add into zeros."""
+    """Reorder rows. The backward pass gathers by the inverse order, where torch would scatter-add into zeros."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
@@ -77,9 +82,9 @@ class _Permute(torch.autograd.Function):
 
 
 class _Recompute(torch.autograd.Function):
-    """A cheap function of tensors, run again in the backward pass: its inputs are kept, none of its steps.
+    """Recompute a cheap function of tensors in the backward pass; only its inputs are kept.
 
-    Whatever else the function works with gets no gradient.
+    Other tensors that the function uses get no gradient.
     """
 
     @staticmethod
@@ -94,30 +99,32 @@ class _Recompute(torch.autograd.Function):
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
             output = ctx.function(*inputs)
-        made = iter(torch.autograd.grad(output, [tensor for tensor in inputs if tensor.requires_grad], gradients))
-        return None, *(next(made) if need else None for need in needed)
+        input_gradients = iter(
+            torch.autograd.grad(output, [tensor for tensor in inputs if tensor.requires_grad], gradients)
+        )
+        return None, *(next(input_gradients) if need else None for need in needed)
 
 
 class LeanNorm(HiggsAudioV2RMSNorm):
-    """A norm that keeps its input alone. transformers' keeps float32 copies, too."""
+    """A norm that keeps only its input for the backward pass; transformers' norm also keeps float32 copies."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Recompute.apply(self._normed, x, self.weight)
+        return _Recompute.apply(self._normalize, x, self.weight)
 
-    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """transformers' own steps (Zhang and Sennrich 2019, arXiv 1910.07467), of a weight that may get a gradient."""
-        wide = x.float()
-        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    def _normalize(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The steps of transformers' norm (Zhang and Sennrich 2019, arXiv 1910.07467); the weight may be trained."""
+        x_float32 = x.float()
+        scaled = x_float32 * torch.rsqrt(x_float32.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return weight * scaled.to(x.dtype)
 
 
 class LeanMLP(HiggsAudioV2MLP):
-    """An FFN that does not keep its activation function's output, which costs nothing to make again."""
+    """An FFN that recomputes the output of its activation function, which is cheap, instead of keeping it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(_Recompute.apply(self._gated, self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(_Recompute.apply(self._activate_and_gate, self.gate_proj(x), self.up_proj(x)))
 
-    def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def _activate_and_gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return self.act_fn(gate) * up
 
 
@@ -138,7 +145,7 @@ class RoutedLayer(HiggsAudioV2DecoderLayer):
         routing: Routing,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
-        """What follows the first norms: the attention that all share, and the two FFNs."""
+        """Apply what follows the first norms: the attention over all positions, and the two FFNs."""
         attended, _ = self.self_attn(routing.to_sequences(normed), position_embeddings=position_embeddings)
         hidden = hidden + routing.to_places(attended)
         text, audio = hidden[: routing.num_text], hidden[routing.num_text :]
@@ -161,8 +168,8 @@ class RoutedAudioAttentionLayer(AudioAttentionLayer, RoutedLayer):
         return self.attend_and_feed(torch.cat([text, audio]), normed, routing, position_embeddings)
 
 
-# What the decoder's modules are trained as. They are subclasses: a loaded module becomes one by its class alone, keeps
-# its weights and names, and is found by transformers' activation checkpointing, as a replaced `forward` would not be.
+# Classes of the decoder's modules in training. They are subclasses: a loaded module is converted by changing its class,
+# keeps its weights and names, and works with transformers' activation checkpointing, unlike a replaced `forward`.
 TRAINING_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     HiggsAudioV2DecoderLayer: RoutedLayer,
     AudioAttentionLayer: RoutedAudioAttentionLayer,
@@ -172,19 +179,19 @@ TRAINING_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 class LossHead(nn.Linear):
-    """A head that gives its loss. A loaded head becomes one by its class.
+    """A head that returns its loss. A loaded head is converted by changing its class.
 
-    The loss is made in here because ZeRO-3 gathers a head's weight around the calls of its module.
+    The loss is computed here because ZeRO-3 gathers a head's weight only around calls of its module.
     """
 
     def forward(  # type: ignore[override]
         self, hidden: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`loss.head_loss` of hidden states (K, H) and targets (K, P)."""
+        """Return `head_loss` of hidden states (K, H) and targets (K, P)."""
         return head_loss(hidden, self.weight, targets, target_weights)
 
 
-# What a model is spoken with again.
+# Classes that the modules are changed back to for generation.
 GENERATION_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     RoutedLayer: HiggsAudioV2DecoderLayer,
     RoutedAudioAttentionLayer: AudioAttentionLayer,

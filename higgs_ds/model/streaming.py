@@ -1,4 +1,4 @@
-"""A model that reads each weight from its source when it needs it."""
+"""A model that reads each weight from its source only when it needs it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from higgs_ds.model.part_modules import model_class
 
 
 class WeightSource(Protocol):
-    """Where `streaming_model` takes weights from, when they are needed and only as long."""
+    """The weights of a `streaming_model`. Each is held in memory only while it is needed."""
 
     def linear(self, layer: str, x: torch.Tensor) -> torch.Tensor:
-        """What a linear layer makes of x (..., in), float32 (..., out)."""
+        """Return a linear layer's output for x (..., in), float32 (..., out)."""
 
     def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
-        """The rows of an embedding for ids (...), float32 (..., hidden)."""
+        """Return the rows of an embedding for ids (...), float32 (..., hidden)."""
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A small weight, float32."""
+        """Return a small weight in float32."""
 
 
 class _StreamedModule(nn.Module):
-    """A linear layer or embedding whose weights lie elsewhere."""
+    """A linear layer or embedding whose weights are stored elsewhere."""
 
     def __init__(self, function: Callable[[str, torch.Tensor], torch.Tensor], name: str) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class _StreamedModule(nn.Module):
 
 
 def streaming_model(config: HiggsAudioV2Config, source: WeightSource) -> HiggsAudioV2ForConditionalGeneration:
-    """A model in float32 that never holds more than the weights it works with."""
+    """Build a float32 model that holds only the weights it currently computes with."""
     config.dtype = torch.float32
     with init_empty_weights():
         model = model_class(config)(config, use_text_head=True)
@@ -57,10 +57,10 @@ def streaming_model(config: HiggsAudioV2Config, source: WeightSource) -> HiggsAu
 def all_logits(
     model: HiggsAudioV2ForConditionalGeneration, input_ids: torch.Tensor, audio_input_ids: torch.Tensor, **heard: Any
 ) -> torch.Tensor:
-    """Text and audio logits of every position of one sequence, as one vector per position (N, V + C x S).
+    """Return the text and audio logits of one sequence, concatenated at every position (N, V + C x S).
 
     Args:
-        heard: for a model with a tower, as its forward takes them, `audio_features` and `feature_lengths`.
+        heard: for a model with a tower, `audio_features` and `feature_lengths` of its forward.
     """
     outputs = model.model(input_ids=input_ids, audio_input_ids=audio_input_ids, use_cache=False, **heard)
     hidden = outputs.last_hidden_state[0]

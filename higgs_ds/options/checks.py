@@ -1,4 +1,4 @@
-"""Values of options that cannot be right."""
+"""Checks of option values, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from higgs_ds.options.train import DataOptions, TrainOptions
 
 
 def check_data_options(options: DataOptions) -> list[str]:
-    """Problems of single options of the data."""
+    """Return the problems of data options; empty if there are none."""
     problems = []
     if not 0 <= options.val_split < 1:
         problems.append(f"--val_split {options.val_split}: must be from 0 to below 1")
@@ -22,37 +22,37 @@ def check_data_options(options: DataOptions) -> list[str]:
     return problems
 
 
-def _finetune_problems(options: TrainOptions) -> list[str]:
-    """Options that do not go with what --finetune says."""
+def _check_finetune_options(options: TrainOptions) -> list[str]:
+    """Return the problems of options that contradict --finetune."""
     groups = options.tune.train_groups
     if not options.is_full_finetuning:
-        needless = groups != TRAIN_GROUPS
-        return ["--train_groups: is for --finetune full; adapters go where --lora_targets says"] if needless else []
+        unused = groups != TRAIN_GROUPS
+        return ["--train_groups: only applies to --finetune full; use --lora_targets for adapters"] if unused else []
     problems = []
     if options.model.load_in_4bit:
         problems.append(
-            "--load_in_4bit: weights in 4 bits cannot be trained by --finetune full; leave it out, or train adapters "
-            "on them (--finetune qlora)"
+            "--load_in_4bit: 4-bit weights cannot be trained with --finetune full; remove the option, or train "
+            "adapters on them (--finetune qlora)"
         )
     problems += [
-        f"--{one.name}: is for adapters, and --finetune full trains none; leave it out"
-        for one in dataclasses.fields(options.lora)
-        if getattr(options.lora, one.name) != one.default
+        f"--{lora_field.name}: only applies to adapters, and --finetune full trains none; remove the option"
+        for lora_field in dataclasses.fields(options.lora)
+        if getattr(options.lora, lora_field.name) != lora_field.default
     ]
     if not groups:
         problems.append(f"--train_groups: nothing would be trained; name one or more of {', '.join(TRAIN_GROUPS)}")
     if options.model.offload_embeddings and EMBEDDINGS in groups:
         problems.append(
-            "--offload_embeddings: embeddings that are trained cannot be in host memory; leave it out, or train other "
+            "--offload_embeddings: trained embeddings cannot be in host memory; remove the option, or train other "
             f"groups (--train_groups {' '.join(group for group in TRAIN_GROUPS if group != EMBEDDINGS)})"
         )
     return problems
 
 
 def check_options(options: TrainOptions) -> list[str]:
-    """Problems of single options; empty where there are none."""
+    """Return the problems of all training options; empty if there are none."""
     flat = options.flat()
-    problems = check_data_options(options.data) + _finetune_problems(options)
+    problems = check_data_options(options.data) + _check_finetune_options(options)
 
     def expect(name: str, holds: bool, allowed: str) -> None:
         if not holds:
@@ -77,34 +77,34 @@ def check_options(options: TrainOptions) -> list[str]:
     ):
         expect(name, 0 <= flat[name] < float("inf"), "0 or more")
     checkpointing = flat["activation_checkpointing"]
-    named = ("none", "every_layer", "auto")
+    keywords = ("none", "every_layer", "auto")
     expect(
         "activation_checkpointing",
-        checkpointing in named or (checkpointing.isdecimal() and int(checkpointing) >= 1),
+        checkpointing in keywords or (checkpointing.isdecimal() and int(checkpointing) >= 1),
         "none, every_layer, auto, or a number N of layers, 1 or more",
     )
     if flat["offload_checkpoints"] and checkpointing == "none":
         problems.append(
-            "--offload_checkpoints: there are no checkpoints with --activation_checkpointing none; give every_layer, "
-            "a number N, or auto"
+            "--offload_checkpoints: --activation_checkpointing none recomputes no layers; use every_layer, a number N, "
+            "or auto"
         )
     expect("lr", 0 < flat["lr"] < float("inf"), "above 0")
     for name in ("device_memory_gib", "plan_ranks"):
         if flat[name] is not None:
             expect(name, 0 < flat[name] < float("inf"), "above 0")
             if not flat["dry_run"]:
-                problems.append(f"--{name}: is for a --dry_run only")
+                problems.append(f"--{name}: only applies to --dry_run")
     if flat["push_to_hub"] and flat["hub_repo_id"] is None:
         problems.append("--push_to_hub: needs --hub_repo_id OWNER/NAME")
     for name in ("hub_repo_id", "hub_private", "upload_merged_model"):
         if flat[name] and not flat["push_to_hub"]:
             problems.append(f"--{name}: needs --push_to_hub")
     if flat["upload_merged_model"] and not flat["merge_adapter_with_base"] and not options.is_full_finetuning:
-        problems.append("--upload_merged_model: needs --merge_adapter_with_base, which makes the merged model")
+        problems.append("--upload_merged_model: needs --merge_adapter_with_base, which writes the merged model")
     if flat["early_stopping_min_delta"] and flat["early_stopping_patience"] is None:
         problems.append("--early_stopping_min_delta: needs --early_stopping_patience")
     if flat["resume"] == RESUME_AUTO and flat["output_dir"] is None:
-        problems.append("--resume auto: needs --output_dir, the folder of the run to go on with")
+        problems.append("--resume auto: needs --output_dir, the folder of the run to resume")
     if flat["text_loss_weight"] == flat["audio_loss_weight"] == 0:
         problems.append("--text_loss_weight and --audio_loss_weight are both 0: nothing would be trained")
     weights = flat["codebook_weights"]

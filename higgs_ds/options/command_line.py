@@ -1,4 +1,4 @@
-"""The command line, and files of options (`--config`): what was given, by name. Without torch, for a quick `--help`."""
+"""Parse command lines and options files (`--config`). Does not import torch, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -24,60 +24,64 @@ from higgs_ds.options.parser import Parser, add_options
 from higgs_ds.options.train import DataOptions, ModelOptions, TrainOptions
 
 
-def _called(script: str, usage: str, prog: str | None) -> dict[str, str]:
-    """A parser's name and usage, those of a script of launch/ unless it was started by another name."""
+def _usage(script: str, usage: str, prog: str | None) -> dict[str, str]:
+    """Return the parser's `prog` and `usage`: those of the script in launch/, unless `prog` names another program."""
     if prog is None:
         return {"prog": script, "usage": usage}
     return {"prog": prog, "usage": prog + usage[usage.index(script) + len(script) :]}
 
 
 def parse_train_options(argv: Sequence[str] | None = None, prog: str | None = None) -> tuple[TrainOptions, set[str]]:
-    """The options of launch/train.py, and which of them were given, on the command line or in a file."""
+    """Parse the options of launch/train.py. Return them, and the names of those that were given, also in a file."""
     parser = Parser(
-        **_called("launch/train.py", "deepspeed launch/train.py [--config FILE] [--deepspeed FILE] [options]", prog),
-        description="Train Higgs Audio v2: adapters, or its own weights. Without options: built-in base and samples.",
+        **_usage("launch/train.py", "deepspeed launch/train.py [--config FILE] [--deepspeed FILE] [options]", prog),
+        description="Fine-tune Higgs Audio v2: train LoRA adapters, or the model's own weights. Without options, the "
+        "built-in base model is trained on the built-in samples.",
     )
     for group_class in typing.get_type_hints(TrainOptions).values():
         add_options(parser, group_class)
-    _add_common(parser)
-    given = _given_with_file(parser, argv)
+    _add_common_options(parser)
+    given = _given_options(parser, argv)
     return TrainOptions().replace(**given), set(given)
 
 
 def parse_prepare_options(
     argv: Sequence[str] | None = None, prog: str | None = None
 ) -> tuple[DataOptions, ModelOptions, PrepareOptions]:
-    """The options of launch/prepare.py; those of the data and the base are the ones of training, as is its file."""
+    """Parse the options of launch/prepare.py, which shares the data and model options and options files of training."""
     groups = (DataOptions, ModelOptions, PrepareOptions)
     parser = Parser(
-        **_called("launch/prepare.py", "[deepspeed|python] launch/prepare.py --train_manifest PATH [options]", prog),
-        description="Check manifests, and encode their audio once, ahead of training.",
+        **_usage("launch/prepare.py", "[deepspeed|python] launch/prepare.py --train_manifest PATH [options]", prog),
+        description="Check manifests, and encode their audio into the cache before training.",
     )
     for group_class in groups:
         add_options(parser, group_class)
-    _add_common(parser)
-    given = _given_with_file(parser, argv, also_known=TrainOptions().flat())
-    made = [group(**{f.name: given[f.name] for f in dataclasses.fields(group) if f.name in given}) for group in groups]
-    return typing.cast(tuple[DataOptions, ModelOptions, PrepareOptions], tuple(made))
+    _add_common_options(parser)
+    given = _given_options(parser, argv, also_known=TrainOptions().flat())
+    parsed = [
+        group(**{f.name: given[f.name] for f in dataclasses.fields(group) if f.name in given}) for group in groups
+    ]
+    return typing.cast(tuple[DataOptions, ModelOptions, PrepareOptions], tuple(parsed))
 
 
 def _add_local_rank(parser: Parser) -> None:
-    """What the deepspeed launcher gives to every script."""
+    """Accept the option that the deepspeed launcher passes to every script."""
     parser.add_argument("--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
-def _add_common(parser: Parser) -> None:
+def _add_common_options(parser: Parser) -> None:
     _add_local_rank(parser)
     parser.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
         default=argparse.SUPPRESS,
-        help="options by name in a YAML or JSON file, such as a run's settings.json; those given here overrule it",
+        help="YAML or JSON file with options by name, for instance a run's settings.json; options on the command line "
+        "override it",
     )
 
 
-def _given_with_file(parser: Parser, argv: Sequence[str] | None, also_known: Iterable[str] = ()) -> dict[str, Any]:
+def _given_options(parser: Parser, argv: Sequence[str] | None, also_known: Iterable[str] = ()) -> dict[str, Any]:
     given = parser.given_options(argv)
     given.pop("local_rank", None)
     path = given.pop("config", None)
@@ -90,56 +94,55 @@ def _given_with_file(parser: Parser, argv: Sequence[str] | None, also_known: Ite
 
 
 def parse_merge_options(argv: Sequence[str] | None = None, prog: str | None = None) -> MergeOptions:
-    """The options of launch/merge.py."""
+    """Parse the options of launch/merge.py."""
     parser = Parser(
-        **_called(
+        **_usage(
             "launch/merge.py",
             "python launch/merge.py --base_model_path BASE --lora_adapter_path DIR --output_path DIR [options]",
             prog,
         ),
-        description="Merge a LoRA adapter into its base, in float32, tensor by tensor; the result loads by itself.",
+        description="Merge a LoRA adapter into its base model, in float32, tensor by tensor. The merged model loads "
+        "on its own.",
     )
     return parser.parse_group(MergeOptions, argv)
 
 
 def parse_export_options(argv: Sequence[str] | None = None, prog: str | None = None) -> ExportOptions:
-    """The options of launch/export.py."""
+    """Parse the options of launch/export.py."""
     parser = Parser(
-        **_called(
-            "launch/export.py", "python launch/export.py --checkpoint_path DIR --output_path DIR [options]", prog
-        ),
-        description="Make a complete model of a checkpoint of a run with --finetune full; it loads by itself.",
+        **_usage("launch/export.py", "python launch/export.py --checkpoint_path DIR --output_path DIR [options]", prog),
+        description="Write a checkpoint of a run with --finetune full as a complete model, which loads on its own.",
     )
     return parser.parse_group(ExportOptions, argv)
 
 
 def parse_convert_options(argv: Sequence[str] | None = None, prog: str | None = None) -> ConvertOptions:
-    """The options of launch/convert.py."""
+    """Parse the options of launch/convert.py."""
     parser = Parser(
-        **_called(
+        **_usage(
             "launch/convert.py",
             "python launch/convert.py --input_path DIR --output_path DIR --to native|original",
             prog,
         ),
-        description="Write a base, a merged model or an adapter in the other of the two layouts, without loss.",
+        description="Convert a base model, a merged model or an adapter to the other of the two layouts, without loss.",
     )
     return parser.parse_group(ConvertOptions, argv)
 
 
 def parse_generate_options(argv: Sequence[str] | None = None, prog: str | None = None) -> GenerateOptions:
-    """The options of launch/generate.py."""
+    """Parse the options of launch/generate.py."""
     parser = Parser(
-        **_called("launch/generate.py", "python launch/generate.py --text TEXT [options]", prog),
-        description="Speak a text with a base, an adapter or a merged model.",
+        **_usage("launch/generate.py", "python launch/generate.py --text TEXT [options]", prog),
+        description="Generate speech from text with a base model, an adapter or a merged model.",
     )
     return parser.parse_group(GenerateOptions, argv)
 
 
 def parse_evaluate_options(argv: Sequence[str] | None = None, prog: str | None = None) -> EvaluateOptions:
-    """The options of launch/evaluate.py."""
+    """Parse the options of launch/evaluate.py."""
     parser = Parser(
-        **_called("launch/evaluate.py", "[deepspeed|python] launch/evaluate.py --test_manifest PATH [options]", prog),
-        description="Have a model say what held-out samples say, and measure how far it is from them.",
+        **_usage("launch/evaluate.py", "[deepspeed|python] launch/evaluate.py --test_manifest PATH [options]", prog),
+        description="Generate the speech of held-out samples, and measure how far it is from the recordings.",
     )
     add_options(parser, EvaluateOptions)
     _add_local_rank(parser)
@@ -148,18 +151,23 @@ def parse_evaluate_options(argv: Sequence[str] | None = None, prog: str | None =
 
 
 def parse_inspect_options(command: str, argv: Sequence[str] | None = None, prog: str | None = None) -> InspectOptions:
-    """The options of the commands that look at adapters and checkpoints."""
-    what, meant = INSPECTED[command]
-    parser = Parser(prog=prog or f"launch/{command}.py", description=what)
-    parser.add_argument("path", type=Path, nargs="?", default=Path(), help=f"{meant} [.]")
+    """Parse the options of a command that inspects adapters or checkpoints."""
+    description, path_help = INSPECTED[command]
+    parser = Parser(prog=prog or f"launch/{command}.py", description=description)
+    parser.add_argument("path", type=Path, nargs="?", default=Path(), help=f"{path_help} [.]")
     if command == "validate_adapter":
-        parser.add_argument("--base_model_path", metavar="BASE", help="also see whether it fits this base")
+        parser.add_argument(
+            "--base_model_path", metavar="BASE", help="also check that the adapter fits this base model"
+        )
     parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
     return InspectOptions(**vars(parser.parse_args(argv)))
 
 
 INSPECTED = {
-    "find_lora_adapters": ("List the adapters below a folder, with what is known of each.", "a folder"),
-    "validate_checkpoint_dir": ("Check a checkpoint-N/ folder, and say what is missing.", "a checkpoint-N folder"),
-    "validate_adapter": ("Check an adapter: whole, finite, trained, and for which base.", "an adapter's folder"),
+    "find_lora_adapters": ("List the adapters below a folder, with what is known about each.", "folder to search"),
+    "validate_checkpoint_dir": ("Check a checkpoint-N/ folder, and report what is missing.", "checkpoint-N/ folder"),
+    "validate_adapter": (
+        "Check that an adapter is complete, finite and trained, and report its base model.",
+        "folder of the adapter",
+    ),
 }

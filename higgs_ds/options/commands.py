@@ -1,4 +1,4 @@
-"""The options of the other commands."""
+"""The options of the commands other than train."""
 
 from __future__ import annotations
 
@@ -24,57 +24,65 @@ from higgs_ds.options.fields import (
 class PrepareOptions:
     """Preparation"""
 
-    check_only: bool = option(False, "check everything, encode and write nothing")
-    shard: str = option("0/1", "I/N: only the I-th of N parts, from 0, while other processes do the others")
+    check_only: bool = option(False, "check all samples, but encode and write nothing")
+    shard: str = option("0/1", "I/N: process only part I of N, counted from 0, for instance in a job array")
 
 
 @dataclass(frozen=True)
 class MergeOptions:
     """Merging"""
 
-    base_model_path: str = option(REQUIRED, "the base, a folder or a hub id", metavar="BASE")
-    lora_adapter_path: Path = option(REQUIRED, "lora_adapters/, not a checkpoint-N/", metavar="DIR")
-    output_path: Path = option(REQUIRED, "a new folder for the result", metavar="DIR")
+    base_model_path: str = option(REQUIRED, "base model, a folder or a hub id", metavar="BASE")
+    lora_adapter_path: Path = option(REQUIRED, "adapter to merge: lora_adapters/, not a checkpoint-N/", metavar="DIR")
+    output_path: Path = option(REQUIRED, "new folder for the merged model", metavar="DIR")
     merge_base: str | None = option(
         None,
-        "merge into the weights as a 4-bit base holds them, which is what a QLoRA adapter was trained on, or into the "
-        "original ones (default: what the adapter was trained on)",
+        "weights to merge into: dequantized (those of the 4-bit base, which a QLoRA adapter was trained on) or "
+        "original (default: those that the adapter was trained on)",
         (MERGE_DEQUANTIZED, MERGE_ORIGINAL),
     )
     export_layout: str = option(NATIVE, EXPORT_HELP, (*LAYOUTS, BOTH_LAYOUTS))
     codec_ckpt: str | None = option(
-        None, "audio codec that goes with the model, a folder or a hub id (default: named by the base)", metavar="CODEC"
+        None,
+        "audio codec for the model, a folder or a hub id (default: named by the base model)",
+        metavar="CODEC",
     )
-    no_verify: bool = option(False, "do not compare the merged model's logits with the adapter's beside its base")
+    no_verify: bool = option(
+        False, "do not compare the logits of the merged model with those of the adapter on its base model"
+    )
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
     """Conversion"""
 
-    input_path: Path = option(REQUIRED, "a base, a merged model or an adapter", metavar="DIR")
-    output_path: Path = option(REQUIRED, "a new folder for the result", metavar="DIR")
-    to: str = option(REQUIRED, "what transformers reads, or what boson_multimodal reads", LAYOUTS)
+    input_path: Path = option(REQUIRED, "base model, merged model or adapter to convert", metavar="DIR")
+    output_path: Path = option(REQUIRED, "new folder for the result", metavar="DIR")
+    to: str = option(
+        REQUIRED, "layout to write: native (read by transformers) or original (read by boson_multimodal)", LAYOUTS
+    )
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """Export"""
 
-    checkpoint_path: Path = option(REQUIRED, "a checkpoint-N/ of a run with --finetune full", metavar="DIR")
-    output_path: Path = option(REQUIRED, "a new folder for the complete model", metavar="DIR")
+    checkpoint_path: Path = option(REQUIRED, "checkpoint-N/ folder of a run with --finetune full", metavar="DIR")
+    output_path: Path = option(REQUIRED, "new folder for the complete model", metavar="DIR")
     base_model_path: str | None = option(
-        None, "the base, a folder or a hub id (default: as the checkpoint names it)", metavar="BASE"
+        None, "base model, a folder or a hub id (default: named by the checkpoint)", metavar="BASE"
     )
     export_layout: str = option(NATIVE, EXPORT_HELP, (*LAYOUTS, BOTH_LAYOUTS))
     codec_ckpt: str | None = option(
-        None, "audio codec that goes with the model, a folder or a hub id (default: named by the base)", metavar="CODEC"
+        None,
+        "audio codec for the model, a folder or a hub id (default: named by the base model)",
+        metavar="CODEC",
     )
 
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """Looking at what runs have left. `path` is the one argument that has no name."""
+    """Inspection. `path` is the only positional argument."""
 
     path: Path
     base_model_path: str | None = None
@@ -85,58 +93,62 @@ class InspectOptions:
 class GenerateOptions:
     """Generation"""
 
-    text: str = option("", "what is to be spoken")
+    text: str = option("", "text to speak")
     base_model_path: str | None = option(
         None,
-        "base or merged model, a folder, a hub id or a built-in one (default: the adapter's base, or speaking-base)",
+        "base or merged model: a folder, a hub id or a built-in one (default: the adapter's base model, or "
+        "speaking-base)",
         metavar="BASE",
     )
-    lora_adapter_path: Path | None = option(None, "adapter to speak with", metavar="DIR")
-    codec_ckpt: str | None = option(None, "audio codec, a folder or a hub id (default: named by the base)")
+    lora_adapter_path: Path | None = option(None, "LoRA adapter to use with the base model", metavar="DIR")
+    codec_ckpt: str | None = option(None, "audio codec, a folder or a hub id (default: named by the base model)")
     output: Path = option(Path("speech.wav"), "WAV file to write", metavar="FILE")
-    ref_audio: Path | None = option(None, "a clip of the voice to speak with", metavar="FILE")
-    ref_text: str | None = option(None, "what is said in ref_audio")
-    scene: str = option("Audio is recorded from a quiet room.", "description of the scene")
-    max_new_tokens: int | None = option(None, "longest speech, in rows of codes, 25 to the second")
-    temperature: float | None = option(None, "0 for greedy decoding, else sampled (default: the model's own settings)")
-    top_k: int | None = option(None, "sample from the k likeliest codes")
-    top_p: float | None = option(None, "sample from the likeliest codes with this total probability")
-    seed: int = option(42, "seed of the sampling")
+    ref_audio: Path | None = option(None, "reference clip of the voice to clone", metavar="FILE")
+    ref_text: str | None = option(None, "transcript of --ref_audio")
+    scene: str = option("Audio is recorded from a quiet room.", "description of the scene in the prompt")
+    max_new_tokens: int | None = option(None, "maximum length of the speech, in rows of codes, 25 per second")
+    temperature: float | None = option(
+        None, "0 for greedy decoding, above 0 for sampling (default: the model's own settings)"
+    )
+    top_k: int | None = option(None, "sample from the k most likely codes")
+    top_p: float | None = option(None, "sample from the most likely codes whose probabilities add up to this value")
+    seed: int = option(42, "random seed for sampling")
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
     """Evaluation"""
 
-    test_manifest: Path = option(REQUIRED, "samples that were held out, a file or a folder", metavar="PATH")
-    format: str = option("auto", "format of the manifest; auto: told from its content", ("auto", *FORMATS))
+    test_manifest: Path = option(REQUIRED, "manifest of held-out samples, a file or a folder", metavar="PATH")
+    format: str = option("auto", "format of the manifest; auto: detected from its content", ("auto", *FORMATS))
     base_model_path: str | None = option(
         None,
-        "base or merged model, a folder, a hub id or a built-in one (default: the adapter's base, or speaking-base)",
+        "base or merged model: a folder, a hub id or a built-in one (default: the adapter's base model, or "
+        "speaking-base)",
         metavar="BASE",
     )
-    lora_adapter_path: Path | None = option(None, "adapter to speak with", metavar="DIR")
-    codec_ckpt: str | None = option(None, "audio codec, a folder or a hub id (default: named by the base)")
-    output_dir: Path = option(Path("evaluation"), "folder for the numbers and the WAV files", metavar="DIR")
-    num_samples: int | None = option(None, "speak only the first so many samples (default: all)")
-    temperature: float = option(0.0, "0 for greedy decoding, else sampled")
-    seed: int = option(42, "seed of the sampling")
+    lora_adapter_path: Path | None = option(None, "LoRA adapter to use with the base model", metavar="DIR")
+    codec_ckpt: str | None = option(None, "audio codec, a folder or a hub id (default: named by the base model)")
+    output_dir: Path = option(Path("evaluation"), "folder for the measures and the WAV files", metavar="DIR")
+    num_samples: int | None = option(None, "use only the first N samples (default: all)")
+    temperature: float = option(0.0, "0 for greedy decoding, above 0 for sampling")
+    seed: int = option(42, "random seed for sampling")
     recognizer: str | None = option(
         None,
-        "count the words that are heard: by pocketsphinx, over the manifest's own words (English), or by a speech "
-        "recognizer of transformers, a folder or a hub id",
+        "also measure the word error rate, with this speech recognizer: pocketsphinx, limited to the words of the "
+        "manifest (English), or a speech recognizer of transformers, a folder or a hub id",
         metavar="RECOGNIZER",
     )
     compare_with: Path | None = option(
-        None, "evaluation.json of another evaluation, whose numbers are shown beside these", metavar="FILE"
+        None, "evaluation.json of another evaluation, to show its numbers beside the new ones", metavar="FILE"
     )
     cache_dir: Path | None = option(
-        None, "where encoded audio is kept ($HIGGS_DS_CACHE, or ~/.cache/higgs_ds)", metavar="DIR"
+        None, "cache folder for encoded audio (default: $HIGGS_DS_CACHE, or ~/.cache/higgs_ds)", metavar="DIR"
     )
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """I and N of I/N. Raises InputError for anything but 0 <= I < N."""
+    """Parse I/N into (I, N). Raises InputError unless 0 <= I < N."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or not int(match[1]) < int(match[2]):
         raise InputError(f"--shard {text}: must be I/N, with I from 0 to N - 1, for instance 0/4")

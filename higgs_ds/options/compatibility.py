@@ -1,4 +1,4 @@
-"""Pairs of options that do not work together, refused before anything is loaded, with the reason."""
+"""Combinations of options that do not work together. They are refused, with the reason, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "f
 
 
 def unsupported(options: TrainOptions, ds_settings: dict[str, Any], on_gpu: bool) -> list[str]:
-    """What cannot be trained with these options and DeepSpeed settings; empty where all can.
+    """Return why these options and DeepSpeed settings cannot be combined; empty if they can.
 
-    The table in the README says the same; the tests run every pair that is not named here.
+    The table in docs/small_cards.md says the same. The tests run every pair that is not refused here.
     """
     zero = ds_settings["zero_optimization"]
     offloads = zero.get("offload_optimizer", {}).get("device") == "cpu"
@@ -21,11 +21,11 @@ def unsupported(options: TrainOptions, ds_settings: dict[str, Any], on_gpu: bool
     attention, package = options.model.attn_implementation, ATTENTION_PACKAGES.get(options.model.attn_implementation)
     problems = []
     if package and importlib.util.find_spec(package) is None:
-        problems.append(f"--attn_implementation {attention}: the package {package} is not installed; leave it at sdpa")
+        problems.append(f"--attn_implementation {attention}: the package {package} is not installed; use sdpa")
     if package and not on_gpu:
-        problems.append(f"--attn_implementation {attention}: is for GPUs, and there is none here; leave it at sdpa")
+        problems.append(f"--attn_implementation {attention}: needs a GPU, and this machine has none; use sdpa")
     if package and options.model.precision != "bf16":
-        problems.append(f"--attn_implementation {attention}: knows no float32; leave it at sdpa, or train in bf16")
+        problems.append(f"--attn_implementation {attention}: does not support float32; use sdpa, or --precision bf16")
     problems += [
         f"--report_to {name}: the package {name} is not installed; pip install {name}"
         for name in options.run.report_to
@@ -33,16 +33,18 @@ def unsupported(options: TrainOptions, ds_settings: dict[str, Any], on_gpu: bool
     ]
     if lora.use_dora and zero["stage"] == 3:
         problems.append(
-            "--use_dora: not at ZeRO stage 3: it needs whole weights outside of their layers' forward, where stage 3 "
-            "has parted them; take ds_configs/zero2.json, with --load_in_4bit where memory is short"
+            "--use_dora: not supported at ZeRO stage 3: it needs complete weights outside of their layers' forward "
+            "pass, where stage 3 has sharded them; use ds_configs/zero2.json, with --load_in_4bit if memory is short"
         )
     if lora.use_dora and lora.lora_bias:
-        problems.append("--use_dora and --lora_bias: PEFT takes the bias for a part of the weight; give one of them")
+        problems.append(
+            "--use_dora and --lora_bias: PEFT treats the bias as a part of the weight; use only one of them"
+        )
     if optim.startswith("paged") and not on_gpu:
-        problems.append(f"--optim {optim}: pages a GPU's memory, and there is no GPU here; take adamw or adamw_8bit")
+        problems.append(f"--optim {optim}: pages GPU memory, and this machine has no GPU; use adamw or adamw_8bit")
     if optim != "adamw" and offloads:
         problems.append(
             f"--optim {optim}: saves GPU memory, but offload_optimizer keeps the state in host memory already; "
-            "leave out one of them"
+            "remove one of them"
         )
     return problems

@@ -1,7 +1,7 @@
-"""DeepSpeed JSON files: read, checked key by key, and brought into agreement with the options. Imports no DeepSpeed.
+"""Read DeepSpeed JSON files, check every key, and reconcile them with the options. Does not import DeepSpeed.
 
-A raw DeepSpeed engine takes no "auto", ignores most keys that it does not know, and lets a JSON file and the trainer
-disagree without a word. Here every key is known or refused, and every value agrees or is an error.
+A bare DeepSpeed engine does not resolve "auto", ignores most unknown keys, and does not notice when a JSON file and the
+trainer disagree. Here an unknown key or a value that disagrees is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from higgs_ds.common.resources import DS_CONFIGS
 from higgs_ds.options.train import TrainOptions
 
 AUTO = "auto"
-ANY: dict[str, Any] = {}  # a section whose keys are DeepSpeed's own business
+ANY: dict[str, Any] = {}  # a section whose keys are not checked
 KNOWN_KEYS: dict[str, Any] = {
     "train_batch_size": None,
     "train_micro_batch_size_per_gpu": None,
@@ -59,7 +59,7 @@ REFUSED_KEYS = {
     "torch_autocast": "use --precision",
     "amp": "use --precision",
 }
-# The key of the JSON file, and the option that says the same.
+# Keys of the JSON file, and the options with the same meaning.
 SHARED_SETTINGS = {
     ("train_micro_batch_size_per_gpu",): "batch_size",
     ("gradient_accumulation_steps",): "grad_accum",
@@ -72,7 +72,7 @@ FIXED_SETTINGS = {
     ("optimizer", "params", "betas"): [0.9, 0.999],
     ("optimizer", "params", "eps"): 1e-8,
 }
-# DeepSpeed allocates the reduce bucket in full, 1 GB with its default of 5e8 elements. An adapter needs far less.
+# DeepSpeed allocates the whole reduce bucket, 1 GB with its default of 5e8 elements. An adapter needs far less.
 AUTO_ZERO_SETTINGS = {
     "allgather_bucket_size": 5_000_000,
     "reduce_bucket_size": 5_000_000,
@@ -83,40 +83,41 @@ AUTO_ZERO_SETTINGS = {
 
 @dataclass(frozen=True)
 class DsConfig:
-    """A JSON file that holds known keys only; values may still be "auto"."""
+    """A DeepSpeed JSON file. It has known keys only; values may still be "auto"."""
 
     path: Path
     text: str
     values: dict[str, Any]
 
     def get(self, keys: tuple[str, ...]) -> Any:
-        """A nested value, or None where it, or a section around it, is not there."""
+        """Return a nested value, or None if it or a section around it does not exist."""
         value: Any = self.values
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
     def where(self, keys: tuple[str, ...]) -> str:
-        """FILE:LINE: of a nested key."""
+        """Return "FILE:LINE: KEY" of a nested key, with which error messages begin."""
         position = 0
         for key in keys:
             position = max(self.text.find(f'"{key}"', position), position)
         return f"{self.path}:{self.text.count(chr(10), 0, position) + 1}: {'.'.join(keys)}"
 
 
-def _find(path: Path) -> Path:
-    """The file of that path; where there is none, the project's own for NAME.json and ds_configs/NAME.json."""
-    own = DS_CONFIGS / path.name
-    is_named_so = path.parent in (Path(), Path(DS_CONFIGS.name))
-    return own if is_named_so and not path.exists() and own.is_file() else path
+def _find_file(path: Path) -> Path:
+    """Return `path`, or the project's own file for NAME.json and ds_configs/NAME.json if `path` does not exist."""
+    shipped = DS_CONFIGS / path.name
+    may_be_shipped = path.parent in (Path(), Path(DS_CONFIGS.name))
+    return shipped if may_be_shipped and not path.exists() and shipped.is_file() else path
 
 
 def read_ds_config(path: Path) -> DsConfig:
     """Read a DeepSpeed JSON file, the user's or one of the project's own.
 
-    Raises InputError with every problem, each with its line.
+    Raises:
+        InputError: with every problem, each with its line.
     """
-    path = _find(path)
+    path = _find_file(path)
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text, object_pairs_hook=_no_duplicates)
@@ -137,7 +138,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
-        raise ValueError(f"given twice: {', '.join(twice)}")
+        raise ValueError(f"keys given twice: {', '.join(twice)}")
     return dict(pairs)
 
 
@@ -151,11 +152,11 @@ def _unknown_keys(
             problems.append(f"{config.where(keys)}: {REFUSED_KEYS[key]}")
         elif key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
             problems.append(f"{config.where(keys)}: is not an option of this trainer; {hint}")
         elif isinstance(known[key], dict):
             if not isinstance(value, dict):
-                problems.append(f"{config.where(keys)}: must be a section, is {value!r}")
+                problems.append(f"{config.where(keys)}: must be a JSON object, is {value!r}")
             elif known[key] is not ANY:
                 problems += _unknown_keys(config, value, known[key], keys)
     return problems
@@ -169,11 +170,11 @@ def _refused_values(config: DsConfig) -> list[str]:
         if value is not None and (value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool)):
             problems.append(f"{config.where(keys)}: {value!r} is not supported; {remedy}")
 
-    expect(("zero_optimization", "stage"), (0, 1, 2, 3), "stages are 0, 1, 2 and 3")
+    expect(("zero_optimization", "stage"), (0, 1, 2, 3), "use stage 0, 1, 2 or 3")
     expect(("fp16", "enabled"), (False,), "training is in bf16 or fp32 (--precision)")
     expect(("optimizer", "type"), ("AdamW", "Adam", AUTO), "the optimizer is AdamW")
     for name in ("offload_optimizer", "offload_param"):
-        expect(("zero_optimization", name, "device"), ("cpu", "none"), "offload goes to the cpu, or none")
+        expect(("zero_optimization", name, "device"), ("cpu", "none"), "use cpu or none")
     stage = config.get(("zero_optimization", "stage")) or 0
     if config.get(("zero_optimization", "offload_param", "device")) == "cpu" and stage != 3:
         problems.append(f"{config.where(('zero_optimization', 'offload_param'))}: needs stage 3, the stage is {stage}")
@@ -185,13 +186,19 @@ def _refused_values(config: DsConfig) -> list[str]:
 def resolve(
     config: DsConfig, options: TrainOptions, given: set[str], world_size: int
 ) -> tuple[dict[str, Any], TrainOptions]:
-    """Bring a JSON file and the options into agreement.
+    """Reconcile a DeepSpeed JSON file with the options.
 
-    A value of the file that is "auto" or missing is taken from the options. A value of the file whose option was not
-    given on the command line overrules the option's default.
+    A value that is "auto" or missing in the file comes from the options. A value in the file overrides the default of
+    an option that was not given.
 
-    Returns the settings for `deepspeed.initialize`, which hold no "auto", and the options.
-    Raises InputError where the file and an option given on the command line disagree.
+    Args:
+        given: names of the options that were given, on the command line or in an options file.
+
+    Returns:
+        The settings for `deepspeed.initialize`, without any "auto", and the options with the values of the file.
+
+    Raises:
+        InputError: the file disagrees with an option that was given.
     """
     problems = []
     from_file: dict[str, Any] = {}
@@ -199,7 +206,7 @@ def resolve(
         value = config.get(keys)
         if value is None or value == AUTO:
             continue
-        value = _as_option(name, value)
+        value = _to_option_value(name, value)
         current = options.flat()[name]
         if name in given and value != current:
             problems.append(
@@ -220,50 +227,50 @@ def resolve(
             f"{config.where(('train_batch_size',))} is {train_batch_size}, but {optim.batch_size} per rank x "
             f"{optim.grad_accum} accumulated x {world_size} ranks are {product}"
         )
-    problems += _unresolved(config, config.values, ())
+    problems += _unresolved_auto(config, config.values, ())
     if problems:
         raise InputError(problems)
 
-    passed_on = {
+    kept = {
         key: value
         for key, value in config.values.items()
         if key not in ("optimizer", "fp16", "activation_checkpointing")
     }
     zero = {
         key: AUTO_ZERO_SETTINGS[key] if value == AUTO else value
-        for key, value in passed_on.get("zero_optimization", {}).items()
+        for key, value in kept.get("zero_optimization", {}).items()
     }
-    settings = passed_on | {
+    settings = kept | {
         "zero_optimization": {"stage": 0} | zero,
         "train_batch_size": product,
         "train_micro_batch_size_per_gpu": optim.batch_size,
         "gradient_accumulation_steps": optim.grad_accum,
         "gradient_clipping": optim.max_grad_norm,
         "bf16": {"enabled": options.model.precision == "bf16"},
-        # torch's AdamW steps the offloaded states too: DeepSpeed's own CPU optimizer needs a compiler, and an
+        # torch's AdamW updates the offloaded states too: DeepSpeed's own CPU optimizer needs a compiler, and an
         # adapter's states are small.
         "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,  # DeepSpeed's list lacks bitsandbytes' AdamW, the tests here do not
+        "zero_allow_untested_optimizer": True,  # bitsandbytes' AdamW is tested here, but is not on DeepSpeed's list
     }
     if options.model.precision != "bf16" or settings["zero_optimization"]["stage"] == 0:
-        settings.pop("data_types", None)  # float32 accumulates in float32 anyway; stage 0 knows no other type
+        settings.pop("data_types", None)  # float32 accumulates in float32 anyway; stage 0 supports no other type
     settings.setdefault("steps_per_print", 1_000_000_000)
     return settings, options
 
 
-def _as_option(name: str, value: Any) -> Any:
+def _to_option_value(name: str, value: Any) -> Any:
     if name == "precision":
         return "bf16" if value else "fp32"
     return float(value) if isinstance(value, int) and name in ("lr", "weight_decay", "max_grad_norm") else value
 
 
-def _unresolved(config: DsConfig, values: dict[str, Any], parents: tuple[str, ...]) -> list[str]:
-    """Where "auto" stands at a key that nothing is known to resolve."""
+def _unresolved_auto(config: DsConfig, values: dict[str, Any], parents: tuple[str, ...]) -> list[str]:
+    """Return the problems of keys whose value is "auto" but which have no option or default to resolve it."""
     problems = []
     for key, value in values.items():
         keys = (*parents, key)
         if isinstance(value, dict):
-            problems += _unresolved(config, value, keys)
+            problems += _unresolved_auto(config, value, keys)
         elif value == AUTO:
             known = (
                 keys in SHARED_SETTINGS

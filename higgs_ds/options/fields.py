@@ -1,4 +1,4 @@
-"""How an option is declared, and the values that several options share."""
+"""Declaration of an option, and the values that several options share."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ BOTH_LAYOUTS = "both"
 MERGE_DEQUANTIZED, MERGE_ORIGINAL = "dequantized", "original"
 RESUME_NEVER, RESUME_AUTO = "never", "auto"
 TENSORBOARD, WANDB = "tensorboard", "wandb"
-REQUIRED = dataclasses.MISSING  # the default of an option without one
+REQUIRED = dataclasses.MISSING  # the default of an option that must be given
 
 
 def option(default: Any, help_text: str, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
-    """A dataclass field that is also a command line option of the same name."""
+    """Declare a dataclass field that is also a command line option of the same name."""
     return field(default=default, metadata={"help": help_text, "choices": choices, "metavar": metavar})
 
 
 EXPORT_HELP = (
-    "layout of the merged or complete model: what transformers reads, what boson_multimodal reads, or a folder of each"
+    "layout of the merged or complete model: native (read by transformers), original (read by boson_multimodal), or "
+    "both (a folder of each)"
 )

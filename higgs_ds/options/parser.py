@@ -1,4 +1,4 @@
-"""The parser of a command: options from dataclasses, unknown ones with a guess at what was meant."""
+"""The parser of a command: options come from dataclasses, and unknown options get a suggestion."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
 def add_options(parser: Parser, group_class: type) -> None:
-    """Add one dataclass of options to a parser. Options that are not given do not appear in its result."""
+    """Add a dataclass of options to a parser. Options that are not given do not appear in the parsed result."""
     group = parser.add_argument_group(group_class.__doc__)
     hints = typing.get_type_hints(group_class)
     for option_field in dataclasses.fields(group_class):
@@ -50,7 +50,7 @@ def _shown_default(default: Any) -> str:
 
 
 def _value_type(hint: Any) -> tuple[Any, bool]:
-    """The type that a command line value is turned into, and whether an option takes several."""
+    """Return the type that a command line value is converted to, and whether the option takes several values."""
     if isinstance(hint, types.UnionType):
         hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
     if typing.get_origin(hint) is tuple:
@@ -59,7 +59,7 @@ def _value_type(hint: Any) -> tuple[Any, bool]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that asks, of an option that there is not, which one was meant; options are never abbreviated."""
+    """A parser that suggests a known option for an unknown one. Options cannot be abbreviated."""
 
     def __init__(self, **shown: Any) -> None:
         super().__init__(**shown, allow_abbrev=False)
@@ -70,21 +70,21 @@ class Parser(argparse.ArgumentParser):
         super().error(message + "".join(meant))
 
     def names(self) -> list[str]:
-        """Every option's name, without its dashes."""
+        """Return the names of all options, without the leading dashes."""
         return [name.removeprefix("--") for action in self._actions for name in action.option_strings]
 
     def parse_group(self, group_class: type[T], argv: Sequence[str] | None) -> T:
-        """Parse one group of options, which is all that a command has."""
+        """Parse the options of a command that has a single group."""
         add_options(self, group_class)
         return group_class(**self.given_options(argv))
 
     def given_options(self, argv: Sequence[str] | None) -> dict[str, Any]:
-        """The options that a command line gives, by name; those with several values as tuples."""
+        """Return the options given on the command line, by name. Options with several values are tuples."""
         values = vars(self.parse_args(argv))
         return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def meant_option(name: str, known: Sequence[str]) -> str:
-    """A question for an unknown name that is close to a known one."""
+    """Return "; did you mean NAME?" if an unknown name is close to a known one; otherwise an empty string."""
     close = difflib.get_close_matches(name.replace("-", "_"), known, 1)
     return f"; did you mean {close[0]}?" if close else ""

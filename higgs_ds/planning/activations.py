@@ -1,8 +1,8 @@
-"""What a forward and backward pass keeps and takes, counted in bytes without weights and without computing anything.
+"""Memory of a forward and backward pass in bytes, without weights and without computing anything.
 
-The model itself runs as it is trained, with two and with three of its layers, on tensors that have shapes but no values
-(torch's meta device), while every allocation and release is counted. A layer's cost is the difference, and the same for
-each.
+The model runs as in training, once with two and once with three of its layers, on tensors that have shapes but no
+values (torch's meta device), while every allocation and release is counted. The difference is the cost of a layer,
+which is the same for each.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from higgs_ds.model.parts import NO_PARTS, Parts, config_of, parts_of
 from higgs_ds.options.fields import EMBEDDINGS, FULL
 from higgs_ds.options.train import LoraOptions, TuneOptions
 
-TEXT_POSITIONS = 64  # of a speech sample: the prompt; all others are audio
-TEXT_TARGETS = 3  # of a speech sample: where its audio begins, where it ends, the end of the turn
-ATTENTION = "shapes_only"  # the name under which transformers finds the attention below
+TEXT_POSITIONS = 64  # of a speech sample: its prompt; all other positions are audio
+TEXT_TARGETS = 3  # of a speech sample: start and end of its audio, end of the turn
+ATTENTION = "shapes_only"  # name under which the attention below is registered with transformers
 META = torch.device("meta")
 
 
 @dataclass(frozen=True)
 class PassSettings:
-    """All that a pass's memory depends on, beside the base's configuration.
+    """Everything that the memory of a pass depends on, apart from the base's configuration.
 
-    `recompute_every`: one layer of so many keeps its input alone.
-    `on_gpu`: dropout keeps a mask of a byte an element, on a CPU a number of the activations' dtype.
-    `keeps_inputs`: linear layers keep their inputs although they are frozen, as under ZeRO-3.
+    recompute_every: every N-th layer keeps only its input.
+    on_gpu: dropout keeps a mask of one byte per element; on a CPU, an element of the activations' dtype.
+    keeps_inputs: linear layers keep their inputs although they are frozen, as under ZeRO-3.
     """
 
     dtype: torch.dtype
@@ -56,16 +56,17 @@ class PassSettings:
 
     @property
     def text_positions(self) -> int:
-        """Text positions of each sample."""
+        """Number of text positions of each sample."""
         return min(TEXT_POSITIONS, (self.length + 1) // 2)
 
 
 @dataclass(frozen=True)
 class PassMemory:
-    """Bytes of one pass. Parameters and their gradients are not among them.
+    """Bytes of one pass, without parameters and their gradients.
 
-    `activations`: kept by the decoder for the backward pass; `logits`: by heads and loss; `working`: beyond these, at
-    the peak.
+    activations: kept by the decoder for the backward pass.
+    logits: kept by the heads and the loss.
+    working: what the peak needs in addition to these.
     """
 
     activations: int
@@ -74,28 +75,30 @@ class PassMemory:
 
 
 def measure_pass(config: HiggsAudioV2Config, settings: PassSettings) -> PassMemory:
-    """Bytes of a forward and backward pass over a batch of speech."""
+    """Measure a forward and backward pass over a batch of speech."""
     config_json, every = config.to_json_string(use_diff=False), settings.recompute_every
     if every is None or every == 1:
         return _measure_pass(config_json, settings)
     all_kept, none_kept = (_measure_pass(config_json, replace(settings, recompute_every=n)) for n in (None, 1))
-    recomputed = math.ceil(config.num_hidden_layers / every) / config.num_hidden_layers
-    kept = recomputed * none_kept.activations + (1 - recomputed) * all_kept.activations
+    recomputed_share = math.ceil(config.num_hidden_layers / every) / config.num_hidden_layers
+    kept = recomputed_share * none_kept.activations + (1 - recomputed_share) * all_kept.activations
     return PassMemory(round(kept), none_kept.logits, max(all_kept.working, none_kept.working))
 
 
 @functools.lru_cache(maxsize=64)
 def _measure_pass(config_json: str, settings: PassSettings) -> PassMemory:
     values = json.loads(config_json)
-    few, more = (_run(config_of(values | {"num_hidden_layers": n}), settings) for n in (2, 3))
-    further = values["num_hidden_layers"] - 2
-    kept, logits, peak = (two + further * (three - two) for two, three in zip(few, more, strict=True))
-    # Embeddings get their gradients last, when nothing else is left: a peak that does not grow with the layers.
+    two_layers, three_layers = (_run(config_of(values | {"num_hidden_layers": n}), settings) for n in (2, 3))
+    extra_layers = values["num_hidden_layers"] - 2
+    kept, logits, peak = (
+        two + extra_layers * (three - two) for two, three in zip(two_layers, three_layers, strict=True)
+    )
+    # Embeddings get their gradients last, when everything else is freed: a peak that does not grow with the layers.
     return PassMemory(kept, logits, max(peak, _embedding_gradients(config_of(values), settings)) - kept - logits)
 
 
 def _embedding_gradients(config: HiggsAudioV2Config, settings: PassSettings) -> int:
-    """Bytes of the largest gradient of an embedding, or 0 where these are not trained."""
+    """Return the bytes of the largest embedding gradient, or 0 if embeddings are not trained."""
     if settings.tune.finetune != FULL or EMBEDDINGS not in settings.tune.train_groups:
         return 0
     named = empty_model(config, settings.dtype).named_parameters()
@@ -103,7 +106,7 @@ def _embedding_gradients(config: HiggsAudioV2Config, settings: PassSettings) -> 
 
 
 def _run(config: HiggsAudioV2Config, settings: PassSettings) -> tuple[int, int, int]:
-    """Bytes kept by the decoder, bytes kept by heads and loss, bytes at the peak."""
+    """Return the bytes kept by the decoder, the bytes kept by heads and loss, and the bytes at the peak."""
     model = _model(config, settings)
     batch = _batch(config, settings)
     tensors = [*model.parameters(), *model.buffers(), *batch.values()]
@@ -148,13 +151,13 @@ def _model(config: HiggsAudioV2Config, settings: PassSettings) -> DualLossModel:
             if isinstance(module, nn.Dropout):
                 adapted.set_submodule(name, _FusedDropout(module.p))
     for parameter in adapted.parameters():
-        if parameter.requires_grad:  # gradients are planned by themselves
+        if parameter.requires_grad:  # gradients are planned separately
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     return DualLossModel(adapted).train()
 
 
 def _batch(config: HiggsAudioV2Config, settings: PassSettings) -> dict[str, torch.Tensor]:
-    """Shapes of a batch of speech, as `data.collate.Batch` describes it; all its audio is learned."""
+    """Return the tensors of a batch of speech (`data.collate.Batch`) on the meta device; all audio has targets."""
     size, books = settings.batch_size, config.num_codebooks
     rows = settings.length - settings.text_positions
 
@@ -163,7 +166,7 @@ def _batch(config: HiggsAudioV2Config, settings: PassSettings) -> dict[str, torc
 
     heard = {}
     tower = parts_of(config).audio_tower
-    if tower is not None:  # of each sample, a clip of half a minute
+    if tower is not None:  # one clip of 30 seconds per sample
         length = 2 * tower["max_source_positions"]
         outputs = min(settings.text_positions, length // 4) * size
         heard = {
@@ -188,7 +191,7 @@ def _batch(config: HiggsAudioV2Config, settings: PassSettings) -> dict[str, torc
 
 
 class _AllocationCounter(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive at once, but those that were there before."""
+    """Counts the bytes of all tensors that are alive at the same time, except those given at the start."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         super().__init__()
@@ -218,9 +221,10 @@ class _AllocationCounter(TorchDispatchMode):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Attention as the fused kernels of CPUs and GPUs do it: without a matrix of scores. There is none for meta.
+    """Attention that allocates like the fused kernels of CPUs and GPUs, which keep no score matrix.
 
-    Queries (B, H, T, D), keys and values (B, G, T, D); keeps these, its output and a float32 a query.
+    There is no such kernel for the meta device. Queries are (B, H, T, D), keys and values (B, G, T, D). Kept for the
+    backward pass are these, the output and one float32 per query.
     """
 
     @staticmethod
@@ -244,7 +248,7 @@ AttentionInterface.register(ATTENTION, _attention)
 
 
 class _CountedLinear(nn.Linear):
-    """A linear layer that allocates as a frozen one in 4 bits does (`four_bit`), or as one under ZeRO-3, or both."""
+    """A linear layer that allocates like a frozen 4-bit layer (`four_bit`), otherwise like a layer under ZeRO-3."""
 
     def __init__(self, linear: nn.Linear, four_bit: bool) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, META, linear.weight.dtype)
@@ -253,13 +257,13 @@ class _CountedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.four_bit:
-            return _KeepsInput.apply(x, self.weight)
-        result = _Dequantized.apply(x, self.weight)
-        return result.clone()  # PEFT's
+            return _InputKeepingLinear.apply(x, self.weight)
+        result = _DequantizingLinear.apply(x, self.weight)
+        return result.clone()  # PEFT clones the result
 
 
-class _KeepsInput(torch.autograd.Function):
-    """x W^T that keeps x, as DeepSpeed's linear function under ZeRO-3."""
+class _InputKeepingLinear(torch.autograd.Function):
+    """x W^T that keeps x, like DeepSpeed's linear function under ZeRO-3."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -269,12 +273,12 @@ class _KeepsInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         _, weight = ctx.saved_tensors
-        of_input = grads[0].matmul(weight) if ctx.needs_input_grad[0] else None
-        return of_input, torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        input_gradient = grads[0].matmul(weight) if ctx.needs_input_grad[0] else None
+        return input_gradient, torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
 
-class _Dequantized(torch.autograd.Function):
-    """x W^T whose W is made anew, forward and backward, from its 4 bits and their scales."""
+class _DequantizingLinear(torch.autograd.Function):
+    """x W^T with a W that is dequantized in the forward and again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -289,12 +293,12 @@ class _Dequantized(torch.autograd.Function):
 def _dequantize(weight: torch.Tensor) -> torch.Tensor:
     scales = torch.empty(weight.numel() // BLOCK_SIZE, device=META)
     result = torch.empty_like(weight)
-    del scales  # alive until here
+    del scales  # they must be counted until here
     return result
 
 
 class _AttachToTrained(torch.autograd.Function):
-    """An output as if the weights behind it were trained, whose gradients are counted elsewhere."""
+    """Make an output require gradients as if its weights were trained; their gradients are counted elsewhere."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
@@ -306,7 +310,7 @@ class _AttachToTrained(torch.autograd.Function):
 
 
 class _FusedDropout(nn.Module):
-    """Dropout as on a GPU."""
+    """Dropout that allocates as on a GPU."""
 
     def __init__(self, p: float) -> None:
         super().__init__()

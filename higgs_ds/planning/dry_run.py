@@ -1,4 +1,4 @@
-"""--dry_run: what a training will take, whether it fits, and what to change where it does not; nothing is loaded."""
+"""--dry_run: print the memory plan of a training run, whether it fits and what would help; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ from higgs_ds.planning.zero_stages import Plan
 
 GIB = 2**30
 CONTEXT_GIB = CONTEXT_BYTES / GIB
-SHARDED_RANKS = 4  # number of GPUs that ZeRO-3 is proposed for where one is planned for
+SHARDED_RANKS = 4  # number of GPUs in the proposal of ZeRO-3, if the plan is for one GPU
 
 
 def main(options: TrainOptions, given: set[str]) -> None:
-    """Print the plan, on rank 0 alone; that something does not fit is an answer, not an error.
+    """Print the plan, on rank 0 only. A plan that does not fit is an answer, not an error.
 
     Args:
-        given: names of the options that the user gave himself.
+        given: names of the options that the user set explicitly.
 
-    Raises InputError: options or files are bad.
+    Raises:
+        InputError: options or files are invalid.
     """
     if not distributed.is_main():
         return
@@ -46,20 +47,20 @@ def main(options: TrainOptions, given: set[str]) -> None:
     device_gib = options.run.device_memory_gib or _device_gib()
     if options.model.activation_checkpointing == "auto":
         setting = with_checkpointing(setting, math.inf if device_gib is None else device_gib * GIB)
-    made = plan(setting)
-    print("\n".join(describe(setting, made)), flush=True)
+    planned = plan(setting)
+    print("\n".join(describe(setting, planned)), flush=True)
     if device_gib is None:
-        print("\nno GPU here: give --device_memory_gib N to see whether it fits")
+        print("\nno GPU on this machine: give --device_memory_gib N to check whether the plan fits")
         return
-    needed_gib = made.total / GIB + CONTEXT_GIB
+    needed_gib = planned.total / GIB + CONTEXT_GIB
     if needed_gib > device_gib:
-        print("\n".join(_advice(setting, given, made, device_gib)))
+        print("\n".join(_advice(setting, given, planned, device_gib)))
     verdict = "fits" if needed_gib <= device_gib else "does not fit"
     print(f"\n{verdict}: {needed_gib:.2f} GiB of {device_gib:.2f} GiB")
 
 
 def make_setting(options: TrainOptions, given: set[str]) -> Setting:
-    """What is to be planned. Raises InputError with all that is wrong in the options, the DeepSpeed file, the base."""
+    """Return the setting to plan. Raises InputError with all problems of options, DeepSpeed file and base at once."""
     problems = check_options(options)
     ranks = options.run.plan_ranks or distributed.world_size()
     settings, config = None, None
@@ -83,7 +84,7 @@ def _base_config(options: TrainOptions) -> HiggsAudioV2Config:
     if built_in is not None:
         config = builtin_config(built_in)
     else:
-        assert model.base_ckpt is not None  # that would be the default
+        assert model.base_ckpt is not None  # None is the default base, which is built in
         config = read_config(resolve_config_folder(model.base_ckpt, "--base_ckpt", model.base_revision))
     return with_parts(config, parts_to_add(model, config, resolve_config_folder)[0])
 
@@ -92,8 +93,8 @@ def _device_gib() -> float | None:
     return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else None
 
 
-def describe(setting: Setting, made: Plan) -> list[str]:
-    """The plan as lines of text."""
+def describe(setting: Setting, planned: Plan) -> list[str]:
+    """Return the plan as lines of text."""
     options, config = setting.options, setting.config
     size, length = setting.batch_shape()
     data, optim, lora, tune = options.data, options.optim, options.lora, options.tune
@@ -102,47 +103,47 @@ def describe(setting: Setting, made: Plan) -> list[str]:
     built_in = which_builtin(options.model.base_ckpt)
     base = options.model.base_ckpt if built_in is None else f"{built_in} (built in)"
     every = recompute_every(options.model)
-    recompute = "kept" if every is None else f"recomputed in {'every layer' if every == 1 else f'1 layer of {every}'}"
-    recompute += " from host memory" if options.model.offload_checkpoints and every else ""
-    guess = " (a guess: give --max_seq_len)" if assumed else ""
+    recompute = "kept" if every is None else f"recomputed in {'every layer' if every == 1 else f'1 of {every} layers'}"
+    recompute += " from inputs in host memory" if options.model.offload_checkpoints and every else ""
+    guess = " (assumed; set --max_seq_len)" if assumed else ""
     four_bit = "NF4 in " if options.model.load_in_4bit else ""
     offloaded = [f"{what} offloaded, " for what in ("optimizer", "param") if setting.offloads(what)]
     rows = {
-        **{f"weights, {group}": size_bytes for group, size_bytes in made.weights.items()},
-        "weights, scales of 4 bits": made.quantization,
-        "weights that are trained" if options.is_full_finetuning else "LoRA": made.trained,
-        "gradients": made.gradients,
-        "optimizer state, float32 masters": made.optimizer,
-        "DeepSpeed's buckets": made.buckets,
-        "activations": made.activations,
-        "logits and loss": made.logits,
-        "working memory": made.working,
-        "weights gathered by ZeRO-3": made.gathered,
-        "optimizer step, above all this": max(0, made.total - made.resident - _in_pass(made)),
+        **{f"weights, {group}": size_bytes for group, size_bytes in planned.weights.items()},
+        "weights, 4-bit scales": planned.quantization,
+        "trained weights" if options.is_full_finetuning else "LoRA": planned.trained,
+        "gradients": planned.gradients,
+        "optimizer state, float32 masters": planned.optimizer,
+        "DeepSpeed buckets": planned.buckets,
+        "activations": planned.activations,
+        "logits and loss": planned.logits,
+        "working memory": planned.working,
+        "weights gathered by ZeRO-3": planned.gathered,
+        "optimizer step, beyond the above": max(0, planned.total - planned.resident - _pass_bytes(planned)),
     }
-    table = [*((name, size_bytes) for name, size_bytes in rows.items() if size_bytes), ("total", made.total)]
+    table = [*((name, size_bytes) for name, size_bytes in rows.items() if size_bytes), ("total", planned.total)]
     lines = [
-        "planned per GPU from config.json alone; nothing was loaded or measured",
+        "memory per GPU, planned from config.json alone; nothing was loaded or measured",
         f"base: {base}, {config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{four_bit}{options.model.precision}",
-        f"full: {', '.join(tune.train_groups)}; optimizer {optim.optim}"
+        f"full fine-tuning: {', '.join(tune.train_groups)}; optimizer {optim.optim}"
         if options.is_full_finetuning
         else f"LoRA: rank {lora.lora_r} on {', '.join(lora.lora_targets)}; optimizer {optim.optim}",
         f"ZeRO stage {setting.stage}, {''.join(offloaded)}on {setting.ranks} GPU{'s' if setting.ranks > 1 else ''}",
         f"batch: {size} x {length} positions{guess}, activations {recompute}",
-        f"planned as speech: of each sample {text} positions are text, all others audio",
+        f"assumed to be speech: {text} positions of each sample are text, all others audio",
         "",
         *_table(table),
-        f"{'besides, a CUDA context (assumed)':<36}{CONTEXT_GIB:>8.2f} GiB",
+        f"{'plus a CUDA context (assumed)':<36}{CONTEXT_GIB:>8.2f} GiB",
     ]
-    if made.host:
-        host_rows = [*made.host.items(), ("total", sum(made.host.values()))]
-        lines += ["", "host memory per rank, once loaded", *_table(host_rows)]
+    if planned.host:
+        host_rows = [*planned.host.items(), ("total", sum(planned.host.values()))]
+        lines += ["", "host memory per rank, after loading", *_table(host_rows)]
     return lines
 
 
-def _in_pass(made: Plan) -> int:
-    return made.buckets + made.activations + made.logits + made.working + made.gathered
+def _pass_bytes(planned: Plan) -> int:
+    return planned.buckets + planned.activations + planned.logits + planned.working + planned.gathered
 
 
 def _table(rows: list[tuple[str, int]]) -> list[str]:
@@ -151,46 +152,46 @@ def _table(rows: list[tuple[str, int]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Change:
-    """Something to change, as it is given on the command line, and what is then planned."""
+    """A proposed change, as it is written on the command line, and the setting with it."""
 
     text: str
     setting: Setting
 
 
-def _advice(setting: Setting, given: set[str], made: Plan, device_gib: float) -> list[str]:
-    """Lines: changes that help, what costs least first, and as many of the options together as it takes to fit."""
-    lines = ["", "what would help, each by itself:"]
-    together, at_best, names = setting, made, list[str]()
+def _advice(setting: Setting, given: set[str], planned: Plan, device_gib: float) -> list[str]:
+    """Return lines with the changes that help, cheapest first, and with as many options combined as it takes to fit."""
+    lines = ["", "what would help, each on its own:"]
+    together, best, names = setting, planned, list[str]()
     for change in _changes(setting, given):
         changed = plan(change.setting)
-        if (made.total - changed.total) / GIB < 0.005:
+        if (planned.total - changed.total) / GIB < 0.005:
             continue
-        lines.append(f"  {change.text:<46}{_saving(made, changed, device_gib)}")
+        lines.append(f"  {change.text:<46}{_saving(planned, changed, device_gib)}")
         is_option = change.setting.ds_settings is setting.ds_settings
-        if is_option and at_best.total / GIB + CONTEXT_GIB > device_gib:
-            wider = _merged(together, change.setting, setting)
-            if plan(wider).total < at_best.total:
-                together, at_best = wider, plan(wider)
+        if is_option and best.total / GIB + CONTEXT_GIB > device_gib:
+            wider = _with_changes(together, change.setting, setting)
+            if plan(wider).total < best.total:
+                together, best = wider, plan(wider)
                 names.append(change.text)
     if len(names) > 1:
-        lines.append(f"together: {' '.join(names)}\n  {_saving(made, at_best, device_gib)}")
+        lines.append(f"together: {' '.join(names)}\n  {_saving(planned, best, device_gib)}")
     return lines
 
 
-def _saving(made: Plan, changed: Plan, device_gib: float) -> str:
+def _saving(planned: Plan, changed: Plan, device_gib: float) -> str:
     needed_gib = changed.total / GIB + CONTEXT_GIB
     verdict = "fits" if needed_gib <= device_gib else "does not fit"
-    return f"saves {(made.total - changed.total) / GIB:>6.2f} GiB: {needed_gib:>6.2f} GiB, {verdict}"
+    return f"saves {(planned.total - changed.total) / GIB:>6.2f} GiB: {needed_gib:>6.2f} GiB, {verdict}"
 
 
-def _merged(one: Setting, other: Setting, plain: Setting) -> Setting:
-    """The first with those options that the second has changed against `plain`."""
-    before, after = plain.options.flat(), other.options.flat()
-    return replace(one, options=one.options.replace(**{k: v for k, v in after.items() if v != before[k]}))
+def _with_changes(base: Setting, changed: Setting, original: Setting) -> Setting:
+    """Return `base` with those options in which `changed` differs from `original`."""
+    before, after = original.options.flat(), changed.options.flat()
+    return replace(base, options=base.options.replace(**{k: v for k, v in after.items() if v != before[k]}))
 
 
 def _changes(setting: Setting, given: set[str]) -> Iterator[Change]:
-    """Every change that can be proposed, what costs least first."""
+    """Yield every change that can be proposed, cheapest first."""
     size, length = setting.batch_shape()
     by_tokens = setting.options.optim.max_tokens_per_batch is not None
     smaller = {"max_tokens_per_batch": length} if by_tokens else {"batch_size": max(1, size // 2)}
@@ -209,9 +210,9 @@ def _changes(setting: Setting, given: set[str]) -> Iterator[Change]:
     flat = setting.options.flat()
     for values in candidates:
         if check_options(setting.options.replace(**values)) != check_options(setting.options):
-            continue  # with --finetune full, not all of them are to be had
+            continue  # not all of them are available with --finetune full
         if any(flat[name] != value for name, value in values.items()):
-            yield _change(setting, values)
+            yield _option_change(setting, values)
     for name in ("small_card.json", "zero2_offload.json", "zero3.json"):
         path = DEFAULT_DS_CONFIG.parent / name
         ranks = max(setting.ranks, SHARDED_RANKS if name == "zero3.json" and setting.ranks == 1 else 1)
@@ -220,9 +221,9 @@ def _changes(setting: Setting, given: set[str]) -> Iterator[Change]:
             text = f"--deepspeed ds_configs/{name}{'' if ranks == setting.ranks else f' on {ranks} GPUs'}"
             yield Change(text, replace(setting, options=options, ds_settings=settings, ranks=ranks))
     if length >= 512:
-        yield _change(setting, half)
+        yield _option_change(setting, half)
 
 
-def _change(setting: Setting, values: dict[str, Any]) -> Change:
+def _option_change(setting: Setting, values: dict[str, Any]) -> Change:
     text = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in values.items())
     return Change(text, replace(setting, options=setting.options.replace(**values)))

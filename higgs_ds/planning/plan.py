@@ -1,7 +1,7 @@
-"""How much memory each part of a training takes per GPU, from a base's configuration alone.
+"""Plan the memory of each part of a training run per GPU, from the base's configuration alone.
 
-Weights, gradients and optimizer state are arithmetic over the model's shapes, as DeepSpeed 0.19.8 was seen to allocate
-them at each ZeRO stage; activations and working memory are counted by `activations`.
+Weights, gradients and optimizer state are computed from the model's shapes, as DeepSpeed 0.19.8 was observed to
+allocate them at each ZeRO stage. Activations and working memory are counted by `activations`.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from higgs_ds.planning.activations import PassSettings, measure_pass
 from higgs_ds.planning.weights import Setting, model_weights
 from higgs_ds.planning.zero_stages import Plan, frozen_bytes, gathered_bytes, with_training_state
 
-CONTEXT_BYTES = 2**29  # what a CUDA process takes before its first tensor: an assumption
-AUTO_CHECKPOINTING = ("none", "4", "3", "2", "every_layer")  # from the fastest to the smallest
-# What a GPU's matrix library keeps for itself; between 8 and 32 MiB, an assumption.
+CONTEXT_BYTES = 2**29  # assumed memory of a CUDA process before its first tensor
+AUTO_CHECKPOINTING = ("none", "4", "3", "2", "every_layer")  # from the fastest to the one with the least memory
+# Assumed workspace of a GPU's matrix library, which is between 8 and 32 MiB.
 MATRIX_WORKSPACE_BYTES = 32 * 2**20
 
 
 def plan(setting: Setting) -> Plan:
-    """Bytes of every part. Raises InputError where the base lacks what --lora_targets names."""
+    """Plan the bytes of every part. Raises InputError if the base has no layers for --lora_targets."""
     weights = model_weights(setting)
     trained = [weight for weight in weights if weight.trained]
     on_device, on_host = frozen_bytes(setting, [weight for weight in weights if not weight.trained])
     size, length = setting.batch_shape()
-    taken = measure_pass(
+    pass_memory = measure_pass(
         setting.config,
         PassSettings(
             dtype=setting.dtype,
@@ -41,7 +41,7 @@ def plan(setting: Setting) -> Plan:
             keeps_inputs=setting.stage == 3,
         ),
     )
-    checkpoints, one_checkpoint = _offloaded_checkpoints(setting, size * length)
+    checkpoints, checkpoint_on_device = _offloaded_checkpoints(setting, size * length)
     partial = Plan(
         weights=on_device,
         quantization=sum(weight.statistics_bytes * weight.count for weight in weights),
@@ -49,27 +49,27 @@ def plan(setting: Setting) -> Plan:
         gradients=0,
         optimizer=0,
         buckets=0,
-        activations=taken.activations - checkpoints,
-        logits=taken.logits,
-        working=taken.working + one_checkpoint + (MATRIX_WORKSPACE_BYTES if setting.on_gpu else 0),
+        activations=pass_memory.activations - checkpoints,
+        logits=pass_memory.logits,
+        working=pass_memory.working + checkpoint_on_device + (MATRIX_WORKSPACE_BYTES if setting.on_gpu else 0),
         gathered=gathered_bytes(setting, weights) if setting.stage == 3 else 0,
         step=0,
-        host=on_host | ({"checkpoints": checkpoints} if checkpoints else {}),
+        host=on_host | ({"inputs of recomputed layers": checkpoints} if checkpoints else {}),
     )
     return with_training_state(setting, partial, trained)
 
 
 def _offloaded_checkpoints(setting: Setting, positions: int) -> tuple[int, int]:
-    """Bytes of layers' inputs that wait in host memory, and of the one that is back at a time."""
+    """Return the bytes of layer inputs in host memory, and of the one that is on the device at a time."""
     every = recompute_every(setting.options.model)
     if not setting.options.model.offload_checkpoints or every is None:
         return 0, 0
-    one = positions * setting.config.hidden_size * setting.dtype.itemsize
-    return math.ceil(setting.config.num_hidden_layers / every) * one, one
+    input_bytes = positions * setting.config.hidden_size * setting.dtype.itemsize
+    return math.ceil(setting.config.num_hidden_layers / every) * input_bytes, input_bytes
 
 
 def with_checkpointing(setting: Setting, device_bytes: float) -> Setting:
-    """`--activation_checkpointing auto` decided: as few layers as it takes to fit; all, where that does not suffice."""
+    """Decide `--activation_checkpointing auto`: recompute as few layers as fit the memory, or all if none fits."""
     for choice in AUTO_CHECKPOINTING:
         decided = replace(setting, options=setting.options.replace(activation_checkpointing=choice))
         if plan(decided).total + CONTEXT_BYTES <= device_bytes:

@@ -1,4 +1,4 @@
-"""What is planned, and the weights of the model as it is trained."""
+"""The setting to plan for, and the weights of the model in training."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from higgs_ds.model.nf4 import BLOCK_SIZE, is_quantized_weight
 from higgs_ds.model.parts import Parts, config_of, fully_trained_parts
 from higgs_ds.options.train import TrainOptions
 
-DEFAULT_LENGTH = 2048  # positions, where no option says how long samples may be
+DEFAULT_LENGTH = 2048  # positions per sample, if no option limits the length
 GROUPS = ("attention", "text FFN", "audio FFN", "norms", "embeddings", "heads", "Whisper tower")
 LORA = "LoRA"
-NESTED_BLOCK_SIZE = 256  # blocks of 4-bit weights whose scales share a scale; also Adam's elements in 8 bits
+NESTED_BLOCK_SIZE = 256  # scales of a 4-bit weight that share a second scale; also 8-bit Adam's elements per scale
 CODE_TABLES_BYTES = 4 * (16 + 256)
-# DeepSpeed's defaults, in elements, for files that do not say.
+# DeepSpeed's defaults, in elements, for settings that a file does not have.
 ZERO_DEFAULTS = {
     "reduce_bucket_size": 500_000_000,
     "stage3_prefetch_bucket_size": 50_000_000,
@@ -32,7 +32,10 @@ ZERO_DEFAULTS = {
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter, or one of each decoder layer. Adapters, and optional parts beside them, are of group LORA."""
+    """A parameter, or the same parameter of all decoder layers.
+
+    Adapters, and optional parts that are trained with them, are of group LORA.
+    """
 
     group: str
     numel: int
@@ -42,12 +45,12 @@ class Weight:
     trained: bool
 
     def stored(self, element_bytes: int) -> tuple[int, int]:
-        """Elements as they are kept, and bytes of each: packed, two weights make a byte."""
+        """Return the number of stored elements and their size in bytes. Two packed 4-bit weights are one byte."""
         return (math.ceil(self.numel / 2), 1) if self.four_bit else (self.numel, element_bytes)
 
     @property
     def statistics_bytes(self) -> int:
-        """Scales of a 4-bit weight: a byte a block, a float32 for 256 of these, an offset, code tables."""
+        """Scales of a 4-bit weight: a byte per block, a float32 per 256 blocks, an offset and code tables."""
         if not self.four_bit:
             return 0
         blocks = math.ceil(self.numel / BLOCK_SIZE)
@@ -56,7 +59,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is planned: a base, options and DeepSpeed's settings in agreement, a number of ranks, GPUs or CPUs."""
+    """What to plan for: a base, options and matching DeepSpeed settings, the number of ranks, and GPUs or CPUs."""
 
     config: HiggsAudioV2Config
     options: TrainOptions
@@ -70,7 +73,7 @@ class Setting:
 
     @property
     def full_parts(self) -> Parts:
-        """Optional parts that are trained in full."""
+        """Optional parts that are fully trained."""
         return fully_trained_parts(self.options.model, self.config)
 
     @property
@@ -83,16 +86,16 @@ class Setting:
 
     @property
     def accumulation_bytes(self) -> int:
-        """Bytes of an element in which DeepSpeed adds up gradients."""
+        """Size in bytes of the dtype in which DeepSpeed accumulates gradients."""
         name = self.ds_settings.get("data_types", {}).get("grad_accum_dtype")
         return {"fp32": 4, "bf16": 2, "fp16": 2}.get(name, self.dtype.itemsize)
 
     def offloads(self, what: str) -> bool:
-        """Whether DeepSpeed keeps the "optimizer" or "param" in host memory."""
+        """Return whether DeepSpeed keeps `what`, "optimizer" or "param", in host memory."""
         return (self.zero.get(f"offload_{what}") or {}).get("device") == "cpu"
 
     def batch_shape(self) -> tuple[int, int]:
-        """Samples and positions of a micro-batch."""
+        """Return the samples in a micro-batch and the positions of each."""
         data, optim = self.options.data, self.options.optim
         if optim.max_tokens_per_batch is None:
             return optim.batch_size, data.max_seq_len or DEFAULT_LENGTH
@@ -101,7 +104,7 @@ class Setting:
 
 
 def model_weights(setting: Setting) -> list[Weight]:
-    """All parameters of the model as it is trained."""
+    """List all parameters of the model in training."""
     values = setting.config.to_dict()
     model = empty_model(config_of(values | {"num_hidden_layers": 1}), setting.dtype)
     options = setting.options
@@ -118,7 +121,7 @@ def model_weights(setting: Setting) -> list[Weight]:
 
 
 def group_of(name: str) -> str:
-    """The group of GROUPS that a weight of the base belongs to."""
+    """Return the group, one of GROUPS, of a weight of the base."""
     for part, group in (
         ("audio_tower", "Whisper tower"), ("audio_encoder_proj", "Whisper tower"), ("norm", "norms"),
         ("embed", "embeddings"), ("lm_head", "heads"), ("audio_mlp", "audio FFN"), (".mlp.", "text FFN"),
@@ -126,4 +129,4 @@ def group_of(name: str) -> str:
     ):  # fmt: skip
         if part in name:
             return group
-    raise ValueError(f"{name}: belongs to no known group")
+    raise ValueError(f"{name}: does not belong to a known group")

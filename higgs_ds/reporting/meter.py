@@ -29,11 +29,11 @@ class Meter:
         self.hits = self.sums.new_zeros(len(self.sums) + 2)
         self.num_samples = 0
         self.num_tokens = 0
-        self.num_positions = 0  # with padding
+        self.num_positions = 0  # including padding
         self.started_at = time.perf_counter()
 
     def add(self, step: StepResult, batches: Sequence[Batch]) -> None:
-        """Add one step, of which only the time counts where it was not taken."""
+        """Add one step. A skipped step counts towards time and speed, but not towards losses and accuracies."""
         self.steps += 1
         if step.applied:
             self.sums += step.sums.sum(0)
@@ -45,38 +45,37 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of a block, which is not training, out of the speed."""
+        """Exclude the time of a block, which is not training, from the speed."""
         paused_at = time.perf_counter()
         yield
         self.started_at += time.perf_counter() - paused_at
 
     def state(self) -> dict[str, Any]:
-        """What this rank has added since the last log line, as JSON values."""
+        """Return what this rank has added since the last log line, as JSON values."""
         added = {"sums": self.sums.tolist(), "counts": self.counts.tolist(), "hits": self.hits.tolist()}
         return added | {name: getattr(self, name) for name in ("num_samples", "num_tokens", "num_positions", "steps")}
 
     def restore(self, states: list[dict[str, Any]]) -> None:
-        """Go on from the `state` of every rank of an earlier run; of another number of ranks, rank 0 takes all."""
+        """Continue from the `state` of every rank of an earlier run; if their number differs, rank 0 takes all."""
         if not states:
             return
         mine = states if len(states) != world_size() else [states[rank()]]
         if len(states) == world_size() or is_main():
             for name in ("sums", "hits"):
-                of_all = torch.tensor([state[name] for state in mine], dtype=torch.float64).sum(0)
-                setattr(self, name, getattr(self, name) + of_all.to(self.device))
+                added = torch.tensor([state[name] for state in mine], dtype=torch.float64).sum(0)
+                setattr(self, name, getattr(self, name) + added.to(self.device))
             for name in ("num_samples", "num_tokens", "num_positions"):
                 setattr(self, name, getattr(self, name) + sum(state[name] for state in mine))
         self.counts += torch.tensor(states[0]["counts"], dtype=torch.float64).to(self.device)
         self.steps += states[0]["steps"]
 
     def read(self) -> dict[str, float]:
-        """Mean losses, accuracies, padding and speed since the last reset, over all ranks; no losses where no step was
-        taken.
+        """Return mean losses, accuracies, padding and speed since the last reset, over all ranks.
 
-        Every rank must call this.
+        Losses and accuracies are missing if all steps were skipped. Every rank must call this.
         """
-        own = [self.num_samples, self.num_tokens, self.num_positions]
-        sizes = torch.tensor(own, dtype=torch.float64, device=self.device)
+        local_sizes = [self.num_samples, self.num_tokens, self.num_positions]
+        sizes = torch.tensor(local_sizes, dtype=torch.float64, device=self.device)
         num_samples, num_tokens, num_positions = sum_over_ranks(sizes).tolist()
         losses = mean_losses(sum_over_ranks(self.sums), self.counts, self.weights)
         hits = sum_over_ranks(self.hits)

@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl` first, then the console. Rank 0 only."""
+"""The metrics that a run reports: first to `metrics.jsonl`, then to the console. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from higgs_ds.common.files import saving, write_text
 from higgs_ds.common.run_files import METRICS_FILE
 from higgs_ds.reporting.trackers import Tracker
 
-# What the progress bar shows beside the remaining time, and how it is called there.
+# The metrics that the progress bar shows beside the remaining time, with their short names.
 _PROGRESS_BAR_KEYS = {
     "train/text_loss": "text", "train/audio_loss": "audio", "lr": "lr", "grad_norm": "grad", "tokens_per_s": "tok/s",
     "peak_memory_gib": "GiB",
@@ -29,7 +29,7 @@ _PROGRESS_BAR_KEYS = {
 
 
 class MetricsLog:
-    """`metrics.jsonl` and the progress bar. On resume, lines behind the checkpoint's step are cut off first."""
+    """`metrics.jsonl` and the progress bar. On resume, lines after the checkpoint's step are removed first."""
 
     def __init__(
         self,
@@ -40,12 +40,12 @@ class MetricsLog:
         seconds_left: float | None = None,
         open_trackers: Callable[[], list[Tracker]] = list,
     ) -> None:
-        """Begin, or go on behind `first_step`.
+        """Start a log, or continue one after `first_step`.
 
         Args:
-            validation_due: that of `first_step` is still to be done; its line, if there is one, is cut too.
-            seconds_left: until a time limit ends the run.
-            open_trackers: where numbers go besides, opened on rank 0 alone.
+            validation_due: whether the validation of `first_step` is still to be done; its line, if any, is removed.
+            seconds_left: seconds until a time limit ends the run.
+            open_trackers: opens further destinations of the metrics; called on rank 0 only.
         """
         self.path = output_dir / METRICS_FILE
         self.total_steps = total_steps
@@ -54,7 +54,7 @@ class MetricsLog:
         if is_main():
             _truncate(self.path, first_step, validation_due)
             self.sinks = open_trackers()
-        # None: no bar where stderr is a file, which log lines are enough for.
+        # None: no bar if stderr is not a terminal; the log lines are enough there.
         disable = None if is_main() and not is_quiet() else True
         self.bar = tqdm(
             total=total_steps, initial=first_step, desc="training", unit="step", disable=disable, dynamic_ncols=True
@@ -69,9 +69,10 @@ class MetricsLog:
         self.bar.update()
 
     def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Append one line, in which the loss of a part without targets is null, and print what matters in it.
+        """Append one line and print its main values. The loss of a part without targets is written as null.
 
-        Raises NotFiniteError, behind that, where the total loss is not finite.
+        Raises:
+            NotFiniteError: the total loss is not finite; the line is written first.
         """
         values = values | {"peak_memory_gib": peak_memory_gib()}
         line = {"step": step, "epoch": round(epoch, 4), **values}
@@ -98,27 +99,27 @@ class MetricsLog:
                 raise error
 
     def _compare_with_limit(self, step: int, step_time_s: float | None) -> None:
-        """Say once, behind the first log line, where the steps will take longer than there is time."""
+        """After the first log line, print a note if the steps will take longer than the time limit allows."""
         if self.ends_at is None or step_time_s is None:
             return
         needed_s, left_s = (self.total_steps - step) * step_time_s, self.ends_at - time.monotonic()
         self.ends_at = None
         if needed_s > left_s:
             say(
-                f"note: the steps to come take {needed_s / 3600:.1f} h or more, and the job's time limit is in "
-                f"{left_s / 3600:.1f} h. It goes on from a checkpoint when it is started again, which "
-                "launch/slurm/train.sbatch sees to"
+                f"note: the remaining steps take {needed_s / 3600:.1f} h or more, and the job's time limit is in "
+                f"{left_s / 3600:.1f} h. When the job is started again, it resumes from a checkpoint; "
+                "launch/slurm/train.sbatch ensures this"
             )
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; none before the first is written."""
+    """Return the lines of a run's `metrics.jsonl`; none before the first is written."""
     path = output_dir / METRICS_FILE
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def last_values(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The last of each number in lines of `metrics.jsonl`."""
+    """Return the last value of each metric in lines of `metrics.jsonl`."""
     last: dict[str, Any] = {}
     for line in lines:
         last |= {key: value for key, value in line.items() if value is not None}
@@ -126,14 +127,14 @@ def last_values(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def peak_memory_gib() -> float:
-    """This rank's peak so far, in GiB: allocated on its GPU, or resident where it has none."""
+    """Return this rank's peak memory so far, in GiB: allocated on its GPU, or resident in host memory without one."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
 
 def _truncate(path: Path, last_step: int, validation_due: bool) -> None:
-    """Drop the lines of later steps, and a line that was cut short when the run was killed."""
+    """Remove the lines of later steps, and a line that was cut short when the run was killed."""
     if not path.is_file():
         return
     kept = []

@@ -1,4 +1,4 @@
-"""--push_to_hub: adapter, merged or complete model to the Hugging Face hub, by its own client; no token is shown."""
+"""--push_to_hub: upload the adapter, merged or complete model with Hugging Face's own client; no token is printed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from higgs_ds.options.train import RunOptions, TrainOptions
 from higgs_ds.reporting.metrics_log import last_values, read_metrics
 
 CARD = "README.md"
-# Options that are of this machine, or of this one run of the command.
+# Options that only concern this machine, or this one call of the command.
 _MACHINE_OPTIONS = {
     "train_manifest", "val_manifest", "skip_bad", "cache_dir", "output_dir", "deepspeed", "resume", "base_ckpt",
     "codec_ckpt", "whisper_ckpt", "push_to_hub", "hub_repo_id", "hub_private", "upload_merged_model", "report_to",
@@ -30,7 +30,7 @@ NOT_UPLOADED = ["**/.*"]
 
 
 def check_login(options: RunOptions) -> None:
-    """Raise InputError where what is to be published could not be: no token, one that the hub does not take, no hub."""
+    """Raise InputError if publishing would fail: no token, one that the hub rejects, or no connection to the hub."""
     if not options.push_to_hub:
         return
     if get_token() is None:
@@ -39,9 +39,7 @@ def check_login(options: RunOptions) -> None:
         HfApi().whoami()
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-            raise InputError(
-                f"--push_to_hub: the hub does not take your token ({_reason(error)}); log in anew"
-            ) from error
+            raise InputError(f"--push_to_hub: the hub rejects your token ({_reason(error)}); log in again") from error
         raise InputError(
             f"--push_to_hub: the hub cannot be reached ({_reason(error)}); leave the option out, and publish later "
             "with `hf upload`"
@@ -49,9 +47,10 @@ def check_login(options: RunOptions) -> None:
 
 
 def upload(folder: Path, options: RunOptions) -> str:
-    """Upload a folder as a repository, which is made where there is none; its address.
+    """Upload a folder as a repository, which is created if it does not exist; return its address.
 
-    Raises PublishError with the command to try again; the folder is as it was.
+    Raises:
+        PublishError: the upload failed; the message has the command to try again, and the folder is unchanged.
     """
     repo_id = options.hub_repo_id
     assert repo_id is not None
@@ -65,11 +64,11 @@ def upload(folder: Path, options: RunOptions) -> str:
             ignore_patterns=NOT_UPLOADED,
         )
     except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
-        # RuntimeError is how hf_xet, which moves large files, tells that it could not.
+        # hf_xet, which transfers large files, reports failures as RuntimeError.
         private = " --private" if options.hub_private else ""
         raise PublishError(
-            f"training has ended well, and what was to be published is in {folder}; but uploading it to {repo_id} "
-            f"failed: {_reason(error)}\nTry again: hf upload {repo_id} {folder} .{private}"
+            f"training has finished and the folder to publish is {folder}, but uploading it to {repo_id} failed: "
+            f"{_reason(error)}\nTry again: hf upload {repo_id} {folder} .{private}"
         ) from error
     return str(address)
 
@@ -80,12 +79,14 @@ def _reason(error: Exception) -> str:
 
 
 def write_card(folder: Path, kind: str, facts: dict[str, Any]) -> None:
-    """Write the model card of an adapter or a merged model: its base, data, settings, losses, how to use it.
+    """Write the model card of an adapter or a model: its base, how to use it, losses, data, settings.
 
     Args:
-        kind: "adapter", "merged" or "full"; facts: base, data, settings, losses, layout, of the run.
+        kind: "adapter", "merged" or "full".
+        facts: what `card_facts` returns.
 
-    Raises SaveError.
+    Raises:
+        SaveError: the card cannot be written.
     """
     base = facts["base"]
     header = ModelCardData(
@@ -104,7 +105,7 @@ def write_card(folder: Path, kind: str, facts: dict[str, Any]) -> None:
 
 # {title}
 
-Trained with higgs_ds from `{base}`{facts["in_full"]}.
+Trained with higgs_ds from `{base}`{facts["fully_trained"]}.
 
 ## How to use it
 
@@ -112,7 +113,7 @@ Trained with higgs_ds from `{base}`{facts["in_full"]}.
 
 ## Losses
 
-| | last |
+| metric | last value |
 |---|---|
 {losses}
 
@@ -132,14 +133,14 @@ def _use(kind: str, facts: dict[str, Any]) -> str:
     if kind == "adapter":
         return how_to_use_adapter(facts["base"])
     if facts["layout"] == "original":
-        return "With boson_multimodal's `serve_engine`, as its base."
+        return "Load it with boson_multimodal's `serve_engine`, like its base."
     return """    from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
     model = HiggsAudioV2ForConditionalGeneration.from_pretrained("THIS_FOLDER")
     processor = AutoProcessor.from_pretrained("THIS_FOLDER")"""
 
 
 def card_facts(run_folder: Path, base: str, full_parts: Parts, options: TrainOptions) -> dict[str, Any]:
-    """What a card tells of a run. Paths are this machine's own: of the base the folder's name, others are left out."""
+    """Return what a card says about a run. Of the base's path, only the folder's name is kept; others are left out."""
     last = last_values(read_metrics(run_folder))
     shown = [f"{kind}/{name}" for kind in ("train", "val") for name in ("loss", "text_loss", "audio_loss")]
     shown += ["val/text_accuracy", "val/audio_accuracy", "val/eos_accuracy"]
@@ -155,7 +156,7 @@ def card_facts(run_folder: Path, base: str, full_parts: Parts, options: TrainOpt
     trained += [str(full_parts)] if full_parts else []
     return {
         "base": base if is_hub_id(base) else Path(base).name,
-        "in_full": f"; in full: {', '.join(trained)}" if trained else "",
+        "fully_trained": f"; fully fine-tuned: {', '.join(trained)}" if trained else "",
         "layout": options.run.export_layout,
         "settings": changed,
         "data": re.sub(r"^(?! ).*[/\\](?=[^/\\]*:$)", "", summary, flags=re.MULTILINE),

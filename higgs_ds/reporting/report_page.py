@@ -1,4 +1,4 @@
-"""`report.html`: a run on one page that needs nothing else, made from what lies in its output folder."""
+"""`report.html`: a run on one self-contained page, made from the files in its output folder."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from higgs_ds.reporting.metrics_log import last_values, read_metrics
 
 REPORT_FILE = "report.html"
 EVERY_S = 60.0
-SOUND_BYTES = 2_500_000  # of Ogg Vorbis in the page, which takes a third more there
-MOST_POINTS = 1000  # of a curve; of more, every n-th is drawn
+SOUND_BYTES = 2_500_000  # of Ogg Vorbis in the page, where base64 makes it a third larger
+MOST_POINTS = 1000  # per curve; of more points, every n-th is drawn
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A drawing of some numbers by step: their keys, and how each is called in it."""
+    """A plot of metrics over steps: their keys, and the label of each."""
 
     title: str
     keys: dict[str, str]
@@ -50,14 +50,14 @@ class Curve:
 
 
 class Reporter:
-    """Writes a run's page, while it runs not more often than once in EVERY_S. Every rank must call its methods."""
+    """Writes a run's page, during the run at most once in EVERY_S. Every rank must call its methods."""
 
     def __init__(self, output_dir: Path, wanted: bool) -> None:
         self.output_dir, self.wanted = output_dir, wanted
         self.written_at = -EVERY_S
 
     def write(self, at_end: bool = False) -> None:
-        """Raises SaveError, on every rank."""
+        """Write the page, if it is due. Raises SaveError on every rank."""
 
         def write() -> None:
             if at_end or time.monotonic() - self.written_at > EVERY_S:
@@ -87,19 +87,19 @@ def _curves(num_codebooks: int) -> list[Curve]:
         *(_by_codebook(kind, shown, num_codebooks) for kind, shown in TRAIN_AND_VAL.items()),
         _train_and_val_curve("text accuracy", "text_accuracy"),
         _train_and_val_curve("audio accuracy", "audio_accuracy"),
-        _train_and_val_curve("accuracy of the stream's end", "eos_accuracy"),
+        _train_and_val_curve("accuracy of the end-of-stream code", "eos_accuracy"),
         Curve("learning rate", {"lr": ""}),
         Curve("gradient norm", {"grad_norm": ""}, logarithmic=True),
         Curve("tokens per second", {"tokens_per_s": ""}),
         Curve("peak memory, GiB", {"peak_memory_gib": ""}),
         Curve("share of positions that are padding", {"padding": ""}),
-        Curve("samples that stopped by themselves", {"sample/stop_rate": ""}),
-        Curve("length of samples over the reference's", {"sample/length_ratio": ""}),
+        Curve("share of samples that stopped on their own", {"sample/stop_rate": ""}),
+        Curve("length of samples relative to the reference", {"sample/length_ratio": ""}),
     ]
 
 
 def write_report(output_dir: Path) -> Path:
-    """Write the page anew, from metrics, state and settings of a run; its path. Raises SaveError."""
+    """Write the page from a run's metrics, state and settings; return its path. Raises SaveError."""
     lines = read_metrics(output_dir)
     settings = json.loads((output_dir / SETTINGS_FILE).read_text(encoding="utf-8"))
     state_file, summary = output_dir / STATE_FILE, output_dir / SUMMARY_FILE
@@ -130,7 +130,7 @@ def write_report(output_dir: Path) -> Path:
 
 
 def _points(lines: Sequence[dict[str, Any]], curve: Curve) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of each of a curve's numbers that there are."""
+    """Return steps and values of each of a curve's metrics that has values."""
     found = {}
     for key, label in curve.keys.items():
         at = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
@@ -142,7 +142,7 @@ def _points(lines: Sequence[dict[str, Any]], curve: Curve) -> dict[str, tuple[li
 
 
 def draw(curve: Curve, points: dict[str, tuple[list[int], list[float]]]) -> str:
-    """A curve as SVG, by matplotlib."""
+    """Draw a curve as SVG, with matplotlib."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -168,7 +168,7 @@ def draw(curve: Curve, points: dict[str, tuple[list[int], list[float]]]) -> str:
 
 
 def _numbers(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """The last of each number that training and validation share, and of some others."""
+    """Return the last value of each metric that training and validation share, and of some others."""
     last = last_values(lines)
 
     def shown(key: str) -> str:
@@ -181,9 +181,9 @@ def _numbers(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _spoken(folder: Path) -> list[dict[str, Any]]:
-    """Of each prompt its words, the reference, and what was said at which step, newest first, as sound in the page.
+    """Return the text of each prompt, its reference and its samples by step, newest first, as audio for the page.
 
-    Of more than SOUND_BYTES, the oldest are left to their files.
+    If they exceed SOUND_BYTES, the oldest samples are left out of the page; their files remain.
     """
     if not (folder / PROMPTS_FILE).is_file():
         return []
@@ -192,28 +192,28 @@ def _spoken(folder: Path) -> list[dict[str, Any]]:
     left = SOUND_BYTES
     sounds: list[dict[str, str]] = [{} for _ in words]
     for name in (REFERENCE_FOLDER, *(f"step-{step}" for step in steps)):
-        for number, known in enumerate(sounds):
+        for number, sounds_of_prompt in enumerate(sounds):
             path = folder / name / f"{number}.wav"
             sound = as_ogg(path) if left > 0 and path.is_file() else b""
             left -= len(sound)
             if sound:
-                known[name] = f"data:audio/ogg;base64,{base64.b64encode(sound).decode()}"
-    return [{"words": one, "sounds": known} for one, known in zip(words, sounds, strict=True)]
+                sounds_of_prompt[name] = f"data:audio/ogg;base64,{base64.b64encode(sound).decode()}"
+    return [{"words": text, "sounds": of_prompt} for text, of_prompt in zip(words, sounds, strict=True)]
 
 
 def _outputs(output_dir: Path, is_full_finetuning: bool) -> list[dict[str, str]]:
     known = {
         **({"final_model": "the complete model"} if is_full_finetuning else {}),
         ADAPTER_FOLDER: "the adapter of the last checkpoint",
-        "merged_model": "the model with the adapter in its weights",
-        METRICS_FILE: "every number above",
-        SETTINGS_FILE: "every option, as --config takes them",
-        SAMPLES_FOLDER: "what the model said, as WAV files",
+        "merged_model": "the base model with the adapter merged into it",
+        METRICS_FILE: "all metrics of this page",
+        SETTINGS_FILE: "all options, in the format of --config",
+        SAMPLES_FOLDER: "the generated samples, as WAV files",
         DROPPED_FILE: "samples that were left out for their length",
     }
-    there = [{"href": name, "what": what} for name, what in known.items() if (output_dir / name).exists()]
+    outputs = [{"href": name, "what": what} for name, what in known.items() if (output_dir / name).exists()]
     checkpoints = reversed(find_checkpoints(output_dir))
-    return there + [{"href": path.name, "what": "to go on from, with --resume"} for path in checkpoints]
+    return outputs + [{"href": path.name, "what": "a checkpoint, for --resume"} for path in checkpoints]
 
 
 def _settings(settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go beside `metrics.jsonl`: TensorBoard's files, Weights & Biases. On rank 0 alone."""
+"""Destinations of a run's metrics beside `metrics.jsonl`: TensorBoard files, Weights & Biases. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from higgs_ds.common.files import saving, write_json
 from higgs_ds.options.fields import TENSORBOARD, WANDB
 
 TENSORBOARD_FOLDER = "tensorboard"
-WANDB_FILE = "wandb_run.json"  # which run of W&B the output folder's is, for --resume
+WANDB_FILE = "wandb_run.json"  # the id of the output folder's W&B run, for --resume
 
 
 class Tracker(Protocol):
-    """Takes the numbers of a step."""
+    """Receives the metrics of a step."""
 
     def write(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -27,7 +27,7 @@ class _TensorBoard:
     def __init__(self, output_dir: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What an earlier run wrote of later steps is not shown any more.
+        # Hide what an earlier run wrote for later steps.
         self.writer = SummaryWriter(str(output_dir / TENSORBOARD_FOLDER), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -39,7 +39,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """By its own settings (WANDB_PROJECT, WANDB_MODE, its login); without a network, WANDB_MODE=offline."""
+    """Uses W&B's own settings (WANDB_PROJECT, WANDB_MODE, its login); without a network, set WANDB_MODE=offline."""
 
     def __init__(self, output_dir: Path, first_step: int, settings: dict[str, Any]) -> None:
         import wandb
@@ -65,7 +65,7 @@ class _Wandb:
 
 
 def open_trackers(names: Sequence[str], output_dir: Path, first_step: int, settings: dict[str, Any]) -> list[Tracker]:
-    """The sinks of these names, for a run that begins, or goes on, behind `first_step`. Raises SaveError."""
+    """Open the named trackers for a run that starts, or resumes, after `first_step`. Raises SaveError."""
     makers: dict[str, Callable[[], Tracker]] = {
         TENSORBOARD: lambda: _TensorBoard(output_dir, first_step),
         WANDB: lambda: _Wandb(output_dir, first_step, settings),

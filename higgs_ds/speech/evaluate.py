@@ -1,4 +1,4 @@
-"""What a model says for samples that it has not seen, beside what it should have said: numbers, and WAV files."""
+"""Evaluate what a model speaks for samples that it has not seen, against their references: metrics and WAV files."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True)
 class Item:
-    """What was measured of one sample; NaN where it cannot be."""
+    """The measurements of one sample; NaN where one is not possible."""
 
     source: str
     words: str
     stopped: bool
     length_ratio: float
-    exact: bool  # the first codebook, from the first frame to the last
-    agreement: list[float]  # of each codebook
+    exact: bool  # the first codebook equals the reference's, from the first frame to the last
+    agreement: list[float]  # per codebook
     pitch_hz: float
     reference_pitch_hz: float
     mel_distance_db: float
@@ -48,15 +48,19 @@ class Item:
 
 
 def main(options: EvaluateOptions) -> None:
-    """Speak, measure, write and tell. Every rank must call this, in a process group; ranks share the samples.
+    """Generate, measure, write and print. Every rank must call this, in a process group; ranks share the samples.
 
-    Raises InputError before any weight is loaded; SaveError.
+    Raises:
+        InputError: an input is invalid; raised before any weight is loaded.
+        SaveError: a result cannot be written.
     """
     cache_dir = options.cache_dir or default_cache_dir()
     data = DataOptions(train_manifest=options.test_manifest, format=options.format, cache_dir=cache_dir)
-    problems = check_folders(output_dir=options.output_dir) + scratch_problems(data, cache_dir) + _problems(options)
+    problems = (
+        check_folders(output_dir=options.output_dir) + scratch_problems(data, cache_dir) + _option_problems(options)
+    )
     collect_problems(problems, lambda: check_recognizer(options.recognizer))
-    earlier = collect_problems(problems, lambda: _read(options.compare_with))
+    earlier = collect_problems(problems, lambda: _read_results(options.compare_with))
     speaker = collect_problems(
         problems,
         lambda: distributed.run_on_all_ranks(
@@ -69,13 +73,13 @@ def main(options: EvaluateOptions) -> None:
     with Preparation(data, coder, cache_dir) as preparation:
         checked = preparation.check(options.test_manifest)
         distributed.raise_problems(problems + checked.problems)
-        assert speaker and preparation.coder and checked.index  # noqa: PT018 - else there would be problems
+        assert speaker and preparation.coder and checked.index  # noqa: PT018 - a missing one has raised a problem
         preparation.encode(checked, distributed.device())
         index = preparation.keep(checked)
     rows = torch.arange(len(index)).numpy()
     prompts = prompts_of(Dataset(index, rows, preparation.coder), options.num_samples)
     if not prompts:
-        raise InputError(f"--test_manifest {options.test_manifest}: no sample has audio that is to be said")
+        raise InputError(f"--test_manifest {options.test_manifest}: no sample has audio to generate")
     recognize = None
     if options.recognizer is not None:
         vocabulary = sorted({word for prompt in prompts for word in words_of(prompt.words)})
@@ -94,16 +98,16 @@ def main(options: EvaluateOptions) -> None:
         messages = list(prompt.sample.messages[: prompt.turn])
         speech = speak(model, bundle, messages, prompt.given, settings)
         codes = speech.codes.clamp(max=bundle.stream.bos_id - 1)  # the stream's own tokens have no sound
-        sounds = _sounds(codec, codes, prompt, options.output_dir, number)
-        items.append((number, _measured(prompt, codes, speech.stopped, sounds, codec.sample_rate, recognize)))
+        sounds = _decode_and_write(codec, codes, prompt, options.output_dir, number)
+        items.append((number, _measure(prompt, codes, speech.stopped, sounds, codec.sample_rate, recognize)))
     gathered = dict(pair for of_rank in distributed.gather_objects(items) for pair in of_rank)
     results = summary([gathered[number] for number in sorted(gathered)])
-    distributed.on_main(lambda: _write(options.output_dir, results))
+    distributed.on_main(lambda: _write_results(options.output_dir, results))
     say(table(results, earlier))
     say(f"evaluation: {options.output_dir / RESULTS_FILE}")
 
 
-def _problems(options: EvaluateOptions) -> list[str]:
+def _option_problems(options: EvaluateOptions) -> list[str]:
     problems = []
     if options.num_samples is not None and options.num_samples < 1:
         problems.append(f"--num_samples {options.num_samples}: must be 1 or more")
@@ -112,10 +116,10 @@ def _problems(options: EvaluateOptions) -> list[str]:
     return problems
 
 
-def _sounds(
+def _decode_and_write(
     codec: Codec, codes: torch.Tensor, prompt: Prompt, folder: Path, number: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Waveforms of what was said and of the reference's codes, written to files; nothing said has no file."""
+    """Return the waveforms of generated and reference codes, and write them to files; an empty one gets no file."""
     spoken = codec.decode(codes) if codes.shape[1] else torch.zeros(0)
     target = codec.decode(prompt.target)
     for path, waveform in ((folder / f"{number}.wav", spoken), (folder / REFERENCE / f"{number}.wav", target)):
@@ -126,7 +130,7 @@ def _sounds(
     return spoken, target
 
 
-def _measured(
+def _measure(
     prompt: Prompt,
     codes: torch.Tensor,
     stopped: bool,
@@ -152,13 +156,13 @@ def _measured(
 
 
 def summary(items: list[Item]) -> dict[str, Any]:
-    """Means over all samples, medians of pitch, and word error rates; each sample by itself under `items`."""
+    """Return means over all samples, medians of pitch, and word error rates; single samples are under `items`."""
     results: dict[str, Any] = {
         "samples": len(items),
         "stop_rate": _mean([item.stopped for item in items]),
         "length_ratio": _mean([item.length_ratio for item in items]),
         "exact_first_codebook": _mean([item.exact for item in items]),
-        "code_agreement": [_mean(list(of_book)) for of_book in zip(*(item.agreement for item in items), strict=True)],
+        "code_agreement": [_mean(list(values)) for values in zip(*(item.agreement for item in items), strict=True)],
         "median_pitch_hz": _median([item.pitch_hz for item in items]),
         "reference_median_pitch_hz": _median([item.reference_pitch_hz for item in items]),
         "mel_distance_db": _mean([item.mel_distance_db for item in items]),
@@ -187,12 +191,12 @@ def _median(values: list[float]) -> float | None:
 
 
 def table(results: dict[str, Any], earlier: dict[str, Any] | None = None) -> str:
-    """The results without single samples, in lines; those of another evaluation in a second column."""
+    """Return the results, without single samples, as lines; those of another evaluation are in a second column."""
     names = [name for name in results if name != "items"]
-    columns = [["", *(_shown(results[name]) for name in names)]]
+    columns = [["", *(_format(results[name]) for name in names)]]
     if earlier is not None:
-        columns[0][0] = "here"
-        columns.append(["compared with", *(_shown(earlier.get(name)) for name in names)])
+        columns[0][0] = "current"
+        columns.append(["compared with", *(_format(earlier.get(name)) for name in names)])
     width = max(map(len, columns[0])) + 3
     titles = ["", *(name.replace("_", " ") for name in names)]
     rows = zip(titles, *columns, strict=True)
@@ -200,12 +204,14 @@ def table(results: dict[str, Any], earlier: dict[str, Any] | None = None) -> str
     return "\n".join(lines if earlier is not None else lines[1:])
 
 
-def _shown(value: Any) -> str:
-    return " ".join("-" if one is None else f"{one:.4g}" for one in (value if isinstance(value, list) else [value]))
+def _format(value: Any) -> str:
+    return " ".join(
+        "-" if number is None else f"{number:.4g}" for number in (value if isinstance(value, list) else [value])
+    )
 
 
-def _read(path: Path | None) -> dict[str, Any] | None:
-    """The results of another evaluation. Raises InputError where a file holds none."""
+def _read_results(path: Path | None) -> dict[str, Any] | None:
+    """Return the results of another evaluation. Raises InputError if the file has none."""
     if path is None:
         return None
     try:
@@ -213,16 +219,16 @@ def _read(path: Path | None) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise InputError(f"--compare_with {path}: cannot be read: {error}") from error
     if not isinstance(results, dict) or "stop_rate" not in results:
-        raise InputError(f"--compare_with {path}: is no {RESULTS_FILE} of launch/evaluate.py")
+        raise InputError(f"--compare_with {path}: is not an {RESULTS_FILE} of launch/evaluate.py")
     return results
 
 
-def _write(folder: Path, results: dict[str, Any]) -> None:
+def _write_results(folder: Path, results: dict[str, Any]) -> None:
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: clean(one) for key, one in value.items()}
+            return {key: clean(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [clean(one) for one in value]
+            return [clean(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     with saving(folder):

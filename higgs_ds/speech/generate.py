@@ -1,4 +1,4 @@
-"""Speech from a base, an adapter on its base, or a merged model, by transformers' own generation."""
+"""Generate speech from a base, an adapter on its base, or a merged model, with transformers' own generation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from higgs_ds.options.commands import GenerateOptions
 
 @dataclass(frozen=True)
 class Speech:
-    """What a model has said: codes (C, F), and whether it stopped by itself."""
+    """Generated speech: codes (C, F), and whether the model stopped on its own."""
 
     codes: torch.Tensor
     stopped: bool
@@ -36,7 +36,7 @@ class Speech:
 
 @dataclass(frozen=True)
 class GenerationModel:
-    """A base or merged model, and the adapter that it is to speak with, without any weight."""
+    """A base or merged model, and the adapter to generate with, before any weight is loaded."""
 
     bundle: Bundle
     adapter: Adapter | None
@@ -44,7 +44,7 @@ class GenerationModel:
 
 
 def main(options: GenerateOptions) -> None:
-    """Make a WAV file as the options say. Raises InputError before any weight is loaded."""
+    """Write a WAV file for the options. Raises InputError before any weight is loaded."""
     speaker = _check(options)
     bundle = speaker.bundle
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,18 +58,18 @@ def main(options: GenerateOptions) -> None:
     speech = speak(model, bundle, messages, references, _generation_settings(options))
     if speech.codes.shape[1] == 0:
         raise InputError("the model stopped before its first frame: there is nothing to write; is it trained?")
-    # A model without training may put the stream's own tokens between the codes; the codec has no sound for them.
+    # An untrained model may generate the stream's special tokens between the codes; the codec cannot decode them.
     waveform = codec.decode(speech.codes.clamp(max=bundle.stream.bos_id - 1))
     with saving(options.output):
         write_audio(options.output, waveform, bundle.codec.sample_rate)
-    ending = "stopped by itself" if speech.stopped else "cut off at --max_new_tokens, it did not stop by itself"
+    ending = "stopped on its own" if speech.stopped else "cut off at --max_new_tokens, it did not stop on its own"
     print(f"WAV: {options.output} ({len(waveform) / bundle.codec.sample_rate:.2f} s, {ending})")
 
 
 def open_generation_model(
     base_name: str | None, adapter_folder: Path | None, codec_name: str | None, cache_dir: Path
 ) -> GenerationModel:
-    """The model named, by default the adapter's base or a built-in one, with the adapter. Raises InputError."""
+    """Open the named model, by default the adapter's base or a built-in one, and the adapter. Raises InputError."""
     adapter = None
     if adapter_folder is not None:
         adapter = read_adapter(adapter_folder)
@@ -80,7 +80,7 @@ def open_generation_model(
 
 
 def load_generation_model(speaker: GenerationModel, device: torch.device) -> Any:
-    """The model with its adapter, on a device, as transformers and PEFT generate with it."""
+    """Load the model with its adapter on a device, ready to generate with transformers and PEFT."""
     bundle, adapter = speaker.bundle, speaker.adapter
     to_add = adapter.full_parts.without(parts_of(bundle.config)) if adapter else NO_PARTS
     model = load_for_generation(bundle.folder, adapter.quantization if adapter else None, device, to_add)
@@ -93,7 +93,7 @@ def load_generation_model(speaker: GenerationModel, device: torch.device) -> Any
 
 
 def conversation(options: GenerateOptions) -> list[Message]:
-    """The prompt: the scene, the reference pair where a voice is to be cloned, the text."""
+    """Return the prompt: the scene, the reference pair if a voice is to be cloned, the text."""
     scene = f"<|scene_desc_start|>\n{options.scene}\n<|scene_desc_end|>"
     messages = [Message(SYSTEM, (f"Generate audio following instruction.\n\n{scene}",))]
     if options.ref_audio is not None and options.ref_text is not None:
@@ -108,8 +108,9 @@ def speak(
     """Generate the assistant's audio turn after `messages`.
 
     Args:
-        model: as transformers or PEFT load it; references: codes (C, F) of the clips in `messages`, in order.
-        settings: keyword arguments of `generate`, over the model's own generation settings.
+        model: a model loaded by transformers or PEFT.
+        references: codes (C, F) of the clips in `messages`, in order.
+        settings: keyword arguments of `generate`, which override the model's own generation settings.
     """
     stream = bundle.stream
     prompt = tokenize(render_generation(messages), [codes.shape[1] for codes in references], bundle.tokenizer, stream)
@@ -129,11 +130,11 @@ def _check(options: GenerateOptions) -> GenerationModel:
     problems = []
     speaker = None
     if not options.text.strip():
-        problems.append("--text: give the text to be spoken")
+        problems.append("--text: is empty; give the text to speak")
     if (options.ref_audio is None) != (options.ref_text is None):
-        problems.append("--ref_audio and --ref_text: give both, a voice and what it says, or neither")
+        problems.append("--ref_audio and --ref_text: give both, a reference clip and its text, or neither")
     if options.output.suffix.lower() not in WRITTEN_AS:
-        problems.append(f"--output {options.output}: is to end in {' or '.join(WRITTEN_AS)}")
+        problems.append(f"--output {options.output}: must end in {' or '.join(WRITTEN_AS)}")
     reason = why_not_writable(options.output.parent)
     if reason or options.output.is_dir():
         problems.append(f"--output {options.output}: cannot be written to: {reason or 'is a folder'}")
@@ -154,7 +155,7 @@ def _check(options: GenerateOptions) -> GenerationModel:
 
 
 def _generation_settings(options: GenerateOptions) -> dict[str, Any]:
-    """Keyword arguments of `generate` for what was given; the model's own settings hold for the rest."""
+    """Return keyword arguments of `generate` for the given options; the model's own settings apply to the rest."""
     settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens}
     if options.temperature is not None:
         settings |= generation_settings(options.temperature)
@@ -164,5 +165,5 @@ def _generation_settings(options: GenerateOptions) -> dict[str, Any]:
 
 
 def generation_settings(temperature: float) -> dict[str, Any]:
-    """Keyword arguments of `generate` for a temperature; 0 is greedy."""
+    """Return keyword arguments of `generate` for a temperature; 0 is greedy."""
     return {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

@@ -1,4 +1,4 @@
-"""How far speech is from what it should have been: codes, length, pitch, spectrum, words."""
+"""Measures of how far generated speech is from its reference: codes, length, pitch, spectrum, words."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Sequence
 import torch
 import torchaudio
 
-LOWEST_HZ, HIGHEST_HZ = 60, 500  # of voices
-AUDIBLE_DB = -30.0  # frames that are more than this below the loudest have no pitch that could be measured
+LOWEST_HZ, HIGHEST_HZ = 60, 500  # pitch of voices
+AUDIBLE_DB = -30.0  # relative to the loudest frame; below this, the pitch of a frame cannot be measured
 FRAME_S = 0.01
 NUM_MELS = 80
-FLOOR = 1e-4  # of a mel band's magnitude: quieter is silence
+FLOOR = 1e-4  # magnitude of a mel band below which it counts as silence
 
 
 def agreement(spoken: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Share of frames in which each codebook has the reference's code, float32 (C,), of codes (C, F) and (C, F').
+    """Return the share of frames in which each codebook has the reference's code, float32 (C,).
 
-    A frame that only one of them has counts as one that differs.
+    The codes are (C, F) and (C, F'). A frame that only one of them has counts as different.
     """
     shared = min(spoken.shape[1], target.shape[1])
     same = (spoken[:, :shared] == target[:, :shared]).sum(dim=1)
@@ -26,9 +26,9 @@ def agreement(spoken: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def median_pitch_hz(waveform: torch.Tensor, sample_rate: int) -> float:
-    """Median fundamental frequency of the loud frames of a waveform (num_samples,); NaN where there are too few.
+    """Return the median fundamental frequency of the loud frames of a waveform (num_samples,); NaN if too few.
 
-    By torchaudio's normalized cross-correlation with a median filter.
+    Uses torchaudio's normalized cross-correlation with a median filter.
     """
     frame = int(FRAME_S * sample_rate)
     if len(waveform) < 40 * frame:
@@ -42,18 +42,20 @@ def median_pitch_hz(waveform: torch.Tensor, sample_rate: int) -> float:
 
 
 def mel_distance_db(spoken: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:
-    """Mean difference of two waveforms' mel spectra, in dB, the one stretched in time to the other's length."""
+    """Return the mean difference of two waveforms' mel spectra, in dB; `spoken` is stretched in time to the target."""
     to_mel = torchaudio.transforms.MelSpectrogram(sample_rate, n_fft=1024, hop_length=256, n_mels=NUM_MELS, power=1)
-    one, other = (20 * to_mel(waveform).clamp(min=FLOOR).log10() for waveform in (spoken, target))
-    stretched = torch.nn.functional.interpolate(one[None], size=other.shape[1], mode="linear", align_corners=False)[0]
-    return float((stretched - other).abs().mean())
+    spoken_mel, target_mel = (20 * to_mel(waveform).clamp(min=FLOOR).log10() for waveform in (spoken, target))
+    stretched = torch.nn.functional.interpolate(
+        spoken_mel[None], size=target_mel.shape[1], mode="linear", align_corners=False
+    )[0]
+    return float((stretched - target_mel).abs().mean())
 
 
 def words_of(text: str) -> list[str]:
-    """A text's words in lower case, without punctuation."""
+    """Return a text's words in lower case, without punctuation."""
     return re.findall(r"[\w']+", text.lower())
 
 
 def word_errors(said: Sequence[str], heard: Sequence[str]) -> int:
-    """Fewest words put in, left out and mistaken that explain what was heard."""
+    """Return the smallest number of inserted, missing and wrong words that explains what was heard."""
     return int(torchaudio.functional.edit_distance(list(said), list(heard)))

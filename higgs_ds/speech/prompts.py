@@ -1,4 +1,4 @@
-"""Samples up to a turn that a model is to say, with what it should have said."""
+"""Samples up to a turn that a model is to speak, with the reference for that turn."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.sample import Sample
 
-LONGEST, FRAMES_MORE = 2, 25  # where generation is cut off: twice the reference's length, and a second
+LONGEST, FRAMES_MORE = 2, 25  # generation is cut off at twice the reference's length plus a second
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sample up to a turn that the model is to say; codes (C, F) of the clips in front of it, and of the turn."""
+    """A sample up to a turn that the model is to speak; codes (C, F) of the clips before the turn, and of the turn."""
 
     sample: Sample
     turn: int
@@ -23,7 +23,7 @@ class Prompt:
 
     @property
     def words(self) -> str:
-        """What was written in the turn before, which is what is to be said."""
+        """The text of the turn before, which is the text to speak."""
         return " ".join(part for part in self.sample.messages[self.turn - 1].parts if isinstance(part, str))
 
     @property
@@ -32,7 +32,7 @@ class Prompt:
 
 
 def prompts_of(data: Dataset, count: int | None) -> list[Prompt]:
-    """The first samples of the data that have audio to be said, up to `count` of them."""
+    """Return prompts from the first samples of the data that have audio to generate, up to `count` of them."""
     found: list[Prompt] = []
     for index in range(len(data)):
         if len(found) == count:

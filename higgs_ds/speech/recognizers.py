@@ -1,4 +1,4 @@
-"""Speech to words: pocketsphinx over a closed vocabulary, or any of transformers' speech recognizers."""
+"""Speech recognition: pocketsphinx with a closed vocabulary, or any of transformers' speech recognizers."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.speech.measures import words_of
 
 POCKETSPHINX = "pocketsphinx"
-RATE = 16000  # Hz, of the recognizers
-# With pocketsphinx's own weights (6.5 and 0.65) words are put in where a voice fades out.
+RATE = 16000  # sample rate of the recognizers, in Hz
+# With pocketsphinx's default weights (6.5 and 0.65), words are inserted where a voice fades out.
 LANGUAGE_WEIGHT, WORD_INSERTION_PENALTY = 10.0, 0.1
-# It knows no digital silence, as synthetic voices have it: without noise it misses soft consonants.
+# pocketsphinx cannot handle the digital silence of synthetic voices: without noise it misses soft consonants.
 PEAK, NOISE, MARGIN_S = 0.5, 0.001, 0.25
 Recognizer = Callable[[torch.Tensor, int], list[str]]  # a waveform (num_samples,) and its rate -> words
 
 
 def check_recognizer(name: str | None) -> None:
-    """Raises InputError where the recognizer's package is not installed."""
+    """Raise InputError if the recognizer's package is not installed."""
     if name == POCKETSPHINX and importlib.util.find_spec(POCKETSPHINX) is None:
         raise InputError(f"--recognizer {name}: the package is not installed; pip install {name}")
 
 
 def open_recognizer(name: str, vocabulary: Sequence[str]) -> Recognizer:
-    """pocketsphinx, which hears nothing but words of the vocabulary, or a model of transformers by folder or hub id.
+    """Open pocketsphinx, which recognizes only words of the vocabulary, or a transformers model by folder or hub id.
 
-    Raises InputError: there is no such model, or pocketsphinx does not know a word.
+    Raises:
+        InputError: the model does not exist, or pocketsphinx does not know a word.
     """
-    return _pocketsphinx(vocabulary) if name == POCKETSPHINX else _pipeline(name)
+    return _open_pocketsphinx(vocabulary) if name == POCKETSPHINX else _open_pipeline(name)
 
 
-def _pocketsphinx(vocabulary: Sequence[str]) -> Recognizer:
+def _open_pocketsphinx(vocabulary: Sequence[str]) -> Recognizer:
     from pocketsphinx import Config, Decoder
 
     decoder = Decoder(
@@ -44,40 +45,42 @@ def _pocketsphinx(vocabulary: Sequence[str]) -> Recognizer:
     unknown = [word for word in vocabulary if decoder.lookup_word(word) is None]
     if unknown:
         raise InputError(
-            f"--recognizer {POCKETSPHINX}: its English dictionary has not {', '.join(unknown[:5])}"
-            f"{' ...' if len(unknown) > 5 else ''}; give a model of transformers"
+            f"--recognizer {POCKETSPHINX}: its English dictionary does not have {', '.join(unknown[:5])}"
+            f"{' ...' if len(unknown) > 5 else ''}; give a transformers model"
         )
     decoder.add_jsgf_string("words", f"#JSGF V1.0;\ngrammar words;\npublic <words> = ( {' | '.join(vocabulary)} )+;\n")
     decoder.activate_search("words")
 
-    def heard(waveform: torch.Tensor, sample_rate: int) -> list[str]:
-        samples = np.pad(_at_rate(waveform, sample_rate), int(MARGIN_S * RATE))
+    def recognize_words(waveform: torch.Tensor, sample_rate: int) -> list[str]:
+        samples = np.pad(_resample(waveform, sample_rate), int(MARGIN_S * RATE))
         samples *= PEAK / max(1e-6, float(np.abs(samples).max()))
         samples += np.random.default_rng(0).normal(0, NOISE, len(samples))
-        decoder.reinit_feat()  # else an utterance is heard differently, depending on those before it
+        decoder.reinit_feat()  # otherwise the result depends on earlier utterances
         decoder.start_utt()
         decoder.process_raw((samples * 32767).astype("<i2").tobytes(), full_utt=True)
         decoder.end_utt()
         found = decoder.hyp()
         return words_of(found.hypstr) if found else []
 
-    return heard
+    return recognize_words
 
 
-def _pipeline(name: str) -> Recognizer:
+def _open_pipeline(name: str) -> Recognizer:
     from transformers import pipeline
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         recognize = pipeline("automatic-speech-recognition", model=name, device=device, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"--recognizer {name}: is no speech recognizer that transformers can load: {error}") from error
+        raise InputError(
+            f"--recognizer {name}: is not a speech recognizer that transformers can load: {error}"
+        ) from error
 
-    def heard(waveform: torch.Tensor, sample_rate: int) -> list[str]:
-        return words_of(recognize({"raw": _at_rate(waveform, sample_rate), "sampling_rate": RATE})["text"])
+    def recognize_words(waveform: torch.Tensor, sample_rate: int) -> list[str]:
+        return words_of(recognize({"raw": _resample(waveform, sample_rate), "sampling_rate": RATE})["text"])
 
-    return heard
+    return recognize_words
 
 
-def _at_rate(waveform: torch.Tensor, sample_rate: int) -> np.ndarray:
+def _resample(waveform: torch.Tensor, sample_rate: int) -> np.ndarray:
     return torchaudio.functional.resample(waveform, sample_rate, RATE).numpy()

@@ -1,7 +1,7 @@
-"""The only user of DeepSpeed: start an engine, run one optimizer step, gather what is trained, put it back.
+"""The only module that uses DeepSpeed: start an engine, run an optimizer step, gather and restore the trained state.
 
-Float32 masters of what is trained and Adam's moments leave and enter here as whole tensors by name, so that what is on
-disk knows nothing of ZeRO stages or the number of ranks.
+The float32 master weights of the trained parameters and Adam's moments leave and enter this module as whole tensors by
+name. A checkpoint therefore does not depend on the ZeRO stage or the number of ranks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from higgs_ds.training.optimizers import float_moments, make_optimizer, start_mo
 
 
 class Engine:
-    """A DeepSpeed engine around a model whose forward returns (loss, sums)."""
+    """A DeepSpeed engine around a model whose forward returns (loss, sums, hits)."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Engine:
 
         Args:
             trained: the parameters to train, by the names under which they are gathered.
-            settings: DeepSpeed's, without any "auto".
+            settings: the DeepSpeed configuration, without any "auto".
         """
         self.trained = trained
         self.weights = weights
@@ -71,53 +71,53 @@ class Engine:
             model=model, optimizer=optimizer, lr_scheduler=self.scheduler, config=settings, dist_init_required=False
         )
         self.stage = self.engine.zero_optimization_stage()
-        self._stage0_grad_norm = torch.zeros(())  # DeepSpeed keeps none there
+        self._stage0_grad_norm = torch.zeros(())  # DeepSpeed does not keep the norm at stage 0
         if isinstance(self.engine.optimizer, FP16_UnfusedOptimizer):
             self._undo_step_at_start()
 
     @torch.no_grad()
     def _undo_step_at_start(self) -> None:
-        """Forget the step on zero gradients with which DeepSpeed's stage 0 wrapper allocates Adam's state.
+        """Undo the step on zero gradients with which DeepSpeed's stage 0 wrapper allocates Adam's state.
 
-        It counts in Adam's bias correction (the first true step is 0.74 times as large as it should be) and decays the
-        weights once.
+        That step counts in Adam's bias correction (the first real step would be 0.74 times as large as it should be),
+        and it decays the weights once.
         """
         self._inner.state.clear()
         for parameter in self.trained.values():
             self._master_of(parameter).copy_(parameter)
 
     def train_step(self, batches: Sequence[Batch]) -> StepResult:
-        """Forward and backward over this rank's micro-batches of a window, then one optimizer step."""
+        """Run forward and backward over this rank's micro-batches of a window, then one optimizer step."""
         self.engine.train()
         counts = sum_over_ranks(torch.stack([batch.target_counts() for batch in batches]).sum(dim=0).to(self.device))
         per_target = target_weights(counts, self.weights)
         sums, hits = [], []
-        skipped_before, taken = self.engine.skipped_steps, True
+        skipped_before, applied = self.engine.skipped_steps, True
         for i, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
             loss, micro_sums, micro_hits = self.engine(**batch.tensors(self.device), target_weights=per_target)
-            # Every target weighs 1 / count of the whole window. DeepSpeed averages gradients over ranks, so that the
-            # loss is multiplied by their number; over micro-batches it is told to sum. A window cut short, or a rank
-            # without targets, therefore changes no target's weight.
-            # The product is also a tensor of its own: at stage 0, DeepSpeed 0.19.8 divides the gradient of the very
-            # tensor that the model returned by the accumulation steps, in spite of scale_wrt_gas=False.
-            # A loss that is not finite becomes a gradient that is not, on every rank, without anyone waiting for it.
+            # Every target weighs 1 / count, with the count of the whole window. DeepSpeed averages gradients over
+            # ranks, so the loss is multiplied by the number of ranks; over micro-batches, scale_wrt_gas=False makes it
+            # sum. A shorter window, or a rank without targets, therefore changes no target's weight.
+            # The product is also a new tensor: at stage 0, DeepSpeed 0.19.8 divides the gradient of the tensor that
+            # the model returned by the accumulation steps, despite scale_wrt_gas=False.
+            # A loss that is not finite makes the gradient not finite on every rank, and no rank has to wait for it.
             finite = torch.where(micro_sums.isfinite().all(), 1.0, torch.nan)
             self.engine.backward(loss * (world_size() * finite), scale_wrt_gas=False)
             if self.stage == 0 and i == len(batches) - 1:
-                taken = self._check_gradients()
-            if taken:
+                applied = self._check_gradients()
+            if applied:
                 self.engine.step()
             sums.append(micro_sums)
             hits.append(micro_hits)
-        # DeepSpeed passes over such a gradient, and only counts it.
-        taken &= self.engine.skipped_steps == skipped_before
-        if not taken:
-            self.scheduler.step()  # as the engine does behind every other step
-        return StepResult(torch.stack(sums), counts, torch.stack(hits).sum(0), taken)
+        # DeepSpeed skips a step with such a gradient, and only counts it.
+        applied &= self.engine.skipped_steps == skipped_before
+        if not applied:
+            self.scheduler.step()  # as the engine does after every step that it applies
+        return StepResult(torch.stack(sums), counts, torch.stack(hits).sum(0), applied)
 
     def _check_gradients(self) -> bool:
-        """At stage 0: their norm, and whether they are finite, which in float32 nothing else asks there."""
+        """At stage 0, store the gradient norm; return whether it is finite, which DeepSpeed ignores in float32."""
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
         self._stage0_grad_norm = torch.nn.utils.get_total_norm(gradients)
         if isinstance(self.engine.optimizer, FP16_UnfusedOptimizer) or self._stage0_grad_norm.isfinite():
@@ -128,7 +128,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Loss sums and target counts, float64 (1 + C,), and hits (1 + C + 2,), over the micro-batches of all ranks."""
+        """Return loss sums and target counts, float64 (1 + C,), and hits (1 + C + 2,), over all ranks' batches."""
         self.engine.eval()
         per_target = torch.ones(1 + len(self.weights.codebooks), device=self.device)
         sums = torch.zeros(len(per_target), dtype=torch.float64, device=self.device)
@@ -142,7 +142,7 @@ class Engine:
 
     @contextlib.contextmanager
     def generation_mode(self, folder: Path) -> Iterator[nn.Module]:
-        """For the block, the model as transformers generates with it, on this rank alone; at stage 3 on all of them."""
+        """Yield the model for transformers' generation, for one block: on this rank alone, at stage 3 on all ranks."""
         with self.engine.module.generation_mode(folder) as model:
             yield model
 
@@ -152,7 +152,7 @@ class Engine:
         return float(self.scheduler.get_last_lr()[0])
 
     def restore_schedule(self, state: dict[str, Any]) -> None:
-        """Put the learning rate schedule back where its `state_dict` was taken."""
+        """Restore the learning rate schedule from its `state_dict`."""
         self.scheduler.load_state_dict(state)
         for group, lr in zip(self._inner.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
@@ -164,54 +164,54 @@ class Engine:
 
     @property
     def master_bytes(self) -> dict[str, int]:
-        """Bytes of each float32 master, or of each of Adam's moments, in the order of `gather`."""
+        """Size in bytes of each float32 master weight, and of each of its Adam moments, in the order of `gather`."""
         return {name: 4 * getattr(p, "ds_numel", p.numel()) for name, p in self.trained.items()}
 
     @torch.no_grad()
     def gather(self, *moments: str | None) -> Iterator[torch.Tensor]:
-        """The float32 masters of what is trained (None), or Adam's moments: one whole tensor after another.
+        """Yield float32 master weights (None) or Adam's moments (by name), one whole tensor after another.
 
-        Every rank must go through all of them. They are on the CPU of rank 0, and empty on the others.
+        Every rank must iterate to the end. The tensors are on the CPU of rank 0, and empty on the other ranks.
         """
         for moment in moments:
             with self._float_moments() if moment else contextlib.nullcontext():
                 for parameter in self.trained.values():
-                    whole = self._gather_one(parameter, moment)
+                    whole = self._gather_tensor(parameter, moment)
                     yield whole.detach().float().cpu() if rank() == 0 else torch.empty(0)
 
     @torch.no_grad()
     def restore(
         self, masters: Mapping[str, torch.Tensor], moments: Mapping[str, Mapping[str, torch.Tensor]], step: int
     ) -> None:
-        """Put masters and moments, by name and whole, back where `gather` took them from, on every rank.
+        """Restore, on every rank, the whole master weights and moments that `gather` returned, by parameter name.
 
-        The model's own, lower precision copies must hold the same values already.
+        The model's own lower-precision copies must already hold the same values.
         """
         for flat in self._flat_masters():
             start_moments(self._inner, flat, step)
         with self._float_moments():
             for name, parameter in self.trained.items():
-                self._set_one(parameter, masters[name], None)
+                self._set_tensor(parameter, masters[name], None)
                 for moment in MOMENTS:
-                    self._set_one(parameter, moments[moment][name], moment)
+                    self._set_tensor(parameter, moments[moment][name], moment)
 
     @contextlib.contextmanager
     def _float_moments(self) -> Iterator[None]:
-        """While the block runs, DeepSpeed finds Adam's moments under torch's names, in float32."""
+        """Within the block, DeepSpeed finds Adam's moments under torch's names, in float32."""
         with float_moments(self._inner, self._flat_masters()):
             self._link_state()
             yield
         self._link_state()
 
     def _link_state(self) -> None:
-        """Have DeepSpeed see the optimizer state as it is: views of an older one are stale, and hold memory."""
+        """Make DeepSpeed use the current optimizer state: its views of an older state are stale, and hold memory."""
         if self.stage in (1, 2):
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
-        """torch's optimizer under DeepSpeed's wrapper; stage 0 in float32 has no wrapper."""
+        """torch's optimizer inside DeepSpeed's wrapper; stage 0 in float32 has no wrapper."""
         return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
 
     def _flat_masters(self) -> list[torch.Tensor]:
@@ -219,7 +219,7 @@ class Engine:
             return list(self.engine.optimizer.fp32_partitioned_groups_flat)
         return [master for group in self._inner.param_groups for master in group["params"]]
 
-    def _gather_one(self, parameter: Any, moment: str | None) -> torch.Tensor:
+    def _gather_tensor(self, parameter: Any, moment: str | None) -> torch.Tensor:
         if self.stage == 3:
             part = (
                 safe_get_local_optimizer_state(parameter, moment) if moment else safe_get_local_fp32_param(parameter)
@@ -232,9 +232,9 @@ class Engine:
         master = self._master_of(parameter)
         return self._inner.state[master][moment] if moment else master
 
-    def _set_one(self, parameter: Any, value: torch.Tensor, moment: str | None) -> None:
+    def _set_tensor(self, parameter: Any, value: torch.Tensor, moment: str | None) -> None:
         if self.stage == 3:
-            # Each rank holds an equal part; the last ones are padded where the parameter does not divide.
+            # Each rank holds a part of equal size; the last parts are padded if the parameter does not divide evenly.
             part = parameter.ds_tensor.ds_numel
             padded = torch.nn.functional.pad(value.flatten(), (0, part * world_size() - value.numel()))
             mine = padded[rank() * part : (rank() + 1) * part]
@@ -252,9 +252,9 @@ class Engine:
             (self._inner.state[master][moment] if moment else master.data).copy_(value)
 
     def _master_of(self, parameter: nn.Parameter) -> torch.Tensor:
-        """The float32 master of a parameter at stage 0, which in float32 training is the parameter itself."""
+        """Return a parameter's float32 master weight at stage 0; in float32 training, this is the parameter itself."""
         wrapper = self.engine.optimizer
-        if not isinstance(wrapper, FP16_UnfusedOptimizer):  # in spite of its name, what stage 0 wraps bf16 in
+        if not isinstance(wrapper, FP16_UnfusedOptimizer):  # despite its name, stage 0 uses it for bf16
             return parameter
         low = [p for group in wrapper.fp16_groups for p in group]
         masters = [p for group in wrapper.fp32_groups for p in group]
@@ -262,7 +262,7 @@ class Engine:
 
 
 def make_schedule(options: OptimOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
-    """The learning rate's schedule over so many optimizer steps, by transformers."""
+    """Return transformers' learning rate schedule over `total_steps` optimizer steps."""
     specific = {
         "cosine_with_restarts": {"num_cycles": options.lr_cycles},
         "warmup_stable_decay": {"num_decay_steps": math.ceil(options.lr_decay_ratio * total_steps)},
@@ -277,10 +277,10 @@ def make_schedule(options: OptimOptions, optimizer: torch.optim.Optimizer, total
 
 
 def _partition_over_ranks(model: nn.Module, settings: dict[str, Any], device: torch.device) -> None:
-    """Move a model to its device and over the ranks parameter by parameter.
+    """Move a model to its device and partition it over the ranks, one parameter at a time.
 
-    `deepspeed.initialize` would put all of it on every GPU first, which stage 3 is chosen to avoid. Every rank must
-    hold the same values: DeepSpeed sends rank 0's around only where it moves the model itself.
+    `deepspeed.initialize` would first put the whole model on every GPU, which stage 3 is chosen to avoid. Every rank
+    must hold the same values: DeepSpeed broadcasts rank 0's only if it moves the model itself.
     """
     deepspeed.init_distributed(auto_mpi_discovery=False)
     deepspeed.zero.Init(module=model, config_dict_or_path=settings)
@@ -290,14 +290,14 @@ def _partition_over_ranks(model: nn.Module, settings: dict[str, Any], device: to
 
 
 def _quiet_deepspeed() -> None:
-    """DeepSpeed tells its whole configuration at level INFO, and its bf16 optimizer prints memory; warnings stay."""
+    """Silence DeepSpeed's configuration (level INFO) and the memory lines of its bf16 optimizer, but not warnings."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
 
 def _disable_compiled_collectives() -> None:
-    """Keep DeepSpeed from compiling its shared memory collectives, which CPU ranks can do without.
+    """Keep DeepSpeed from compiling its shared memory collectives, which CPU ranks do not need.
 
-    It would need g++ and ninja, take half a minute the first time, and fail hard where they are missing.
+    Compiling needs g++ and ninja, takes half a minute the first time, and raises an error if they are missing.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

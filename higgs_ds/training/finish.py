@@ -1,4 +1,4 @@
-"""After the last step: where everything is, and the merged or complete model."""
+"""After the last step: report where the outputs are, and write the merged or complete model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from higgs_ds.training.run import Run
 
 
 def finish(run: Run) -> None:
-    """Tell where what was trained is; make and publish what was asked for. Every rank must call this.
+    """Report where the outputs are; write and publish the requested models. Every rank must call this.
 
-    Raises MergeError, PublishError, on every rank.
+    Raises:
+        MergeError, PublishError: on every rank.
     """
     _report_outcome(run)
     if run.options.is_full_finetuning:
@@ -45,8 +46,8 @@ def _report_outcome(run: Run) -> None:
             f"stopped early, at step {state.step} of {state.total_steps}: the lowest validation loss was at step {best}"
         )
     if best is not None and best != state.step and checkpoint_folder(run.output_dir, best).is_dir():
-        of_best = checkpoint_folder(run.output_dir, best) / ("" if run.options.is_full_finetuning else ADAPTER_FOLDER)
-        say(f"Lowest validation loss, {state.val_losses[str(best)]:.4g}: {of_best}")
+        folder = checkpoint_folder(run.output_dir, best) / ("" if run.options.is_full_finetuning else ADAPTER_FOLDER)
+        say(f"Lowest validation loss, {state.val_losses[str(best)]:.4g}: {folder}")
 
 
 def _report_adapters(run: Run) -> None:
@@ -56,82 +57,84 @@ def _report_adapters(run: Run) -> None:
         f"Merge them: {command('merge')} --base_model_path {run.bundle.name} "
         f"--lora_adapter_path {adapters} --output_path MERGED"
     )
-    say(f"Give the merger {adapters}, not a checkpoint-N directory: those are for --resume.")
+    say(f"Give the merge command {adapters}, not a checkpoint-N directory: checkpoints are for --resume.")
 
 
 def make_complete_model(run: Run) -> None:
-    """Make final_model/ of the last checkpoint, and tell how to make one of another. Every rank must call this.
+    """Write final_model/ from the last checkpoint, and print how to export another. Every rank must call this.
 
-    Raises MergeError, on every rank, where that fails; training has ended well by then.
+    Raises:
+        MergeError: on every rank, if the export fails; training has finished by then.
     """
     checkpoint, final = checkpoint_folder(run.output_dir, run.state.step), run.output_dir / FINAL_MODEL
-    by_hand = (
+    export_command = (
         f"{command('export')} --base_model_path {run.bundle.name} --checkpoint_path {run.output_dir}/checkpoint-N "
         f"--output_path MODEL --export_layout {run.options.run.export_layout}"
     )
 
-    def make() -> None:
+    def export() -> None:
         try:
             layout = run.options.run.export_layout
-            complete_model(checkpoint, run.bundle.folder, final, layout, overwrite=True, codec_folder=_own_codec(run))
+            complete_model(checkpoint, run.bundle.folder, final, layout, overwrite=True, codec_folder=_given_codec(run))
             _write_card(run, FINAL_MODEL, "full")
         except (HiggsError, OSError) as error:
             raise MergeError(
-                f"training has ended well and its weights are in {checkpoint}, but making the complete model of them "
-                f"failed: {error}\nTry again: {by_hand}"
+                f"training has finished and its weights are in {checkpoint}, but writing the complete model failed: "
+                f"{error}\nTry again: {export_command}"
             ) from error
 
-    distributed.on_main(make)
-    Reporter(run.output_dir, not run.options.run.no_report).write(at_end=True)  # which now has it
+    distributed.on_main(export)
+    Reporter(run.output_dir, not run.options.run.no_report).write(at_end=True)  # the page now lists final_model/
     say(f"Complete model: {final}")
-    say(f"A model of another checkpoint: {by_hand}")
+    say(f"Export another checkpoint: {export_command}")
 
 
 def merge_into_folders(run: Run) -> None:
-    """Make final_model/ and adapter/ (the adapter, ready to load) and merged_model/. Every rank must call this.
+    """Write final_model/ and adapter/ (the adapter, ready to load) and merged_model/. Every rank must call this.
 
-    Raises MergeError, on every rank, where that fails; training has ended well by then, and its adapter is in place.
+    Raises:
+        MergeError: on every rank, if the merge fails; training has finished by then, and its adapter is saved.
     """
 
-    def make() -> MergeReport:
+    def copy_and_merge() -> MergeReport:
         try:
             for name in (FINAL_MODEL, ADAPTER_COPY):
                 _copy_adapter(run, run.output_dir / name)
             adapter, merged = run.output_dir / ADAPTER_FOLDER, run.output_dir / MERGED_MODEL
             report = merge(
                 run.bundle.folder, adapter, merged, export_layout=run.options.run.export_layout, overwrite=True,
-                codec_folder=_own_codec(run),
+                codec_folder=_given_codec(run),
             )  # fmt: skip
             _write_card(run, MERGED_MODEL, "merged")
             return report
         except (HiggsError, OSError) as error:
             raise MergeError(
-                f"training has ended well and its adapter is in {run.output_dir / ADAPTER_FOLDER}, but merging it "
+                f"training has finished and its adapter is in {run.output_dir / ADAPTER_FOLDER}, but merging it "
                 f"failed: {error}"
             ) from error
 
-    for line in distributed.on_main(make).lines():
+    for line in distributed.on_main(copy_and_merge).lines():
         (warn if line.startswith("warning:") else say)(line)
     say(f"Merged model: {run.output_dir / MERGED_MODEL}")
 
 
-def _own_codec(run: Run) -> Path | None:
-    """The codec that the run was given, in place of the base's."""
+def _given_codec(run: Run) -> Path | None:
+    """Return the folder of the codec given by --codec_ckpt, which replaces the base's; None without the option."""
     return run.bundle.codec.folder if run.options.model.codec_ckpt else None
 
 
 def _write_card(run: Run, folder: str, kind: str) -> None:
-    """Write a model card, which tells of the whole run."""
+    """Write a model card, which describes the whole run."""
     facts = card_facts(run.output_dir, run.bundle.name, run.form.full_parts, run.options)
     write_card(run.output_dir / folder, kind, facts)
 
 
 def publish(run: Run) -> None:
-    """Upload what was asked for. Every rank must call this. Raises PublishError, on every rank."""
+    """Upload the adapter, merged or complete model. Every rank must call this. Raises PublishError on every rank."""
     options = run.options.run
-    what = MERGED_MODEL if options.upload_merged_model else ADAPTER_FOLDER
-    what = FINAL_MODEL if run.options.is_full_finetuning else what
-    address = distributed.on_main(lambda: upload(run.output_dir / what, options))
+    folder = MERGED_MODEL if options.upload_merged_model else ADAPTER_FOLDER
+    folder = FINAL_MODEL if run.options.is_full_finetuning else folder
+    address = distributed.on_main(lambda: upload(run.output_dir / folder, options))
     say(f"published: {address}")
 
 

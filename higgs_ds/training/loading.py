@@ -1,4 +1,4 @@
-"""From checked inputs to a run: model, adapters, engine, state."""
+"""Build a run from checked inputs: model, adapters, engine, state."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from higgs_ds.training.resume import initial_state
 from higgs_ds.training.run import Inputs, Run
 
 
-def _with_checkpointing(inputs: Inputs) -> Inputs:
-    """Decide `--activation_checkpointing auto` for the longest sample, alike on all ranks; on a CPU, it is none."""
+def _resolve_activation_checkpointing(inputs: Inputs) -> Inputs:
+    """Resolve `--activation_checkpointing auto` for the longest sample, alike on all ranks; on a CPU it means none."""
     if inputs.options.model.activation_checkpointing != "auto":
         return inputs
     choice, here = "none", distributed.device()
     if here.type == "cuda":
-        asked = inputs.options.replace(max_seq_len=inputs.longest)
-        setting = Setting(inputs.bundle.config, asked, inputs.ds_settings, distributed.world_size())
+        longest = inputs.options.replace(max_seq_len=inputs.longest)
+        setting = Setting(inputs.bundle.config, longest, inputs.ds_settings, distributed.world_size())
         decided = with_checkpointing(setting, torch.cuda.get_device_properties(here).total_memory)
         choice = distributed.broadcast_object(decided.options.model.activation_checkpointing)
     say(f"--activation_checkpointing auto: {choice}")
@@ -48,8 +48,8 @@ def _with_checkpointing(inputs: Inputs) -> Inputs:
 
 
 def load_run(inputs: Inputs) -> Run:
-    """Load the model, add what is trained, start the engine, and restore a checkpoint. Every rank must call this."""
-    inputs = _with_checkpointing(inputs)
+    """Load the model, set up what is trained, start the engine, restore a checkpoint. Every rank must call this."""
+    inputs = _resolve_activation_checkpointing(inputs)
     options, bundle, resume_from = inputs.options, inputs.bundle, inputs.resume_from
     optim = options.optim
     sampler = WindowSampler(
@@ -73,24 +73,26 @@ def load_run(inputs: Inputs) -> Run:
     )
     dual = DualLossModel(model, options.model.offload_checkpoints)
     engine = Engine(dual, trained, inputs.ds_settings, optim, state.total_steps, weights)
-    torch.manual_seed(optim.seed + 1 + distributed.rank())  # dropout of its own on every rank
+    torch.manual_seed(optim.seed + 1 + distributed.rank())  # different dropout on every rank
     if resume_from is not None:
         load_into_engine(resume_from, engine, state)
-    distributed.on_main(lambda: _begin_output(inputs, state))
-    form = _form(inputs, model, quantization)
+    distributed.on_main(lambda: _write_run_files(inputs, state))
+    form = _output_format(inputs, model, quantization)
     return Run(options, inputs.output_dir, bundle, inputs.train, inputs.val, sampler, engine, form, state)
 
 
-def _form(inputs: Inputs, model: nn.Module, quantization: BaseQuantization | None) -> AdapterFormat | FullFormat:
-    """What is written beside the tensors that are trained."""
+def _output_format(
+    inputs: Inputs, model: nn.Module, quantization: BaseQuantization | None
+) -> AdapterFormat | FullFormat:
+    """Return what a checkpoint records beside the trained tensors."""
     bundle, tune = inputs.bundle, inputs.options.tune
     if isinstance(model, PeftModel):
         return AdapterFormat(model.peft_config["default"], quantization, inputs.full_parts)
     return FullFormat(tune.train_groups, bundle.name, bundle.identity, inputs.full_parts)
 
 
-def _begin_output(inputs: Inputs, state: TrainerState) -> None:
-    """Write down the settings; a run that goes on also sees to what it was killed before it could do."""
+def _write_run_files(inputs: Inputs, state: TrainerState) -> None:
+    """Write the settings and the data's summary; when resuming, also finish what a kill interrupted."""
     with saving(inputs.output_dir):
         write_json(inputs.output_dir / SETTINGS_FILE, inputs.options.flat())
         write_text(inputs.output_dir / SUMMARY_FILE, inputs.summary)
@@ -101,9 +103,10 @@ def _begin_output(inputs: Inputs, state: TrainerState) -> None:
 
 
 def _check_and_announce(inputs: Inputs, sampler: WindowSampler, state: TrainerState) -> None:
-    """Say what is about to be trained, on what, and where it will be.
+    """Check the free disk space, and print the table at the start of a run.
 
-    Raises InputError where what is to be written does not fit, or --lora_targets is not in the base.
+    Raises:
+        InputError: the outputs do not fit on the disk, or --lora_targets is not in the base.
     """
     options = inputs.options
     empty = empty_model(inputs.bundle.config, torch.float32)
@@ -127,12 +130,12 @@ def _model_to_train(inputs: Inputs) -> tuple[nn.Module, BaseQuantization | None]
     quantization = None
     if options.model.load_in_4bit:
         here = distributed.device()
-        # Stage 3 takes the weights to the GPUs itself, each rank its share.
+        # Stage 3 moves the weights to the GPUs itself, a share to each rank.
         keep_on = torch.device("cpu") if inputs.zero_stage == 3 else here
         model, quantization = load_base_in_4bit(bundle.folder, dtype, here, keep_on, bundle.added)
     else:
         model = load_base(bundle.folder, dtype, bundle.added)
-    torch.manual_seed(options.optim.seed)  # the same start on every rank
+    torch.manual_seed(options.optim.seed)  # the same initial values on every rank
     if bundle.added:
         model.add_parts(bundle.added, bundle.whisper_folder)
     model.set_attn_implementation(options.model.attn_implementation)

@@ -37,9 +37,10 @@ def main(options: TrainOptions, given: set[str]) -> None:
 
 
 def train(run: Run) -> None:
-    """Fetch, step, log, validate, save; all three once more at the last step.
+    """Fetch, step, log, validate, save; the last three also at the last step.
 
-    Raises StoppedError, behind a checkpoint, where a signal asked for the end.
+    Raises:
+        StoppedError: a signal has stopped the run; a checkpoint is saved first.
     """
     state, engine, options = run.state, run.engine, run.options
     meter = Meter(engine.weights, engine.device)
@@ -80,7 +81,7 @@ def train(run: Run) -> None:
                 if last or stopped_by:
                     reporter.write(at_end=True)
             if stopped_by:
-                raise _stopped(run, stopped_by)
+                raise _stopped_error(run, stopped_by)
             if last:
                 break
 
@@ -101,7 +102,7 @@ def _log(run: Run, log: MetricsLog, meter: Meter, lr: float) -> None:
 
 
 def _validate(run: Run, log: MetricsLog, signals: StopSignals) -> None:
-    """Validate and log it; where a signal comes in between, the run that goes on will do it."""
+    """Validate and log the result; if a signal interrupts this, the resumed run validates."""
     state = run.state
     state.validation_due = True
     values = validate(run.engine, run.val, run.options.optim.batch_size, signals)
@@ -123,7 +124,7 @@ def _is_out_of_patience(run: Run) -> bool:
 
 
 def _is_best_step(run: Run) -> bool:
-    """Whether early stopping may want this step back: it has the lowest validation loss."""
+    """Whether early stopping may need this step's checkpoint: it has the lowest validation loss."""
     return run.options.run.early_stopping_patience is not None and run.state.best_step == run.state.step
 
 
@@ -140,7 +141,7 @@ def _check_first_losses(run: Run, result: StepResult) -> None:
 
 
 def _record_skipped_step(run: Run, meter: Meter, window: Window, result: StepResult) -> None:
-    """Count and tell a step that was not taken; where none may be passed over, save what was learned and end."""
+    """Record and report a skipped step; if no more may be skipped, save a checkpoint and end the run."""
     state = run.state
     why = describe_skipped_step(state.step + 1, result, window.micro_batches, run.train)
     skips = run.options.optim.on_nonfinite == "skip"
@@ -150,16 +151,16 @@ def _record_skipped_step(run: Run, meter: Meter, window: Window, result: StepRes
         return
     if state.step and not checkpoint_folder(run.output_dir, state.step).exists():
         _save(run, meter)
-    advice = f"{len(state.skipped)} steps were passed over before" if skips else "or go on with --on_nonfinite skip"
-    error = NotFiniteError(f"{why}\nLook at these samples, or begin anew with a lower --lr; {advice}")
+    advice = f"{len(state.skipped)} earlier steps were skipped" if skips else "or resume with --on_nonfinite skip"
+    error = NotFiniteError(f"{why}\nCheck these samples, or start a new run with a lower --lr; {advice}")
     error.on_all_ranks = True
     raise error
 
 
-def _stopped(run: Run, signal_name: str) -> StoppedError:
+def _stopped_error(run: Run, signal_name: str) -> StoppedError:
     error = StoppedError(
-        f"stopped by {signal_name} at step {run.state.step} of {run.state.total_steps}; all of it is saved in "
-        f"{run.output_dir}. Go on with --resume auto"
+        f"stopped by {signal_name} at step {run.state.step} of {run.state.total_steps}; a checkpoint is saved in "
+        f"{run.output_dir}. Resume with --resume auto"
     )
     error.on_all_ranks = True
     return error

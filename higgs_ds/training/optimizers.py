@@ -1,4 +1,4 @@
-"""AdamW as torch or bitsandbytes have it, and its moments as whole float32 tensors whichever it is."""
+"""AdamW of torch or bitsandbytes, with access to its moments as whole float32 tensors for either."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from higgs_ds.common.run_files import MOMENTS
 from higgs_ds.options.train import OptimOptions
 
 _BITSANDBYTES = {"adamw_8bit": AdamW8bit, "paged_adamw": PagedAdamW, "paged_adamw_8bit": PagedAdamW8bit}
-_STATE_BLOCK = 256  # numbers of an 8-bit state that share a scale, in bitsandbytes
+_STATE_BLOCK = 256  # values per scale in bitsandbytes' 8-bit state
 
 
 def make_optimizer(options: OptimOptions, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The AdamW that --optim names."""
+    """Return the AdamW variant that --optim names."""
     kind = _BITSANDBYTES.get(options.optim, torch.optim.AdamW)
     return kind(parameters, lr=options.lr, weight_decay=options.weight_decay)
 
 
 def start_moments(optimizer: torch.optim.Optimizer, master: torch.Tensor, step: int) -> None:
-    """Give a parameter the state that its first step would make: moments of 0 after `step` steps."""
+    """Give a parameter the state that its first step would create: zero moments, with a count of `step` steps."""
     if isinstance(optimizer, Optimizer2State):
         optimizer.init_state(optimizer.param_groups[0], master, 0, 0)
         optimizer.state[master]["step"] = step
@@ -36,24 +36,24 @@ def start_moments(optimizer: torch.optim.Optimizer, master: torch.Tensor, step: 
 
 @contextlib.contextmanager
 def float_moments(optimizer: torch.optim.Optimizer, masters: Iterable[torch.Tensor]) -> Iterator[None]:
-    """In the block, the state of each of `masters` holds MOMENTS in float32, whatever optimizer it is.
+    """Within the block, the state of each of `masters` holds MOMENTS in float32, whichever optimizer it is.
 
-    Where they are in 8 bits, what the block makes of them is rounded to 8 bits again.
+    If they are stored in 8 bits, values that the block changes are quantized to 8 bits again afterwards.
     """
     if not isinstance(optimizer, Optimizer2State):
         yield
         return
-    kept = {master: dict(optimizer.state[master]) for master in masters}
-    for master, state in kept.items():
-        optimizer.state[master] = {moment: _as_float(state, number) for number, moment in enumerate(MOMENTS, start=1)}
+    stored = {master: dict(optimizer.state[master]) for master in masters}
+    for master, state in stored.items():
+        optimizer.state[master] = {moment: _dequantize(state, number) for number, moment in enumerate(MOMENTS, start=1)}
     yield
-    for master, state in kept.items():
+    for master, state in stored.items():
         for number, moment in enumerate(MOMENTS, start=1):
-            _take_float(state, number, optimizer.state[master][moment])
+            _store(state, number, optimizer.state[master][moment])
         optimizer.state[master] = state
 
 
-def _as_float(state: dict[str, torch.Tensor], number: int) -> torch.Tensor:
+def _dequantize(state: dict[str, torch.Tensor], number: int) -> torch.Tensor:
     codes = state[f"state{number}"]
     if codes.dtype != torch.uint8:
         return codes
@@ -61,11 +61,11 @@ def _as_float(state: dict[str, torch.Tensor], number: int) -> torch.Tensor:
     return dequantize_blockwise(codes, absmax=scales, code=table, blocksize=_STATE_BLOCK)
 
 
-def _take_float(state: dict[str, torch.Tensor], number: int, value: torch.Tensor) -> None:
+def _store(state: dict[str, torch.Tensor], number: int, value: torch.Tensor) -> None:
     codes = state[f"state{number}"]
     if codes.dtype != torch.uint8:
         codes.copy_(value)
-    elif not torch.equal(_as_float(state, number), value):  # what was only looked at stays the same to the last bit
+    elif not torch.equal(_dequantize(state, number), value):  # an unchanged moment keeps its exact 8-bit state
         rounded, scales = quantize_blockwise(value, code=state[f"qmap{number}"], blocksize=_STATE_BLOCK)
         codes.copy_(rounded)
         state[f"absmax{number}"].copy_(scales.absmax)

@@ -1,4 +1,4 @@
-"""The table at the start of a run: what is trained, on what, in how many steps, in how much memory by the plan."""
+"""The table at the start of a run: what is trained, on which data, in how many steps, and the planned memory."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from higgs_ds.planning.weights import Setting
 from higgs_ds.training.preflight import GIB, seconds_left
 from higgs_ds.training.run import Inputs
 
-NAMES = 10  # columns of the names
-WIDTH = 110  # columns of what is said of them
+NAMES = 10  # width of the column of names, in characters
+WIDTH = 110  # width of the column of texts
 
 
 def overview(inputs: Inputs, sampler: WindowSampler, state: TrainerState, adapters: str) -> str:
-    """The table, in lines; a few seconds of planning for a large base.
+    """Return the lines of the table. For a large base, planning takes a few seconds.
 
     Args:
-        adapters: one line on what is trained.
+        adapters: one line that describes what is trained.
     """
     rows = {
         "base": _base(inputs),
@@ -50,16 +50,16 @@ def _row(name: str, text: str) -> str:
 def _base(inputs: Inputs) -> str:
     options, bundle = inputs.options.model, inputs.bundle
     built_in = which_builtin(options.base_ckpt)
-    told = "" if built_in is None else f" ({BUILT_IN[built_in]})"
-    four_bit = "NF4 in " if options.load_in_4bit else ""
+    description = "" if built_in is None else f" ({BUILT_IN[built_in]})"
+    four_bit = "NF4 and " if options.load_in_4bit else ""
     added = f"; added: {bundle.added}" if bundle.added else ""
-    return f"{bundle.name}{told}, in the {bundle.layout} layout, held in {four_bit}{options.precision}{added}"
+    return f"{bundle.name}{description}, in the {bundle.layout} layout, loaded in {four_bit}{options.precision}{added}"
 
 
 def _data(inputs: Inputs, sampler: WindowSampler) -> str:
     train = inputs.train
     return (
-        f"{len(train):,} samples to train on, {len(inputs.val):,} to validate on; {sum(train.lengths):,} tokens an "
+        f"{len(train):,} training samples, {len(inputs.val):,} validation samples; {sum(train.lengths):,} tokens per "
         f"epoch, {max(train.lengths):,} in the longest sample, {sampler.padding():.1%} padding"
     )
 
@@ -69,7 +69,7 @@ def _left_out(inputs: Inputs) -> str:
         return ""
     return (
         f"{len(inputs.too_long):,} samples longer than --max_seq_len {inputs.options.data.max_seq_len}, for instance "
-        f"{inputs.too_long[0]}; all are in {inputs.output_dir / DROPPED_FILE}"
+        f"{inputs.too_long[0]}; all are listed in {inputs.output_dir / DROPPED_FILE}"
     )
 
 
@@ -77,28 +77,28 @@ def _steps(inputs: Inputs, sampler: WindowSampler, state: TrainerState) -> str:
     optim, ranks = inputs.options.optim, distributed.world_size()
     micro_batch = f"{sampler.max_tokens} tokens" if sampler.max_tokens else f"{optim.batch_size}"
     return (
-        f"{state.total_steps:,}, {sampler.num_steps(1):,} in the first epoch, of {sampler.window_size} "
-        f"{'micro-batches' if sampler.max_tokens else 'samples'} ({micro_batch} per rank x {optim.grad_accum} "
+        f"{state.total_steps:,} ({sampler.num_steps(1):,} in the first epoch) of {sampler.window_size} "
+        f"{'micro-batches' if sampler.max_tokens else 'samples'} each ({micro_batch} per rank x {optim.grad_accum} "
         f"accumulated x {ranks} rank{'s' if ranks > 1 else ''}); learning rate {optim.lr:g}, {optim.lr_scheduler_type}"
     )
 
 
 def _memory(inputs: Inputs) -> str:
-    """The plan for the longest sample, which is what decides whether it fits."""
-    here = distributed.device()
-    on_gpu = here.type == "cuda"
+    """Describe the plan for the longest sample, which needs the most memory."""
+    device = distributed.device()
+    on_gpu = device.type == "cuda"
     longest = inputs.options.replace(max_seq_len=inputs.longest)
-    made = plan(Setting(inputs.bundle.config, longest, inputs.ds_settings, distributed.world_size(), on_gpu))
-    weights = sum(made.weights.values()) + made.quantization
+    planned = plan(Setting(inputs.bundle.config, longest, inputs.ds_settings, distributed.world_size(), on_gpu))
+    weights = sum(planned.weights.values()) + planned.quantization
     parts = {
         "weights": weights,
-        "what is trained, its gradients and optimizer state": made.resident - weights,
-        "a pass or a step": made.total - made.resident,
+        "trained parameters with gradients and optimizer state": planned.resident - weights,
+        "peak of a pass or an optimizer step": planned.total - planned.resident,
     }
-    of = f" of {torch.cuda.get_device_properties(here).total_memory / GIB:.1f} GiB" if on_gpu else ""
-    host = f"; host memory {_gib(sum(made.host.values()))}" if made.host else ""
+    capacity = f" of {torch.cuda.get_device_properties(device).total_memory / GIB:.1f} GiB" if on_gpu else ""
+    host = f"; host memory {_gib(sum(planned.host.values()))}" if planned.host else ""
     return (
-        f"planned per {'GPU' if on_gpu else 'rank, beside the libraries'}: {_gib(made.total)} GiB{of} ("
+        f"planned per {'GPU' if on_gpu else 'rank, without the libraries'}: {_gib(planned.total)} GiB{capacity} ("
         + ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
         + f"{host}), at ZeRO stage {inputs.zero_stage}"
     )
@@ -111,5 +111,5 @@ def _gib(size_bytes: int) -> str:
 
 def _time(inputs: Inputs) -> str:
     limit_s = seconds_left()
-    limit = "" if limit_s is None else f"the job's limit is in {limit_s / 3600:.1f} h; "
-    return f"{limit}log lines tell what is left, from step {inputs.options.run.log_steps} on"
+    limit = "" if limit_s is None else f"the job's time limit is in {limit_s / 3600:.1f} h; "
+    return f"{limit}log lines show the remaining time, from step {inputs.options.run.log_steps} on"

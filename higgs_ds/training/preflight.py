@@ -1,4 +1,4 @@
-"""Before the first step: whether there is room for all that a run will write, and time for it to end."""
+"""Checks before the first step: disk space for everything that a run writes, and the time until the job's limit."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def check_room(
     base_bytes: int,
     is_full_finetuning: bool = False,
 ) -> None:
-    """Raise InputError where a disk has less room than the rest of a run takes.
+    """Raise InputError if the disk has less free space than the rest of a run needs.
 
     Args:
-        trained_bytes: of what is trained, in float32: an adapter, or weights `is_full_finetuning`.
-        base_bytes: of the base's weights, and so of a merged or complete model's.
+        trained_bytes: size of what is trained, in float32: the adapter, or with `is_full_finetuning` the weights.
+        base_bytes: size of the base's weights, and so of a merged or complete model's.
     """
     saves = sum(
         step == state.total_steps or step % options.save_steps == 0
         for step in range(state.step + 1, state.total_steps + 1)
     )
-    # Those that are kept, the best, and one that is there before another is deleted.
+    # The checkpoints that are kept, the best one, and a new one, which is saved before an old one is deleted.
     at_once = saves if options.keep_checkpoints is None else min(saves, options.keep_checkpoints + 2)
     takes = {
-        f"{at_once} checkpoints": at_once * 3 * trained_bytes,  # what is trained and Adam's two moments
+        f"{at_once} checkpoints": at_once * 3 * trained_bytes,  # the trained weights and Adam's two moments
     }
-    model_bytes = (1 if options.export_layout == NATIVE else 2) * base_bytes  # other layouts come from the native one
+    model_bytes = (1 if options.export_layout == NATIVE else 2) * base_bytes  # others are converted from native
     if is_full_finetuning:
         takes["the complete model"] = model_bytes
     else:
@@ -51,12 +51,12 @@ def check_room(
         parts = ", ".join(f"{size / GIB:.2f} GiB for {what}" for what, size in takes.items())
         raise InputError(
             f"--output_dir {output_dir}: {free / GIB:.2f} GiB are free, and the run writes {needed / GIB:.2f} GiB "
-            f"({parts}); choose another folder, save more rarely (--save_steps), or keep fewer checkpoints "
+            f"({parts}); choose another folder, save less often (--save_steps), or keep fewer checkpoints "
             "(--keep_checkpoints)"
         )
 
 
 def seconds_left(environment: Mapping[str, str] = os.environ) -> float | None:
-    """Until the time limit of the Slurm job that this process runs in; None where there is none, or it is not told."""
+    """Return the seconds until this Slurm job's time limit; None outside of Slurm, or if Slurm does not report it."""
     end = environment.get("SLURM_JOB_END_TIME", "")
     return float(end) - time.time() if end.isdecimal() else None

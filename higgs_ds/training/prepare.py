@@ -1,4 +1,4 @@
-"""launch/prepare.py: manifests are checked, and their audio is encoded, ahead of training."""
+"""launch/prepare.py: check manifests and encode their audio before training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from higgs_ds.options.train import DataOptions, ModelOptions
 
 
 def main(options: DataOptions, model: ModelOptions, how: PrepareOptions) -> None:
-    """Check the manifests of a run to come, and encode their audio. Every rank must call this, in a process group."""
+    """Check the manifests of a later run and encode their audio. Every rank must call this, in a process group."""
     manifests = [options.train_manifest or SAMPLE_MANIFEST, options.val_manifest]
     cache_dir = options.cache_dir or default_cache_dir()
     distributed.raise_problems(check_data_options(options) + scratch_problems(options, cache_dir))
@@ -33,4 +33,4 @@ def main(options: DataOptions, model: ModelOptions, how: PrepareOptions) -> None
         for manifest in checked:
             preparation.encode(manifest, distributed.device())
             preparation.keep(manifest)
-    say(f"prepared: all audio is encoded, in {cache_dir}")
+    say(f"prepared: all audio is encoded in {cache_dir}")

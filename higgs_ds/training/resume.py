@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, and which settings must be the same."""
+"""Find the checkpoint to resume from, and check that the run's settings are the same."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from higgs_ds.options.fields import RESUME_AUTO, RESUME_NEVER
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.training.run import Inputs
 
-# What a run writes by way of a temporary name, which a kill may leave behind.
+# What a run first writes under a temporary name, which remains after a kill.
 WRITTEN = re.compile(
     r"checkpoint-\d+|lora_adapters|final_model|adapter|merged_model|trainer_state\.json|settings\.json|"
     r"metrics\.jsonl|dropped_samples\.txt|data_summary\.txt|report\.html"
 )
-# Options that may differ when a run goes on: they do not change what is trained. Batch size and accumulation may, as
-# long as the number of samples per step stays.
+# Options that may differ when a run is resumed: they do not change what is trained. Batch size and accumulation may
+# differ if the number of samples per step stays the same.
 FREE_ON_RESUME = (
     "output_dir", "resume", "log_steps", "val_steps", "save_steps", "keep_checkpoints", "on_nonfinite",
     "merge_adapter_with_base", "export_layout", "deepspeed", "cache_dir", "early_stopping_patience",
@@ -40,17 +40,15 @@ FREE_ON_RESUME = (
 
 
 def find_resume_checkpoint(options: TrainOptions, output_dir: Path) -> Path | None:
-    """The checkpoint to go on from, which rank 0 decides on. Every rank must call this."""
+    """Return the checkpoint to resume from, which rank 0 chooses. Every rank must call this."""
     found = distributed.on_main(lambda: _find_resumable(options, output_dir))
     if found is not None and not found.is_dir():
-        raise InputError(
-            f"{found}: is not to be seen on {socket.gethostname()}; all nodes must share the output folder"
-        )
+        raise InputError(f"{found}: is not visible on {socket.gethostname()}; all nodes must share the output folder")
     return found
 
 
 def _find_resumable(options: TrainOptions, output_dir: Path) -> Path | None:
-    """The checkpoint to go on from; an earlier run's results are never overwritten unasked."""
+    """Return the checkpoint to resume from. An earlier run's results are never overwritten silently."""
     with saving(output_dir):
         restore_leftovers(output_dir, WRITTEN)
     resume = options.run.resume
@@ -58,23 +56,23 @@ def _find_resumable(options: TrainOptions, output_dir: Path) -> Path | None:
         earlier = find_checkpoints(output_dir)
         if earlier:
             raise InputError(
-                f"--output_dir {output_dir}: holds {earlier[0].name} of an earlier run; go on with --resume auto, "
-                "or choose another folder"
+                f"--output_dir {output_dir}: contains {earlier[0].name} of an earlier run; resume it with "
+                "--resume auto, or choose another folder"
             )
         return None
     if resume == RESUME_AUTO:
-        newest, passed_over = newest_complete(output_dir)
-        for note in passed_over:
+        newest, skipped = newest_complete(output_dir)
+        for note in skipped:
             warn(note)
         return newest
     reason = why_incomplete(Path(resume))
     if reason:
-        raise InputError(f"--resume {resume}: is no complete checkpoint: {reason}")
+        raise InputError(f"--resume {resume}: is not a complete checkpoint: {reason}")
     return Path(resume)
 
 
 def initial_state(inputs: Inputs, sampler: WindowSampler) -> TrainerState:
-    """Where the run begins: at step 0, or where the checkpoint stands, which must be of the same run."""
+    """Return the state at the start: of step 0, or of the checkpoint, which must belong to the same run."""
     optim = inputs.options.optim
     total_steps = optim.max_steps or sampler.num_steps(optim.epochs)
     fresh = TrainerState(total_steps, _training_settings(inputs, sampler))
@@ -86,9 +84,9 @@ def initial_state(inputs: Inputs, sampler: WindowSampler) -> TrainerState:
 
 
 def _training_settings(inputs: Inputs, sampler: WindowSampler) -> dict[str, Any]:
-    """What must be the same for a run to go on from a checkpoint."""
+    """Return the settings that must be the same to resume from a checkpoint."""
     settings = {name: value for name, value in inputs.options.flat().items() if name not in FREE_ON_RESUME}
-    # --load_in_4bit tells lora and qlora apart.
+    # --load_in_4bit distinguishes lora from qlora.
     unused = asdict(inputs.options.lora) if inputs.options.is_full_finetuning else asdict(inputs.options.tune)
     settings = {name: value for name, value in settings.items() if name not in unused}
     return {

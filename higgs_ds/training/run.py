@@ -19,7 +19,7 @@ from higgs_ds.training.engine import Engine
 
 @dataclass
 class Run:
-    """Everything that the loop works with."""
+    """Everything that the training loop uses."""
 
     options: TrainOptions
     output_dir: Path
@@ -34,7 +34,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a run is made from, with all audio encoded."""
+    """Everything that a run is built from; all audio is already encoded."""
 
     options: TrainOptions
     ds_settings: dict[str, Any]
@@ -42,13 +42,13 @@ class Inputs:
     bundle: Bundle
     train: Dataset
     val: Dataset
-    too_long: list[str]  # what --max_seq_len leaves out
-    summary: str  # of the data, in lines
+    too_long: list[str]  # one line for each sample that --max_seq_len leaves out
+    summary: str  # of the data, several lines
     resume_from: Path | None
 
     @property
     def full_parts(self) -> Parts:
-        """Optional parts of the model that are trained whole."""
+        """Optional parts of the model that are fully fine-tuned."""
         return fully_trained_parts(self.options.model, self.bundle.config)
 
     @property
@@ -57,5 +57,5 @@ class Inputs:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sample."""
+        """Length of the longest sample, in tokens."""
         return max([*self.train.lengths, *self.val.lengths])

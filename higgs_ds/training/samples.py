@@ -1,4 +1,4 @@
-"""--sample_steps: what the model in training says to fixed prompts, as WAV files beside what it should have said."""
+"""--sample_steps: what the model in training speaks for fixed prompts, as WAV files beside the references."""
 
 from __future__ import annotations
 
@@ -17,36 +17,41 @@ SEED = 7
 
 
 class SampleWriter:
-    """Makes the samples of a run, from the same prompts each time. Every rank must call its methods."""
+    """Generates the samples of a run, from the same prompts each time. Every rank must call its methods."""
 
     def __init__(self, run: Run) -> None:
-        """Prompts are of the validation samples, or where there are none of the training samples."""
+        """Take the prompts from the validation samples, or from the training samples if there are none."""
         self.run, self.every = run, run.options.run.sample_steps
         self.folder = run.output_dir / SAMPLES_FOLDER
         data = run.val if len(run.val) else run.train
-        # Where ranks share the weights, all of them speak: each layer's are gathered when it comes to it.
+        # At stage 3 the ranks share the weights, and all of them generate: each layer's are gathered when it runs.
         self.together = run.engine.stage == 3
-        speaks = self.every is not None and (self.together or distributed.is_main())
-        self.prompts = prompts_of(data, run.options.run.num_samples) if speaks else []
+        generates = self.every is not None and (self.together or distributed.is_main())
+        self.prompts = prompts_of(data, run.options.run.num_samples) if generates else []
 
     def is_due(self, last: bool) -> bool:
         return self.every is not None and (last or self.run.state.step % self.every == 0)
 
     def write_samples(self) -> dict[str, float]:
-        """Write what the model says now; how often it stopped by itself, and its lengths over the references'.
+        """Write what the model generates now.
 
-        Raises SaveError, on every rank.
+        Returns:
+            The share of samples in which the model stopped on its own, and the mean ratio of their lengths to the
+            references'.
+
+        Raises:
+            SaveError: on every rank.
         """
-        with torch.random.fork_rng():  # which loading a model draws from, too
-            spoken = self._speak_all() if self.together or distributed.is_main() else []
+        with torch.random.fork_rng():  # loading a model draws from the generator, too
+            spoken = self._generate_all() if self.together or distributed.is_main() else []
             return distributed.on_main(lambda: self._write_all(spoken))
 
-    def _speak_all(self) -> list[Speech]:
+    def _generate_all(self) -> list[Speech]:
         spoken = []
         with self.run.engine.generation_mode(self.run.bundle.folder) as model:
             for prompt in self.prompts:
                 torch.manual_seed(SEED)
-                spoken.append(self._speak(model, prompt))
+                spoken.append(self._generate(model, prompt))
         return spoken
 
     def _write_all(self, spoken: list[Speech]) -> dict[str, float]:
@@ -63,11 +68,11 @@ class SampleWriter:
             "sample/length_ratio": sum(lengths) / len(lengths),
         }
 
-    def _speak(self, model: torch.nn.Module, prompt: Prompt) -> Speech:
+    def _generate(self, model: torch.nn.Module, prompt: Prompt) -> Speech:
         settings = generation_settings(self.run.options.run.sample_temperature)
         settings["max_new_tokens"] = prompt.max_new_tokens
         if self.together:
-            settings["synced_gpus"] = True  # a rank that is through goes on until all are
+            settings["synced_gpus"] = True  # a rank that has finished continues until all have
         return speak(model, self.run.bundle, list(prompt.sample.messages[: prompt.turn]), prompt.given, settings)
 
     def _write_references(self, codec: Codec) -> None:
@@ -77,11 +82,11 @@ class SampleWriter:
             write_json(self.folder / PROMPTS_FILE, [prompt.words for prompt in self.prompts])
 
     def _write(self, codec: Codec, name: str, number: int, codes: torch.Tensor) -> None:
-        """Write codes (C, F) as sound; of none, an empty file would be all, and nothing is written."""
+        """Write codes (C, F) as a WAV file. Without any frame the file would be empty, and none is written."""
         path = self.folder / name / f"{number}.wav"
         with saving(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if codes.shape[1]:
-                # A model without training may put the stream's own tokens between the codes.
+                # An untrained model may generate the stream's special tokens between the codes.
                 waveform = codec.decode(codes.clamp(max=self.run.bundle.stream.bos_id - 1))
                 write_audio(path, waveform, codec.sample_rate)

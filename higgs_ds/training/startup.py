@@ -1,4 +1,4 @@
-"""Everything before the first step: all inputs checked at once, audio encoded, model, adapters and engine made."""
+"""Everything before the first step: check all inputs at once, encode audio, build model, adapters and engine."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def start(options: TrainOptions, given: set[str]) -> Run:
     """Check, encode, load. Every rank must call this.
 
     Args:
-        given: names of the options that the user gave himself; these a JSON file may not contradict.
+        given: names of the options that the user has set, which the DeepSpeed file must not contradict.
 
-    Raises InputError, the same on every rank, before any weight of the base is loaded.
+    Raises:
+        InputError: the same on every rank, before any weight of the base is loaded.
     """
     distributed.raise_problems(check_options(options))
     return load_run(_check_and_encode(options, given))
@@ -58,14 +59,14 @@ def _check_and_encode(options: TrainOptions, given: set[str]) -> Inputs:
     distributed.raise_problems(problems + no_scratch if no_scratch else [])
     if not all(distributed.gather_objects(bundle is not None)):
         bundle = None
-    # Without a good base the samples are looked at all the same, so that their problems are not kept for the next try.
+    # The samples are checked even if the base is invalid, so that all problems are reported at once.
     coder = bundle.coder(cache_dir) if bundle else None
     with Preparation(options.data, coder, cache_dir) as preparation:
         manifests = [options.data.train_manifest or SAMPLE_MANIFEST, options.data.val_manifest]
         checked = [preparation.check(path) for path in manifests if path is not None]
         problems += [problem for manifest in checked for problem in manifest.problems]
         distributed.raise_problems(problems)
-        assert resolved and bundle and preparation.coder  # noqa: PT018 - what is missing would be among the problems
+        assert resolved and bundle and preparation.coder  # noqa: PT018 - a missing one has raised a problem
         settings, options = resolved
         for manifest in checked:
             preparation.encode(manifest, distributed.device())
@@ -73,7 +74,7 @@ def _check_and_encode(options: TrainOptions, given: set[str]) -> Inputs:
         indexes = [preparation.keep(manifest) for manifest in checked]
     if options.model.whisper_conditioning and not indexes[0].any_heard():
         nothing = (
-            "no sample has audio in a system or user turn, which is all that the tower hears; leave the option out"
+            "no sample has audio in a system or user turn, the only input of the Whisper tower; leave the option out"
         )
         advice = "or put references there (--reference system, for recordings)"
         distributed.raise_problems([f"--whisper_conditioning: {nothing}, {advice}"])
@@ -82,7 +83,7 @@ def _check_and_encode(options: TrainOptions, given: set[str]) -> Inputs:
 
 
 def _summary(preparation: Preparation, checked: list[CheckedManifest]) -> str:
-    parts = [f"{one.path}:\n{textwrap.indent(preparation.describe(one), '  ')}\n" for one in checked]
+    parts = [f"{manifest.path}:\n{textwrap.indent(preparation.describe(manifest), '  ')}\n" for manifest in checked]
     return "".join(parts)
 
 
@@ -100,7 +101,7 @@ def _open_base(options: TrainOptions, cache_dir: Path) -> Bundle:
     if options.run.merge_adapter_with_base or options.is_full_finetuning:
         check_layout(parts_of(bundle.config), options.run.export_layout)
     if options.run.sample_steps is not None and parts_of(bundle.config).audio_tower is not None:
-        raise InputError("--sample_steps: speaks without what a Whisper tower hears; leave it out with such a base")
+        raise InputError("--sample_steps: cannot use the input of a Whisper tower; leave it out with such a base")
     check_weights(bundle.folder)
     check_biases(bundle.config, options.lora)
     weights = options.optim.codebook_weights
@@ -118,7 +119,7 @@ def _output_dir(options: TrainOptions) -> Path:
 
 
 def _select(options: TrainOptions, indexes: list[Index], coder: Coder) -> tuple[Dataset, Dataset, list[str]]:
-    """The samples to train on and to validate on, and the lines of those that are left out for their length."""
+    """Return the training and validation samples, and one line for each sample left out for its length."""
     data, seed = options.data, options.optim.seed
     short = [np.flatnonzero(index.num_tokens <= (data.max_seq_len or np.inf)) for index in indexes]
     too_long = [
@@ -137,23 +138,23 @@ def _select(options: TrainOptions, indexes: list[Index], coder: Coder) -> tuple[
     if len(train) == 0:
         raise InputError(f"--max_seq_len {data.max_seq_len}: every sample is longer; nothing is left to train on")
     if options.run.early_stopping_patience is not None and len(val) == 0:
-        raise InputError("--early_stopping_patience: nothing to validate on; give --val_manifest or --val_split")
+        raise InputError("--early_stopping_patience: needs validation samples; give --val_manifest or --val_split")
     longest = int(max(dataset.index.num_tokens[dataset.rows].max(initial=0) for dataset in (train, val)))
     if options.optim.max_tokens_per_batch and longest > options.optim.max_tokens_per_batch:
         raise InputError(
             f"--max_tokens_per_batch {options.optim.max_tokens_per_batch}: the longest sample has {longest} tokens; "
-            "give at least as many, or leave out the longest with --max_seq_len"
+            "give at least that many, or leave out longer samples with --max_seq_len"
         )
     return train, val, too_long
 
 
 def _speakers(index: Index, options: TrainOptions) -> np.ndarray:
-    """The number of each sample's speaker, for a split that parts no speaker's samples."""
+    """Return the number of each sample's speaker, for a split that keeps each speaker's samples together."""
     numbers, names = index.labels("speaker")
     unnamed = int((numbers < 0).sum())
     if unnamed or len(names) < 2:
         raise InputError(
-            f"--split_by speaker: {unnamed} samples name no speaker, the others {len(names)}; all must name one, "
-            "and there must be two or more. Use --split_by sample or --val_manifest"
+            f"--split_by speaker: {unnamed} samples name no speaker, the others name {len(names)}; every sample must "
+            "name one, and there must be two or more. Use --split_by sample or --val_manifest"
         )
     return numbers

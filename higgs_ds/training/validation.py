@@ -1,4 +1,4 @@
-"""Validation: the training loss without dropout, over all samples of all ranks, divided once."""
+"""Validation: the training loss without dropout, summed over all samples of all ranks and divided once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from higgs_ds.training.signals import StopSignals
 
 
 def validate(engine: Engine, data: Dataset, micro_batch_size: int, signals: StopSignals) -> dict[str, float] | None:
-    """Mean losses and accuracies over `data`, or None where a signal has cut it short. Every rank must call this."""
+    """Return mean losses and accuracies over `data`, or None if a signal interrupts. Every rank must call this."""
     shares = share_of_rank(range(len(data)), micro_batch_size, rank(), world_size())
     stopped = False
 

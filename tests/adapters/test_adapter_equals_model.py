@@ -1,4 +1,4 @@
-"""The saved adapter on plain transformers + PEFT, and the merged model, against the model that was trained."""
+"""The saved adapter in plain transformers + PEFT, and the merged model, compared with the trained model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(
     mixed_manifest: Path,
     ds_file: Callable[[int], Path],
 ) -> Path:
-    """A finished run, with what its heads gave for one batch in the training process itself (logits.safetensors)."""
+    """A finished run, with the logits of one batch from the training process itself (logits.safetensors)."""
     ranks, stage, more = request.param
     folder = tmp_path_factory.mktemp("run") / "run"
     options = (
@@ -75,6 +75,6 @@ def test_plain_peft_and_merged(run: Path, float_base: Path, tmp_path: Path) -> N
     for i, name in enumerate(["text_logits", "audio_logits"]):
         trained = dumped[name]
         assert len(trained) > 0
-        assert (before[i] - trained).abs().max() > 0.5  # training has moved them by far more than what is allowed below
+        assert (before[i] - trained).abs().max() > 0.5  # training changed them by far more than the tolerance below
         assert (adapted[i] - trained).abs().max() <= 1e-5
         assert (merged[i] - trained).abs().max() <= 1e-4

@@ -1,4 +1,4 @@
-"""Adapters and checkpoints with a bit flipped, cut off, or copied by half: recognized, and nothing of them is used."""
+"""Adapters and checkpoints with a flipped bit, truncated or half copied: detected, and never used."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def effect(adapter: Adapter) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("name", [ADAPTER_WEIGHTS, ADAPTER_CONFIG])
 def test_a_flipped_bit_in_an_adapter(adapter: Path, tmp_path: Path, name: str) -> None:
-    """It is named, or does nothing, as in the name of the base."""
-    whole, draw, named, harmless = effect(read_adapter(adapter)), random.Random(2), 0, 0
+    """The error names the folder, or the bit has no effect, as in the name of the base."""
+    intact, draw, named, harmless = effect(read_adapter(adapter)), random.Random(2), 0, 0
     for bit in draw.sample(range(8 * (adapter / name).stat().st_size), FLIPS):
         broken = tmp_path / "broken"
         shutil.copytree(adapter, broken, dirs_exist_ok=True)
         flip(broken / name, bit)
         try:
-            assert effect(read_adapter(broken)) == whole, f"bit {bit} of {name}"
+            assert effect(read_adapter(broken)) == intact, f"bit {bit} of {name}"
         except InputError as error:
             named += str(broken) in str(error)
         else:
@@ -74,7 +74,7 @@ def test_a_flipped_bit_in_an_adapter(adapter: Path, tmp_path: Path, name: str) -
 
 
 @pytest.mark.parametrize("name", [ADAPTER_WEIGHTS, ADAPTER_CONFIG])
-def test_an_adapter_cut_off_or_copied_by_half(adapter: Path, name: str) -> None:
+def test_an_adapter_truncated_or_half_copied(adapter: Path, name: str) -> None:
     content = (adapter / name).read_bytes()
     for length in [*range(0, len(content), 97), len(content) - 2]:
         (adapter / name).write_bytes(content[:length])
@@ -91,7 +91,7 @@ def test_a_file_of_another_adapter(adapter: Path, tmp_path: Path) -> None:
     tensors = load_file(adapter / ADAPTER_WEIGHTS)
     write_adapter(other, tensors, AdapterFormat(config), must_have_moved=True)
     shutil.copyfile(other / ADAPTER_CONFIG, adapter / ADAPTER_CONFIG)
-    with pytest.raises(InputError, match="is not as it was written"):
+    with pytest.raises(InputError, match="has changed since it was written"):
         read_adapter(adapter)
 
 
@@ -110,35 +110,35 @@ def checkpoints(adapter: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 def test_a_flipped_bit_in_a_checkpoint(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
     older, newer = checkpoints
-    shutil.copytree(newer, tmp_path / "whole")
+    shutil.copytree(newer, tmp_path / "intact")
     files = [path.relative_to(newer) for path in newer.rglob("*") if path.is_file() and path.name != MANIFEST_FILE]
     draw = random.Random(3)
     for _ in range(FLIPS):
         name = draw.choice(files)
         flip(newer / name, draw.randrange(8 * (newer / name).stat().st_size))
-        found, passed_over = newest_complete(newer.parent)
+        found, skipped = newest_complete(newer.parent)
         assert found == older
-        assert passed_over == [f"{newer}: passed over: its {name} is not as it was written"]
-        shutil.copyfile(tmp_path / "whole" / name, newer / name)
+        assert skipped == [f"{newer}: skipped: {name} has changed since it was written"]
+        shutil.copyfile(tmp_path / "intact" / name, newer / name)
     assert newest_complete(newer.parent) == (newer, [])
 
 
 def test_a_flipped_bit_in_a_manifest(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
-    """All other files are as they were, so that it may be taken or passed over, by name, but nothing else happens."""
+    """All other files are unchanged: the checkpoint is either used, or skipped with a note that names it."""
     older, newer = checkpoints
-    manifest, passed_over = (newer / MANIFEST_FILE).read_bytes(), 0
+    manifest, skipped = (newer / MANIFEST_FILE).read_bytes(), 0
     draw = random.Random(4)
     for _ in range(FLIPS):
         flip(newer / MANIFEST_FILE, draw.randrange(8 * len(manifest)))
         found, notes = newest_complete(newer.parent)
         assert found in (older, newer)
         assert (found == older) == any(str(newer) in note for note in notes)
-        passed_over += found == older
+        skipped += found == older
         (newer / MANIFEST_FILE).write_bytes(manifest)
-    assert passed_over > FLIPS / 4
+    assert skipped > FLIPS / 4
 
 
-def test_a_checkpoint_cut_off_or_copied_by_half(checkpoints: tuple[Path, Path]) -> None:
+def test_a_checkpoint_truncated_or_half_copied(checkpoints: tuple[Path, Path]) -> None:
     older, newer = checkpoints
     for path in [path for path in newer.rglob("*") if path.is_file()]:
         content = path.read_bytes()
@@ -148,4 +148,4 @@ def test_a_checkpoint_cut_off_or_copied_by_half(checkpoints: tuple[Path, Path]) 
         assert newest_complete(newer.parent)[0] == older, path
         path.write_bytes(content)
     (newer / ADAPTER_FOLDER).rename(newer / "elsewhere")
-    assert why_incomplete(newer) == f"lacks {ADAPTER_FOLDER}/README.md"
+    assert why_incomplete(newer) == f"missing {ADAPTER_FOLDER}/README.md"

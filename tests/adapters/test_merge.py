@@ -1,4 +1,4 @@
-"""The streaming merge against PEFT's own, and everything that it refuses."""
+"""The streaming merge compared with PEFT's merge, and the input that it refuses."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_equals_pefts_merge(float_base: Path, adapter: Path, tmp_path: Path) -> 
     ]
 
 
-def made_adapter(base: Path, folder: Path, **options: object) -> Path:
-    """An adapter on every target whose every part has random numbers, written by PEFT."""
+def random_adapter(base: Path, folder: Path, **options: object) -> Path:
+    """An adapter on every target, with random numbers in every part, written by PEFT."""
     torch.manual_seed(4)
     model = load(base)
     targets = discover_targets(model, LoraOptions().lora_targets)
@@ -92,7 +92,7 @@ def assert_as_peft_merges(base: Path, adapter: Path, merged: Path) -> None:
 
 @pytest.fixture(scope="module")
 def biased_base(float_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose linear layers have biases, which the released ones lack."""
+    """A base whose linear layers have biases, unlike the released bases."""
     folder = tmp_path_factory.mktemp("biased") / "base"
     shutil.copytree(float_base, folder, ignore=shutil.ignore_patterns("model*"))
     config = HiggsAudioV2Config.from_pretrained(float_base, attention_bias=True, mlp_bias=True)
@@ -108,22 +108,22 @@ def biased_base(float_base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"use_dora": True, "use_rslora": True}])
 def test_other_kinds_of_lora(float_base: Path, tmp_path: Path, options: dict[str, bool]) -> None:
-    adapter = made_adapter(float_base, tmp_path / "adapter", **options)
+    adapter = random_adapter(float_base, tmp_path / "adapter", **options)
     report = merge(float_base, adapter, tmp_path / "merged")
     assert_as_peft_merges(float_base, adapter, tmp_path / "merged")
     assert report.agreement.relative < 1e-5
 
 
-# PEFT takes the biases for the empty shards of ZeRO-3.
+# PEFT mistakes the biases for the empty shards of ZeRO-3.
 @pytest.mark.filterwarnings("ignore:Adapter 'default'. 20 LoRA tensor:UserWarning")
 def test_biases(biased_base: Path, float_base: Path, tmp_path: Path) -> None:
-    adapter = made_adapter(biased_base, tmp_path / "adapter", lora_bias=True)
+    adapter = random_adapter(biased_base, tmp_path / "adapter", lora_bias=True)
     report = merge(biased_base, adapter, tmp_path / "merged")
     assert_as_peft_merges(biased_base, adapter, tmp_path / "merged")
     assert report.agreement.relative < 1e-5
     message = refusal(float_base, adapter, tmp_path / "out")
     assert message.startswith("20 problems:")
-    assert "a bias, and the base's layer has none" in message
+    assert "but the base's layer has none" in message
 
 
 def test_self_check_sees_a_wrong_merge(
@@ -131,14 +131,14 @@ def test_self_check_sees_a_wrong_merge(
 ) -> None:
     real = Adapter.merged
     monkeypatch.setattr(Adapter, "merged", lambda self, name, weight: 2 * real(self, name, weight) - weight)
-    with pytest.raises(SaveError, match="the merged model is not what was trained"):
+    with pytest.raises(SaveError, match="the merged model differs from what was trained"):
         merge(float_base, adapter, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
     merge(float_base, adapter, tmp_path / "merged", verify=False)
 
 
 def test_bf16_base_is_rounded_once(base: Path, adapter: Path, tmp_path: Path) -> None:
-    """The sum is made in float32: each weight is at most one step of bf16 away, where PEFT adds in another order."""
+    """The sum is computed in float32. Each weight is within one step of bf16 of PEFT's, which adds in another order."""
     merge(base, adapter, tmp_path / "merged")
     expected = PeftModel.from_pretrained(load(base), adapter).merge_and_unload().state_dict()
     found = load_file(tmp_path / "merged" / "model.safetensors")
@@ -148,7 +148,7 @@ def test_bf16_base_is_rounded_once(base: Path, adapter: Path, tmp_path: Path) ->
 
 
 def test_merged_model_is_complete(base: Path, adapter: Path, tmp_path: Path) -> None:
-    """Tokenizer, template, codec and generation settings come along; the codec even where the base's has gone."""
+    """It has tokenizer, template, codec and generation settings; it keeps the codec after the base's is deleted."""
     lost = tmp_path / "lost"
     codec = Path(
         json.loads((base / "processor_config.json").read_text())["audio_tokenizer"]["audio_tokenizer_name_or_path"]
@@ -174,7 +174,7 @@ def test_merged_model_is_complete(base: Path, adapter: Path, tmp_path: Path) -> 
 
 
 def test_a_moved_model_brings_its_codec_along(base: Path, adapter: Path, tmp_path: Path) -> None:
-    """Plain transformers gives the codes and the sound that the base's codec gives."""
+    """In plain transformers, it gives the codes and the waveform of the base's codec."""
     merge(base, adapter, tmp_path / "merged")
     moved = tmp_path / "elsewhere" / "voice"
     moved.parent.mkdir()
@@ -245,14 +245,14 @@ def test_refuses_bases_and_outputs(base: Path, adapter: Path, tmp_path: Path) ->
     codec = base.parent / "tiny-random-codec"
     assert "is an audio codec, which --codec_ckpt takes" in refusal(codec, adapter, tmp_path / "out")
     original = PROJECT / "tests" / "golden" / "released_flags"
-    assert "adapts model.layers.0.self_attn.q_proj.weight as 256 x 256, in the base it is (64, 64)" in refusal(
+    assert "adapts model.layers.0.self_attn.q_proj.weight as 256 x 256, but in the base it is (64, 64)" in refusal(
         original, adapter, tmp_path / "out"
     )
-    taken = tmp_path / "taken"
-    taken.mkdir()
-    (taken / "file").touch()
-    assert "is there already" in refusal(base, adapter, taken)
-    assert "is a file, not a folder" in refusal(base, adapter, taken / "file" / "out")
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "file").touch()
+    assert "already exists" in refusal(base, adapter, occupied)
+    assert "is a file, not a folder" in refusal(base, adapter, occupied / "file" / "out")
 
 
 def test_failing_write_leaves_nothing(

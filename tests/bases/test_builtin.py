@@ -1,4 +1,4 @@
-"""The built-in bases: by name, the same on every build, loaded and at work as any base is, by transformers alone."""
+"""The built-in bases: found by name, identical on every build, usable like any base and with plain transformers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_built_twice_alike(base: Path, tmp_path: Path) -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()
     again = random_base(tmp_path)
-    assert torch.get_rng_state().equal(before)  # building leaves the user's random numbers alone
+    assert torch.get_rng_state().equal(before)  # building does not change the user's random state
     names = sorted(str(path.relative_to(again.parent)) for path in again.parent.rglob("*") if path.is_file())
     assert "tiny-random-base/model.safetensors" in names
     assert "tiny-random-codec/model.safetensors" in names
@@ -66,7 +66,7 @@ def test_built_twice_alike(base: Path, tmp_path: Path) -> None:
             assert sha256_of(again.parent / name) == sha256_of(base.parent / name), name
 
 
-def test_loads_by_itself_and_generates(base: Path) -> None:
+def test_loads_in_plain_transformers_and_generates(base: Path) -> None:
     processor = AutoProcessor.from_pretrained(base)
     model, info = HiggsAudioV2ForConditionalGeneration.from_pretrained(
         base, use_text_head=True, output_loading_info=True
@@ -146,7 +146,7 @@ def speaking(cache_dir: Path) -> Path:
 
 @pytest.fixture
 def own_assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the project's assets, in their place."""
+    """A copy of the project's assets that replaces them."""
     copied = shutil.copytree(builtin.ASSETS, tmp_path / "assets")
     monkeypatch.setattr(builtin, "ASSETS", copied)
     return copied
@@ -159,15 +159,15 @@ def test_names(base: Path, speaking: Path, cache_dir: Path) -> None:
     assert find_base("tiny-random-base", "--base_ckpt", cache_dir) == base
     for name in ("speaking-base", None):
         assert find_base(name, "--base_ckpt", cache_dir) == speaking
-        # What an adapter's base is called: a folder, which PEFT finds, too.
+        # An adapter names its base by this: a folder, so that PEFT finds it, too.
         assert open_bundle(name, None, None, cache_dir).name == str(speaking)
     assert open_bundle("tiny-random-base", None, None, cache_dir).name == str(base)
 
 
 def test_unknown_names(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no-base: is no built-in base; there are speaking-base and tiny-random-base"):
+    with pytest.raises(InputError, match="no-base: is not a built-in base; choose speaking-base or tiny-random-base"):
         builtin_base("no-base", tmp_path)
-    with pytest.raises(InputError, match="no-base: is no built-in base"):
+    with pytest.raises(InputError, match="no-base: is not a built-in base"):
         builtin_config("no-base")
     with pytest.raises(InputError, match="--base_ckpt no-base: no such folder"):
         find_base("no-base", "--base_ckpt", tmp_path)
@@ -188,7 +188,7 @@ def test_a_folder_of_the_same_name_comes_first(
     setting = dry_run.make_setting(*parse_train_options(["--dry_run", "--base_ckpt", name]))
     expected = random_config() if other == base else builtin_config(DEFAULT_BASE)
     assert setting.config.hidden_size == expected.hidden_size
-    assert find_base(None, "--base_ckpt", cache_dir) == speaking  # what is not named is not looked for
+    assert find_base(None, "--base_ckpt", cache_dir) == speaking  # no name, no search
 
 
 @pytest.mark.parametrize(
@@ -198,19 +198,22 @@ def test_missing_assets(own_assets: Path, base: Path, cache_dir: Path, tmp_path:
     path = own_assets / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     named = missing if "/" in missing else f"{missing}/config.json, {missing}/model.safetensors"
-    expected = f"{own_assets}: lacks {named} of the built-in base speaking-base; the project is not installed whole"
+    expected = (
+        f"{own_assets}: missing {named} of the built-in base speaking-base; "
+        "the installation of the project is incomplete"
+    )
     for ask in (lambda: builtin_base(DEFAULT_BASE, tmp_path / "cache"), lambda: builtin_config(DEFAULT_BASE)):
         with pytest.raises(InputError) as caught:
             ask()
         assert caught.value.problems[0].startswith(expected)
     assert not (tmp_path / "cache").exists()
-    assert builtin_base("tiny-random-base", cache_dir) == base  # which needs none of them
+    assert builtin_base("tiny-random-base", cache_dir) == base  # needs no assets
 
 
 def test_damaged_assets(own_assets: Path, tmp_path: Path) -> None:
     path = own_assets / "speaking-codec" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match=f"{path}: is no safetensors file, or a damaged one"):
+    with pytest.raises(InputError, match=f"{path}: not a safetensors file, or damaged"):
         builtin_base(DEFAULT_BASE, tmp_path / "cache")
 
 
@@ -232,7 +235,7 @@ def test_the_assets_in_float32(speaking: Path, name: str) -> None:
 
 
 def test_a_codec_in_float16_computes_in_float32(speaking: Path) -> None:
-    """Its codes are those of transformers, given the same weights in float32."""
+    """Its codes are those of transformers with the same weights in float32."""
     waveform = read_audio(CLIP, 24000)[None]
     codes = Codec(builtin.ASSETS / SPEAKING_CODEC, torch.device("cpu")).encode(waveform)
     expected = HiggsAudioV2TokenizerModel.from_pretrained(speaking.parent / SPEAKING_CODEC)
@@ -248,8 +251,8 @@ def test_the_speaking_base_by_transformers_alone(speaking: Path) -> None:
     assert not any(info.values())
     assert model.dtype == torch.float32
     assert processor.audio_tokenizer.dtype == torch.float32
-    told = processor_config(speaking)["audio_tokenizer"]["audio_tokenizer_name_or_path"]
-    assert told == str(speaking.parent / SPEAKING_CODEC)
+    codec = processor_config(speaking)["audio_tokenizer"]["audio_tokenizer_name_or_path"]
+    assert codec == str(speaking.parent / SPEAKING_CODEC)
     expected = builtin_config(DEFAULT_BASE)
     assert expected.dtype == torch.float32
     assert model.config.hidden_size == expected.hidden_size
@@ -262,7 +265,7 @@ def processor_config(folder: Path) -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize("part", ["speaking-base/config.json", "speaking-codec/README.md", "chat_template.jinja"])
 def test_other_assets_make_another_folder(own_assets: Path, speaking: Path, cache_dir: Path, part: str) -> None:
-    assert builtin_base(DEFAULT_BASE, cache_dir) == speaking  # the same, wherever they lie
+    assert builtin_base(DEFAULT_BASE, cache_dir) == speaking  # the same, independent of their location
     with (own_assets / part).open("a") as file:
         file.write("\n")
     other = builtin_base(DEFAULT_BASE, cache_dir)
@@ -271,7 +274,7 @@ def test_other_assets_make_another_folder(own_assets: Path, speaking: Path, cach
 
 
 def test_two_processes_at_once(tmp_path: Path, speaking: Path) -> None:
-    """Both make it, as neither begins before the other stands ready, and find it whole."""
+    """Both start only once both are ready, so both create the base; both find it complete."""
     code = (
         "import sys; from pathlib import Path; from higgs_ds.bases.builtin import builtin_base; print(flush=True); "
         "input(); print(builtin_base('speaking-base', Path(sys.argv[1])))"
@@ -286,9 +289,9 @@ def test_two_processes_at_once(tmp_path: Path, speaking: Path) -> None:
     for process in processes:
         assert process.stdout
         assert process.stdout.readline() == "\n"
-    said = [process.communicate("\n", timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    folders = {Path(out.strip()) for out, _ in said}
+    outputs = [process.communicate("\n", timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    folders = {Path(out.strip()) for out, _ in outputs}
     (folder,) = folders
     assert folder == tmp_path / speaking.parent.name / DEFAULT_BASE
     for name in (DEFAULT_BASE, SPEAKING_CODEC):

@@ -1,4 +1,4 @@
-"""Both layouts, in and out: against the original runtime's numbers, there and back, in every form that folders have."""
+"""Both layouts, read and written: the original runtime's numbers, round trips, and every form of model folder."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_logits_of_the_original_runtime(name: str, tmp_path: Path) -> None:
     mask = torch.ones(1, len(rows), dtype=torch.bool)
     heard = {}
     if name == "whisper_tower":
-        model.model.audio_tower.config._attn_implementation = "eager"  # as the numbers were made
+        model.model.audio_tower.config._attn_implementation = "eager"  # as for the golden numbers
         lengths = inputs["audio_feature_attention_mask"].sum(1)
         heard = {"audio_features": inputs["audio_features"], "feature_lengths": lengths}
     with torch.no_grad():
@@ -73,21 +73,21 @@ def test_logits_of_the_original_runtime(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["released_flags", "audio_attention", "whisper_tower"])
 def test_original_there_and_back(name: str, tmp_path: Path) -> None:
-    """With the configuration that is kept, and with one that is made anew."""
+    """With the saved original configuration, and with one that is derived from the native one."""
     original = GOLDEN / name
     convert(ConvertOptions(original, tmp_path / "native", "native"))
     convert(ConvertOptions(tmp_path / "native", tmp_path / "back", "original"))
     (tmp_path / "native" / conversion.SAVED_ORIGINAL_CONFIG).unlink()
-    convert(ConvertOptions(tmp_path / "native", tmp_path / "anew", "original"))
-    for folder in ("back", "anew"):
+    convert(ConvertOptions(tmp_path / "native", tmp_path / "derived", "original"))
+    for folder in ("back", "derived"):
         assert_same(load_file(original / "model.safetensors"), load_file(tmp_path / folder / "model.safetensors"))
     configs = [json.loads((folder / "config.json").read_text()) for folder in (original, tmp_path / "back")]
     assert configs[0] == configs[1]
-    assert read_config(tmp_path / "anew").to_dict() == read_config(tmp_path / "native").to_dict()
+    assert read_config(tmp_path / "derived").to_dict() == read_config(tmp_path / "native").to_dict()
 
 
 def test_native_there_and_back(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through several files; a configuration that comes back as it was in all that the model reads."""
+    """In several files. Every configuration value that the model reads is unchanged after the round trip."""
     monkeypatch.setattr(shards, "SHARD_BYTES", 3_000_000)
     convert(ConvertOptions(base, tmp_path / "original", "original"))
     assert len(list((tmp_path / "original").glob("model-*.safetensors"))) > 3
@@ -112,7 +112,7 @@ FORMS = ["bin", "old bin", "pth", "sharded bin"]
     ],
 )
 def test_forms_of_folders(base: Path, tmp_path: Path, layout: str, form: str) -> None:
-    """Whatever they lie in, the same tensors come out, and load."""
+    """Every form of folder gives the same tensors, and loads."""
     folder, expected = tmp_path / "folder", tensors_of(base)
     if layout == "native":
         shutil.copytree(base, folder)
@@ -135,9 +135,9 @@ def test_forms_of_folders(base: Path, tmp_path: Path, layout: str, form: str) ->
             tensors |= {name: tensors[native_name(name)].clone() for name in DUPLICATE_HEADS}
         elif form == "parts":
             for name, kind in (("embed_tokens", "embedding"), ("audio_decoder_proj.text_lm_head", "linear")):
-                whole = tensors.pop(f"{name}.weight")
-                tensors[f"{name}.{kind}_trainable.weight"] = whole[200:].clone()
-                tensors[f"{name}.{kind}_frozen.weight"] = whole[:200].clone()
+                weight = tensors.pop(f"{name}.weight")
+                tensors[f"{name}.{kind}_trainable.weight"] = weight[200:].clone()
+                tensors[f"{name}.{kind}_frozen.weight"] = weight[:200].clone()
         else:
             tensors["audio_codebook_weights"] = torch.ones(8)
             tensors["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
@@ -165,7 +165,7 @@ def adapter(base: Path, tmp_path: Path) -> Path:
 
 
 def test_adapter_in_original_names_has_the_same_effect(base: Path, adapter: Path, tmp_path: Path) -> None:
-    """Added by hand to the original layout's weights, against the native merge written in that layout."""
+    """Add the renamed factors to original weights by hand; compare with the native merge converted to that layout."""
     convert(ConvertOptions(adapter, tmp_path / "renamed", "original"))
     convert(ConvertOptions(base, tmp_path / "original", "original"))
     merge(base, adapter, tmp_path / "merged")
@@ -179,7 +179,7 @@ def test_adapter_in_original_names_has_the_same_effect(base: Path, adapter: Path
             a, b = (factors.pop(f"{prefix}.lora_{side}.weight") for side in "AB")
             weight = (weight.float() + 3 * b @ a).to(weight.dtype)
             changed += 1
-        torch.testing.assert_close(weight, expected[name], rtol=2**-7, atol=1e-6)  # a rounding to bf16, up or down
+        torch.testing.assert_close(weight, expected[name], rtol=2**-7, atol=1e-6)  # one rounding to bf16, up or down
     assert changed == 20
     assert not factors
     convert(ConvertOptions(tmp_path / "renamed", tmp_path / "back", "native"))
@@ -187,7 +187,7 @@ def test_adapter_in_original_names_has_the_same_effect(base: Path, adapter: Path
 
 
 def test_adapter_in_original_names_is_read(base: Path, adapter: Path, tmp_path: Path) -> None:
-    """As other trainers write them: merged as the native one is."""
+    """An adapter as other trainers write it merges to the same weights as the native one."""
     convert(ConvertOptions(adapter, tmp_path / "renamed", "original"))
     native, renamed = read_adapter(adapter), read_adapter(tmp_path / "renamed")
     assert native.factors.keys() == renamed.factors.keys()
@@ -212,7 +212,7 @@ def changed_config(folder: Path, **values: Any) -> None:
 
 FOREIGN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "empty": (lambda f: [path.unlink() for path in f.iterdir() if path.is_file()], ["has no config.json"]),
-    "torn config": (lambda f: (f / "config.json").write_text("{"), ["its config.json is no JSON object"]),
+    "torn config": (lambda f: (f / "config.json").write_text("{"), ["its config.json is not a JSON object"]),
     "another family": (lambda f: changed_config(f, model_type="llama"), ["model_type is 'llama'", "higgs_audio_v2"]),
     "a codec": (
         lambda f: changed_config(f, model_type="higgs_audio_v2_tokenizer"), ["is an audio codec", "--codec_ckpt"],
@@ -221,21 +221,21 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a run": (
         lambda f: ((f / "config.json").unlink(), (f / "checkpoint-7").mkdir()), ["it holds checkpoints of a run"],
     ),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["lacks model.safetensors"]),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["missing model.safetensors"]),
     "half of the shards": (
         lambda f: (f / "model.safetensors.index.json").write_text(
             json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
-        ), ["lacks model-2.safetensors"],
+        ), ["missing model-2.safetensors"],
     ),
     "cut off": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
-        ["is no safetensors file, or a damaged one"],
+        ["not a safetensors file, or damaged"],
     ),
     "another codebook size": (
         lambda f: changed_config(f, codebook_size=514, audio_stream_bos_id=512, audio_stream_eos_id=513),
         ["codebook_size 514", "does not fit the codec's 1024 codes"],
     ),
-    "another number of codebooks": (lambda f: changed_config(f, num_codebooks=4), ["gives 8 codebooks", "takes 4"]),
+    "another number of codebooks": (lambda f: changed_config(f, num_codebooks=4), ["has 8 codebooks", "uses 4"]),
     "no text head": (lambda f: without(f, "text_lm_head.weight"), ["holds no text_lm_head.weight"]),
     "no audio head": (lambda f: without(f, "audio_lm_head.weight"), ["missing keys in its weights: audio_lm_head"]),
     "original, another adapter": (
@@ -243,7 +243,7 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "original, no delay": (
         lambda f: changed_config(f, model_type="higgs_audio", use_delay_pattern=False),
-        ["use_delay_pattern is False; this trainer reads models with True"],
+        ["use_delay_pattern is False; this trainer supports only True"],
     ),
 }  # fmt: skip
 
@@ -256,7 +256,7 @@ def without(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_foreign_folders(base: Path, tmp_path: Path, kind: str) -> None:
-    """Said by name, with the option, before any weight is loaded."""
+    """The error names the folder and the problem, before any weight is loaded."""
     folder = Path(shutil.copytree(base, tmp_path / "base"))
     spoil, words = FOREIGN[kind]
     spoil(folder)
@@ -267,7 +267,7 @@ def test_foreign_folders(base: Path, tmp_path: Path, kind: str) -> None:
 
 
 def test_original_codec(tmp_path: Path) -> None:
-    """Codes and waveform of the original runtime, from its own file."""
+    """Converted from the original codec file, it gives the codes and the waveform of the original runtime."""
     original = GOLDEN / "original_codec"
     folder = native_codec(original, "--codec_ckpt", tmp_path)
     expected, codec = load_file(original / "expected.safetensors"), Codec(folder, torch.device("cpu"))
@@ -284,22 +284,24 @@ def without_tensor(path: Path, name: str) -> None:
 
 
 BAD_CODECS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no weights": (lambda f: (f / "model.pth").unlink(), "lacks model.pth"),
+    "no weights": (lambda f: (f / "model.pth").unlink(), "missing model.pth"),
     "cut off": (
-        lambda f: (f / "model.pth").write_bytes((f / "model.pth").read_bytes()[:-99]), "is no file of weights",
+        lambda f: (f / "model.pth").write_bytes((f / "model.pth").read_bytes()[:-99]), "is not a file of weights",
     ),
     "no quantizer": (
-        lambda f: without_tensor(f / "model.pth", "quantizer.vq.layers.0._codebook.embed"), "it lacks 'quantizer.vq",
+        lambda f: without_tensor(f / "model.pth", "quantizer.vq.layers.0._codebook.embed"), "missing 'quantizer.vq",
     ),
     "a codebook less": (
-        lambda f: without_tensor(f / "model.pth", "quantizer.vq.layers.7._codebook.embed"), "holds 7 codebooks, and by",
+        lambda f: without_tensor(f / "model.pth", "quantizer.vq.layers.7._codebook.embed"),
+        "contains 7 codebooks, but the target_bandwidths",
     ),
     "no decoder's end": (
-        lambda f: without_tensor(f / "model.pth", "decoder_2.model.7.bias"), "lacks acoustic_decoder.conv2.bias",
+        lambda f: without_tensor(f / "model.pth", "decoder_2.model.7.bias"),
+        "missing tensors: acoustic_decoder.conv2.bias",
     ),
     "no ratios": (
         lambda f: (f / "config.json").write_text('{"semantic_techer": "hubert_base_general"}'),
-        "lacks ratios, sample_rate, target_bandwidths, bins",
+        "config.json has no ratios, sample_rate, target_bandwidths, bins",
     ),
 }  # fmt: skip
 
@@ -328,10 +330,10 @@ def test_a_checkpoint_given_as_adapter(base: Path, tmp_path: Path) -> None:
 
 
 def test_refuses_what_is_there_or_needs_nothing(base: Path, adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is in the native layout already"):
+    with pytest.raises(InputError, match="is already in the native layout"):
         convert(ConvertOptions(base, tmp_path / "new", "native"))
-    with pytest.raises(InputError, match="is in the native layout already"):
+    with pytest.raises(InputError, match="is already in the native layout"):
         convert(ConvertOptions(adapter, tmp_path / "new", "native"))
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         convert(ConvertOptions(base, adapter, "original"))
     assert not (tmp_path / "new").exists()

@@ -1,4 +1,4 @@
-"""A hub id without a revision stands for one commit, with one for that: as a server is asked for it."""
+"""A hub id without a revision requests its pinned commit; with a revision, that revision. Seen from the server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BASE = "bosonai/higgs-audio-v2-generation-3B-base"
 
 @pytest.fixture
 def hub() -> Iterator[tuple[str, list[str]]]:
-    """The address of a hub that has nothing, and the paths that it was asked for."""
+    """The address of an empty hub, and the paths requested from it."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -58,6 +58,6 @@ def test_revision_asked_for(
         env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert f"--base_ckpt {BASE}: neither a folder here nor to be had from the hub" in done.stderr
+    assert f"--base_ckpt {BASE}: not a local folder, and not available on the hub" in done.stderr
     assert any(BASE in path and f"/{expected}" in path for path in asked), asked
     assert "Traceback" not in done.stderr

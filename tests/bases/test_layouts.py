@@ -1,4 +1,4 @@
-"""A base in the original layout trains as the native one does, and what comes out is in the layout asked for."""
+"""A base in the original layout trains like the native one, and the output has the requested layout."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from higgs_ds.model.layouts import original_name
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, base: Path) -> Path:
-    """From the native base, and from the original one on one rank and on two."""
+    """Runs from the native base, and from the original base on one rank and on two."""
     root = tmp_path_factory.mktemp("layouts")
     rewrite(base, root / "base", "original", "--base_ckpt")
-    (root / "base" / "processor_config.json").unlink()  # which original folders do not have
+    (root / "base" / "processor_config.json").unlink()  # original folders do not have it
     options = (
         f"--deepspeed {PROJECT}/ds_configs/zero2.json --precision fp32 --train_manifest {mixed_manifest} --lr 1e-3 "
         "--allow_text_targets --batch_size 1 --max_steps 2 --lora_dropout 0 --merge_adapter_with_base "
@@ -60,7 +60,7 @@ def test_merged_in_each_layout(runs: Path) -> None:
 
 
 def test_merged_of_an_original_base_is_complete(runs: Path, base: Path) -> None:
-    """It has the processor that original folders lack, as the native base has it, with the codec of the training."""
+    """It has a processor, which original folders do not have: that of the native base, with the training's codec."""
     folder = runs / "original" / "merged_model" / "native"
     expected, found = AutoProcessor.from_pretrained(base), processor_in(folder)
     assert found.audio_tokenizer.config.num_quantizers == 8

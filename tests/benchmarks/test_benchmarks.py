@@ -1,4 +1,4 @@
-"""What the benchmarks count by themselves, against torch's own count; and that the comparison runs."""
+"""The benchmarks' count of operations against torch's, a comparison that runs, and the figures in the documents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BENCHMARKS = PROJECT / "benchmarks"
 
 
 class TorchsCount(TorchDispatchMode):
-    """Operations by torch's formulas, for each kind of call."""
+    """Count operations with torch's formulas, for each kind of call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class TorchsCount(TorchDispatchMode):
 
 
 def test_operations_against_torchs_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matmuls are counted alike; of attention, torch counts the whole square and what is made again backward."""
+    """The counts of matmuls are equal; attention is left out, as torch counts its full square and its recomputation."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     import sides
     import step_grid
@@ -56,12 +56,12 @@ def test_operations_against_torchs_count(monkeypatch: pytest.MonkeyPatch) -> Non
     model = DualLossModel(add_lora(higgs, lora, "", torch.float32)).train()
     samples = step_grid.samples({"length": length, "batch": batch_size})
     batch = collate(samples, sides.stream(), sides.PAD_ID).tensors(torch.device("cpu"))
-    with TorchsCount() as seen:
+    with TorchsCount() as counted:
         model(**batch, target_weights=torch.ones(9))[0].backward()
-    matmuls = sum(count for op, count in seen.counts.items() if "attention" not in op)
+    matmuls = sum(count for op, count in counted.counts.items() if "attention" not in op)
     attention = layers * batch_size * length * 3 * 2 * (length / 2 * 2 * heads * dim)
     found = step_grid.operations(values, length, batch_size) - attention
-    print(seen.counts, found, attention)
+    print(counted.counts, found, attention)
     assert found == pytest.approx(matmuls, rel=1e-6)
 
 
@@ -77,13 +77,13 @@ def test_train_step_compares() -> None:
 
 
 def test_written_figures_are_those_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/benchmarks.md, and what the README takes from it."""
+    """docs/benchmarks.md equals the generated page, and the README's rows are rows of it."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     import summary
 
     page = summary.PAGE.read_text(encoding="utf-8")
     assert page == "\n".join(summary.page()) + "\n", "run python benchmarks/summary.py"
-    section = (PROJECT / "README.md").read_text(encoding="utf-8").split("## Small, fast")[1].split("\n## ")[0]
+    section = (PROJECT / "README.md").read_text(encoding="utf-8").split("## Speed, memory")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")]
     assert len(rows) == 6
     assert set(rows) <= set(page.splitlines())

@@ -1,4 +1,4 @@
-"""Checkpoints and adapters that are damaged, unfinished or of another run are told apart."""
+"""Checkpoints and adapters that are damaged, unfinished or of another run are detected."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def checkpoint(folder: Path) -> Path:
     return folder
 
 
-def test_newest_complete_one_is_taken(tmp_path: Path) -> None:
+def test_newest_complete_checkpoint_is_used(tmp_path: Path) -> None:
     folders = {step: checkpoint(tmp_path / f"checkpoint-{step}") for step in (2, 4, 6, 8, 10, 12)}
     (folders[12] / MANIFEST_FILE).unlink()
     (folders[10] / "optimizer.safetensors").unlink()
@@ -46,13 +46,13 @@ def test_newest_complete_one_is_taken(tmp_path: Path) -> None:
     (tmp_path / ".checkpoint-14.x.tmp").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
     assert [folder.name for folder in find_checkpoints(tmp_path)] == [f"checkpoint-{s}" for s in (12, 10, 8, 6, 4, 2)]
-    newest, passed_over = newest_complete(tmp_path)
+    newest, skipped = newest_complete(tmp_path)
     assert newest == folders[4]
-    assert [note.split(": passed over: ")[1] for note in passed_over] == [
-        "its manifest.json cannot be read (FileNotFoundError)",
-        "lacks optimizer.safetensors",
-        "its optimizer.safetensors is not as it was written",
-        "its lora_adapters/adapter_model.safetensors is not as it was written",
+    assert [note.split(": skipped: ")[1] for note in skipped] == [
+        "manifest.json cannot be read (FileNotFoundError)",
+        "missing optimizer.safetensors",
+        "optimizer.safetensors has changed since it was written",
+        "lora_adapters/adapter_model.safetensors has changed since it was written",
     ]
     assert newest_complete(tmp_path / "none") == (None, [])
 
@@ -76,7 +76,7 @@ def test_removed_folder_is_gone(tmp_path: Path) -> None:
 def test_torn_manifest(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "checkpoint-1")
     (folder / MANIFEST_FILE).write_text((folder / MANIFEST_FILE).read_text()[:-20])
-    assert why_incomplete(folder) == "its manifest.json cannot be read (JSONDecodeError)"
+    assert why_incomplete(folder) == "manifest.json cannot be read (JSONDecodeError)"
 
 
 def test_other_settings_are_named(tmp_path: Path) -> None:
@@ -84,8 +84,8 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
     check_same_run(saved, TrainerState(10, {"lr": 1e-4, "seed": 1}), tmp_path)
     with pytest.raises(InputError) as caught:
         check_same_run(saved, TrainerState(20, {"lr": 2e-4, "seed": 1}), tmp_path)
-    assert f"{tmp_path}: was trained with lr 0.0001, now it is 0.0002" in caught.value.problems
-    assert f"{tmp_path}: was trained for 10 steps, now it would be 20" in caught.value.problems
+    assert f"{tmp_path}: was trained with lr 0.0001, but this run has 0.0002" in caught.value.problems
+    assert f"{tmp_path}: was trained for 10 steps, but this run has 20" in caught.value.problems
     assert len(caught.value.problems) == 3
 
 
@@ -108,14 +108,14 @@ def test_adapter_is_verified(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match="every lora_B is zero"):
         write_adapter(tmp_path / "zero", untouched, FORM, must_have_moved=True)
     write_adapter(tmp_path / "warming up", untouched, FORM, must_have_moved=False)
-    with pytest.raises(SaveError, match="1 tensors read back otherwise"):
+    with pytest.raises(SaveError, match="1 tensors read back differently than written"):
         verify_adapter(tmp_path / "good", tensors | {A: tensors[A] + 1}, True)
     (tmp_path / "good" / ADAPTER_WEIGHTS).write_bytes(b"torn")
     with pytest.raises(SaveError, match="does not read back"):
         verify_adapter(tmp_path / "good", tensors, True)
 
 
-def test_files_and_folders_are_whole_or_not_there(tmp_path: Path) -> None:
+def test_files_and_folders_are_written_atomically(tmp_path: Path) -> None:
     class Killed(BaseException):
         pass
 
@@ -142,7 +142,7 @@ def test_files_and_folders_are_whole_or_not_there(tmp_path: Path) -> None:
         temporary.write_text("new")
     with replaced_folder(folder) as temporary:
         (temporary / "b").write_text("new")
-    with new_folder(folder) as temporary:  # the first one there stays
+    with new_folder(folder) as temporary:  # the first one stays
         (temporary / "c").write_text("late")
     assert path.read_text() == "new"
     assert [entry.name for entry in folder.iterdir()] == ["b"]

@@ -1,4 +1,4 @@
-"""Disks that are full or read-only: told at the start where that can be, else loud, with a code, and nothing lost."""
+"""Full or read-only disks: reported at the start if possible, else an error with an exit code; nothing is lost."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ def tries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return folder, json.loads(done.stdout.splitlines()[-1])
 
 
-def test_in_the_midst_of_a_run(tries: tuple[Path, dict[str, Any]]) -> None:
-    """Whatever could not be written, the run ends with 3, and goes on, once it can, to the same end."""
+def test_during_a_run(tries: tuple[Path, dict[str, Any]]) -> None:
+    """A run that cannot write a file exits with 3; once it can be written, the run resumes and ends the same."""
     folder, results = tries
     expected = load_file(folder / "undisturbed" / "lora_adapters" / ADAPTER_WEIGHTS)
     steps = [line["step"] for line in read_metrics(folder / "undisturbed")]
-    for number, result in enumerate(results["midst"]):
+    for number, result in enumerate(results["during"]):
         assert (result["codes"], result["again"]) == ([3], [0]), result
         assert "could not be written" in result["words"]
-        assert result["words"].endswith("What was saved before is as it was")
+        assert result["words"].endswith("What was saved before is unchanged")
         run = folder / f"run-{number}"
         found = load_file(run / "lora_adapters" / ADAPTER_WEIGHTS)
         assert all(tensor.equal(found[name]) for name, tensor in expected.items())
         assert [line["step"] for line in read_metrics(run)] == steps
         assert not list(run.glob(".*"))
-    failed_at = {Path(result["words"].split(": ")[1]).name.split("-")[0] for result in results["midst"]}
+    failed_at = {Path(result["words"].split(": ")[1]).name.split("-")[0] for result in results["during"]}
     assert "checkpoint" in failed_at
-    assert len(failed_at) > 1  # what else depends on the moment
-    assert any("Read-only file system" in result["words"] for result in results["midst"])
+    assert len(failed_at) > 1  # which other files fail depends on the moment
+    assert any("Read-only file system" in result["words"] for result in results["during"])
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_in_the_midst_of_a_run(tries: tuple[Path, dict[str, Any]]) -> None:
         ("built-in base, read-only", 2, "cannot be written to"),
         ("list of bad samples, full", 3, "could not be written"),
         ("list of bad samples, read-only", 2, "cannot be written to"),
-        ("merged model, full", 2, "GiB free, the merged model takes"),
+        ("merged model, full", 2, "GiB are free, but the merged model takes"),
         ("merged model, read-only", 2, "cannot be written to"),
         ("merged model of a run", 2, "GiB for the merged model"),
         ("metrics, full", 3, "metrics.jsonl: could not be written"),

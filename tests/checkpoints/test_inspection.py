@@ -1,4 +1,4 @@
-"""The commands that look at what runs have left, on what a real run has left, and on what has become of it."""
+"""The commands that inspect the output of runs, on the output of a real run, intact and damaged."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def as_json(capsys: pytest.CaptureFixture[str]) -> Any:
 
 def test_adapters_below_a_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     find_adapters(InspectOptions(run.parent, as_json=True))
-    found = {one["path"]: one for one in as_json(capsys)}
+    found = {adapter["path"]: adapter for adapter in as_json(capsys)}
     steps = {
         f"{run}/checkpoint-2/lora_adapters": 2,
         f"{run}/checkpoint-3/lora_adapters": 3,
         f"{run}/lora_adapters": None,
     }
-    assert {path: one["of_step"] for path, one in found.items()} == steps
-    for one in found.values():
-        assert (one["rank"], one["alpha"], one["tensors"], one["problem"]) == (4, 32, 16, None)
-        assert one["targets"] == [f"self_attn.{name}_proj" for name in "koqv"]
+    assert {path: adapter["of_step"] for path, adapter in found.items()} == steps
+    for adapter in found.values():
+        assert (adapter["rank"], adapter["alpha"], adapter["tensors"], adapter["problem"]) == (4, 32, 16, None)
+        assert adapter["targets"] == [f"self_attn.{name}_proj" for name in "koqv"]
     find_adapters(InspectOptions(run))
     shown = capsys.readouterr().out
     assert f"{run}/lora_adapters\n  rank 4, alpha 32, on self_attn.k_proj" in shown
-    assert "of step 2, 16 tensors" in shown
+    assert "step 2, 16 tensors" in shown
 
 
 def test_a_damaged_adapter_is_listed_as_such(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +58,7 @@ def test_a_damaged_adapter_is_listed_as_such(run: Path, tmp_path: Path, capsys: 
     data[-7] ^= 1
     (folder / "adapter_model.safetensors").write_bytes(data)
     find_adapters(InspectOptions(tmp_path))
-    assert "no good: " in capsys.readouterr().out
+    assert "unusable: " in capsys.readouterr().out
 
 
 def test_tips_where_there_are_none(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,8 +67,8 @@ def test_tips_where_there_are_none(run: Path, tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "run").mkdir()
     shutil.copy(run / "trainer_state.json", tmp_path / "run")
     find_adapters(InspectOptions(tmp_path))
-    assert f"there are runs: {tmp_path}/run; an adapter lies in lora_adapters/ once" in capsys.readouterr().out
-    with pytest.raises(InputError, match="is no folder"):
+    assert f"runs found: {tmp_path}/run; a run writes its adapter to lora_adapters/ with" in capsys.readouterr().out
+    with pytest.raises(InputError, match="is not a folder"):
         find_adapters(InspectOptions(tmp_path / "gone"))
 
 
@@ -77,9 +77,9 @@ def test_a_good_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     shown = capsys.readouterr().out
     assert "BAD" not in shown
     assert "step 2 of 3" in shown
-    assert f"go on from it: --resume {run}/checkpoint-2" in shown
+    assert f"to resume from it: --resume {run}/checkpoint-2" in shown
     with pytest.raises(
-        InputError, match=f"is no checkpoint-N folder; there are {run}/checkpoint-3, {run}/checkpoint-2"
+        InputError, match=f"is not a checkpoint-N folder; it holds {run}/checkpoint-3, {run}/checkpoint-2"
     ):
         validate_checkpoint(InspectOptions(run))
 
@@ -92,17 +92,17 @@ def without_a_moment(folder: Path) -> None:
 
 SPOILED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "no optimizer": (
-        lambda f: (f / "optimizer.safetensors").unlink(), ["files", "as written"], "lacks optimizer.safetensors",
+        lambda f: (f / "optimizer.safetensors").unlink(), ["files", "as written"], "missing optimizer.safetensors",
     ),
-    "no manifest": (lambda f: (f / "manifest.json").unlink(), ["files", "as written"], "lacks manifest.json"),
-    "half an optimizer": (without_a_moment, ["as written"], "its optimizer.safetensors is not as it was written"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), ["files", "as written"], "missing manifest.json"),
+    "half an optimizer": (without_a_moment, ["as written"], "optimizer.safetensors has changed since it was written"),
     "no adapter": (
         lambda f: shutil.rmtree(f / "lora_adapters"), ["files", "as written", "adapter"],
-        "lacks lora_adapters/adapter_config.json, lora_adapters/adapter_model.safetensors",
+        "missing lora_adapters/adapter_config.json, lora_adapters/adapter_model.safetensors",
     ),
     "empty": (
         lambda f: [shutil.rmtree(p) if p.is_dir() else p.unlink() for p in f.iterdir()],
-        ["files", "as written", "adapter"], "lacks manifest.json, trainer_state.json",
+        ["files", "as written", "adapter"], "missing manifest.json, trainer_state.json",
     ),
 }  # fmt: skip
 
@@ -114,7 +114,7 @@ def test_a_checkpoint_that_is_not_whole(
     spoil, bad, words = SPOILED[kind]
     folder = Path(shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2"))
     spoil(folder)
-    with pytest.raises(InputError, match=f"not good: {', '.join(bad)}$"):
+    with pytest.raises(InputError, match=f"failed checks: {', '.join(bad)}$"):
         validate_checkpoint(InspectOptions(folder, as_json=True))
     report = as_json(capsys)
     assert not report["good"]
@@ -126,11 +126,11 @@ def test_a_good_adapter_and_its_base(run: Path, base: Path, capsys: pytest.Captu
     validate_adapter(InspectOptions(run / "lora_adapters", str(base)))
     shown = capsys.readouterr().out
     assert "8 layers adapted" in shown
-    assert f"every adapted layer is in {base}" in shown
+    assert f"every adapted layer exists in {base}" in shown
 
 
 def test_adapters_that_are_not_good(run: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(InputError, match="not good: files"):
+    with pytest.raises(InputError, match="failed checks: files"):
         validate_adapter(InspectOptions(run / "checkpoint-2"))
     assert "is a checkpoint directory" in capsys.readouterr().out
     folder = Path(shutil.copytree(run / "lora_adapters", tmp_path / "adapter"))
@@ -139,26 +139,28 @@ def test_adapters_that_are_not_good(run: Path, base: Path, tmp_path: Path, capsy
         {name: tensor * ("lora_B" not in name) for name, tensor in tensors.items()},
         folder / "adapter_model.safetensors", {"format": "pt"},
     )  # fmt: skip
-    with pytest.raises(InputError, match="not good: trained"):
+    with pytest.raises(InputError, match="failed checks: trained"):
         validate_adapter(InspectOptions(folder))
     other = {name: tensor[:2] if "lora_B" in name else tensor for name, tensor in tensors.items()}
     save_file({n: t.contiguous() for n, t in other.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match="not good: fits"):
+    with pytest.raises(InputError, match="failed checks: fits"):
         validate_adapter(InspectOptions(folder, str(base)))
-    assert "in the base it is" in capsys.readouterr().out
+    assert "but in the base it is" in capsys.readouterr().out
 
 
 def test_built_in_bases_by_name(run: Path, base: Path, tmp_path: Path) -> None:
     """For every command that takes an adapter and its base, or a base to convert."""
     adapter = run / "lora_adapters"
     validate_adapter(InspectOptions(adapter, "tiny-random-base"))
-    with pytest.raises(InputError, match="not good: fits"):
+    with pytest.raises(InputError, match="failed checks: fits"):
         validate_adapter(InspectOptions(adapter, "speaking-base"))
     files: dict[str, list[str]] = {}
     for number, name in enumerate(("tiny-random-base", str(base))):
         merge.main(MergeOptions(name, adapter, tmp_path / f"merged-{number}", no_verify=True))
         convert.main(ConvertOptions(Path(name), tmp_path / f"converted-{number}", "original"))
-        made = sorted(path for kind in ("merged", "converted") for path in (tmp_path / f"{kind}-{number}").glob("*.s*"))
-        files[name] = [sha256_of(path) for path in made]
+        written = sorted(
+            path for kind in ("merged", "converted") for path in (tmp_path / f"{kind}-{number}").glob("*.s*")
+        )
+        files[name] = [sha256_of(path) for path in written]
     assert len(files[str(base)]) == 2
     assert files["tiny-random-base"] == files[str(base)]

@@ -1,4 +1,4 @@
-"""A run killed and resumed goes on exactly as one that was never interrupted."""
+"""A run that is killed and resumed gives exactly the results of one that was never interrupted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TRAIN = [sys.executable, str(PROJECT / "launch" / "train.py"), *RANDOM]
 
 
 def run_options(manifest: Path, ds_json: Path, output_dir: Path, precision: str) -> list[str]:
-    """Six steps with dropout and a warm-up, a checkpoint every second one."""
+    """Six steps with dropout and a warm-up, and a checkpoint every second step."""
     return (
         f"--deepspeed {ds_json} --output_dir {output_dir} --precision {precision} --train_manifest {manifest} "
         "--allow_text_targets --batch_size 1 --grad_accum 2 --max_steps 6 --lr 1e-3 --warmup_ratio 0.3 --log_steps 1 "
@@ -43,7 +43,7 @@ def assert_same_end(expected_run: Path, found_run: Path, logged_at: list[int]) -
         assert all(tensor.equal(found_tensors[key]) for key, tensor in expected_tensors.items())
 
 
-def kill_behind_step(processes: list[subprocess.Popen[str]], run_folder: Path, step: int) -> None:
+def kill_after_step(processes: list[subprocess.Popen[str]], run_folder: Path, step: int) -> None:
     """Wait for the checkpoint of `step` and the log line after it, then kill every rank."""
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
@@ -61,46 +61,46 @@ def test_killed_and_resumed(
 ) -> None:
     """In bf16 at stage 3; tests/chaos.py does the same in float32, at any moment."""
     ranks, stage, precision = 2, 3, "bf16"
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    whole_options, options = (
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    uninterrupted_options, options = (
         [*run_options(mixed_manifest, ds_file(stage), folder, precision), "--base_ckpt", str(small_base)]
-        for folder in (whole, broken)
+        for folder in (uninterrupted, resumed)
     )
-    train_runs(ranks, [whole_options])
-    kill_behind_step(start_ranks(ranks, TRAIN + options), broken, step=2)
-    assert not (broken / "checkpoint-6").exists()
+    train_runs(ranks, [uninterrupted_options])
+    kill_after_step(start_ranks(ranks, TRAIN + options), resumed, step=2)
+    assert not (resumed / "checkpoint-6").exists()
     train_runs(ranks, [[*options, "--resume", "auto"]])
-    assert_same_end(whole, broken, logged_at=[1, 2, 2, 3, 4, 4, 5, 6, 6])
+    assert_same_end(uninterrupted, resumed, logged_at=[1, 2, 2, 3, 4, 4, 5, 6, 6])
 
 
 @pytest.mark.parametrize(("ranks", "signalled", "number"), [(1, 0, signal.SIGTERM), (2, 1, signal.SIGUSR1)])
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
     tmp_path: Path, mixed_manifest: Path, ds_file: Callable[[int], Path], ranks: int, signalled: int, number: int
 ) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train_runs(ranks, [run_options(mixed_manifest, ds_file(2), whole, "fp32")])
-    options = run_options(mixed_manifest, ds_file(2), broken, "fp32")
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    train_runs(ranks, [run_options(mixed_manifest, ds_file(2), uninterrupted, "fp32")])
+    options = run_options(mixed_manifest, ds_file(2), resumed, "fp32")
     processes = start_ranks(ranks, [*TRAIN, *options, "--save_steps", "100"])
     deadline = time.monotonic() + 200
-    while not (broken / "metrics.jsonl").is_file() and time.monotonic() < deadline:
+    while not (resumed / "metrics.jsonl").is_file() and time.monotonic() < deadline:
         time.sleep(0.005)
     processes[signalled].send_signal(number)
     outputs = [process.communicate(timeout=100)[0] for process in processes]
     assert [process.returncode for process in processes] == [6] * ranks, outputs
-    (checkpoint,) = broken.glob("checkpoint-*")
+    (checkpoint,) = resumed.glob("checkpoint-*")
     assert (
         f"stopped by {signal.Signals(number).name} at step {checkpoint.name.removeprefix('checkpoint-')} of 6"
         in (outputs[0])
     )
     train_runs(ranks, [[*options, "--resume", "auto", "--keep_checkpoints", "1"]])
-    assert_same_end(whole, broken, logged_at=[1, 2, 2, 3, 4, 4, 5, 6, 6])
-    assert len(list(broken.glob("checkpoint-*"))) <= 2  # the newest and the best
+    assert_same_end(uninterrupted, resumed, logged_at=[1, 2, 2, 3, 4, 4, 5, 6, 6])
+    assert len(list(resumed.glob("checkpoint-*"))) <= 2  # the newest and the best
 
 
 def shipped_options(ds_json: Path, manifest: Path, output_dir: Path) -> list[str]:
-    """With log lines over three steps, of which the checkpoint behind the second cuts the first.
+    """With log lines over three steps; the checkpoint after step 2 falls within the first of them.
 
-    In bf16 once for each optimizer of DeepSpeed (stage 3: above), as it is slow on CPUs without instructions for it.
+    In bf16 once for each optimizer of DeepSpeed (stage 3: above): it is slow on CPUs without bf16 instructions.
     """
     precision = "bf16" if ds_json.stem in ("zero0", "zero1", "zero2") else "fp32"
     return [*run_options(manifest, ds_json, output_dir, precision), "--log_steps", "3"]
@@ -108,27 +108,27 @@ def shipped_options(ds_json: Path, manifest: Path, output_dir: Path) -> list[str
 
 @pytest.fixture(scope="module")
 def resumed_runs(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, small_base: Path) -> Path:
-    """For every shipped DeepSpeed file a whole run, and one that went on from its second step's checkpoint."""
+    """For every shipped DeepSpeed file, an uninterrupted run, and one resumed from the checkpoint of step 2."""
     root = tmp_path_factory.mktemp("resumed")
-    wholes, brokens = (
+    uninterrupted_argvs, resumed_argvs = (
         [
             [*shipped_options(path, mixed_manifest, root / f"{path.stem}-{name}"), "--base_ckpt", str(small_base)]
             for path in SHIPPED
         ]
-        for name in ("whole", "broken")
+        for name in ("uninterrupted", "resumed")
     )
-    train_runs(2, wholes)
+    train_runs(2, uninterrupted_argvs)
     for path in SHIPPED:
-        shutil.copytree(root / f"{path.stem}-whole", root / f"{path.stem}-broken")
+        shutil.copytree(root / f"{path.stem}-uninterrupted", root / f"{path.stem}-resumed")
         for step in (4, 6):
-            shutil.rmtree(root / f"{path.stem}-broken" / f"checkpoint-{step}")
-    train_runs(2, [[*options, "--resume", "auto"] for options in brokens])
+            shutil.rmtree(root / f"{path.stem}-resumed" / f"checkpoint-{step}")
+    train_runs(2, [[*options, "--resume", "auto"] for options in resumed_argvs])
     return root
 
 
 @pytest.mark.parametrize("stem", [path.stem for path in SHIPPED])
 def test_resumed_with_every_shipped_file(resumed_runs: Path, stem: str) -> None:
-    assert_same_end(resumed_runs / f"{stem}-whole", resumed_runs / f"{stem}-broken", logged_at=[2, 3, 4, 6, 6])
+    assert_same_end(resumed_runs / f"{stem}-uninterrupted", resumed_runs / f"{stem}-resumed", logged_at=[2, 3, 4, 6, 6])
 
 
 ELSEWHERE = [((2, 3), (1, 2)), ((1, 2), (2, 3)), ((2, 3), (2, 2)), ((2, 2), (2, 3)), ((2, 2), (1, 0)), ((1, 0), (2, 1))]
@@ -138,16 +138,16 @@ ELSEWHERE = [((2, 3), (1, 2)), ((1, 2), (2, 3)), ((2, 3), (2, 2)), ((2, 2), (2, 
 def moved_runs(
     tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, small_base: Path, ds_file: Callable[[int], Path]
 ) -> dict[tuple[object, object], Path]:
-    """A whole run for each number of ranks and stage, and one begun there and gone on with elsewhere behind step 2.
+    """An uninterrupted run per number of ranks and stage, and runs resumed after step 2 on other ranks and stages.
 
-    Without dropout, whose draws differ with the number of ranks; eight samples a step everywhere.
+    Without dropout, whose random draws depend on the number of ranks; every run uses eight samples per step.
     """
     root = tmp_path_factory.mktemp("moved")
 
     def options(ranks: int, stage: int, folder: Path, *more: str) -> list[str]:
-        made = run_options(mixed_manifest, ds_file(stage), folder, "fp32")
-        made += ["--base_ckpt", str(small_base), "--lora_dropout", "0"]
-        return [*made, "--batch_size", "2", "--grad_accum", str(4 // ranks), *more]
+        argv = run_options(mixed_manifest, ds_file(stage), folder, "fp32")
+        argv += ["--base_ckpt", str(small_base), "--lora_dropout", "0"]
+        return [*argv, "--batch_size", "2", "--grad_accum", str(4 // ranks), *more]
 
     kinds = sorted({begun for begun, _ in ELSEWHERE})
     folders = {(kind, kind): root / f"{kind[0]}-{kind[1]}" for kind in kinds}
@@ -168,9 +168,9 @@ def moved_runs(
 def test_resumed_on_other_ranks_and_stages(
     moved_runs: dict[tuple[object, object], Path], begun: tuple[int, int], moved: tuple[int, int]
 ) -> None:
-    whole, found = (read_metrics(moved_runs[begun, end]) for end in (begun, moved))
-    assert [line["step"] for line in found] == [line["step"] for line in whole] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
-    for expected, line in zip(whole, found, strict=True):
+    uninterrupted, found = (read_metrics(moved_runs[begun, end]) for end in (begun, moved))
+    assert [line["step"] for line in found] == [line["step"] for line in uninterrupted] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+    for expected, line in zip(uninterrupted, found, strict=True):
         for key in expected:
             if "loss" in key and expected[key] is not None:
                 assert line[key] == pytest.approx(expected[key], rel=0, abs=1e-5), (line["step"], key)

@@ -1,4 +1,4 @@
-"""Ranks as srun's variables tell them."""
+"""Ranks from the variables that srun sets."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ STEP = BATCH | {
         ("a1,b[2-3]", "a1"),
     ],
 )
-def test_tasks_of_a_step(nodes: str, first: str) -> None:
+def test_ranks_of_a_job_step(nodes: str, first: str) -> None:
     assert slurm_ranks(STEP | {"SLURM_STEP_NODELIST": nodes}) == {
         "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": first,
         "MASTER_PORT": str(20000 + (4711 * 8 + 2) % 20000),
     }  # fmt: skip
 
 
-def test_a_batch_script_is_no_task() -> None:
+def test_batch_script_has_no_ranks() -> None:
     assert slurm_ranks(BATCH) == {}

@@ -1,4 +1,4 @@
-"""Audio in every format and rate comes out as the same mono sound; codes come from the processor's own pipeline."""
+"""Audio of every format and rate decodes to the same mono sound; codes equal those of transformers' processor."""
 
 from __future__ import annotations
 
@@ -33,22 +33,23 @@ def test_formats_rates_channels(tmp_path: Path, suffix: str, rate: int, channels
     path = tmp_path / f"tone{suffix}"
     left = tone(rate)
     soundfile.write(path, np.stack([left, np.zeros_like(left)], axis=1) if channels == 2 else left, rate)
-    found = read_audio(AudioClip(path), RATE)
+    waveform = read_audio(AudioClip(path), RATE)
     expected = torch.from_numpy(tone(RATE)) / channels
-    assert found.dtype == torch.float32
-    # Lossy formats may add a little at the ends, and no more than a quiet error within.
-    assert abs(len(found) - RATE) <= (0 if suffix in (".wav", ".flac") else 2400)
-    spectrum, reference = (torch.fft.rfft(x[:RATE], RATE).abs() for x in (found, expected))
+    assert waveform.dtype == torch.float32
+    # Lossy formats may add a few samples at the ends, and a small error in between.
+    assert abs(len(waveform) - RATE) <= (0 if suffix in (".wav", ".flac") else 2400)
+    spectrum, reference = (torch.fft.rfft(x[:RATE], RATE).abs() for x in (waveform, expected))
     assert (spectrum - reference).norm() / reference.norm() < 0.05
 
 
-def test_stretch_of_a_file(tmp_path: Path) -> None:
+def test_part_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "ramp.wav"
     ramp = np.linspace(-0.9, 0.9, 3 * RATE, dtype=np.float32)
     soundfile.write(path, ramp, RATE, subtype="FLOAT")
-    found = read_audio(AudioClip(path, offset_s=1.0, duration_s=0.5), RATE)
-    assert found.equal(torch.from_numpy(ramp[RATE : RATE + RATE // 2]))
-    assert len(read_audio(AudioClip(path, offset_s=2.5, duration_s=0.55), RATE)) == RATE // 2  # rounded up a little
+    waveform = read_audio(AudioClip(path, offset_s=1.0, duration_s=0.5), RATE)
+    assert waveform.equal(torch.from_numpy(ramp[RATE : RATE + RATE // 2]))
+    # A clip may extend up to 0.1 s past the end of its file.
+    assert len(read_audio(AudioClip(path, offset_s=2.5, duration_s=0.55), RATE)) == RATE // 2
 
 
 def test_audio_inside_a_manifest() -> None:
@@ -83,7 +84,7 @@ def test_silence_clipping_and_length(tmp_path: Path) -> None:
     assert expected > 0.5
 
 
-def test_what_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_audio(tmp_path: Path) -> None:
     def reason(clip: AudioClip) -> str:
         with pytest.raises(AudioError) as caught:
             read_audio(clip, RATE)
@@ -92,19 +93,19 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     assert reason(AudioClip(tmp_path / "none.wav")) == "no such file"
     assert reason(AudioClip(tmp_path)) == "is not a file"
     text = tmp_path / "text.wav"
-    text.write_text("this is no audio")
+    text.write_text("this is not audio")
     assert reason(AudioClip(text)).startswith("cannot be read as audio")
     cut = tmp_path / "cut.flac"
     cut.write_bytes(VOICE.read_bytes()[:5000])
     assert reason(AudioClip(cut)).startswith("cannot be read as audio")
     empty = tmp_path / "empty.wav"
     soundfile.write(empty, np.zeros(0, dtype=np.float32), RATE)
-    assert reason(AudioClip(empty)).startswith("holds no samples")
-    assert reason(AudioClip(VOICE, offset_s=60)).startswith("holds no samples from 60 s on")
-    assert reason(AudioClip(VOICE, duration_s=60)).endswith("before the stretch from 0 s over 60 s does")
+    assert reason(AudioClip(empty)).startswith("contains no samples")
+    assert reason(AudioClip(VOICE, offset_s=60)).startswith("contains no samples after 60 s")
+    assert reason(AudioClip(VOICE, duration_s=60)).endswith("before the end of the clip (offset 0 s, duration 60 s)")
     broken = tmp_path / "nan.wav"
     soundfile.write(broken, np.array([0.1, np.nan], dtype=np.float32), RATE, subtype="FLOAT")
-    assert reason(AudioClip(broken)) == "holds NaN or infinite samples"
+    assert reason(AudioClip(broken)) == "contains NaN or infinite samples"
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def codec_folder(base: Path) -> Path:
 
 
 def test_codes_are_the_processors(base: Path, codec_folder: Path) -> None:
-    """What is trained on is what transformers' processor makes of the same clip at inference."""
+    """The codes for training equal those that transformers' processor computes for the same clip at inference."""
     waveform = read_audio(AudioClip(VOICE), RATE)
     codes = Codec(codec_folder, torch.device("cpu")).encode(waveform[None])[0]
     processor = AutoProcessor.from_pretrained(base)
@@ -164,19 +165,19 @@ def test_cache(tmp_path: Path) -> None:
     assert cache.key(AudioClip(copy)) != key
 
 
-def test_damaged_and_foreign_cache_files_are_not_taken(tmp_path: Path) -> None:
+def test_damaged_and_foreign_cache_files_are_ignored(tmp_path: Path) -> None:
     cache = CodeCache(tmp_path, "codec")
     key, other = cache.key(AudioClip(VOICE)), cache.key(AudioClip(VOICE, duration_s=0.5))
     cache.store(key, CachedCodes(torch.ones(8, 30), 0.0))
-    whole = cache.path(key).read_bytes()
-    for damage in (whole[: len(whole) // 2], b"", b"\xff" * 100):
+    content = cache.path(key).read_bytes()
+    for damage in (content[: len(content) // 2], b"", b"\xff" * 100):
         cache.path(key).write_bytes(damage)
         assert cache.load(key, 8) is None
     save_file({"other": torch.zeros(1)}, cache.path(key))
     assert cache.load(key, 8) is None
-    cache.path(key).write_bytes(whole)
+    cache.path(key).write_bytes(content)
     assert cache.load(key, 8) is not None
     assert cache.load(key, 4) is None
     cache.path(other).parent.mkdir(exist_ok=True)
-    cache.path(other).write_bytes(whole)  # another clip's codes under this clip's name
+    cache.path(other).write_bytes(content)  # another clip's codes under this clip's name
     assert cache.load(other, 8) is None

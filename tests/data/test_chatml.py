@@ -1,4 +1,4 @@
-"""ChatML: every fault is named with file, line and field, all in one pass, and no input ends a run."""
+"""ChatML: one pass reports every fault with file, line and field, and no input raises an exception."""
 
 from __future__ import annotations
 
@@ -41,63 +41,72 @@ def nested(depth: int) -> list[Any]:
 GOOD = sample(("user", "Hello."), ("assistant", AUDIO))
 
 FAULTS = [
-    ({"start_index": 0}, "messages: must be a list of one or more messages, is missing"),
-    ({"messages": {}}, "messages: must be a list of one or more messages, is empty"),
-    (["no", "object"], "sample: must be an object with 'messages', is a list"),
-    (None, "sample: must be an object with 'messages', is missing"),
+    ({"start_index": 0}, "messages: must be a list of one or more messages, but is missing"),
+    ({"messages": {}}, "messages: must be a list of one or more messages, but is empty"),
+    (["no", "object"], "sample: must be an object with 'messages', but is a list"),
+    (None, "sample: must be an object with 'messages', but is missing"),
     (sample(("usr", "Hello."), ("assistant", AUDIO)), "messages[0].role: 'usr' is not a role; allowed: system, user, "),
     ({"messages": [{"role": ["user"], "content": "Hi"}]}, "messages[0].role: ['user'] is not a role"),
-    (sample(("user", " "), ("assistant", AUDIO)), "messages[0].content: is an empty text"),
+    (sample(("user", " "), ("assistant", AUDIO)), "messages[0].content: is empty or blank"),
     (
         sample(("user", ["Hi", {"type": "text", "text": ""}]), ("assistant", AUDIO)),
-        "messages[0].content[1].text: is an",
+        "messages[0].content[1].text: is empty or blank",
     ),
-    (sample(("user", None), ("assistant", AUDIO)), "messages[0].content: must be a text, an object with 'type', or"),
-    (sample(("user", []), ("assistant", AUDIO)), "messages[0].content: is empty"),
+    (sample(("user", None), ("assistant", AUDIO)), "messages[0].content: must be a string, an object with 'type'"),
+    (sample(("user", []), ("assistant", AUDIO)), "messages[0].content: is an empty list"),
     (sample(("user", "Hi"), ("assistant", {"type": "video"})), "messages[1].content.type: 'video' is not a content ty"),
     (sample(("user", "Hi"), ("assistant", {"type": ["audio"]})), "messages[1].content.type: ['audio'] is not a conte"),
-    (sample(("user", "Hi"), ("assistant", {"type": "audio"})), "messages[1].content.audio_url: must name an audio fil"),
-    (answer(audio_url="a\0.wav"), "messages[1].content.audio_url: 'a\\x00.wav' cannot be a file's name"),
-    (answer(audio_url="https://x/a.wav"), "messages[1].content.audio_url: 'https://x/a.wav' is not a file; download i"),
+    (sample(("user", "Hi"), ("assistant", {"type": "audio"})), "messages[1].content.audio_url: must be the path of a "),
+    (answer(audio_url="a\0.wav"), "messages[1].content.audio_url: 'a\\x00.wav' is not a valid file name"),
+    (
+        answer(audio_url="https://x/a.wav"),
+        "messages[1].content.audio_url: 'https://x/a.wav' is a URL, not a local file; download it",
+    ),
     (answer(audio_url=None, url="a.wav"), "messages[1].content.url: belongs to the native format"),
-    (answer(offset=-1), "messages[1].content.offset: must be seconds, 0 or more, is -1"),
-    (answer(offset=float("nan")), "messages[1].content.offset: must be seconds, 0 or more, is nan"),
-    (answer(offset=10**400), "messages[1].content.offset: must be seconds, 0 or more, is inf"),
-    (answer(offset=True), "messages[1].content.offset: must be seconds, 0 or more, is True"),
+    (answer(offset=-1), "messages[1].content.offset: must be a number of seconds, 0 or more, but is -1"),
+    (answer(offset=float("nan")), "messages[1].content.offset: must be a number of seconds, 0 or more, but is nan"),
+    (answer(offset=10**400), "messages[1].content.offset: must be a number of seconds, 0 or more, but is inf"),
+    (answer(offset=True), "messages[1].content.offset: must be a number of seconds, 0 or more, but is True"),
     (answer(duration=0), "messages[1].content.duration: is 0 seconds"),
-    (answer(duration="2 s"), "messages[1].content.duration: must be seconds"),
+    (answer(duration="2 s"), "messages[1].content.duration: must be a number of seconds"),
     (answer(audio_url="", raw_audio="U$klGRg=="), "messages[1].content.raw_audio: 'U$klGRg==' is not base64"),
     (answer(audio_url="", raw_audio="ä"), "messages[1].content.raw_audio: 'ä' is not base64"),
-    (answer(audio_url="", raw_audio=7), "messages[1].content.raw_audio: must be an audio file in base64, is a number"),
-    (answer(audio_url="", raw_audio=" "), "messages[1].content.raw_audio: holds no bytes"),
-    (sample(("user", "Hi"), ("assistant", "Only words.")), "messages: no target audio: no assistant message to be lea"),
+    (
+        answer(audio_url="", raw_audio=7),
+        "messages[1].content.raw_audio: must be an audio file in base64, but is a number",
+    ),
+    (answer(audio_url="", raw_audio=" "), "messages[1].content.raw_audio: contains no data"),
+    (sample(("user", "Hi"), ("assistant", "Only words.")), "messages: no target audio: none of the assistant messages"),
     (
         sample(("user", "Hi"), ("assistant", AUDIO), ("user", "Bye"), start_index=2),
         "messages: no assistant message at or",
     ),
-    (answer() | {"start_index": 2}, "start_index: must be from 0 to 1, the index of a message, is 2"),
-    (answer() | {"start_index": 0.5}, "start_index: must be from 0 to 1, the index of a message, is 0.5"),
-    (answer() | {"start_index": True}, "start_index: must be from 0 to 1, the index of a message, is True"),
-    (answer() | {"start_index": nested(300)}, "start_index: must be from 0 to 1, the index of a message, is [[[...]]]"),
+    (answer() | {"start_index": 2}, "start_index: must be the index of a message, from 0 to 1, but is 2"),
+    (answer() | {"start_index": 0.5}, "start_index: must be the index of a message, from 0 to 1, but is 0.5"),
+    (answer() | {"start_index": True}, "start_index: must be the index of a message, from 0 to 1, but is True"),
+    (
+        answer() | {"start_index": nested(300)},
+        "start_index: must be the index of a message, from 0 to 1, but is [[[...]]]",
+    ),
     (answer() | {"start_indx": 1}, "start_indx: is not a known key; did you mean 'start_index'?"),
     (answer(ofset=1), "messages[1].content.ofset: is not a known key; did you mean 'offset'?"),
     ({"messages": [{"role": "user", "contents": "Hi"}]}, "messages[0].contents: is not a known key; did you mean 'con"),
-    (answer() | {"speaker": 7}, "speaker: must be a string, is a number"),
-    (answer() | {"misc": {"language": {}}}, "language: must be a string, is empty"),
-    (answer() | {"misc": "anna"}, "misc: must be an object, is a string"),
+    (answer() | {"speaker": 7}, "speaker: must be a string, but is a number"),
+    (answer() | {"misc": {"language": {}}}, "language: must be a string, but is empty"),
+    (answer() | {"misc": "anna"}, "misc: must be an object, but is a string"),
     (answer() | {"audios": ["a.wav"]}, "audios: belongs to the swift format"),
-    (sample(("user", "Say <|AUDIO_OUT|>"), ("assistant", AUDIO)), "messages[0].content: holds <|AUDIO_OUT|>, which th"),
+    (sample(("user", "Say <|AUDIO_OUT|>"), ("assistant", AUDIO)), "messages[0].content: contains <|AUDIO_OUT|>, which"),
     (sample(("user", "Say \ud800"), ("assistant", AUDIO)), "messages[0].content: 'Say \\ud800' is not UTF-8"),
-    ({"messages": ["Hi"]}, "messages[0]: must be an object with 'role' and 'content', is a string"),
+    ({"messages": ["Hi"]}, "messages[0]: must be an object with 'role' and 'content', but is a string"),
     (
         {"messages": [{"role": "user", "content": "Hi", "recipient": "anna"}, *answer()["messages"][1:]]},
-        "messages[0].recipient: must be a string in an assistant message, is 'anna' in a 'user' one",
+        "messages[0].recipient: must be a string in an assistant message, but is 'anna' in a 'user' message",
     ),
 ]  # fmt: skip
 
 
 def read(path: Path, options: DataOptions = OPTIONS) -> tuple[list[Sample], list[str]]:
-    """Good samples, and the faults with their sources."""
+    """Return the good samples, and the faults with their sources."""
     entries = list(read_entries(path, options))
     assert all((entry.sample is None) == bool(entry.faults) for entry in entries)
     samples = [entry.sample for entry in entries if entry.sample is not None]
@@ -117,7 +126,7 @@ def test_each_fault_with_its_line(tmp_path: Path, is_array: bool) -> None:
     assert list(by_line) == [str(line) for line in range(2, len(FAULTS) + 2)]
     for line, (_, expected) in enumerate(FAULTS, start=2):
         assert by_line[str(line)].startswith(f"{path}:{line}: {expected}")
-    json.dumps(problems, ensure_ascii=False).encode()  # they can be printed
+    json.dumps(problems, ensure_ascii=False).encode()  # every message can be printed
 
 
 def test_all_faults_of_a_sample_at_once(tmp_path: Path) -> None:
@@ -132,7 +141,7 @@ def test_all_faults_of_a_sample_at_once(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_array_has_the_lines_of_its_entries(tmp_path: Path) -> None:
+def test_array_entries_are_reported_with_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     bad = sample(("user", ""), ("assistant", AUDIO))
     path.write_text("[\n" + json.dumps(GOOD) + ",\n" + json.dumps(bad, indent=1) + ",\n\n" + json.dumps(bad) + "\n]")
@@ -145,27 +154,27 @@ def test_array_has_the_lines_of_its_entries(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format_name", ["auto", "chatml"])
 @pytest.mark.parametrize("text", ["", "\n\n", "[]", "[ \n ]", "\ufeff"])
-def test_nothing_in_it(tmp_path: Path, text: str, format_name: str) -> None:
+def test_empty_file(tmp_path: Path, text: str, format_name: str) -> None:
     path = tmp_path / "manifest.jsonl"
     path.write_text(text)
-    assert read(path, DataOptions(format=format_name)) == ([], [f"{path}: holds no samples"])
+    assert read(path, DataOptions(format=format_name)) == ([], [f"{path}: contains no samples"])
 
 
 ONE = json.dumps(GOOD)
-TORN = [
-    ("[" + ONE, "expected ',' or ']', found the end"),
+INVALID_ARRAYS = [
+    ("[" + ONE, "expected ',' or ']', found the end of the file"),
     (f"[{ONE}\n {ONE}]", "expected ',' or ']', found '{'"),
     (f"[{ONE},]", "Expecting value in line 1"),
     (f"[{ONE},\n{ONE[:-9]}", "Unterminated string"),
     (f"[{ONE},\n\n[nul]]", "Expecting value in line 3"),
-    (f"[{ONE}]\n[{ONE}]", "more text behind its end"),
+    (f"[{ONE}]\n[{ONE}]", "more text after the end of the list or object"),
     (f"[{ONE}, {'[' * 100_000}]", "nested too deeply"),
 ]
 
 
-@pytest.mark.parametrize(("text", "expected"), TORN, ids=[expected for _, expected in TORN])
+@pytest.mark.parametrize(("text", "expected"), INVALID_ARRAYS, ids=[expected for _, expected in INVALID_ARRAYS])
 @pytest.mark.parametrize("chunk", [1, 7, jsonio.CHUNK])
-def test_torn_array(tmp_path: Path, text: str, expected: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_array(tmp_path: Path, text: str, expected: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jsonio, "CHUNK", chunk)
     path = tmp_path / "manifest.json"
     path.write_text(text)
@@ -193,7 +202,7 @@ def test_one_bad_line_does_not_hide_the_next(tmp_path: Path) -> None:
         assert expected in problem
 
 
-def test_bad_bytes_in_an_array_are_one_entry_at_fault(tmp_path: Path) -> None:
+def test_bad_bytes_in_an_array_make_one_entry_bad(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     path.write_bytes(f"[{ONE},\n".encode() + ONE.encode().replace(b"Hello", b"Hell\xff") + f",\n{ONE}]".encode())
     samples, problems = read(path, DataOptions())
@@ -201,16 +210,16 @@ def test_bad_bytes_in_an_array_are_one_entry_at_fault(tmp_path: Path) -> None:
     assert problems == [f"{path}:2: not JSON: not UTF-8; save the file as UTF-8"]
 
 
-def test_a_line_beyond_all_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_line_longer_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jsonio, "LONGEST", 1 << 20)
     long = json.dumps(sample(("user", "a" * (3 << 20)), ("assistant", AUDIO)))
     path = tmp_path / "manifest.jsonl"
     path.write_text(f"{ONE}\n{long}\n{ONE}\n")
     assert [s.source for s in read(path)[0]] == [f"{path}:1", f"{path}:3"]
-    assert read(path)[1] == [f"{path}:2: not JSON: a line of more than 1 MiB"]
+    assert read(path)[1] == [f"{path}:2: not JSON: the line is longer than the limit of 1 MiB"]
     path.write_text(f"[{ONE},\n{long}\n]")
     assert [s.source for s in read(path)[0]] == [f"{path}:1"]
-    assert "a value of more than 1 MiB; the rest of the file was not read" in read(path)[1][0]
+    assert "the value is longer than the limit of 1 MiB; the rest of the file was not read" in read(path)[1][0]
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -243,7 +252,7 @@ def test_content_forms_speaker_and_language(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("url", [None, "", "placeholder"])
-def test_audio_in_the_manifest(tmp_path: Path, url: str | None) -> None:
+def test_audio_inside_the_manifest(tmp_path: Path, url: str | None) -> None:
     path = tmp_path / "manifest.jsonl"
     encoded = base64.encodebytes(b"RIFF" * 30).decode()  # with line breaks
     path.write_text(json.dumps(answer(audio_url=url, raw_audio=encoded, offset=0.5)))
@@ -252,13 +261,13 @@ def test_audio_in_the_manifest(tmp_path: Path, url: str | None) -> None:
     assert read_sample.clips == [AudioClip(path, 0.5, None, b"RIFF" * 30)]
 
 
-def test_a_named_file_goes_before_raw_audio(tmp_path: Path) -> None:
+def test_audio_url_has_priority_over_raw_audio(tmp_path: Path) -> None:
     path = tmp_path / "manifest.jsonl"
     path.write_text(json.dumps(answer(raw_audio="UklGRg==")))
     assert read(path)[0][0].clips == [AudioClip(tmp_path / "a.wav")]
 
 
-def test_text_targets_where_allowed(tmp_path: Path) -> None:
+def test_text_targets_only_if_allowed(tmp_path: Path) -> None:
     path = tmp_path / "manifest.jsonl"
     path.write_text(json.dumps(sample(("user", AUDIO), ("assistant", "A transcript."))))
     assert len(read(path, DataOptions(allow_text_targets=True))[0]) == 1
@@ -278,16 +287,18 @@ def test_only_spoken_texts_are_normalized(tmp_path: Path) -> None:
         ("Be (brief)",), ("Ha <SE>[Laughter]</SE>", clip, "well."), ("Yes (so)", clip),
         ("Why (not)",), ("Because (so)",), ("()",),
     ]  # fmt: skip
-    assert problems == [f"{path}:2: messages[0]: holds a text of which normalization leaves nothing to be spoken"]
+    assert problems == [
+        f"{path}:2: messages[0]: has a text that is empty after --normalize_text; change the text or remove the sample"
+    ]
 
 
-def test_read_again(tmp_path: Path) -> None:
+def test_reading_twice_gives_the_same(tmp_path: Path) -> None:
     path = tmp_path / "manifest.jsonl"
     path.write_text("\n".join(json.dumps(fault) for fault, _ in FAULTS) + "\n" + ONE)
     assert list(read_entries(path, OPTIONS)) == list(read_entries(path, OPTIONS))
 
 
-# Any value in any place, any bytes anywhere: entries come out, never an exception.
+# Any value in any place and any bytes anywhere give entries, never an exception.
 
 VALUES: list[Any] = [
     None, True, 0, -1, 10**400, 1e308, float("nan"), float("-inf"), "", " ", "a\0b", "\ud800", "<|AUDIO|>", "audio",
@@ -329,7 +340,7 @@ BASES: dict[str, list[Any]] = {
 
 
 def places(value: Any, depth: int = 12) -> list[tuple[Any, Any]]:
-    """Every (container, key) in a JSON value, but for those at the bottom of the deep ones."""
+    """Return every (container, key) in a JSON value, down to a limited depth."""
     keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     found = [(value, key) for key in keys]
     return found + [place for key in keys if depth for place in places(value[key], depth - 1)]
@@ -363,7 +374,7 @@ def change_bytes(text: bytes, choose: random.Random) -> bytes:
     format_name=st.sampled_from(list(BASES)), is_auto=st.booleans(), normalize=st.booleans(),
     chunk=st.sampled_from([3, 1 << 20]),
 )  # fmt: skip
-def test_whatever_is_in_it(
+def test_mutated_input(
     tmp_path_factory: pytest.TempPathFactory,
     seed: int,
     is_array: bool,
@@ -422,7 +433,7 @@ def check_types(read_sample: Sample) -> None:
 def test_array_read_in_small_pieces(
     tmp_path: Path, chunk: int, dump: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut at every place, the values are those of the whole text."""
+    """Wherever the text is cut, the values are those of the whole text."""
     values = [1234567, -1.5e-7, '\u20ac \U0001f600 \\ " \n', None, True, float("inf"), {"a": [1, {}], "b": ""}, [], 12]
     path = tmp_path / "values.json"
     path.write_text(dump(values), encoding="utf-8")

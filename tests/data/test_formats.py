@@ -1,4 +1,4 @@
-"""Every format in use becomes the same samples: whole expected samples, recognition, and faults with their places."""
+"""Every format gives the expected samples, is detected from its content, and reports faults with their location."""
 
 from __future__ import annotations
 
@@ -137,14 +137,14 @@ def test_native(tmp_path: Path, is_array: bool) -> None:
 
 @pytest.mark.parametrize("value", NATIVE, ids=["scene with audio", "scene first", "audio in a user turn"])
 def test_native_is_what_the_chat_template_renders(tmp_path: Path, value: dict[str, Any]) -> None:
-    """The samples, put into words by this project, against the template that inference uses."""
+    """The prompts that this project renders equal those of the chat template that inference uses."""
     template = (PROJECT / "higgs_ds" / "bases" / "assets" / "chat_template.jinja").read_text(encoding="utf-8")
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     rendered = environment.from_string(template).render(messages=value["messages"], add_generation_prompt=False)
     (sample,) = samples(write_lines(tmp_path / "native.jsonl", value), format="native")
     text = "".join(segment.text for segment in render(sample.messages, sample.start_index))
     assert text.replace(AUDIO_IN, AUDIO_OUT) == rendered
-    # The template's text is tokenized as a whole: no seam between texts may remain.
+    # The text of the template is tokenized as a whole, so no two adjacent texts may remain.
     for message in sample.messages:
         assert not any(isinstance(a, str) and isinstance(b, str) for a, b in zip(message.parts, message.parts[1:]))  # noqa: B905
 
@@ -156,28 +156,31 @@ def test_native_start_index_counts_the_scene(tmp_path: Path, index: int | None, 
 
 
 def test_native_faults(tmp_path: Path) -> None:
-    say, hear = turn("user", words(WORDS)), turn("assistant", {"type": "audio", "url": "a.wav"})
+    ask, answer = turn("user", words(WORDS)), turn("assistant", {"type": "audio", "url": "a.wav"})
     scene = turn("scene", words(QUIET))
     path = write_lines(
         tmp_path / "native.jsonl",
-        {"messages": [say, scene, hear]},
-        {"messages": [turn("system", "Speak."), scene, scene, say, hear]},
-        {"messages": [say, turn("assistant", {"type": "audio", "url": "a.wav", "path": "b.wav"})]},
-        {"messages": [say, turn("assistant", {"type": "audio"})]},
-        {"messages": [say, turn("assistant", {"type": "audio", "audio": [0.1, 0.2]})]},
-        {"messages": [say, turn("assistant", {"type": "audio", "audio_url": "a.wav"})]},
-        {"messages": [turn("scene", words("<|scene_desc_end|>")), say, hear]},
-        {"messages": [say, hear | {"recipient": "anna"}]},
+        {"messages": [ask, scene, answer]},
+        {"messages": [turn("system", "Speak."), scene, scene, ask, answer]},
+        {"messages": [ask, turn("assistant", {"type": "audio", "url": "a.wav", "path": "b.wav"})]},
+        {"messages": [ask, turn("assistant", {"type": "audio"})]},
+        {"messages": [ask, turn("assistant", {"type": "audio", "audio": [0.1, 0.2]})]},
+        {"messages": [ask, turn("assistant", {"type": "audio", "audio_url": "a.wav"})]},
+        {"messages": [turn("scene", words("<|scene_desc_end|>")), ask, answer]},
+        {"messages": [ask, answer | {"recipient": "anna"}]},
         "{",
     )
     expected = [
-        ":1: messages[1].role: a scene must stand first, or directly behind a system message",
-        ":2: messages[2].role: a scene must stand first",
-        ":3: messages[1].content[0]: must name an audio file by one of url, path, audio; has url, path",
-        ":4: messages[1].content[0]: must name an audio file by one of url, path, audio; has none",
-        ":5: messages[1].content[0].audio: must name an audio file, is [0.1, 0.2]",
-        ":6: messages[1].content[0]: must name an audio file by one of url, path, audio; has audio_url, which belongs",
-        ":7: messages[0].content[0].text: holds <|scene_desc_end|>",
+        ":1: messages[1].role: a scene must come first or directly after a system message",
+        ":2: messages[2].role: a scene must come first or directly after a system message",
+        ":3: messages[1].content[0]: must give an audio file in exactly one of url, path, audio, but has url, path",
+        ":4: messages[1].content[0]: must give an audio file in exactly one of url, path, audio, but has none",
+        ":5: messages[1].content[0].audio: must be the path of an audio file, but is [0.1, 0.2]",
+        (
+            ":6: messages[1].content[0]: must give an audio file in exactly one of url, path, audio, but has "
+            "audio_url, which belongs to the chatml format"
+        ),
+        ":7: messages[0].content[0].text: contains <|scene_desc_end|>",
         ":8: messages: the native format has no recipient",
         ":9: not JSON: ",
     ]
@@ -249,21 +252,21 @@ def test_swift_faults(tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": [{"type": "text"}]}], "audios": []},
     )
     expected = [
-        ":1: audios: has 2 files for 1 <audio> tags; each tag needs its own",
+        ":1: audios: has 2 files for 1 <audio> tags; give one file for each tag",
         ":2: audios: has 0 files for 1 <audio> tags",
         ":3: audios: has 1 files for 2 <audio> tags",
         ":4: audios: has 1 files for 2 <audio> tags",
-        ":5: audios[0]: must name an audio file, is 7",
-        ":6: audios: must be a list of audio files, is an object",
-        ":7: audio: is given beside 'audios'",
-        ":8: system: is given beside a system message in 'messages'",
+        ":5: audios[0]: must be the path of a file, but is 7",
+        ":6: audios: must be a list of audio files, but is an object",
+        ":7: audio: is given in addition to 'audios'; remove one of them",
+        ":8: system: is given in addition to a system message in 'messages'",
         ":9: start_index: is not part of the swift format",
-        ":10: messages[0]: is speech without its words",
-        ":11: messages[0].content: is an empty text",
+        ":10: messages[0]: is speech without its transcript",
+        ":11: messages[0].content: is empty or blank",
         ":11: messages[1].role: 'tool' is not a role; allowed: system, user, assistant",
-        ":11: audios[0]: 's3://b/a.wav' is not a file",
-        ":12: messages[1].loss: turns that are not learned",
-        ":13: messages[0].content: must be a text, is a list",
+        ":11: audios[0]: 's3://b/a.wav' is a URL, not a local file",
+        ":12: messages[1].loss: must not be false",
+        ":13: messages[0].content: must be a string, but is a list",
     ]
     expect_faults(path, expected)
 
@@ -365,27 +368,36 @@ def test_metadata_faults(tmp_path: Path) -> None:
     (tmp_path / "blank.txt").write_text(" \n")
     (tmp_path / "long.txt").write_text("a" * (1 << 21))
     values: list[tuple[Any, list[str]]] = [
-        (7, ["sample: must be an object with 'audio_file', is a number"]),
-        ({"text": WORDS}, ["audio_file: must name an audio file, is None"]),
-        ({"audio_file": "a.wav"}, ["transcript_file: is missing, and so are 'transcript' and 'text'"]),
+        (7, ["sample: must be an object with 'audio_file', but is a number"]),
+        ({"text": WORDS}, ["audio_file: must be the path of a file, but is None"]),
+        ({"audio_file": "a.wav"}, ["transcript_file: is missing, and so are 'transcript' and 'text'; give"]),
         (good | {"transcript_file": "no.txt"}, ["transcript_file: no.txt cannot be read: No such file or directory"]),
         (good | {"transcript_file": "latin.txt"}, ["transcript_file: 'caf\\udce9' is not UTF-8"]),
-        (good | {"transcript_file": "blank.txt"}, ["transcript_file: is an empty text"]),
+        (good | {"transcript_file": "blank.txt"}, ["transcript_file: is empty or blank"]),
         (good | {"transcript_file": "long.txt"}, ["transcript_file: long.txt has more than"]),
-        (good | {"transcript_file": "a\0"}, ["transcript_file: 'a\\x00' cannot be a file's name"]),
-        (good | {"text": "<audio>"}, ["transcript: is an empty text"]),
-        (good | {"ref_audio_file": "r.wav"}, ["ref_transcript: is missing: turns in front need what is said in ref_a"]),
+        (good | {"transcript_file": "a\0"}, ["transcript_file: 'a\\x00' is not a valid file name"]),
+        (good | {"text": "<audio>"}, ["transcript: is empty or blank"]),
+        (good | {"ref_audio_file": "r.wav"}, ["ref_transcript: is missing: --reference context needs the transcript"]),
         (good | {"ref_audio_fil": "r.wav"}, ["ref_audio_fil: is not a known key; did you mean 'ref_audio_file'?"]),
-        (good | {"ref_speakers": {"a": 1}}, ["ref_speakers: must be a list of speakers, is an object"]),
-        (good | {"ref_speakers": ["r.wav"]}, ["ref_speakers[0]: must be an object with 'ref_audio_file', is a string"]),
-        (good | {"ref_speakers": [{"gender": "unknown"}]}, ["ref_speakers[0].ref_audio_file: is missing, and so is a"]),
+        (good | {"ref_speakers": {"a": 1}}, ["ref_speakers: must be a list of speakers, but is an object"]),
+        (
+            good | {"ref_speakers": ["r.wav"]},
+            ["ref_speakers[0]: must be an object with 'ref_audio_file', but is a string"],
+        ),
+        (good | {"ref_speakers": [{"gender": "unknown"}]}, ["ref_speakers[0].ref_audio_file: is missing, and so are"]),
         (
             good | {"ref_speakers": [man | {"speaker_tag": "anna"}, man | {"speaker_tag": "SPEAKER0"}]},
-            ["ref_speakers[0].speaker_tag: must be like [SPEAKER0], is 'anna'", "ref_speakers: name a speaker twice: "],
+            [
+                "ref_speakers[0].speaker_tag: must have the form [SPEAKER0], but is 'anna'",
+                "ref_speakers: has a speaker tag more than once: SPEAKER0, SPEAKER0; give each",
+            ],
         ),
         (
             {"audio_file": [], "text": "", "speaker_id": {}, "scene": "<|scene_desc_end|>"},
-            ["audio_file: must", "text: is an empty text", "speaker_id: must be a string", "scene: holds <|scene_desc"],
+            [
+                "audio_file: must be the path of a file, but is []", "text: is empty or blank",
+                "speaker_id: must be a string", "scene: contains <|scene_desc",
+            ],
         ),
     ]  # fmt: skip
     path = tmp_path / "metadata.json"
@@ -426,9 +438,9 @@ def test_paired_faults(tmp_path: Path) -> None:
         "/b.wav: transcript: '\\udcff' is not UTF-8",
         "/c.mp3: transcript: c.mp3, c.txt, c.wav share a name",
         "/c.wav: transcript: c.mp3, c.txt, c.wav share a name",
-        "/d.wav: transcript: is an empty text",
+        "/d.wav: transcript: is empty or blank",
         "/e.txt: audio: there is no audio file of the same name",
-        "/sub/up: folder: is a link to a folder that it lies in",
+        "/sub/up: folder: is a link to a folder that contains it",
     ]
     expect_faults(tmp_path, expected)
 
@@ -475,10 +487,10 @@ def test_list_faults(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_bytes(b"a.wav|Good morning.\nb.wav|Hi.|anna\nc.wav|\nd.wav|caf\xe9\n|Hi.\nHi\n")
     expected = [
-        ":2: line: has 3 fields, the file's first lines have 2: path|text",
-        ":3: text: is an empty text",
+        ":2: line: has 3 fields, but the first lines of the file have 2 (path|text)",
+        ":3: text: is empty or blank",
         ":4: line: not UTF-8 at byte 10 of the line",
-        ":5: path: must name an audio file, is ''",
+        ":5: path: must be the path of a file, but is ''",
         ":6: line: has 1 fields",
     ]
     expect_faults(path, expected)
@@ -487,14 +499,12 @@ def test_list_faults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "lines", [["a.wav|yes|anna", "b.wav|no|ben"], ["a.wav|1|2"], ["a.wav|b|c d|e"], ["a.wav|b|c|d|e"], ["a b|c d|e f"]]
 )
-def test_list_that_cannot_be_told(tmp_path: Path, lines: list[str]) -> None:
+def test_list_with_undetectable_layout(tmp_path: Path, lines: list[str]) -> None:
     path = write_lines(tmp_path / "list.txt", *lines)
-    expect_faults(
-        path, [f": fields: cannot tell what the {lines[0].count('|') + 1} fields between '|' are; make the fir"]
-    )
+    expect_faults(path, [f": fields: cannot detect what the {lines[0].count('|') + 1} fields between '|' mean; make"])
 
 
-def test_a_stray_line_does_not_turn_the_columns_round() -> None:
+def test_a_stray_line_does_not_change_the_layout() -> None:
     rows = [[f"{i}.wav", f"Some words, {i}.", "anna"] for i in range(20)]
     assert lists.layout_of([*rows, ["x.wav", "Hello.", "Anna Lee"]]) == ("path", "text", "speaker")
     assert lists.layout_of([*rows, ["x.wav", "anna"]]) == ("path", "text", "speaker")
@@ -530,10 +540,10 @@ def test_csv_faults(tmp_path: Path) -> None:
         b'audio,text,speaker\na.wav,Hi.\nb.wav,"Hi" you,x\n,,\nc.wav,caf\xe9,x\nd.wav,,x\ne.wav,Hi.,x\n"f.wav,Hi.,x\n'
     )
     expected = [
-        ":2: row: has 2 fields, the header has 3",
+        ":2: row: has 2 fields, but the header has 3",
         ":3: row: ',' expected after '\"'",
         ":5: row: not UTF-8",
-        ":6: text: is an empty text",
+        ":6: text: is empty or blank",
         ":8: row: unexpected end of data",
     ]
     expect_faults(path, expected)
@@ -543,9 +553,9 @@ def test_csv_faults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
-        ("a,b", ":1: header: has no audio column; known names: audio, wav_filename"),
-        ("audio,b", ":1: header: has no text column; known names: transcript, "),
-        ("audio,text,text", ":1: header: has 'text' more than once"),
+        ("a,b", ":1: header: no audio column (accepted names: audio, wav_filename"),
+        ("audio,b", ":1: header: no text column (accepted names: transcript, "),
+        ("audio,text,text", ":1: header: has column 'text' more than once"),
         ('audio,"te"xt', ":1: row: ',' expected"),
     ],
 )
@@ -599,7 +609,7 @@ def test_folder_of_parquet_files_in_order(tmp_path: Path) -> None:
     assert samples(tmp_path) == expected_rows(files[0]) + expected_rows(files[1])
     write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", ROWS)
     expect_faults(
-        tmp_path, [": folder: holds files of several splits (test, train); give a file, or a folder of one s"]
+        tmp_path, [": folder: contains files of several splits (test, train); give a file or a folder of one s"]
     )
     assert samples(files[0]) == expected_rows(files[0])
 
@@ -613,11 +623,12 @@ def test_parquet_with_chatml_rows(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "chat.parquet", rows)
     good, bad = read(file)
     assert good.sample == Sample((user(WORDS), spoken(AudioClip(file, data=b"RIFF"))), 1, "anna", f"{file}:row 1")
-    assert (bad.source, bad.faults[0][:37]) == (f"{file}:row 2", "start_index: must be from 0 to 1, the")
+    assert bad.source == f"{file}:row 2"
+    assert bad.faults[0] == "start_index: must be the index of a message, from 0 to 1, but is 5"
 
 
 def saved_dataset(times: int = 1) -> Any:
-    """A dataset as its library makes it, with the audio inside, as it saves it."""
+    """A dataset with the bytes of its audio inside, built by the `datasets` library."""
     import datasets
 
     rows = ROWS | {"audio": [{"bytes": b"RIFF", "path": "a.wav"}, {"bytes": b"fLaC", "path": "b.flac"}]}
@@ -654,7 +665,7 @@ def test_saved_splits(tmp_path: Path) -> None:
     assert samples(tmp_path / "one") == expected_saved(next((tmp_path / "one" / "train").glob("*.arrow")))
     datasets.DatasetDict(train=data, test=data).save_to_disk(tmp_path / "two")
     expect_faults(
-        tmp_path / "two", [": folder: holds a dataset of several splits (test, train); give the folder of one"]
+        tmp_path / "two", [": folder: must contain one split of a dataset, but contains test, train; give the folder"]
     )
     assert len(samples(tmp_path / "two" / "test")) == 2
 
@@ -663,12 +674,12 @@ def test_parquet_faults(tmp_path: Path) -> None:
     clips = [{"bytes": None, "path": None}, {"bytes": b"", "path": ""}, None, {"bytes": b"R", "path": "a"}]
     file = write_parquet(tmp_path / "a.parquet", {"audio": clips, "text": [WORDS, None, "", "<|AUDIO|>"]})
     expected = [
-        ":row 1: audio.path: must name an audio file, is None",
-        ":row 2: audio.path: must name an audio file, is ''",
-        ":row 2: text: must be a text, is missing",
-        ":row 3: audio: must be a path, an audio file's bytes, or an object with 'bytes' and 'path', is missing",
-        ":row 3: text: is an empty text",
-        ":row 4: text: holds <|AUDIO|>",
+        ":row 1: audio.path: must be the path of a file, but is None",
+        ":row 2: audio.path: must be the path of a file, but is ''",
+        ":row 2: text: must be a string, but is missing",
+        ":row 3: audio: must be a path, an audio file's bytes, or an object with 'bytes' and 'path', but is missing",
+        ":row 3: text: is empty or blank",
+        ":row 4: text: contains <|AUDIO|>",
     ]
     expect_faults(file, expected)
 
@@ -676,13 +687,13 @@ def test_parquet_faults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ({"a": [1]}, ": columns: has no audio column; known names: audio, "),
-        ({"audio": ["a.wav"]}, ": columns: has no text column; known names: transcript, "),
+        ({"a": [1]}, ": columns: no audio column (accepted names: audio, "),
+        ({"audio": ["a.wav"]}, ": columns: no text column (accepted names: transcript, "),
         ({"audio": [[0.1]], "text": ["Hi."]}, ":row 1: audio: must be a path, an audio file's bytes, or an object wi"),
         ({"audio": [{"array": [0.1]}], "text": ["Hi."]}, ":row 1: audio: must be a path, an audio file's bytes, or an"),
         (
             {"audio": pyarrow.array([], pyarrow.string()), "text": pyarrow.array([], pyarrow.string())},
-            ": holds no samples",
+            ": contains no samples",
         ),
     ],
 )
@@ -692,8 +703,8 @@ def test_parquet_columns(tmp_path: Path, rows: dict[str, Any], expected: str) ->
 
 
 @pytest.mark.parametrize("cut", [4, 5, 100, 0.3, 0.6, 0.99])
-def test_torn_tables(tmp_path: Path, cut: float) -> None:
-    """A file cut off, in the middle or at its end, is a fault, and so is a byte turned over."""
+def test_truncated_tables(tmp_path: Path, cut: float) -> None:
+    """A file cut off anywhere is reported as one fault, and so is an empty file."""
     saved_dataset(40).save_to_disk(tmp_path / "saved")
     arrow = next((tmp_path / "saved").glob("*.arrow"))
     parquet = write_parquet(tmp_path / "a.parquet", ROWS)
@@ -702,7 +713,7 @@ def test_torn_tables(tmp_path: Path, cut: float) -> None:
         path.write_bytes(whole[: int(cut if cut > 1 else cut * len(whole))])
         found = faults(path, format="table")
         assert len(found) == 1
-        assert ": table: cannot be read behind row " in found[0]
+        assert ": table: cannot be read after row " in found[0]
         path.write_bytes(b"")
         assert len(faults(path, format="table")) == 1
 
@@ -711,11 +722,11 @@ def test_column_name_that_is_not_utf8(tmp_path: Path) -> None:
     saved_dataset().save_to_disk(tmp_path / "saved")
     path = next((tmp_path / "saved").glob("*.arrow"))
     path.write_bytes(path.read_bytes().replace(b"speaker_id", b"speaker_\xffd"))
-    expect_faults(path, [": table: cannot be read behind row 0: 'utf-8' codec can't decode"])
+    expect_faults(path, [": table: cannot be read after row 0: 'utf-8' codec can't decode"])
 
 
 def test_tables_with_wrong_bytes(tmp_path: Path) -> None:
-    """Bytes turned over anywhere give samples or faults that can be printed, never an exception."""
+    """A flipped bit anywhere gives samples or printable faults, never an exception."""
     saved_dataset(40).save_to_disk(tmp_path / "saved")
     num_bad = 0
     for path in (next((tmp_path / "saved").glob("*.arrow")), write_parquet(tmp_path / "a.parquet", ROWS)):
@@ -780,8 +791,8 @@ GUESSES = [
     ("{}", "found JSON objects with the keys none"),
     ('{"a": 1, "b": 2}', "found JSON objects with the keys 'a', 'b'"),
     ("[1, 2]", "found JSON values such as 1"),
-    ('{\n "messages": []\n}', "found one JSON object over several lines; write each sample on one line"),
-    ("Hello.\nYou.", "found lines such as 'Hello.', which are no JSON, have no '|'"),
+    ('{\n "messages": []\n}', "found one JSON object over several lines (write each sample on one line"),
+    ("Hello.\nYou.", "found lines such as 'Hello.', which are not JSON, have no '|'"),
     ("a\0b", "found binary data"),
     (
         json.dumps(NATIVE[2]) + "\n" + json.dumps(swift(("assistant", "<audio>Hi."))),
@@ -791,25 +802,25 @@ GUESSES = [
 
 
 @pytest.mark.parametrize(("text", "expected"), GUESSES, ids=range(len(GUESSES)))
-def test_what_cannot_be_told(tmp_path: Path, text: str, expected: str) -> None:
+def test_undetectable_content(tmp_path: Path, text: str, expected: str) -> None:
     path = tmp_path / "data"
     path.write_text(text)
     (fault,) = faults(path)
-    assert fault.startswith(f"{path}: format: cannot be told; {expected}")
-    assert fault.endswith(f"; formats are {', '.join(FORMATS)}: give one by --format")
-    with pytest.raises(InputError, match="cannot be told"):
+    assert fault.startswith(f"{path}: format: cannot be detected; {expected}")
+    assert fault.endswith(f"; set --format to one of {', '.join(FORMATS)}")
+    with pytest.raises(InputError, match="cannot be detected"):
         recognize(path)
 
 
-def test_folders_that_cannot_be_told(tmp_path: Path) -> None:
-    expect_faults(tmp_path, [": format: cannot be told; found no audio, Parquet or metadata file"])
+def test_undetectable_folders(tmp_path: Path) -> None:
+    expect_faults(tmp_path, [": format: cannot be detected; found no audio, Parquet or metadata file"])
     (tmp_path / "a.wav").touch()
     write_parquet(tmp_path / "a.parquet", ROWS)
     assert "found several formats: " in faults(tmp_path)[0]
     assert "paired (a.wav)" in faults(tmp_path)[0]
 
 
-def test_format_option_overrules(tmp_path: Path) -> None:
+def test_format_option_overrides_detection(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "data", {"messages": [{"role": "user", "content": "<audio> is a tag"}]})
     assert recognize(path) == "swift"
     expect_faults(path, [":1: messages: no assistant message at or after start_index 0"], format="chatml")
@@ -818,12 +829,12 @@ def test_format_option_overrules(tmp_path: Path) -> None:
 def test_format_and_kind_of_path(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "data", "a.wav|Hi.")
     for name in ("chatml", "native", "swift"):
-        expect_faults(tmp_path, [f": format: {name} is read from a file, this is a folder"], format=name)
+        expect_faults(tmp_path, [f": format: {name} needs a file, which this folder is not"], format=name)
     for name in ("list", "csv", "metadata"):
-        expect_faults(tmp_path, [f": format: {name} is read from a folder with metadata."], format=name)
-    expect_faults(file, [": format: paired is read from a folder, this is a file"], format="paired")
-    expect_faults(file, [": format: 'nonsense' is none; allowed: auto, chatml"], format="nonsense")
-    expect_faults(tmp_path, [": holds no samples"], format="paired")
-    expect_faults(tmp_path, [": holds no samples"], format="table")
+        expect_faults(tmp_path, [f": format: {name} needs a folder with metadata."], format=name)
+    expect_faults(file, [": format: paired needs a folder, but this is a file"], format="paired")
+    expect_faults(file, [": format: 'nonsense' is not a known format; allowed: auto, chatml"], format="nonsense")
+    expect_faults(tmp_path, [": contains no samples"], format="paired")
+    expect_faults(tmp_path, [": contains no samples"], format="table")
     for name in FORMATS:
         assert faults(tmp_path / "none", format=name)[0].startswith(f"{tmp_path / 'none'}: ")

@@ -1,4 +1,4 @@
-"""Held against the original runtime's own numbers (tests/golden)."""
+"""Delay pattern, ChatML assembly and logits compared with the original runtime's own output (tests/golden)."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def test_reference_and_target_segments() -> None:
     case = DELAY["two_segments_first_is_reference"]
     codes = [torch.tensor(segment) for segment in case["codes"]]
     num_rows = sum(STREAM.num_rows(segment.shape[1]) for segment in codes)
-    # Every position but the first is an audio token: the batch then holds all rows, one position late.
+    # Every position except the first is an audio token, so the batch contains all rows, shifted by one position.
     prompt = Prompt([0] * (1 + num_rows), [IGNORE_INDEX] * (1 + num_rows), list(range(1, 1 + num_rows)), [False, True])
     batch = collate([EncodedSample(prompt, codes)], STREAM, pad_id=0)
     assert batch.codes.tolist() == case["audio_input_ids"]
     labels = torch.full((num_rows, 8), IGNORE_INDEX)
-    # Row r is predicted at position r, the one before its own.
+    # Row r is at position r + 1 and is predicted at position r.
     labels[batch.positions[batch.audio_places]] = batch.audio_targets
     assert labels.tolist() == case["audio_labels"]
 
@@ -70,7 +70,7 @@ def test_chatml_assembly(case: dict[str, Any], chatml_samples: dict[str, Sample]
 
 @pytest.mark.parametrize("case", CHATML, ids=lambda case: case["name"])
 def test_token_ids_and_labels(case: dict[str, Any], chatml_samples: dict[str, Sample], base: Path) -> None:
-    """Token by token against the whole text put through the tokenizer at once."""
+    """Token ids equal those of the whole text tokenized at once."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     sample = chatml_samples[case["name"]]
     num_frames = [3 + i for i in range(len(sample.clips))]
@@ -95,9 +95,9 @@ def test_token_ids_and_labels(case: dict[str, Any], chatml_samples: dict[str, Sa
 
 
 def test_logits_with_a_reference_clip() -> None:
-    """A reference clip under the native placeholder gives the logits that the original gives under `<|AUDIO|>`.
+    """A reference clip gives the same logits with the native placeholder as with `<|AUDIO|>` in the original.
 
-    This is what allows references in a system or user message without a change to the model.
+    This allows references in a system or user message without a change to the model.
     """
     folder = GOLDEN / "released_flags"
     text, original = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Files that would run a program if they were unpickled: whatever they stand for, reading them runs nothing."""
+"""Files that would run code if they were unpickled: reading them never runs it, whatever file they replace."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from higgs_ds.options.train import DataOptions
 
 
 class Payload:
-    """Makes a file as soon as it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -60,7 +60,7 @@ def marker(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _nothing_ran(marker: Path, bad_bytes: bytes) -> object:
-    """After each test: nothing has run; and it would have, had anyone unpickled it."""
+    """After each test: the payload has not run, and it would have run if it had been unpickled."""
     yield
     assert not marker.exists()
     if bad_bytes.startswith(b"PK"):
@@ -94,15 +94,15 @@ def test_base(own_base: Path, tmp_path: Path, bad_bytes: bytes, kind: str) -> No
         index = {"weight_map": {"model.norm.weight": "pytorch_model.bin"}}
         write_json(own_base / "model.safetensors.index.json", index)
     assert str(own_base) in refuses(lambda: (open_bundle(str(own_base), None, None, tmp_path), check_weights(own_base)))
-    # Behind these checks, which are what a user sees:
+    # The loaders refuse the files too, although a user only reaches the checks above.
     cpu = torch.device("cpu")
     for load in (load_base, lambda folder, dtype: load_base_in_4bit(folder, dtype, cpu, cpu)):
         with pytest.raises((InputError, OSError, SafetensorError, KeyError)):
             load(own_base, torch.float32)
 
 
-def test_code_beside_a_base(own_base: Path, tmp_path: Path, marker: Path, bad_bytes: bytes) -> None:
-    """What configuration and tokenizer name as code of their own is not looked at."""
+def test_code_in_a_base_folder(own_base: Path, tmp_path: Path, marker: Path, bad_bytes: bytes) -> None:
+    """Custom code that the configuration and the tokenizer refer to is never run."""
     (own_base / "evil.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n")
     for name, classes in [
         ("config.json", {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}),
@@ -137,7 +137,7 @@ def test_adapter(tmp_path: Path, bad_bytes: bytes, name: str) -> None:
     "name", [OPTIMIZER_FILE, RNG_FILE, f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}", "trainer_state.json"]
 )
 def test_checkpoint(tmp_path: Path, bad_bytes: bytes, name: str) -> None:
-    """One that was changed is passed over; one whose manifest was changed too does not load."""
+    """A changed checkpoint is skipped. One whose manifest was changed accordingly does not load."""
     folder = tmp_path / "run" / "checkpoint-2"
     (folder / ADAPTER_FOLDER).mkdir(parents=True)
     (folder / name).write_bytes(b"something else")
@@ -168,7 +168,7 @@ def test_cache(base: Path, tmp_path: Path, bad_bytes: bytes) -> None:
     dataset = prepared()
     (codes,) = (tmp_path / "cache" / "codes").rglob("*.safetensors")
     codes.write_bytes(bad_bytes)
-    assert "have gone from" in refuses(lambda: dataset.batch([0]))
+    assert "are missing or damaged" in refuses(lambda: dataset.batch([0]))
     (facts,) = (tmp_path / "cache" / "index").rglob("facts-*.arrow")
     facts.write_bytes(bad_bytes)
     assert prepared().batch([0]).num_samples == 1

@@ -1,6 +1,6 @@
-"""Spoken texts as the base's generation example writes them, against a table of its rules."""
+"""Normalized text compared with a table of the rules of the base's generation example."""
 
-# ruff: noqa: RUF001 - these characters are meant
+# ruff: noqa: RUF001 - these characters are intended
 
 from __future__ import annotations
 

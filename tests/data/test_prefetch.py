@@ -1,4 +1,4 @@
-"""Batches made one ahead, in order; errors where they belong."""
+"""Batches are made one ahead and in order; an error is raised at its own item."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_one_ahead_and_in_order() -> None:
 
     pairs = prefetched(range(4), make)
     assert next(pairs) == (0, 0)
-    assert second_is_made.wait(10)  # while the first is worked on
+    assert second_is_made.wait(10)  # while the first one is still in use
     assert made == [0, 1]
     assert list(pairs) == [(1, 10), (2, 20), (3, 30)]
     assert list(prefetched([], make)) == []

@@ -1,4 +1,4 @@
-"""CheckedManifest once, encoded once: what is kept, what is found again, what is refused."""
+"""Manifests are checked once and clips encoded once: what is kept, what is reused, what is refused."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ def test_codes_and_texts_come_back(bundle: Bundle, manifest: Path, tmp_path: Pat
     assert len(files_below(tmp_path / "cache" / "codes")) == 3
 
 
-def test_nothing_is_looked_at_twice(
+def test_nothing_is_checked_twice(
     bundle: Bundle, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And everything is, as soon as anything has changed."""
+    """A second run reuses the index; after any change, everything is checked again."""
     voice = tmp_path / "voice.flac"
     shutil.copy(VOICES / "ben_01.flac", voice)
     write_manifest(manifest, [speech_sample("One.", "anna_00.flac"), speech_sample("Two.", str(voice))])
@@ -105,7 +105,7 @@ def test_nothing_is_looked_at_twice(
     shutil.copy(VOICES / "ben_02.flac", voice)
     os.utime(voice, ns=(1, 1))
     assert (surveyed(), surveyed()) == (1, 0)
-    for codes in files_below(cache / "codes"):  # those of the first voice.flac, which nothing asks for, among them
+    for codes in files_below(cache / "codes"):  # including those of the first voice.flac, which are no longer used
         codes.write_bytes(codes.read_bytes()[:50])
     assert (surveyed(), surveyed()) == (1, 0)
     for codes in files_below(cache / "codes"):
@@ -113,7 +113,7 @@ def test_nothing_is_looked_at_twice(
     assert (surveyed(), surveyed()) == (1, 0)
 
 
-def test_a_transcript_elsewhere_is_watched(bundle: Bundle, tmp_path: Path) -> None:
+def test_change_of_a_transcript_outside_the_folder_is_detected(bundle: Bundle, tmp_path: Path) -> None:
     words = tmp_path / "elsewhere" / "words.txt"
     words.parent.mkdir()
     words.write_text("Some words.")
@@ -143,7 +143,7 @@ def test_a_prepared_run_never_loads_the_codec(
 
 
 def audio_faults(folder: Path) -> list[tuple[dict[str, Any], str]]:
-    """Samples with audio that cannot be used, and how that is told."""
+    """Samples with faults, and a part of the message for each."""
     sound = (0.3 * np.sin(np.arange(2 * RATE) / 20)).astype(np.float32)
     soundfile.write(folder / "short.wav", sound[:700], RATE)
     soundfile.write(folder / "empty.wav", sound[:0], RATE)
@@ -151,7 +151,7 @@ def audio_faults(folder: Path) -> list[tuple[dict[str, Any], str]]:
     soundfile.write(folder / "nan.wav", np.where(np.arange(2 * RATE) == 7, np.nan, sound), RATE, subtype="FLOAT")
     soundfile.write(folder / "long.wav", np.tile(sound, 6), RATE)
     soundfile.write(folder / "good.wav", sound, RATE)
-    (folder / "text.wav").write_text("no audio at all")
+    (folder / "text.wav").write_text("not audio")
     (folder / "cut.flac").write_bytes((VOICES / "anna_00.flac").read_bytes()[:4000])
 
     def clip(name: str, **more: Any) -> dict[str, Any]:
@@ -162,25 +162,31 @@ def audio_faults(folder: Path) -> list[tuple[dict[str, Any], str]]:
         (clip("none.wav"), "none.wav: no such file"),
         (clip("."), f"{folder}: is not a file"),
         (clip("short.wav"), "short.wav: lasts 0.029 s, shorter than one frame of the codec (0.040 s)"),
-        (clip("empty.wav"), "empty.wav: holds no samples"),
+        (clip("empty.wav"), "empty.wav: contains no samples"),
         (clip("silent.wav"), "silent.wav: is silent: its peak is -inf dBFS"),
-        (clip("nan.wav"), "nan.wav: holds NaN or infinite samples"),
+        (clip("nan.wav"), "nan.wav: contains NaN or infinite samples"),
         (clip("long.wav"), "long.wav: lasts 12.0 s, longer than --max_clip_s 10; cut it with offset and duration"),
         (clip("text.wav"), "text.wav: cannot be read as audio: Format not recognised."),
         (clip("cut.flac"), "cut.flac: cannot be read as audio: "),
-        (clip("good.wav", offset=5), "good.wav: holds no samples from 5 s on"),
-        (clip("good.wav", offset=1, duration=3), "good.wav: ends at 2.00 s, before the stretch from 1 s over 3 s does"),
+        (clip("good.wav", offset=5), "good.wav: contains no samples after 5 s"),
+        (
+            clip("good.wav", offset=1, duration=3),
+            "good.wav: ends at 2.00 s, before the end of the clip (offset 1 s, duration 3 s)",
+        ),
         (clip("", raw_audio="bm8gYXVkaW8="), "audio: cannot be read as audio: "),
         (clip("", raw_audio="$$$"), "messages[1].content.raw_audio: '$$$' is not base64: "),
-        (clip("https://a.b/c.wav"), "'https://a.b/c.wav' is not a file; download it"),
-        (clip("good.wav", offset=-1), "messages[1].content.offset: must be seconds, 0 or more, is -1"),
-        (clip("good.wav", duration="2 s"), "messages[1].content.duration: must be seconds, 0 or more, is '2 s'"),
-        (clip("good.wav") | {"start_index": 9}, "start_index: must be from 0 to 1, the index of a message, is 9"),
+        (clip("https://a.b/c.wav"), "'https://a.b/c.wav' is a URL, not a local file; download it"),
+        (clip("good.wav", offset=-1), "messages[1].content.offset: must be a number of seconds, 0 or more, but is -1"),
+        (
+            clip("good.wav", duration="2 s"),
+            "messages[1].content.duration: must be a number of seconds, 0 or more, but is '2 s'",
+        ),
+        (clip("good.wav") | {"start_index": 9}, "start_index: must be the index of a message, from 0 to 1, but is 9"),
         (clip("good.wav") | {"start_indx": 0}, "start_indx: is not a known key; did you mean 'start_index'?"),
-        (clip("good.wav") | {"speaker": 7}, "speaker: must be a string, is a number"),
-        (speech_sample(" ", "anna_00.flac"), "messages[1].content: is an empty text"),
-        (speech_sample("<|AUDIO|>", "anna_00.flac"), "messages[1].content: holds <|AUDIO|>, which the prompt layout"),
-        ({"messages": []}, "messages: must be a list of one or more messages, is empty"),
+        (clip("good.wav") | {"speaker": 7}, "speaker: must be a string, but is a number"),
+        (speech_sample(" ", "anna_00.flac"), "messages[1].content: is empty or blank"),
+        (speech_sample("<|AUDIO|>", "anna_00.flac"), "messages[1].content: contains <|AUDIO|>, which the prompt"),
+        ({"messages": []}, "messages: must be a list of one or more messages, but is empty"),
         ({"messages": [{"role": "bot", "content": "Hi"}]}, "messages[0].role: 'bot' is not a role; allowed: system, "),
         ({"messages": [{"role": "assistant", "content": "Hi"}]}, "messages: no target audio: "),
     ]
@@ -207,9 +213,25 @@ def test_every_fault_in_one_run_and_nothing_written(
     main(dataclasses.replace(options, skip_bad=bad_list), ModelOptions(base_ckpt=str(base)), PrepareOptions())
     assert bad_list.read_text().splitlines() == [" ".join(p.splitlines()) for p in caught.value.problems]
     printed = capsys.readouterr().out
-    assert f"left out: {len(faults)} bad samples of {path}; all are in {bad_list}" in printed
+    assert f"skipped {len(faults)} bad samples of {path}; they are listed in {bad_list}" in printed
     assert "samples: 2" in printed
     assert len(files_below(cache / "codes")) == 1
+
+
+def test_fault_of_a_paired_file_names_it_once(tmp_path: Path, base: Path) -> None:
+    """In a folder of recordings, the audio file itself is the source of the fault."""
+    folder = tmp_path / "voices"
+    folder.mkdir()
+    shutil.copy(VOICES / "anna_00.flac", folder / "good.flac")
+    (folder / "good.txt").write_text("Good.")
+    (folder / "bad.wav").write_text("not audio")
+    (folder / "bad.txt").write_text("Bad.")
+    options = DataOptions(train_manifest=folder, cache_dir=tmp_path / "cache", format="paired")
+    with pytest.raises(InputError) as caught:
+        main(options, ModelOptions(base_ckpt=str(base)), PrepareOptions())
+    (problem,) = caught.value.problems
+    assert problem == f"{folder}/bad.wav: cannot be read as audio: Format not recognised."
+    assert problem.count("bad.wav") == 1
 
 
 def test_check_only_writes_nothing(manifest: Path, base: Path, tmp_path: Path) -> None:
@@ -230,14 +252,14 @@ def test_shards_fill_one_cache(bundle: Bundle, manifest: Path, tmp_path: Path, m
     cache = tmp_path / "cache"
     for i in range(3):
         prepared(bundle, manifest, cache, Share(i, 3))
-    whole = prepared(bundle, manifest, tmp_path / "other cache")
+    undivided = prepared(bundle, manifest, tmp_path / "other cache")
     monkeypatch.setattr(encode, "Codec", None)
     monkeypatch.setattr(survey, "examine", None)
-    assert prepared(bundle, manifest, cache).digests().tobytes() == whole.digests().tobytes()
+    assert prepared(bundle, manifest, cache).digests().tobytes() == undivided.digests().tobytes()
 
 
 def test_order_does_not_depend_on_the_parts(bundle: Bundle, manifest: Path, tmp_path: Path) -> None:
-    """An index of three ranks' parts has the rows of one rank's."""
+    """An index of three ranks has the same rows as an index of one rank."""
     write_manifest(manifest, [speech_sample(f"{i}", "anna_00.flac") | {"speaker": f"s{i % 3}"} for i in range(10)])
     checker = survey.Checker(DataOptions(), bundle.coder(tmp_path / "cache"))
     indexes = []
@@ -245,7 +267,7 @@ def test_order_does_not_depend_on_the_parts(bundle: Bundle, manifest: Path, tmp_
         folder = tmp_path / f"{count} parts"
         folder.mkdir()
         for i in range(count):
-            with preparation._part(folder, i) as (keep, report_invalid):
+            with preparation._open_part(folder, i) as (keep, report_invalid):
                 survey.survey(manifest, checker, Share(i, count), 2, keep, report_invalid)
         indexes.append(Index(folder))
     one, three = indexes
@@ -274,7 +296,7 @@ def test_batches_hold_clips_of_one_length() -> None:
 
 
 def test_batched_encoding_gives_the_same_codes(bundle: Bundle, tmp_path: Path) -> None:
-    """What a GPU does, here on the CPU: clips of one length together, threads that read ahead."""
+    """The GPU's code path, run on the CPU: clips of equal length together, threads that read ahead."""
     clips = [AudioClip(VOICES / f"{name}.flac", 0.1, 0.9) for name in ("anna_00", "ben_00", "carla_00", "ben_01")]
     cache, codec = bundle.coder(tmp_path).cache, Codec(bundle.codec.folder, torch.device("cpu"))
     todo = [encode.ClipToEncode(clip, cache.key(clip), round(0.9 * RATE), 0.0) for clip in clips]
@@ -286,14 +308,13 @@ def test_batched_encoding_gives_the_same_codes(bundle: Bundle, tmp_path: Path) -
         assert stored.codes.long().equal(codec.encode(read_audio(clip.clip, RATE)[None])[0])
 
 
-def test_gone_codes_are_named_and_made_again(bundle: Bundle, manifest: Path, tmp_path: Path) -> None:
+def test_missing_codes_are_reported_and_computed_again(bundle: Bundle, manifest: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     index = prepared(bundle, manifest, cache)
     dataset = Dataset(index, np.arange(4), bundle.coder(cache))
     (path,) = [p for p in files_below(cache / "codes") if p.stem == index.sample(1)[1][0].key]
-    whole = path.read_bytes()
-    path.write_bytes(b"\xff" * len(whole))
-    with pytest.raises(InputError, match=r"m\.jsonl:2: the codes of its audio have gone"):
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(InputError, match=r"m\.jsonl:2: the codes of its audio in .* are missing or damaged"):
         dataset.encoded(1)
     prepared(bundle, manifest, cache)
     assert dataset.encoded(1).codes[0].tolist() == codes_below(cache)[path.name]
@@ -332,7 +353,7 @@ def test_problems_of_a_bad_base_and_bad_samples_together(tmp_path: Path) -> None
     )
     with pytest.raises(InputError) as caught:
         _check_and_encode(options, set())
-    assert any("is no model folder" in problem for problem in caught.value.problems)
+    assert any("is not a model folder" in problem for problem in caught.value.problems)
     assert any("none.flac: no such file" in problem for problem in caught.value.problems)
 
 
@@ -341,7 +362,7 @@ GOOD_AUDIO = (VOICES / "anna_00.flac").read_bytes()
 
 @st.composite
 def audio_parts(draw: st.DrawFn) -> dict[str, Any]:
-    """An audio part with a name, a stretch or bytes that somebody might get wrong."""
+    """An audio part whose name, offset, duration or bytes may be wrong."""
     part: dict[str, Any] = {"type": "audio"}
     if draw(st.booleans()):
         data = bytearray(GOOD_AUDIO)
@@ -359,13 +380,15 @@ def audio_parts(draw: st.DrawFn) -> dict[str, Any]:
     max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(parts=st.lists(audio_parts(), min_size=1, max_size=4))
-def test_any_audio_is_used_or_named(bundle: Bundle, tmp_path: Path, parts: list[dict[str, Any]]) -> None:
+def test_any_audio_is_used_or_reported(bundle: Bundle, tmp_path: Path, parts: list[dict[str, Any]]) -> None:
     (tmp_path / "a.raw").write_bytes(b"\0" * 100)
     entries = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": p}]} for p in parts]
     path = write_manifest(tmp_path / "m.jsonl", entries)
     good: list[int] = []
     bad: list[int] = []
     checker = survey.Checker(DataOptions(), bundle.coder(tmp_path))
-    survey.survey(path, checker, Share(), 2, lambda one: good.append(one.number), lambda number, _: bad.append(number))
+    survey.survey(
+        path, checker, Share(), 2, lambda sample: good.append(sample.number), lambda number, _: bad.append(number)
+    )
     assert sorted({*good, *bad}) == list(range(len(parts)))
     assert not {*good} & {*bad}

@@ -1,4 +1,4 @@
-"""Preparing under hard conditions: killed at random moments, twice at once, on two ranks, over worker processes."""
+"""Preparing data under hard conditions: killed at random moments, two at once, two ranks, worker processes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(cache: Path, base: Path) -> list[tuple[list[int], list[list[list[int]]]]]:
-    """What training reads: token ids and codes of every sample, through the index and the cache."""
-    # A run that was killed behind its end has left its index; the number in the name is the time.
+    """Return what training reads: token ids and codes of every sample, from the index and the cache."""
+    # A run killed after its last step has left its index too. The number in the name is the time, so use the newest.
     index = Index(max(path.parent for path in (cache / "index").glob("*/index.json")))
     dataset = Dataset(index, np.arange(len(index)), open_bundle(str(base), None, None, cache).coder(cache))
     samples = [dataset.encoded(i) for i in range(len(dataset))]
@@ -53,7 +53,7 @@ def test_killed_at_random_moments_and_two_at_once(manifest: Path, base: Path, tm
     undisturbed = contents(tmp_path / "undisturbed", base)
     assert len(undisturbed) == 24
     assert contents(tmp_path / "killed", base) == undisturbed
-    # Two at once may have made an index each, of the same content.
+    # Two runs at once may each have written an index, with the same content.
     codes = [
         {path.name: load_file(path)["codes"].tolist() for path in (tmp_path / name).glob("codes/*/*.safetensors")}
         for name in ("undisturbed", "killed", "two")
@@ -64,19 +64,19 @@ def test_killed_at_random_moments_and_two_at_once(manifest: Path, base: Path, tm
 
 
 def test_two_ranks_and_then_training(manifest: Path, base: Path, tmp_path: Path) -> None:
-    """Two ranks prepare; a run on one rank, and one on two, take what they have made."""
+    """Two ranks prepare the data; runs on one rank and on two ranks reuse it without changes."""
     cache = tmp_path / "cache"
     options = f"--train_manifest {manifest} --base_ckpt {base} --cache_dir {cache}".split()
     ranks = start_ranks(2, [sys.executable, str(PROJECT / "launch" / "prepare.py"), *options])
     outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     assert "samples: 24" in outputs[0]
-    made = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    prepared = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
     more = "--precision fp32 --lora_dropout 0 --max_tokens_per_batch 600 --bucket_size 8 --max_steps 3 --log_steps 1"
     for world_size, accumulation in ((1, 4), (2, 2)):
         run = f"--output_dir {tmp_path}/{world_size} --grad_accum {accumulation} {more}".split()
         train_runs(world_size, [options + run])
-    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == made
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == prepared
     one, two = (read_metrics(tmp_path / str(world_size)) for world_size in (1, 2))
     assert len(one) == len(two) == 4
     for line, other in zip(one, two, strict=True):
@@ -86,7 +86,7 @@ def test_two_ranks_and_then_training(manifest: Path, base: Path, tmp_path: Path)
 
 
 def test_bad_data_ends_with_2(base: Path, tmp_path: Path) -> None:
-    """Two ranks, one message for each fault, and nothing left behind."""
+    """Two ranks report each fault once, and leave no files."""
     entries = [
         speech_sample(text, clip) for text, clip in (("Good.", "anna_00.flac"), ("Words.", "x.wav"), ("", "y.wav"))
     ]

@@ -1,4 +1,4 @@
-"""Every sample once an epoch, on one rank, in windows that do not depend on how they are spread."""
+"""Every sample once per epoch, on one rank, in windows that do not depend on how ranks and accumulation divide them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODES: list[dict[str, Any]] = [{}, {"bucket_size": 16}, {"bucket_size": 16, "max
 
 
 def speech_lengths(count: int) -> list[int]:
-    """Tokens of utterances with log-normal durations, 5 s in the middle: 25 rows of codes a second, and the prompt."""
+    """Tokens of utterances with log-normal durations, median 5 s: 25 rows of codes per second, and the prompt."""
     draw = random.Random(1)
     return [60 + round(25 * min(draw.lognormvariate(1.6, 0.6), 25)) for _ in range(count)]
 
@@ -45,19 +45,20 @@ def test_each_sample_once_an_epoch(num_samples: int, layout: tuple[int, int, int
     steps = sampler(num_samples, layout, **mode).num_steps(2)
     windows = by_rank(num_samples, layout, steps, **mode)
     seen: dict[bool, list[int]] = {True: [], False: []}
-    for of_step in windows:
-        assert len({window.epoch for window in of_step}) == 1
-        assert len({len(window.micro_batches) for window in of_step}) == 1  # as many forward passes on every rank
-        assert len(of_step[0].micro_batches) <= accum
+    for step_windows in windows:
+        assert len({window.epoch for window in step_windows}) == 1
+        # The same number of forward passes on every rank.
+        assert len({len(window.micro_batches) for window in step_windows}) == 1
+        assert len(step_windows[0].micro_batches) <= accum
         if "max_tokens" not in mode:
-            assert all(len(micro_batch) <= batch for window in of_step for micro_batch in window.micro_batches)
-        seen[of_step[0].epoch <= 1] += indices_of(of_step)
+            assert all(len(micro_batch) <= batch for window in step_windows for micro_batch in window.micro_batches)
+        seen[step_windows[0].epoch <= 1] += indices_of(step_windows)
     assert windows[-1][0].epoch == 2
     assert sorted(seen[True]) == sorted(seen[False]) == list(range(num_samples))
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_same_windows_however_spread(mode: dict[str, Any]) -> None:
+def test_same_windows_for_any_layout(mode: dict[str, Any]) -> None:
     def sets(*layout: int) -> list[set[int]]:
         return [set(indices_of(windows)) for windows in by_rank(50, layout, 12, **mode)]
 

@@ -1,4 +1,4 @@
-"""The sample voices: what is committed is sound, and is what the script in the project makes."""
+"""The sample voices: the committed files are valid, and the script in the project generates the same ones."""
 
 from __future__ import annotations
 
@@ -40,4 +40,4 @@ def test_made_by_the_script(tmp_path: Path) -> None:
     for path in VOICES.iterdir():
         again, kept = soundfile.info(tmp_path / "voices" / path.name), soundfile.info(path)
         assert (again.samplerate, again.channels) == (kept.samplerate, kept.channels)
-        assert again.duration == pytest.approx(kept.duration, rel=0.1)  # espeak-ng's versions differ a little
+        assert again.duration == pytest.approx(kept.duration, rel=0.1)  # versions of espeak-ng differ a little

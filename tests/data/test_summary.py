@@ -1,4 +1,4 @@
-"""What is told of a manifest."""
+"""The summary of a manifest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from higgs_ds.data.sample import AudioClip, Message, Sample
 from higgs_ds.data.summary import describe, histogram
 
 
-def test_what_is_in_a_manifest(tmp_path: Path) -> None:
+def test_summary_lines(tmp_path: Path) -> None:
     writer = PartWriter(tmp_path, 0)
     for i in range(6):
         messages = (Message("user", (f"{i % 5}",)), Message("assistant", (AudioClip(Path("a.wav")),)))
@@ -21,14 +21,14 @@ def test_what_is_in_a_manifest(tmp_path: Path) -> None:
     lines = describe(Index(tmp_path), 25.0, 103, ["m:2"], 1).splitlines()
     assert lines == [
         "samples: 6",
-        "clips: 6, 0.01 hours, 1.00 to 6.00 s, 3.50 s in the middle",
-        "speakers: 2, s0 (3), s1 (2); 1 samples without",
+        "clips: 6, 0.01 hours, 1.00 to 6.00 s, median 3.50 s",
+        "speakers: 2, s0 (3), s1 (2); 1 samples without a speaker",
         "languages: 1, en (6)",
-        "tokens: 615, 100 to 105 a sample",
-        "longer than --max_seq_len 103: 2: m:5, m:6",
-        "the same as an earlier sample: 1: m:6",
-        "with clipped audio: 1: m:2",
-        "lengths of the clips:",
+        "tokens: 615, 100 to 105 per sample",
+        "samples longer than --max_seq_len 103: 2: m:5, m:6",
+        "duplicates of an earlier sample: 1: m:6",
+        "samples with clipped audio: 1: m:2",
+        "clip lengths:",
         "    1 to   2 s          1 ##############",
         "    2 to   4 s          2 ###########################",
         "    4 to   8 s          3 ########################################",
@@ -40,6 +40,6 @@ def test_histogram_ends() -> None:
     assert histogram(np.array([1000.0]))[1:] == ["  300 s or more         1 " + "#" * 40]
 
 
-def test_nothing_in_it(tmp_path: Path) -> None:
+def test_empty_manifest(tmp_path: Path) -> None:
     PartWriter(tmp_path, 0).close()
     assert describe(Index(tmp_path), 25.0, None, [], 0) == "samples: 0"

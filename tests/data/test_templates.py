@@ -1,4 +1,4 @@
-"""A recording becomes the conversation that the base was pretrained on."""
+"""A recording is converted to the conversation format that the base was pretrained on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPEAKERS = (
 
 
 def golden_turns(recording: Recording, placement: str) -> tuple[str, list[str]]:
-    """The text of a recording's conversation, and of its supervised turns."""
+    """Return the text of a recording's conversation, and the text of its supervised spans."""
     messages, start_index = conversation(recording, placement)
     segments = list(render(messages, start_index))
     spans = "".join(segment.text if segment.is_target else "\0" for segment in segments)
@@ -101,8 +101,8 @@ def test_no_scene_and_no_voice() -> None:
     )
 
 
-def test_reference_without_words() -> None:
-    with pytest.raises(ValueError, match="SPEAKER0 has no words"):
+def test_reference_without_a_transcript() -> None:
+    with pytest.raises(ValueError, match="clip of SPEAKER0 has no transcript, which --reference context needs"):
         conversation(Recording(T, "Hi.", references=(Reference(R0),)), "context")
 
 

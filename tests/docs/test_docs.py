@@ -1,4 +1,4 @@
-"""What the documents name exists: tests, files, options."""
+"""The tests, files and options that the documents name exist."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from higgs_ds.options.commands import (
 from higgs_ds.options.train import TrainOptions
 
 DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
-OF_NOW = [path for path in DOCUMENTS if path.name not in ("benchmarks.md", "log.md")]  # which tell of other programs
-# Of other programs, or that the commands which look at folders have by themselves.
+# benchmarks.md and log.md also name options of other programs.
+CURRENT = [path for path in DOCUMENTS if path.name not in ("benchmarks.md", "log.md")]
+# Options of other programs, or of the commands that inspect folders, which define their own.
 OTHERS = {
     "--hostfile", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--config", "--help", "--json",
     "--local", "--repo", "--omni", "--port",
@@ -41,13 +42,13 @@ def known_options() -> set[str]:
         add_options(parser, type(group))
     names = {f"--{name}" for name in parser.names()}
     for group_class in (MergeOptions, ExportOptions, ConvertOptions, EvaluateOptions, GenerateOptions):
-        one = Parser()
-        add_options(one, group_class)
-        names |= {f"--{name}" for name in one.names()}
+        group_parser = Parser()
+        add_options(group_parser, group_class)
+        names |= {f"--{name}" for name in group_parser.names()}
     return names | OTHERS
 
 
-@pytest.mark.parametrize("document", OF_NOW, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", CURRENT, ids=lambda path: path.name)
 def test_every_option_that_is_named_exists(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     unknown = set(re.findall(r"(?<![\w-])--[a-z]\w+", text)) - known_options()

@@ -1,8 +1,8 @@
-"""Every command in the README and the documents is run, as it is printed, in a folder as a user has it.
+"""Every command in the README and the documents is run, as printed, in a folder like a user's.
 
-Those of `launch/` that no launcher starts run in forks of a process that has imported everything, but for a new user's.
-A hub id stands for the random base in the original layout, as it would lie in the hub's cache. Runs are cut to one
-step, eight GPUs to two ranks.
+Commands of `launch/` without a launcher run in forks of a process that has imported everything, except those of a new
+user. A hub id stands for the random base in the original layout, placed in the hub's cache. Runs are cut to one step,
+and eight GPUs to two ranks.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ from launcher import default_port, free_port, run_script
 
 from higgs_ds.common.hub import PINNED
 
-# Those beside them are records of what was run once, or generated.
+# The others are generated, or record earlier runs.
 DOCUMENTS = [
     PROJECT / "README.md", PROJECT / "ds_configs" / "README.md",
     *sorted(path for path in (PROJECT / "docs").glob("*.md") if path.name not in ("benchmarks.md", "log.md")),
 ]  # fmt: skip
 PROGRAMS = ("make", "source", "python", "deepspeed", "torchrun", "sbatch", "hf", "pip")
 BASE, CODEC = "bosonai/higgs-audio-v2-generation-3B-base", "bosonai/higgs-audio-v2-tokenizer"
-# Commands that run whole elsewhere, with where that is, and a word that is to be found there.
+# Commands that run uncut elsewhere: the file that runs them, and a string which that file must contain.
 ELSEWHERE = {
+    "make install": ("Makefile", "install: "),
+    "pip install .": ("tests/test_package.py", '"pip", "install"'),
     "make demo": (".ci/run", "make demo"),
     "make test": (".ci/run", "make test"),
     "make chaos": ("tests/checkpoints/test_chaos.py", "chaos"),
@@ -51,7 +53,7 @@ SMALLER = {
 
 
 def commands_in(text: str) -> list[str]:
-    """Commands in blocks and in backticks; lines that go on behind a backslash are joined."""
+    """Return the commands in blocks and in backticks; lines continued with a backslash are joined."""
     joined = re.sub(r" *\\\n *", " ", text)
     program = rf"(?:{'|'.join(PROGRAMS)}) "
     blocks = re.findall(rf"^    ({program}.*?)(?:  +#.*)?$", joined, re.MULTILINE)
@@ -71,17 +73,19 @@ def runs_elsewhere(command: str) -> tuple[str, str] | None:
 
 HERE = [command for command in ALL if not runs_elsewhere(command)]
 NEW_USERS = commands_in(
-    (PROJECT / "README.md").read_text(encoding="utf-8").split("## From a folder of clips")[1].split("\n## ")[0]
-)[:3]
-# What others begin with: the README's run on the real base's name, its adapter merged, and a run of full fine-tuning.
+    (PROJECT / "README.md").read_text(encoding="utf-8").split("## Your own clips")[1].split("\n## ")[0]
+)
+# The three commands of the path from clips to speech; others in that section set up, or are for a small card.
+NEW_USERS = [command for command in NEW_USERS if re.search(r"--check_only|my_voice( |/)", command)]
+# What others depend on: the README's run with the real base's name, the merge of its adapter, and full fine-tuning.
 FIRST = "deepspeed .*--output_dir my_voice --base|python launch/merge.* merged$|deepspeed .*--finetune full"
 IN_ORDER = [c for c in HERE if re.match(FIRST, c)]
-NODES, HUB = "torchrun --nnodes 2 ", "hf "  # which take more than one process
+NODES, HUB = "torchrun --nnodes 2 ", "hf "  # both need more than one process
 
 
 @dataclass(frozen=True)
 class Workshop:
-    """A folder with the project's own ones, a user's clips, and a run's results."""
+    """A folder with the project's folders, a user's clips, and the results of runs."""
 
     folder: Path
     environment: dict[str, str]
@@ -91,28 +95,28 @@ class Workshop:
             ["bash", "-c", command], cwd=self.folder, env=self.environment | environment,
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-        return self._ended(command, done)
+        return self._checked(command, done)
 
     def run_fast(self, command: str) -> subprocess.CompletedProcess[str]:
-        """The same; this project's commands without the seconds in which a new Python imports everything."""
+        """Like `run`, but without the seconds in which a new Python imports everything for this project's commands."""
         script = re.fullmatch(r"python launch/(\w+)\.py (.*)", command)
         if script is None:
             return self.run(command)
         options = shlex.split(script[2])
-        return self._ended(command, run_script(script[1], options, self.folder, environment=self.environment))
+        return self._checked(command, run_script(script[1], options, self.folder, environment=self.environment))
 
     @staticmethod
-    def _ended(command: str, done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    def _checked(command: str, done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done
 
 
 def in_hub_cache(home: Path, name: str, files: Path) -> None:
-    """As if a repository had been downloaded, at the commit that its name stands for."""
+    """Put files into the hub's cache as if the repository had been downloaded at its pinned commit."""
     repository = home / "hub" / f"models--{name.replace('/', '--')}"
     shutil.copytree(files, repository / "snapshots" / PINNED[name])
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(PINNED[name])  # the newest, which transformers asks for
+    (repository / "refs" / "main").write_text(PINNED[name])  # the newest commit, which transformers requests
 
 
 @pytest.fixture(scope="session")
@@ -149,14 +153,14 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Workshop:
 
 @pytest.fixture(scope="session")
 def trained(workshop: Workshop) -> Workshop:
-    """The same, behind the README's run on the real base's name, with its adapter merged."""
+    """The workshop after the commands that others depend on."""
     for command in IN_ORDER:
         workshop.run_fast(cut(command))
     return workshop
 
 
 def cut(command: str) -> str:
-    """A command at the size of a test."""
+    """Return a command cut to the size of a test."""
     command = re.sub(r"--nproc_per_node 8", "--nproc_per_node 2", command)
     command = re.sub(r"checkpoint-\d+", "checkpoint-1", command).replace("pip install", "pip install --dry-run")
     if "launch/train.py" in command and "--dry_run" not in command and "--help" not in command:
@@ -179,7 +183,7 @@ def test_runs_elsewhere(command: str) -> None:
 
 
 def elsewhere(command: str) -> str:
-    """With results in a folder of its own, as others read what is in the folder that the documents name."""
+    """Return a command with its own output folder, because others read the folder that the documents name."""
     fresh = f"out_{free_port()}"
     return re.sub(r"(--output_dir|--output_path) \S+", rf"\1 {fresh}", command)
 
@@ -193,7 +197,7 @@ def test_runs(trained: Workshop, command: str) -> None:
 
 
 def test_two_machines(trained: Workshop) -> None:
-    """The command for two machines, given twice on this one."""
+    """The command for two machines, run twice on this one."""
     (command,) = [c for c in HERE if c.startswith(NODES)]
     command = elsewhere(cut(command)).replace("node1:29500", f"127.0.0.1:{free_port()}")
     command = command.replace("--nproc_per_node 2", "--nproc_per_node 1")
@@ -204,14 +208,14 @@ def test_two_machines(trained: Workshop) -> None:
         )
         for _ in range(2)
     ]  # fmt: skip
-    said = [node.communicate(timeout=300)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], said
-    assert sum("x 1 accumulated x 2 ranks" in " ".join(text.split()) for text in said) == 1
+    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert sum("x 1 accumulated x 2 ranks" in " ".join(text.split()) for text in outputs) == 1
 
 
 def test_blocks_for_transformers(trained: Workshop, tmp_path: Path) -> None:
-    """What docs/serving.md has for transformers and PEFT: with a merged model of the real base's name, and with all of
-    a run on a native base.
+    """The code blocks of docs/serving.md for transformers and PEFT: the first with a merged model of the real base's
+    name, both with a run on a native base.
     """
     blocks = re.findall(r"^```py run\n(.*?)^```$", (PROJECT / "docs" / "serving.md").read_text(), re.M | re.S)
     assert len(blocks) == 2
@@ -219,9 +223,8 @@ def test_blocks_for_transformers(trained: Workshop, tmp_path: Path) -> None:
     for name in ("clips", "my_clips"):
         (tmp_path / name).symlink_to(trained.folder / name)
     on_native = Workshop(tmp_path, trained.environment)
-    on_native.run(
-        cut(NEW_USERS[1].replace("my_first_voice", "my_voice").replace("ds_configs", f"{PROJECT}/ds_configs"))
-    )
+    native = re.sub(r"--base_ckpt \S+ ", "", NEW_USERS[1]).replace("ds_configs", f"{PROJECT}/ds_configs")
+    on_native.run(cut(native))
     for shop, number, written in ((trained, 1, "hello.wav"), (on_native, 2, "cloned.wav")):
         (shop.folder / "blocks.py").write_text("\n".join(blocks[:number]))
         (shop.folder / written).unlink(missing_ok=True)
@@ -230,7 +233,7 @@ def test_blocks_for_transformers(trained: Workshop, tmp_path: Path) -> None:
 
 
 def test_hub_commands(workshop: Workshop, tmp_path: Path) -> None:
-    """Against a hub on this machine: `hf auth login` with a token, and the download of a dataset."""
+    """`hf auth login` with a token, and the download of a dataset, against a hub on this machine."""
     hub_commands = [c for c in HERE if c.startswith(HUB)]
     assert {c.split(" --")[0] for c in hub_commands} == {"hf auth login", "hf download"}
     with local_hub() as hub:
@@ -241,16 +244,20 @@ def test_hub_commands(workshop: Workshop, tmp_path: Path) -> None:
     assert (workshop.folder / "FOLDER" / "data.csv").read_text() == "audio,text\n"
 
 
-def test_from_a_folder_of_clips_to_a_page_that_speaks(workshop: Workshop, page: Any) -> None:
-    """The README's path, on the built-in base, command by command and unchanged."""
+def test_from_a_folder_of_clips_to_a_page_that_speaks(workshop: Workshop, tmp_path: Path, page: Any) -> None:
+    """The README's commands for a new user, one by one and unchanged; the base is the random one, by the real name."""
     assert [re.findall(r"launch/(\w+)", command)[0] for command in NEW_USERS] == ["prepare", "train", "generate"]
+    for path in workshop.folder.iterdir():
+        if path.name in ("launch", "ds_configs", "my_clips"):
+            (tmp_path / path.name).symlink_to(path)
+    new_user = Workshop(tmp_path, workshop.environment)
     with default_port():
-        checked, trained, spoken = (workshop.run(command).stdout for command in NEW_USERS)
+        checked, trained, spoken = (new_user.run(command).stdout for command in NEW_USERS)
     assert "samples: 6" in checked
-    assert "report: my_first_voice/report.html" in trained
+    assert "report: my_voice/report.html" in trained
     assert spoken.startswith("WAV: hello.wav (")
-    assert soundfile.info(workshop.folder / "hello.wav").samplerate == 24000
-    page.goto((workshop.folder / "my_first_voice" / "report.html").as_uri())
+    assert soundfile.info(tmp_path / "hello.wav").samplerate == 24000
+    page.goto((tmp_path / "my_voice" / "report.html").as_uri())
     assert page.locator("figure svg").count() > 0
     players = page.locator("#samples audio")
     assert players.count() >= 2

@@ -1,4 +1,4 @@
-"""The same training on a GPU and on the CPU. Skipped where there is no GPU."""
+"""Compare the same training run on a GPU and on the CPU. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from conftest import PROJECT, read_metrics
 from launcher import train_runs
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.parametrize("more", ["", "--load_in_4bit", "--load_in_4bit --offload_embeddings"])

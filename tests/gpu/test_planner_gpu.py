@@ -1,4 +1,4 @@
-"""The planned total against the most memory that was allocated on a GPU. Skipped where there is no GPU."""
+"""Compare the planned total with the peak of allocated memory on a GPU. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from higgs_ds.planning.plan import plan
 from higgs_ds.planning.weights import Setting
 from higgs_ds.training.engine import Engine
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TOLERANCE = 0.05
 
 
 def base_config() -> HiggsAudioV2Config:
-    """Large enough that activations and weights, a GiB or so each, outweigh what libraries allocate."""
+    """Large enough that activations and weights, about 1 GiB each, outweigh what libraries allocate."""
     return HiggsAudioV2Config(
         hidden_size=1536, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=12, num_key_value_heads=4,
         head_dim=128, vocab_size=32000, codebook_size=1026, num_codebooks=8, pad_token_id=0, audio_token_id=270,
@@ -65,9 +65,9 @@ def test_total_against_allocated_memory(tmp_path: Path, stage: int, recompute: s
         LossWeights.of(1, 1, 8, None),
     )
     batch = speech(setting)
-    engine.train_step([batch, batch])  # after it Adam's state is there
+    engine.train_step([batch, batch])  # allocates Adam's state
     torch.cuda.reset_peak_memory_stats()
     engine.train_step([batch, batch])
-    made = plan(setting)
-    print(made, torch.cuda.max_memory_allocated() - earlier)
-    assert made.total == pytest.approx(torch.cuda.max_memory_allocated() - earlier, rel=TOLERANCE)
+    planned = plan(setting)
+    print(planned, torch.cuda.max_memory_allocated() - earlier)
+    assert planned.total == pytest.approx(torch.cuda.max_memory_allocated() - earlier, rel=TOLERANCE)

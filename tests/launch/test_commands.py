@@ -29,7 +29,7 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def train(folder: Path, options: str, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
-    """On the random base, where the options name no other."""
+    """Train on the random base, unless the options name another."""
     if ranks is None:
         return run_script("train", [*RANDOM, *options.split()], folder)
     launcher = [DEEPSPEED, "--num_gpus", str(ranks), "--master_port", str(free_port())]
@@ -37,19 +37,19 @@ def train(folder: Path, options: str, ranks: int | None = None) -> subprocess.Co
 
 
 def samples(stdout: str) -> tuple[int, int]:
-    """How many there are to train and to validate on, by the table at the start of a run."""
-    ((train, val),) = re.findall(r"(\d+) samples to train on, (\d+) to validate on", " ".join(stdout.split()))
+    """Return the numbers of training and validation samples in the table at the start of a run."""
+    ((train, val),) = re.findall(r"(\d+) training samples, (\d+) validation samples", " ".join(stdout.split()))
     return int(train), int(val)
 
 
 def steps(stdout: str) -> int:
-    """Of two epochs, by 16 samples each."""
+    """Return the steps of two epochs, with 16 samples per step."""
     return 2 * math.ceil(samples(stdout)[0] / 16)
 
 
 @pytest.fixture(scope="module")
 def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The main job without any option but its DeepSpeed file, run from the project's folder as the README has it."""
+    """The main job with its DeepSpeed file as the only option, run from the project's folder as in the README."""
     folder = tmp_path_factory.mktemp("main")
     for name in ("launch", "ds_configs", "samples"):
         shutil.copytree(PROJECT / name, folder / name)
@@ -75,7 +75,7 @@ def test_main_job(main_job: tuple[Path, subprocess.CompletedProcess[str]]) -> No
     adapters = output.relative_to(folder) / "lora_adapters"
     assert f"LoRA adapters: {adapters}" in done.stdout
     assert f"--lora_adapter_path {adapters} --output_path MERGED" in done.stdout
-    assert f"Give the merger {adapters}, not a checkpoint-N directory" in done.stdout
+    assert f"Give the merge command {adapters}, not a checkpoint-N directory" in done.stdout
     state = json.loads((output / "trainer_state.json").read_text())
     assert (state["step"], state["total_steps"], state["epoch"]) == (last_step, last_step, 2.0)
     assert state["finished"] is True
@@ -84,7 +84,7 @@ def test_main_job(main_job: tuple[Path, subprocess.CompletedProcess[str]]) -> No
 
 
 def test_first_run_prints_what_matters(main_job: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    """Beside our own lines there are the launcher's, of its two processes, and none of any library."""
+    """Besides this project's lines, only the launcher's two processes print lines; libraries print none."""
     _, done = main_job
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     launchers = [line for line in lines if re.search(r"\[(runner|launch|real_accelerator)\.py:", line)]
@@ -94,12 +94,12 @@ def test_first_run_prints_what_matters(main_job: tuple[Path, subprocess.Complete
     assert ("note:" in ours) == slow_cpu
     ours = [word for word in ours if word != "note:"]
     before = ["base", "model", "trained", "data", "steps", "memory", "time", "output"]
-    behind = ["report:", "LoRA", "Merge", "Give"]
-    assert [word for word in ours if word] == [*before, "step", "step", *behind]
+    after = ["report:", "LoRA", "Merge", "Give"]
+    assert [word for word in ours if word] == [*before, "step", "step", *after]
 
 
 def test_table_at_the_start(main_job: tuple[Path, subprocess.CompletedProcess[str]], cache_dir: Path) -> None:
-    """Of the built-in base that speaks, and of the built-in digits."""
+    """The table of a run on the built-in speaking base and the built-in digits."""
     folder, done = main_job
     base = builtin_base(DEFAULT_BASE, cache_dir)
     config, lora = builtin_config(DEFAULT_BASE), LoraOptions()
@@ -109,26 +109,26 @@ def test_table_at_the_start(main_job: tuple[Path, subprocess.CompletedProcess[st
     parameters = trained + sum(math.prod(shape) for shape in shapes.values())
     rows: dict[str, str] = {}
     for line in done.stdout.split("\nstep ")[0].splitlines():
-        name, said = line[:10].strip() or list(rows)[-1], line[10:]
-        rows[name] = f"{rows[name]} {said}" if name in rows else said
+        name, text = line[:10].strip() or list(rows)[-1], line[10:]
+        rows[name] = f"{rows[name]} {text}" if name in rows else text
     assert rows["base"].startswith(f"{base} ({BUILT_IN[DEFAULT_BASE]}), in the native layout")
-    assert rows["base"].endswith(" held in bf16")
+    assert rows["base"].endswith(" loaded in bf16")
     assert f"{config.num_hidden_layers} layers of width {config.hidden_size}" in rows["model"]
     assert rows["model"].endswith("float32 in its files")
     share = f"{trained:,} of {parameters:,} parameters ({trained / parameters:.2%})"
     assert f"LoRA on {10 * config.num_hidden_layers} modules, {share}: audio_mlp.down_proj, " in rows["trained"]
     (summary,) = folder.glob("outputs/*/data_summary.txt")
-    (longest,) = re.findall(r"to (\d+) a sample", summary.read_text())
+    (longest,) = re.findall(r"to (\d+) per sample", summary.read_text())
     train, val = samples(done.stdout)
     assert train + val == len(SAMPLE_MANIFEST.read_text(encoding="utf-8").splitlines())
     assert train > val > 0
     assert f"{longest} in the longest sample" in rows["data"]
     last = steps(done.stdout)
-    told = f"{last}, {last // 2} in the first epoch, of 16 samples (2 per rank x 8 accumulated x 1 rank);"
-    assert rows["steps"].startswith(told)
+    expected = f"{last} ({last // 2} in the first epoch) of 16 samples each (2 per rank x 8 accumulated x 1 rank);"
+    assert rows["steps"].startswith(expected)
     planned, weights, to_train, in_pass = (float(n) for n in re.findall(r"0\.\d+", rows["memory"]))
     assert planned == pytest.approx(weights + to_train + in_pass, abs=0.002)
-    # Weights and adapters in 16 bits; gradients, masters and Adam's two moments in 32.
+    # Weights and adapters in 16 bits; gradients, master weights and Adam's two moments in 32.
     assert weights + to_train == pytest.approx((2 * parameters + 16 * trained) / 2**30, abs=0.001)
     assert rows["memory"].endswith("at ZeRO stage 2")
     assert rows["output"] == str(summary.parent.relative_to(folder))
@@ -154,7 +154,7 @@ def test_merge_and_speak(main_job: tuple[Path, subprocess.CompletedProcess[str]]
         assert done.stdout.startswith("WAV: speech.wav (")
         info = soundfile.info(tmp_path / "speech.wav")
         assert (info.samplerate, info.channels, info.subtype) == (24000, 1, "PCM_16")
-        at_most = 32 / 25  # 40 rows, less the BOS and the delay
+        at_most = 32 / 25  # 40 rows without the BOS and the delay
         whole = info.duration == pytest.approx(at_most)
         assert whole if "cut off at --max_new_tokens" in done.stdout else 0 < info.duration <= at_most
     voice = PROJECT / "samples" / "voices" / "anna_01.flac"
@@ -172,11 +172,11 @@ def test_merge_at_the_end_on_two_ranks(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "--activation_checkpointing auto: none" in done.stdout  # the tiny base fits any GPU
-    said = " ".join(done.stdout.split())
-    assert "held in NF4 in bf16" in said
-    assert "at ZeRO stage 1" in said
-    assert "LoRA on 20 modules, 204,800 of 6,514,432 parameters (3.14%): audio_mlp.down_proj, " in said
-    assert "MA " not in done.stdout + done.stderr  # what DeepSpeed's stage 1 prints of memory
+    output = " ".join(done.stdout.split())
+    assert "loaded in NF4 and bf16" in output
+    assert "at ZeRO stage 1" in output
+    assert "LoRA on 20 modules, 204,800 of 6,514,432 parameters (3.14%): audio_mlp.down_proj, " in output
+    assert "MA " not in done.stdout + done.stderr  # memory lines that DeepSpeed prints at stage 1
     assert "Merged into: the dequantized weights" in done.stdout
     assert "Self-check: merged and adapted logits differ by " in done.stdout
     assert "Merged model: out/merged_model" in done.stdout
@@ -186,7 +186,7 @@ def test_merge_at_the_end_on_two_ranks(tmp_path: Path) -> None:
         ).read_bytes()
         assert (tmp_path / "out" / name / "tokenizer.json").is_file()
     assert (tmp_path / "out" / "merged_model" / "audio_tokenizer" / "model.safetensors").is_file()
-    # On the base in 4 bits, as it was trained.
+    # On the base in 4 bits, as in training.
     speak = ["--text", "Hello.", "--max_new_tokens", "20", "--lora_adapter_path", "out/lora_adapters"]
     done = run_script("generate", speak, tmp_path)
     assert (done.returncode, done.stdout.split(" (")[0]) == (0, "WAV: speech.wav"), done.stderr
@@ -194,26 +194,24 @@ def test_merge_at_the_end_on_two_ranks(tmp_path: Path) -> None:
 
 def test_failed_merge_leaves_the_training_done(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "merged_model").touch()  # a file where the folder is to go
+    (tmp_path / "out" / "merged_model").touch()  # a file in the folder's place
     done = train(tmp_path, "--output_dir out --max_steps 1 --batch_size 1 --grad_accum 1 --merge_adapter_with_base")
     assert done.returncode == 5, done.stderr[-4000:]
-    assert (
-        "error: training has ended well and its adapter is in out/lora_adapters, but merging it failed" in done.stderr
-    )
+    assert "error: training has finished and its adapter is in out/lora_adapters, but merging it failed" in done.stderr
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["finished"] is True
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_bad_input_all_at_once_before_weights(tmp_path: Path, ranks: int, base: Path) -> None:
-    """One run names every fault, ends with 2, and leaves nothing; the base's weights cannot even be read."""
+    """One run reports every problem, exits with 2 and writes nothing; the base's weights are not even readable."""
     broken_base = tmp_path / "base"
     shutil.copytree(base, broken_base)
     manifest = write_manifest(
         tmp_path / "bad.jsonl",
         [
             speech_sample("Good.", "anna_00.flac"),
-            speech_sample("MissingClips.", "none.flac"),
+            speech_sample("Missing.", "none.flac"),
             speech_sample(" ", "anna_00.flac"),
             text_sample("No audio?", "None."),
             {"messages": [{"role": "narrator", "content": "Once."}]},
@@ -235,9 +233,9 @@ def test_bad_input_all_at_once_before_weights(tmp_path: Path, ranks: int, base: 
     voices = PROJECT / "samples" / "voices"
     for expected in [
         f"{ds_json}:4: zero_optimization.bucket: is not an option of this trainer",
-        f"{broken_base}/model.safetensors: is no safetensors file",
+        f"{broken_base}/model.safetensors: not a safetensors file",
         f"{manifest}:2: {voices}/none.flac: no such file",
-        f"{manifest}:3: messages[1].content: is an empty text",
+        f"{manifest}:3: messages[1].content: is empty or blank",
         f"{manifest}:4: messages: no target audio",
         f"{manifest}:5: messages[0].role: 'narrator' is not a role; allowed: system, user, assistant",
         f"{manifest}:6: {tmp_path}/noise.wav: cannot be read as audio",
@@ -265,9 +263,9 @@ def test_earlier_run_is_not_overwritten(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     done = train(tmp_path, options)
     assert done.returncode == 2
-    assert "holds checkpoint-1 of an earlier run; go on with --resume auto" in done.stderr
+    assert "contains checkpoint-1 of an earlier run; resume it with --resume auto" in done.stderr
     done = train(tmp_path, f"{options} --resume auto --lr 1e-3")
     assert done.returncode == 2
-    assert "was trained with lr 0.0002, now it is 0.001" in done.stderr
+    assert "was trained with lr 0.0002, but this run has 0.001" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert train(tmp_path, f"{options} --resume auto").returncode == 0  # finished already: nothing more to do

@@ -1,4 +1,4 @@
-"""`deepspeed --hostfile` over two addresses of this machine, reached by ssh, each with a launcher of its own."""
+"""`deepspeed --hostfile` over two addresses of this machine, reached by ssh, each with its own launcher."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ HOSTS = ("127.0.0.1", "127.0.0.2")
 
 @pytest.fixture
 def ssh_path(tmp_path: Path) -> Iterator[str]:
-    """A PATH with an `ssh` that reaches this machine without a password, by a server and keys of its own."""
+    """A PATH with an `ssh` that reaches this machine without a password, through its own server and keys."""
     port, bin_folder = free_port(), tmp_path / "bin"
     for name in ("host", "client"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
-    Path("/run/sshd").mkdir(exist_ok=True)  # which sshd wants to be there
+    Path("/run/sshd").mkdir(exist_ok=True)  # sshd requires it
     (tmp_path / "sshd_config").write_text(
         f"Port {port}\nListenAddress 0.0.0.0\nHostKey {tmp_path}/host\nAuthorizedKeysFile {tmp_path}/client.pub\n"
         "PermitRootLogin yes\nStrictModes no\nUsePAM no\nPidFile none\n"

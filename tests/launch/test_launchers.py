@@ -1,4 +1,4 @@
-"""A rank or a launcher that ends, however it does, ends the whole run: soon, with its own words first, nobody left."""
+"""When a rank or a launcher ends for any reason, the whole run ends soon, with the cause first and no process left."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAUNCHERS = {
     "torchrun": [str(SCRIPTS / "torchrun"), "--nproc_per_node", "2", "--master_port"],
 }
 WITHIN_S = 60
-# A rank that fails in its second step. It is found where Python looks for a module of this name at its start.
+# Makes rank 1 fail in its second step. Python imports it at startup, as `sitecustomize`.
 FAILING = """
 import os
 if os.environ.get("RANK") == "1":
@@ -47,7 +47,7 @@ if os.environ.get("RANK") == "1":
 
 
 class Launched:
-    """A run under a launcher, and every process that it has started."""
+    """A run under a launcher, and every process that it started."""
 
     def __init__(self, launcher: str, script_options: list[str], output_dir: Path, **environment: str) -> None:
         command = [*LAUNCHERS[launcher], str(free_port()), str(PROJECT / "launch" / "train.py"), *RANDOM]
@@ -71,13 +71,13 @@ class Launched:
         self.started = psutil.Process(self.process.pid).children(recursive=True)
 
     def ranks(self) -> list[psutil.Process]:
-        """The workers, in the order of their ranks."""
+        """Return the workers in the order of their ranks."""
         workers = [process for process in self.started if process.environ().get("RANK")]
-        own = [process for process in workers if not any(process.pid == w.ppid() for w in workers)]
-        return sorted(own, key=lambda process: int(process.environ()["RANK"]))
+        outermost = [process for process in workers if not any(process.pid == w.ppid() for w in workers)]
+        return sorted(outermost, key=lambda process: int(process.environ()["RANK"]))
 
     def ended_within(self, seconds: float) -> int:
-        """The launcher's exit code, with everything that it had started gone."""
+        """Return the launcher's exit code, after all processes that it started are gone."""
         code = self.process.wait(timeout=seconds)
         _, left = psutil.wait_procs(self.started, timeout=seconds)
         assert not left

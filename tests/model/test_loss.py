@@ -1,4 +1,4 @@
-"""The loss against a naive one: full logits of the native forward, torch's cross entropy, one mean per part."""
+"""Compare the loss with a naive one: full logits of the native forward, torch's cross entropy, one mean per part."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def model(base: Path) -> DualLossModel:
 
 @pytest.fixture(scope="module")
 def native(base: Path) -> HiggsAudioV2ForConditionalGeneration:
-    """The same with transformers' own layers and heads."""
+    """The same model with transformers' own layers and heads."""
     return adapted_model(base).get_base_model()
 
 
@@ -46,7 +46,7 @@ def adapted_model(base: Path) -> PeftModel:
 
 
 def samples(tokenizer: object, stream: AudioStream) -> list[EncodedSample]:
-    """Speech, cloning with a reference, a text answer, speech to text: of different lengths."""
+    """Samples of different lengths: speech, cloning with a reference clip, a text answer, speech to text."""
     draw = torch.Generator().manual_seed(1)
     conversations = [
         ([Message("user", ("Hi.",)), Message("assistant", (CLIP,))], 0),
@@ -75,7 +75,7 @@ def samples(tokenizer: object, stream: AudioStream) -> list[EncodedSample]:
 def naive_means(
     higgs: HiggsAudioV2ForConditionalGeneration, encoded: list[EncodedSample], stream: AudioStream
 ) -> torch.Tensor:
-    """Mean cross entropies (1 + C,) over all samples, each alone in its batch, from logits at every position."""
+    """Return mean cross entropies (1 + C,) over all samples, each in its own batch, from logits at every position."""
     logits: list[tuple[torch.Tensor, torch.Tensor]] = []
     for sample in encoded:
         ids, labels = torch.tensor([sample.prompt.input_ids]), torch.tensor(sample.prompt.labels)
@@ -135,7 +135,7 @@ def test_equals_naive_cross_entropy(
 
 
 def test_mean_of_means_is_another_loss(native: HiggsAudioV2ForConditionalGeneration, base: Path) -> None:
-    """The naive way, a mean per micro-batch and then their mean, differs: what this module is written against."""
+    """The naive way, the mean of one mean per micro-batch, differs. `model.loss` exists to avoid it."""
     config = native.config
     stream = AudioStream(config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id)
     encoded = samples(AutoTokenizer.from_pretrained(base), stream)

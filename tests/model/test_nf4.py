@@ -1,4 +1,4 @@
-"""The 4-bit base against transformers' own, what is left in 16 bits, its record, and the merge that goes by it."""
+"""The 4-bit base: equality with transformers' own, what stays in 16 bits, its record, and the merge that uses it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def quantized(base: Path) -> tuple[HiggsAudioV2ForConditionalGeneration, nf4.Bas
 def test_equals_transformers(
     base: Path, quantized: tuple[HiggsAudioV2ForConditionalGeneration, nf4.BaseQuantization]
 ) -> None:
-    """To the last bit, in every tensor and scale; with the heads left out by name, as transformers must be told."""
+    """Every tensor and scale is bit-identical. transformers must be given the names of the heads, to skip them."""
     options = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -59,7 +59,7 @@ def test_merger_rebuilds_what_the_layers_compute_with(base: Path, dtype: torch.d
     rebuilt = BaseWeights(record, dequantized=True)
     for name in record.digests:
         layer = model.get_submodule(name.removesuffix(".weight")).eval()
-        seen = layer(torch.eye(layer.in_features, dtype=dtype)).T.float()  # a layer's weight, through its forward
+        seen = layer(torch.eye(layer.in_features, dtype=dtype)).T.float()  # the layer's weight, computed by its forward
         assert rebuilt.as_trained(name, weights[name]).equal(seen)
         assert not seen.equal(weights[name].float())
     assert (rebuilt.quantized, rebuilt.differing) == (20, [])
@@ -68,7 +68,7 @@ def test_merger_rebuilds_what_the_layers_compute_with(base: Path, dtype: torch.d
 
 
 def test_record_notices_another_base(base: Path, tmp_path: Path) -> None:
-    """One changed weight is named in the report of a merge; the merge itself goes on, as another base may be meant."""
+    """The report of a merge names a changed weight. The merge completes, because another base may be intended."""
     _, record = load_base_in_4bit(base, torch.bfloat16, CPU, CPU)
     shape = (4, 256)
     factors = {
@@ -88,11 +88,11 @@ def test_record_notices_another_base(base: Path, tmp_path: Path) -> None:
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     report = merge(other, tmp_path / "adapter", tmp_path / "else")
     assert report.differing == ["model.layers.1.self_attn.q_proj.weight"]
-    assert any("1 of 20 weights quantize otherwise here than in training" in line for line in report.lines())
+    assert any("1 of 20 weights quantize differently here than in training" in line for line in report.lines())
 
     unknown = tmp_path / "unknown"
     write_adapter(unknown, factors, AdapterFormat(config, replace(record, quant_type="fp4")), must_have_moved=False)
-    with pytest.raises(InputError, match="fp4 in blocks of 64 is not known here"):
+    with pytest.raises(InputError, match="fp4 in blocks of 64 is not supported"):
         merge(base, unknown, tmp_path / "out")
 
 
@@ -115,12 +115,12 @@ def test_quantized_base_is_refused(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "base")
     text = (base / "config.json").read_text().replace("{", '{"quantization_config": {},', 1)
     (tmp_path / "base" / "config.json").write_text(text)
-    with pytest.raises(InputError, match="its weights are quantized; give the base they were made from"):
+    with pytest.raises(InputError, match="its weights are quantized; give the unquantized base"):
         read_config(tmp_path / "base")
 
 
 def test_offloaded_embeddings_are_looked_up_alike(base: Path) -> None:
-    """And are out of everything that moves, parts or counts a model's parameters."""
+    """They are also hidden from everything that moves, partitions or counts a model's parameters."""
     model = load_base(base, torch.float32).eval()
     ids = torch.cat([torch.arange(12), torch.full((6,), model.config.audio_token_id)])[None]
     codes = torch.randint(1024, (1, 6, 8), generator=torch.Generator().manual_seed(0))
@@ -132,4 +132,4 @@ def test_offloaded_embeddings_are_looked_up_alike(base: Path) -> None:
     assert gone == {"model.embed_tokens.weight", "model.embed_audio_tokens.embed_audio_tokens.weight"}
     assert not any("embed" in name for name in model.state_dict())
     moved = model.to("meta").model.embed_tokens(ids)
-    assert (moved.device, moved.shape) == (CPU, (1, 18, 256))  # the table itself has not gone along
+    assert (moved.device, moved.shape) == (CPU, (1, 18, 256))  # the table itself is not moved

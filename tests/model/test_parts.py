@@ -1,4 +1,4 @@
-"""The optional parts: against the original runtime's numbers, in each of our forwards; added, they change nothing."""
+"""The optional parts: equal to the original runtime in each forward, and without effect when they are added."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STREAM = AudioStream(num_codebooks=8, bos_id=1024, eos_id=1025)
 
 @pytest.mark.parametrize("name", ["released_flags", "audio_attention", "whisper_tower"])
 def test_training_forward_against_the_original(name: str, tmp_path: Path) -> None:
-    """The order in which training lays out a batch: a sample with reference and target beside one of text alone."""
+    """In the packed order of a training batch, with a text-only sample and one with a reference clip and a target."""
     folder = GOLDEN / name
     inputs, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
     model = load_base(native_folder(folder, "--base_ckpt", tmp_path), torch.float32)
@@ -52,7 +52,7 @@ def test_training_forward_against_the_original(name: str, tmp_path: Path) -> Non
     sample = EncodedSample(prompt, [inputs["reference_codes"], inputs["target_codes"]])
     bins = None
     if name == "whisper_tower":
-        model.model.audio_tower.config._attn_implementation = "eager"  # as the numbers were made
+        model.model.audio_tower.config._attn_implementation = "eager"  # as for the expected numbers
         length = int(inputs["audio_feature_attention_mask"].sum())
         bins = inputs["audio_features"].shape[1]
         sample.heard.append(MelFeatures(inputs["audio_features"][0], length))
@@ -73,8 +73,8 @@ def test_training_forward_against_the_original(name: str, tmp_path: Path) -> Non
     assert (audio[is_target].view(-1, 8, 66) - expected["audio_logits"]).abs().max() < 1e-4
 
 
-def test_tower_does_not_see_behind_a_clip(tmp_path: Path) -> None:
-    """By the attention that trains, whatever lies there, and however far it goes."""
+def test_tower_ignores_what_follows_a_clip(tmp_path: Path) -> None:
+    """With the attention used in training, for any values and any length of the padding."""
     geometry = tower_geometry(whisper_folder(tmp_path / "whisper"))
     torch.manual_seed(0)
     tower = AudioTower(WhisperConfig(**geometry, attn_implementation="sdpa")).eval()
@@ -90,7 +90,7 @@ def test_tower_does_not_see_behind_a_clip(tmp_path: Path) -> None:
 
 
 def test_features_are_those_of_the_extractor(tmp_path: Path) -> None:
-    """Of a clip of three stretches, the last one short; and what is kept of them is what is read back."""
+    """For a clip of three stretches with a short last one. Stored features equal those that are read back."""
     waveform = torch.cat([read_audio(AudioClip(VOICES / f"anna_0{i}.flac"), 16000) for i in range(2)])[: 16000 * 5 // 2]
     write_audio(tmp_path / "long.wav", waveform, 16000)
     clip = AudioClip(tmp_path / "long.wav")
@@ -117,7 +117,7 @@ def test_features_are_those_of_the_extractor(tmp_path: Path) -> None:
 
 
 def test_stretches_in_the_prompt(base: Path) -> None:
-    """Each with its marks, its outputs and its codes, as the original repeats them; a clip in one piece as ever."""
+    """Each stretch has its marks, outputs and codes, as in the original; a clip without stretches stays whole."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     clip = AudioClip(Path("a.wav"))
     segments = [Segment("<|audio_bos|>", False), Segment("<|AUDIO|>", False, clip), Segment("<|audio_eos|>", False)]
@@ -139,7 +139,7 @@ def test_stretches_in_the_prompt(base: Path) -> None:
 
 
 def sample_of(base: Path, heard: bool) -> EncodedSample:
-    """A reference in a user turn, heard or not, and a target."""
+    """A sample with a reference clip in a user turn, encoded by the tower if `heard`, and a target."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     clip = AudioClip(Path("a.wav"))
     segments = [
@@ -155,7 +155,7 @@ def sample_of(base: Path, heard: bool) -> EncodedSample:
 
 
 def outputs(higgs: object, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss, and the last hidden states."""
+    """Return the loss and the last hidden states."""
     torch.manual_seed(0)
     dual = DualLossModel(add_lora(higgs, LoraOptions(), "", torch.float32)).eval()  # type: ignore[arg-type]
     caught = []
@@ -168,7 +168,7 @@ def outputs(higgs: object, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor
 @pytest.mark.parametrize("heard", [False, True])
 @pytest.mark.parametrize("kind", ["attention", "tower", "both"])
 def test_added_parts_change_nothing_at_first(base: Path, tmp_path: Path, kind: str, heard: bool) -> None:
-    """Loss and what the heads are given. Where a clip is heard: as if at the tower's places there were nothing."""
+    """Loss and inputs of the heads are the same. The tower's places then have the effect of zero embeddings."""
     whisper = whisper_folder(tmp_path / "whisper")
     added = Parts(kind != "tower", tower_geometry(whisper) if kind != "attention" else None)
     heard = heard and kind != "attention"
@@ -189,16 +189,14 @@ def test_added_parts_change_nothing_at_first(base: Path, tmp_path: Path, kind: s
     assert len(own) == (4 + 1) * 2 * added.audio_self_attention + (0 if added.audio_tower is None else 39)
 
 
-def test_whisper_folder_must_be_one(base: Path) -> None:
+def test_folder_must_be_a_whisper_model(base: Path) -> None:
     with pytest.raises(InputError, match=r"--whisper_ckpt .*model_type is 'higgs_audio_v2'; the tower is made from"):
         tower_geometry(base)
 
 
 @pytest.mark.usefixtures("lone_rank")
-def test_a_tower_that_hears_nothing_is_refused(
-    mixed_manifest: Path, ds_file: Callable[[int], Path], tmp_path: Path
-) -> None:
-    """No sample of this manifest has audio in a system or user turn."""
+def test_tower_without_input_is_refused(mixed_manifest: Path, ds_file: Callable[[int], Path], tmp_path: Path) -> None:
+    """No sample of this manifest has audio in a system or user turn, the input of the tower."""
     line = (
         f"--deepspeed {ds_file(2)} --train_manifest {mixed_manifest} --output_dir {tmp_path}/run --allow_text_targets"
     )
@@ -211,5 +209,5 @@ def test_a_tower_that_hears_nothing_is_refused(
     ]
     with pytest.raises(InputError, match="--whisper_conditioning: no sample has audio in a system or user turn"):
         start(*parse_train_options(options))
-    with pytest.raises(InputError, match="--sample_steps: speaks without what a Whisper tower hears"):
+    with pytest.raises(InputError, match="--sample_steps: cannot use the input of a Whisper tower"):
         start(*parse_train_options([*options, "--sample_steps", "2"]))

@@ -1,4 +1,4 @@
-"""Routed layers and chunked heads against transformers' own layers and torch's cross entropy."""
+"""Compare routed layers and chunked heads with transformers' own layers and torch's cross entropy."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def adapted(base: Path, dtype: torch.dtype, recompute: bool) -> PeftModel:
 
 
 def batch_of(*lengths: tuple[int, int, int]) -> Batch:
-    """Samples of so many text positions, frames of audio, and text positions behind these."""
+    """Batch of samples, each given by its text positions, frames of audio and following text positions."""
     draw = torch.Generator().manual_seed(2)
     samples = []
-    for before, frames, behind in lengths:
+    for before, frames, after in lengths:
         rows = STREAM.num_rows(frames) if frames else 0
-        ids = torch.randint(256, (before + rows + behind,), generator=draw).tolist()
+        ids = torch.randint(256, (before + rows + after,), generator=draw).tolist()
         labels = [IGNORE_INDEX, *ids[1:before], *[IGNORE_INDEX] * rows, *ids[before + rows :]]
         clips = [torch.randint(1024, (8, frames), generator=draw)] if frames else []
         prompt = Prompt(ids, labels, list(range(before, before + rows)), [True] * len(clips))
@@ -97,7 +97,7 @@ def test_a_norm_that_is_trained_gets_its_gradient(base: Path) -> None:
 
 
 def test_offloaded_checkpoints(base: Path) -> None:
-    """The inputs of recomputed layers are let go where copies are in host memory; the numbers stay."""
+    """With copies in host memory, the inputs of recomputed layers are freed. The results do not change."""
     batch = batch_of(*BATCHES["speech and text"])
     losses, gradients, held = [], [], []
     for offload in (False, True):
@@ -120,7 +120,7 @@ def test_offloaded_checkpoints(base: Path) -> None:
 @pytest.mark.parametrize("at_once", [head_loss.LOGITS_AT_ONCE, 8 * 40 * 3, 1])
 @pytest.mark.parametrize("num_parts", [8, 1])
 def test_head_loss(monkeypatch: pytest.MonkeyPatch, num_parts: int, at_once: int, classes_at_once: int) -> None:
-    """In one chunk, in chunks of a few rows or classes, and one at a time: torch's cross entropy and its gradients."""
+    """Equals torch's cross entropy and its gradients, in one chunk, in chunks of a few or one row or class."""
     monkeypatch.setattr(head_loss, "LOGITS_AT_ONCE", at_once)
     monkeypatch.setattr(head_loss, "CLASSES_AT_ONCE", classes_at_once)
     draw = torch.Generator().manual_seed(0)
@@ -141,7 +141,7 @@ def test_head_loss(monkeypatch: pytest.MonkeyPatch, num_parts: int, at_once: int
     torch.testing.assert_close(sums, expected.detach(), rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(weighted, (expected * weights).sum(), rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(gradients[0], expected_gradients[0], rtol=1e-5, atol=1e-5)
-    # Where a logit is about 30, its own rounding is about 4e-6 of a probability.
+    # The rounding of a logit of about 30 changes a probability by about 4e-6.
     torch.testing.assert_close(gradients[1], expected_gradients[1], rtol=1e-5, atol=5e-5)
     assert torch.autograd.grad(3 * frozen, hidden)[0].equal(gradients[0])
     with torch.no_grad():
@@ -157,8 +157,8 @@ def test_head_loss_of_no_rows() -> None:
     assert (weighted.item(), sums.tolist(), hidden.grad.shape) == (0.0, [0.0] * 3, (0, 16))
 
 
-def waits(num_layers: int) -> int:
-    """How often a forward and backward pass would make a GPU wait: for a value, or a size that depends on values."""
+def count_synchronizations(num_layers: int) -> int:
+    """Count the GPU synchronizations of a forward and backward pass: values read, and sizes that depend on values."""
     config = HiggsAudioV2Config(
         hidden_size=64, intermediate_size=96, num_hidden_layers=num_layers, num_attention_heads=2, head_dim=32,
         num_key_value_heads=1, vocab_size=300, codebook_size=66, pad_token_id=0, audio_token_id=270,
@@ -170,12 +170,12 @@ def waits(num_layers: int) -> int:
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
         model(**batch, target_weights=torch.ones(9))[0].backward()
     counts = {event.key: event.count for event in seen.key_averages()}
-    assert counts["aten::index_select"] > num_layers  # the profiler has seen the layers
+    assert counts["aten::index_select"] > num_layers  # the profiler has recorded the layers
     return sum(
         counts.get(f"aten::{name}", 0)
         for name in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
     )
 
 
-def test_no_layer_waits() -> None:
-    assert waits(2) == waits(7) <= 10
+def test_no_layer_synchronizes() -> None:
+    assert count_synchronizations(2) == count_synchronizations(7) <= 10

@@ -1,4 +1,4 @@
-"""Full fine-tuning: gradients of every weight against transformers' forward and autograd, groups, what is refused."""
+"""Full fine-tuning: gradients of every weight compared with transformers' forward and autograd, groups, refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEAD_WEIGHTS = torch.tensor([0.7, 0.3, 0.2, 0.1, 0.4, 0.5, 0.6, 0.8, 0.9])
 
 
 def plain_loss(native: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """By transformers' forward over all positions, and torch's cross entropy."""
+    """Compute the loss by transformers' forward over all positions and torch's cross entropy."""
     inputs = native_inputs(batch, native.config.audio_token_id)
     hidden = native.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
     text, audio = (hidden[batch.positions[places]] for places in (batch.text_places, batch.audio_places))
@@ -42,7 +42,7 @@ def plain_loss(native: torch.nn.Module, batch: Batch) -> torch.Tensor:
 def test_gradients_of_every_weight(
     base: Path, kind: str, chunks: bool, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where heads are gone through a few rows and classes at a time."""
+    """Also with heads in chunks of a few rows and classes."""
     if chunks:
         monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 1000)
         monkeypatch.setattr(loss, "CLASSES_AT_ONCE", 100)
@@ -60,14 +60,14 @@ def test_gradients_of_every_weight(
     gradients = {name: parameter.grad for name, parameter in model.higgs.named_parameters()}
     for name, parameter in native.named_parameters():
         gradient = gradients[name]
-        assert gradient is not None, name  # ZeRO waits for each
+        assert gradient is not None, name  # ZeRO waits for the gradient of each parameter
         plain = torch.zeros_like(parameter) if parameter.grad is None else 2 * parameter.grad
         assert (gradient - plain).abs().max() <= 1e-5 * plain.abs().max(), name
 
 
 @pytest.mark.parametrize("group", TRAIN_GROUPS)
 def test_one_group_alone(base: Path, group: str) -> None:
-    """Gets the gradients that it has among all others, and nothing else gets any."""
+    """A group trained alone gets the same gradients as when all are trained, and no other weight gets one."""
     batch = batch_of(*BATCHES["speech and text"])
     found = {}
     for groups in ((group,), TRAIN_GROUPS):
@@ -97,7 +97,7 @@ def test_bf16_follows_float32(base: Path) -> None:
 def test_every_weight_is_in_one_group(base: Path) -> None:
     config = read_config(base)
     names = [name for name, _ in empty_model(config, torch.float32).named_parameters()]
-    assert config.dtype == torch.bfloat16  # as it was
+    assert config.dtype == torch.bfloat16  # unchanged
     groups = {name: group_of(name) for name in names}
     assert set(groups.values()) == set(TRAIN_GROUPS)
     for name, group in {
@@ -114,7 +114,7 @@ def test_every_weight_is_in_one_group(base: Path) -> None:
 
 
 def test_optional_parts(base: Path, tmp_path: Path) -> None:
-    """Attention among audio goes with attention, a tower with nothing; with its option, each is trained in any case."""
+    """Audio self-attention is in group `attention`, the tower in none. With its option, each part is always trained."""
     parts = Parts(True, tower_geometry(whisper_folder(tmp_path / "whisper")))
     config = with_parts(read_config(base), parts)
 
@@ -136,13 +136,13 @@ def test_optional_parts(base: Path, tmp_path: Path) -> None:
 def test_a_weight_of_two_groups_is_refused(base: Path) -> None:
     model = load_base(base, torch.float32)
     model.text_lm_head.weight = model.model.embed_tokens.weight
-    with pytest.raises(InputError, match="one weight for two groups"):
+    with pytest.raises(InputError, match="shares one weight between two groups"):
         unfreeze_groups(model, ("heads",))
     assert unfreeze_groups(model, ("heads", "embeddings")).text_lm_head.weight.requires_grad
 
 
-def test_what_is_said_of_it(base: Path) -> None:
-    """By numbers that torch counts."""
+def test_description(base: Path) -> None:
+    """The described numbers equal torch's counts."""
     model = empty_model(read_config(base), torch.float32)
     whole = sum(parameter.numel() for parameter in model.parameters())
     heads = model.text_lm_head.weight.numel() + model.audio_lm_head.weight.numel() + model.model.norm.weight.numel()
@@ -152,7 +152,7 @@ def test_what_is_said_of_it(base: Path) -> None:
     assert line == f"full fine-tuning: {heads:,} of {whole:,} parameters ({heads / whole:.2%}): heads {heads:,}"
 
 
-def test_4_bits_and_adapters_are_one_thing() -> None:
+def test_load_in_4bit_equals_qlora() -> None:
     for line in ("--finetune qlora", "--load_in_4bit", "--finetune lora --load_in_4bit"):
         options, _ = parse_train_options(line.split())
         assert (options.tune.finetune, options.model.load_in_4bit) == ("qlora", True)
@@ -164,22 +164,25 @@ def test_4_bits_and_adapters_are_one_thing() -> None:
     ("line", "problems"),
     [
         ("--finetune full", []),
-        ("--finetune full --load_in_4bit", ["--load_in_4bit: weights in 4 bits cannot be trained by --finetune full"]),
+        ("--finetune full --load_in_4bit", ["--load_in_4bit: 4-bit weights cannot be trained with --finetune full"]),
         (
             "--finetune full --lora_r 8 --use_dora --lora_targets attention --load_in_4bit",
             [
                 "--load_in_4bit: ",
-                "--lora_r: is for adapters, ",
-                "--lora_targets: is for ",
-                "--use_dora: is for adapters",
+                "--lora_r: only applies to adapters, ",
+                "--lora_targets: only applies to adapters",
+                "--use_dora: only applies to adapters",
             ],
         ),
         (
             "--finetune full --offload_embeddings",
-            ["--offload_embeddings: embeddings that are trained cannot be in host"],
+            ["--offload_embeddings: trained embeddings cannot be in host"],
         ),
         ("--finetune full --offload_embeddings --train_groups attention heads", []),
-        ("--train_groups attention", ["--train_groups: is for --finetune full; adapters go where --lora_targets says"]),
+        (
+            "--train_groups attention",
+            ["--train_groups: only applies to --finetune full; use --lora_targets for adapters"],
+        ),
         ("--finetune full --merge_adapter_with_base --push_to_hub --hub_repo_id a/b --upload_merged_model", []),
     ],
 )
@@ -189,7 +192,7 @@ def test_options_that_go_together(line: str, problems: list[str]) -> None:
     assert all(problem.startswith(words) for problem, words in zip(found, problems, strict=True)), found
 
 
-def test_nothing_or_an_unknown_group(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_group_and_an_unknown_group(capsys: pytest.CaptureFixture[str]) -> None:
     (problem,) = check_options(TrainOptions().replace(finetune="full", train_groups=()))
     assert problem.startswith("--train_groups: nothing would be trained; name one or more of attention, text_mlp")
     for given in (["norms"], []):

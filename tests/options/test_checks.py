@@ -1,4 +1,4 @@
-"""Options: defaults that users know, checks, and a parser that starts no torch."""
+"""Options: documented defaults, checks, and a parser that does not import torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_defaults_that_users_know() -> None:
     assert {name: flat[name] for name in known} == known
 
 
-def test_parsed_and_which_were_given() -> None:
+def test_parsed_options_and_names_of_given_ones() -> None:
     options, given = parse_train_options(
         "--local_rank=1 --lr 1e-3 --lora_targets attention audio_mlp --codebook_weights 2 1 1 1 1 1 1 1 "
         "--merge_adapter_with_base --val_manifest v.jsonl --max_steps 5".split()
@@ -38,13 +38,13 @@ def test_parsed_and_which_were_given() -> None:
     assert given == {"lr", "lora_targets", "codebook_weights", "merge_adapter_with_base", "val_manifest", "max_steps"}
 
 
-def test_every_option_is_described() -> None:
+def test_every_option_has_a_help_text() -> None:
     for group in dataclasses.fields(TrainOptions):
         for option in dataclasses.fields(getattr(TrainOptions(), group.name)):
             assert len(option.metadata["help"]) > 10, option.name
 
 
-def test_all_bad_options_at_once() -> None:
+def test_all_bad_options_are_reported_at_once() -> None:
     bad = {
         "lr": -1.0, "batch_size": 0, "lora_dropout": 1.0, "val_split": -0.1, "max_steps": 0, "warmup_ratio": 2.0,
         "max_seq_len": 0, "max_clip_s": 0.0, "num_workers": 0, "bucket_size": 0, "max_tokens_per_batch": 0,
@@ -71,10 +71,12 @@ def test_help_imports_no_torch(script: str) -> None:
     assert "--" in done.stdout
 
 
-def test_prepare_takes_the_options_of_training() -> None:
-    data, model, how = parse_prepare_options("--train_manifest m --base_ckpt b --check_only --shard 1/4".split())
+def test_prepare_accepts_the_options_of_training() -> None:
+    data, model, prepare_options = parse_prepare_options(
+        "--train_manifest m --base_ckpt b --check_only --shard 1/4".split()
+    )
     assert (data.train_manifest, data.val_split, model.base_ckpt) == (Path("m"), 0.05, "b")
-    assert how == PrepareOptions(check_only=True, shard="1/4")
+    assert prepare_options == PrepareOptions(check_only=True, shard="1/4")
 
 
 @pytest.mark.parametrize("text", ["4/4", "1", "-1/2", "1/2/3", "a/b", "0/0", ""])
@@ -84,7 +86,7 @@ def test_bad_shards(text: str) -> None:
         parse_shard(text)
 
 
-def test_unknown_option_ends_with_2() -> None:
+def test_unknown_option_exits_with_2() -> None:
     with pytest.raises(SystemExit) as caught:
         parse_train_options(["--learning_rate", "1"])
     assert caught.value.code == 2

@@ -1,4 +1,4 @@
-"""Options from the command line and from files, and what is said of those that there are not."""
+"""Options from the command line and from files, and the messages for unknown ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LINE = (
     "--val_manifest v.jsonl --max_steps 5 --activation_checkpointing 3 --base_ckpt some/base"
 ).split()
 BY_NAME: dict[str, Any] = {
-    "lr": "1e-3",  # as YAML reads it: it wants a point in a float
+    "lr": "1e-3",  # YAML reads it as a string, because it requires a point in a float
     "lora_targets": ["attention", "audio_mlp"],
     "codebook_weights": [2, 1, 1, 1, 1, 1, 1, 1.0],
     "merge_adapter_with_base": True,
@@ -39,22 +39,22 @@ def written(path: Path, values: object) -> str:
 
 
 @pytest.mark.parametrize("suffix", [".json", ".yaml", ".yml"])
-def test_a_file_is_as_the_command_line(tmp_path: Path, suffix: str) -> None:
+def test_file_equals_the_command_line(tmp_path: Path, suffix: str) -> None:
     expected, given = parse_train_options(LINE)
     options, given_by_file = parse_train_options(["--config", written(tmp_path / f"run{suffix}", BY_NAME)])
     assert options == expected
     assert given_by_file == given | {"dry_run"}
 
 
-def test_options_given_overrule_the_file(tmp_path: Path) -> None:
+def test_command_line_overrides_the_file(tmp_path: Path) -> None:
     path = written(tmp_path / "run.yaml", BY_NAME)
     options, _ = parse_train_options(["--lr", "5e-4", "--config", path, "--max_steps", "9"])
     assert (options.optim.lr, options.optim.max_steps) == (5e-4, 9)
     assert options.model.base_ckpt == "some/base"
 
 
-def test_settings_of_a_run_are_such_a_file(tmp_path: Path) -> None:
-    """As startup writes them."""
+def test_settings_of_a_run_are_an_options_file(tmp_path: Path) -> None:
+    """settings.json, as a run writes it when it starts."""
     options, _ = parse_train_options(LINE)
     path = written(tmp_path / "settings.json", options.flat())
     assert parse_train_options(["--config", path])[0] == options
@@ -62,10 +62,12 @@ def test_settings_of_a_run_are_such_a_file(tmp_path: Path) -> None:
     assert parse_train_options(["--config", path])[0] == TrainOptions()
 
 
-def test_preparing_takes_the_same_file(tmp_path: Path) -> None:
-    _, model, how = parse_prepare_options(["--config", written(tmp_path / "run.yaml", BY_NAME), "--check_only"])
+def test_prepare_accepts_the_same_file(tmp_path: Path) -> None:
+    _, model, prepare_options = parse_prepare_options(
+        ["--config", written(tmp_path / "run.yaml", BY_NAME), "--check_only"]
+    )
     assert model.base_ckpt == "some/base"
-    assert how.check_only
+    assert prepare_options.check_only
 
 
 BAD = {
@@ -74,35 +76,38 @@ BAD = {
 }  # fmt: skip
 
 
-def test_all_that_is_wrong_with_a_file_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_problems_of_a_file_are_reported_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path / "run.yaml", BAD)
     with pytest.raises(SystemExit) as caught:
         parse_train_options(["--config", path])
     assert caught.value.code == 2
-    said = capsys.readouterr().err
-    assert f"error: {len(BAD)} problems:" in said
+    stderr = capsys.readouterr().err
+    assert f"error: {len(BAD)} problems:" in stderr
     for name, words in {
-        "lora_rr": "there is no such option; did you mean lora_r?", "lr": "'fast' is not a number",
+        "lora_rr": "unknown option; did you mean lora_r?", "lr": "'fast' is not a number",
         "max_steps": "2.5 is not a whole number", "batch_size": "True is not a whole number",
         "dry_run": "'yes' is not true or false", "optim": "'sgd' is not one of adamw,",
-        "lora_targets": "is not a list of which each is one of attention, text_mlp, audio_mlp",
-        "train_manifest": "3 is not a path", "codebook_weights": "is not a list of which each is a number",
-        "learning_rat": "there is no such option",
+        "lora_targets": "is not a list whose items are each one of attention, text_mlp, audio_mlp",
+        "train_manifest": "3 is not a path", "codebook_weights": "is not a list whose items are each a number",
+        "learning_rat": "unknown option",
     }.items():  # fmt: skip
-        assert any(f"--config {path}: {name}: " in line and words in line for line in said.splitlines()), (name, said)
+        assert any(f"--config {path}: {name}: " in line and words in line for line in stderr.splitlines()), (
+            name,
+            stderr,
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("run.yaml", "lr: [1", "is no YAML: while parsing"),
-        ("run.json", "{", "is no JSON: "),
-        ("run.yaml", "- lr", "must hold options by name"),
-        ("run.yaml", "!!python/object/apply:os.system [touch x]", "is no YAML: could not determine a constructor"),
+        ("run.yaml", "lr: [1", "not valid YAML: while parsing"),
+        ("run.json", "{", "not valid JSON: "),
+        ("run.yaml", "- lr", "must map option names to values"),
+        ("run.yaml", "!!python/object/apply:os.system [touch x]", "not valid YAML: could not determine a constructor"),
         ("none.yaml", None, "No such file or directory"),
     ],
 )
-def test_files_that_are_none(
+def test_unreadable_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str | None, words: str
 ) -> None:
     if text is not None:
@@ -113,8 +118,8 @@ def test_files_that_are_none(
     assert f"--config {tmp_path / name}: {words}" in capsys.readouterr().err
 
 
-def test_a_mistyped_option_is_answered() -> None:
-    """By the command itself."""
+def test_mistyped_option_gets_a_suggestion() -> None:
+    """Printed by the command itself."""
     command = [sys.executable, str(PROJECT / "launch" / "train.py"), "--lora-rank", "8", "--grad_acum", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -122,7 +127,7 @@ def test_a_mistyped_option_is_answered() -> None:
     assert "did you mean grad_accum?" in done.stderr
 
 
-def test_what_commands_that_look_take() -> None:
+def test_options_of_inspection_commands() -> None:
     options = parse_inspect_options("validate_adapter", ["some/folder", "--json", "--base_model_path", "b"])
     assert (options.path, options.as_json, options.base_model_path) == (Path("some/folder"), True, "b")
     assert parse_inspect_options("find_lora_adapters", []).path == Path()

@@ -1,4 +1,4 @@
-"""The support table of docs/small_cards.md: every pair that it says yes to is trained here, every other is refused."""
+"""The support table of docs/small_cards.md: every pair marked yes is trained here, and every other one is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHECKPOINTING = ("none", "every_layer")
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, small_base: Path) -> Path:
-    """Two steps of every pair on two ranks, in folders BASE-FILE-CHECKPOINTING; at stage 3 everything is parted."""
+    """Train two steps of every pair on two ranks, in folders BASE-FILE-CHECKPOINTING; stage 3 shards all weights."""
     root = tmp_path_factory.mktemp("support")
     runs = []
     for name in DS_CONFIGS:
@@ -53,7 +53,7 @@ def test_supported(results: Path, held: str, name: str, checkpointing: str) -> N
 
 
 def test_table_in_the_documents() -> None:
-    """It names every DeepSpeed file, and says yes to each of its pairs with a base and with checkpointing."""
+    """The table lists every DeepSpeed file, and marks each pair with a base and with checkpointing as yes."""
     rows = re.findall(
         r"^\| `(\w+)\.json` \|((?: yes \|)+)$", (PROJECT / "docs" / "small_cards.md").read_text(), re.MULTILINE
     )
@@ -64,8 +64,8 @@ def test_table_in_the_documents() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ("--use_dora --deepspeed {root}/zero3.json", "--use_dora: not at ZeRO stage 3"),
-        ("--use_dora --lora_bias --load_in_4bit", "--use_dora and --lora_bias: PEFT takes the bias for a part"),
+        ("--use_dora --deepspeed {root}/zero3.json", "--use_dora: not supported at ZeRO stage 3"),
+        ("--use_dora --lora_bias --load_in_4bit", "--use_dora and --lora_bias: PEFT treats the bias as a part"),
         ("--lora_bias", "--lora_bias: the base's layers in attention, text_mlp, audio_mlp have no bias"),
         (
             "--optim adamw_8bit --deepspeed {root}/zero2_offload.json",
@@ -73,18 +73,21 @@ def test_table_in_the_documents() -> None:
         ),
         pytest.param(
             "--attn_implementation flash_attention_2 --precision fp32",
-            "--attn_implementation flash_attention_2: is for GPUs, and there is none here",
+            "--attn_implementation flash_attention_2: needs a GPU, and this machine has none",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
         (
             "--offload_checkpoints",
-            "--offload_checkpoints: there are no checkpoints with --activation_checkpointing none",
+            "--offload_checkpoints: --activation_checkpointing none recomputes no layers",
         ),
-        ("--finetune full --load_in_4bit --lora_r 8", "--load_in_4bit: weights in 4 bits cannot be trained by"),
-        ("--finetune full --load_in_4bit --lora_r 8", "--lora_r: is for adapters, and --finetune full trains none"),
+        ("--finetune full --load_in_4bit --lora_r 8", "--load_in_4bit: 4-bit weights cannot be trained with"),
+        (
+            "--finetune full --load_in_4bit --lora_r 8",
+            "--lora_r: only applies to adapters, and --finetune full trains none",
+        ),
         pytest.param(
             "--optim paged_adamw",
-            "--optim paged_adamw: pages a GPU's memory, and there is no GPU here",
+            "--optim paged_adamw: pages GPU memory, and this machine has no GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
     ],

@@ -1,4 +1,4 @@
-"""DeepSpeed files: every key known or refused, every value agreeing with the options or an error with its line."""
+"""DeepSpeed files: unknown keys, and values that disagree with the options, are errors with their line."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_shipped_files_resolve(path: Path) -> None:
     assert settings["zero_optimization"].get("reduce_bucket_size", 0) <= 20_000_000
 
 
-def test_all_faults_of_a_file_at_once(tmp_path: Path) -> None:
+def test_all_problems_of_a_file_are_reported_at_once(tmp_path: Path) -> None:
     path = write(
         tmp_path / "ds.json",
         {
@@ -89,7 +89,7 @@ def test_all_faults_of_a_file_at_once(tmp_path: Path) -> None:
         assert problem.startswith(start)
 
 
-def test_file_overrules_defaults_but_not_what_was_given(tmp_path: Path) -> None:
+def test_file_overrides_defaults_but_not_given_options(tmp_path: Path) -> None:
     path = write(
         tmp_path / "ds.json",
         {
@@ -106,7 +106,7 @@ def test_file_overrules_defaults_but_not_what_was_given(tmp_path: Path) -> None:
     assert options.model.precision == "fp32"
     assert settings["train_batch_size"] == 16
     assert settings["zero_optimization"]["stage3_prefetch_bucket_size"] > 0
-    assert "optimizer" not in settings  # ours is handed over as an object
+    assert "optimizer" not in settings  # the optimizer is passed as an object
 
     given = TrainOptions().replace(batch_size=1, lr=0.001)
     with pytest.raises(InputError) as caught:
@@ -123,10 +123,10 @@ def test_file_overrules_defaults_but_not_what_was_given(tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage: 'auto' is not supported"),
         ({"zero_optimization": {"stage": 1, "overlap_comm": "auto"}}, 'overlap_comm: "auto" has no meaning here'),
         ({"optimizer": {"params": {"betas": [0.8, 0.9]}}}, "optimizer.params.betas is [0.8, 0.9]; this trainer uses"),
-        ({"bf16": True}, "bf16: must be a section, is True"),
+        ({"bf16": True}, "bf16: must be a JSON object, is True"),
     ],
 )
-def test_values_that_do_not_go(tmp_path: Path, values: dict[str, Any], expected: str) -> None:
+def test_refused_values(tmp_path: Path, values: dict[str, Any], expected: str) -> None:
     path = write(tmp_path / "ds.json", values)
     with pytest.raises(InputError) as caught:
         resolve(read_ds_config(path), TrainOptions(), set(), world_size=2)
@@ -135,20 +135,20 @@ def test_values_that_do_not_go(tmp_path: Path, values: dict[str, Any], expected:
 
 
 @pytest.mark.parametrize("given", ["zero3.json", "ds_configs/zero3.json"])
-def test_the_projects_own_files_need_no_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str) -> None:
+def test_shipped_files_need_no_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str) -> None:
     monkeypatch.chdir(tmp_path)
     assert read_ds_config(Path(given)).values["zero_optimization"]["stage"] == 3
     Path(given).parent.mkdir(exist_ok=True)
     Path(given).write_text('{"zero_optimization": {"stage": 1}}')
-    assert read_ds_config(Path(given)).values == {"zero_optimization": {"stage": 1}}  # the user's own comes first
+    assert read_ds_config(Path(given)).values == {"zero_optimization": {"stage": 1}}  # the user's file comes first
     with pytest.raises(InputError, match=f"--deepspeed other/{Path(given).name}: cannot be read"):
         read_ds_config(Path("other") / Path(given).name)
 
 
-def test_no_json_and_no_file(tmp_path: Path) -> None:
+def test_invalid_json_and_missing_file(tmp_path: Path) -> None:
     assert "cannot be read" in problems_of(tmp_path / "none.json")[0]
     path = tmp_path / "ds.json"
     path.write_text('{"a": 1,}')
     assert "not JSON" in problems_of(path)[0]
     path.write_text('{"steps_per_print": 1, "steps_per_print": 2}')
-    assert "given twice: steps_per_print" in problems_of(path)[0]
+    assert "keys given twice: steps_per_print" in problems_of(path)[0]

@@ -1,4 +1,4 @@
-"""The plan of a training's memory: activations against counted bytes, what is printed, what is proposed."""
+"""The memory plan of a training run: activations compared with counted bytes, printed lines, proposed changes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TOLERANCE = 0.15
 
 
 def small_config() -> HiggsAudioV2Config:
-    """Five layers of width 128: not the number that the plan counts with."""
+    """Five layers of width 128. The plan measures with two and three layers."""
     return HiggsAudioV2Config(
         hidden_size=128, intermediate_size=320, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
         head_dim=32, vocab_size=300, codebook_size=66, num_codebooks=8, pad_token_id=0, audio_token_id=270,
@@ -70,7 +70,7 @@ def real_model(settings: PassSettings) -> DualLossModel:
 def real_batch(settings: PassSettings) -> dict[str, torch.Tensor]:
     batch = speech_batch(settings.batch_size, settings.length, settings.text_positions, 8, 64)
     heard = {}
-    if settings.full_parts:  # of each sample, a clip of the length that a tower hears at once
+    if settings.full_parts:  # per sample, a clip of the longest length that a tower encodes
         count = min(25, settings.text_positions)
         at = torch.arange(settings.batch_size * count)
         places = (at // count) * settings.text_positions + at % count
@@ -122,7 +122,7 @@ def test_activations_against_a_real_forward(kind: str, recompute: int | None, le
 def test_peak_against_torchs_allocator(kind: str, recompute: int | None) -> None:
     settings = settings_of(kind, recompute, 90)
     model, batch = real_model(settings), real_batch(settings)
-    model(**batch)[0].backward()  # what is allocated once, and the gradients, are there now
+    model(**batch)[0].backward()  # allocates the gradients and everything that is allocated once
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
@@ -149,7 +149,7 @@ def test_released_geometry_has_the_released_size() -> None:
 
 
 def test_full_fine_tuning_counts_every_weight() -> None:
-    """Each is trained or frozen, none is of an adapter; embeddings alone can be left where they are."""
+    """Each weight is trained or frozen, none belongs to an adapter. Only the embeddings are frozen here."""
     line = f"--dry_run --base_ckpt {BIG} --finetune full --train_groups attention text_mlp audio_mlp heads"
     weights = model_weights(dry_run.make_setting(*parse_train_options(line.split())))
     trained = sum(weight.numel * weight.count for weight in weights if weight.trained)
@@ -160,15 +160,16 @@ def test_full_fine_tuning_counts_every_weight() -> None:
 
 
 def test_full_fine_tuning_is_planned_and_advised(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without what cannot be had with it."""
+    """The advice leaves out options that are not available with it."""
     lines = printed(capsys, f"--base_ckpt {BIG} --finetune full --device_memory_gib 80 --plan_ranks 1 --batch_size 1")
     assert any(
-        line.startswith("full: attention, text_mlp, audio_mlp, embeddings, heads; optimizer adamw") for line in lines
+        line.startswith("full fine-tuning: attention, text_mlp, audio_mlp, embeddings, heads; optimizer adamw")
+        for line in lines
     )
     by_name = {
         line[:36].strip(): float(line.split()[-2]) for line in lines if line.endswith(" GiB") and line[:1] != " "
     }
-    assert by_name["weights that are trained"] == pytest.approx(5_771_283_456 * 2 / 2**30, abs=0.01)
+    assert by_name["trained weights"] == pytest.approx(5_771_283_456 * 2 / 2**30, abs=0.01)
     assert by_name["optimizer state, float32 masters"] == pytest.approx(5_771_283_456 * 12 / 2**30, abs=0.01)
     proposed = [line.split(" saves")[0].strip() for line in lines if " saves" in line]
     assert "--finetune lora" in proposed
@@ -177,7 +178,7 @@ def test_full_fine_tuning_is_planned_and_advised(capsys: pytest.CaptureFixture[s
 
 
 def test_parts_are_counted_whole() -> None:
-    """All that is trained, in full or by adapters, and the frozen rest, against a model that is there."""
+    """Compare trained weights, of adapters and of optional parts, and frozen weights with those of a real model."""
     config = with_parts(small_config(), Parts(True, TOWER))
     options, _ = parse_train_options("--dry_run --audio_self_attention --whisper_conditioning".split())
     real = add_lora(empty_model(config, torch.float32), LoraOptions(), "", torch.float32, Parts(True, TOWER))
@@ -206,7 +207,7 @@ def test_command_plans_the_released_geometry_without_weights() -> None:
     lines = done.stdout.splitlines()
     assert lines[-1].startswith("fits: ")
     assert any("LoRA: rank 16 on attention, text_mlp, audio_mlp" in line for line in lines)
-    assert any("(a guess: give --max_seq_len)" in line for line in lines)
+    assert any("(assumed; set --max_seq_len)" in line for line in lines)
     assert any(line.startswith("embeddings ") for line in lines)  # in host memory
     total_gib = float(next(line for line in lines if line.startswith("total")).split()[-2])
     assert 3.5 < total_gib < 6
@@ -259,9 +260,9 @@ def test_tokens_per_batch_set_the_batch() -> None:
 def test_bad_options() -> None:
     options, _ = parse_train_options("--plan_ranks 0 --device_memory_gib 8".split())
     assert check_options(options) == [
-        "--device_memory_gib: is for a --dry_run only",
+        "--device_memory_gib: only applies to --dry_run",
         "--plan_ranks 0: must be above 0",
-        "--plan_ranks: is for a --dry_run only",
+        "--plan_ranks: only applies to --dry_run",
     ]
 
 
@@ -269,7 +270,7 @@ def test_base_on_an_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "higgs_ds.common.hub.hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline"))
     )
-    with pytest.raises(InputError, match="neither a folder here nor to be had from the hub"):
+    with pytest.raises(InputError, match="not a local folder, and not available on the hub"):
         dry_run.make_setting(*parse_train_options("--dry_run --base_ckpt some/base".split()))
 
 

@@ -1,4 +1,4 @@
-"""What is planned for weights, gradients and optimizer state against counted bytes of real runs."""
+"""Compare the plan for weights, gradients and optimizer state with counted bytes of real runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SETTINGS = [
 def counted(
     tmp_path_factory: pytest.TempPathFactory, base: Path, ds_file: Callable[[int], Path]
 ) -> dict[tuple[int, int, str], dict[str, int]]:
-    """Bytes on rank 0 in each setting, by part."""
+    """Bytes by part on rank 0, for each setting."""
     root = tmp_path_factory.mktemp("planner")
     results = {}
     for ranks in (1, 2):
@@ -75,18 +75,18 @@ def test_plan_against_counted_bytes(
 ) -> None:
     ranks, stage, options = setting
     argv = [*RANDOM, *command(stage, options, ds_file), "--dry_run", "--plan_ranks", str(ranks)]
-    made = plan(make_setting(*parse_train_options(argv)))
+    memory = plan(make_setting(*parse_train_options(argv)))
     planned = {
-        "frozen": sum(made.weights.values()),
-        "quantization": made.quantization,
-        "trained": made.trained,
-        "gradients": made.gradients,
-        "optimizer": made.optimizer,
-        "host": made.host.get("embeddings", 0),
+        "frozen": sum(memory.weights.values()),
+        "quantization": memory.quantization,
+        "trained": memory.trained,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "host": memory.host.get("embeddings", 0),
     }
     found = counted[setting]
     print({name: (planned[name], found[name]) for name in planned})
-    assert found["other_packed"] == 0  # under ZeRO-3, no rank keeps what it has gathered
+    assert found["other_packed"] == 0  # under ZeRO-3, no rank keeps gathered weights
     for name, size in planned.items():
         assert size == pytest.approx(found[name], rel=TOLERANCE), name
 

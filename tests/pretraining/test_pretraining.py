@@ -1,4 +1,4 @@
-"""The commands of pretraining/README.md in miniature: from espeak-ng to a base that the package could bring along."""
+"""The commands of pretraining/README.md at a small size: from espeak-ng to a base that the package could ship."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def samples(folder: Path, part: str) -> list[dict]:
 
 
 def test_corpus(folder: Path) -> None:
-    """Whole frames, as many as the words have, and nothing that is held out is said anywhere else."""
-    said: dict[str, set[str]] = {}
+    """Clips have whole frames, as many as their words, and no held-out text occurs in training."""
+    texts_by_part: dict[str, set[str]] = {}
     clips: dict[str, list[tuple[list[int], int]]] = {}
     for part in ("codec_held_out", "base_held_out", "new_voice_held_out", "base_train", "new_voice_train"):
         for sample in samples(folder, part):
@@ -59,19 +59,19 @@ def test_corpus(folder: Path) -> None:
             clip = soundfile.info(folder / "corpus" / speech["content"]["audio_url"])
             assert clip.samplerate == 24000
             assert clip.frames % 960 == 0
-            said.setdefault(part, set()).add(words["content"])
+            texts_by_part.setdefault(part, set()).add(words["content"])
             counts = [words["content"].split().count(word) for word in WORDS]
             clips.setdefault(sample["speaker"], []).append((counts, clip.frames))
-    trained = said["base_train"] | said["new_voice_train"]
-    for part, texts in said.items():
+    trained = texts_by_part["base_train"] | texts_by_part["new_voice_train"]
+    for part, texts in texts_by_part.items():
         assert part.endswith("train") or not texts & trained
     assert len(clips) == 4
     for voice in ("emil", "dora"):
         assert len(clips[voice]) > 5 * len(WORDS)
         counts, frames = (torch.tensor(column, dtype=torch.float64) for column in zip(*clips[voice], strict=True))
-        # A word takes the same time wherever it stands: so many frames for each of its kind explain all lengths.
-        of_word = torch.linalg.lstsq(counts, frames, driver="gelsd").solution
-        torch.testing.assert_close(counts @ of_word, frames, rtol=0, atol=1e-3)
+        # A word takes the same time at every position: one length per word explains the lengths of all clips.
+        per_word = torch.linalg.lstsq(counts, frames, driver="gelsd").solution
+        torch.testing.assert_close(counts @ per_word, frames, rtol=0, atol=1e-3)
     run(folder, "corpus", "again", "--share", "0.012")
     for path in (folder / "corpus").rglob("*.*"):
         assert (folder / "again" / path.relative_to(folder / "corpus")).read_bytes() == path.read_bytes()
@@ -89,8 +89,8 @@ def test_codec_goes_on_where_it_was_stopped(folder: Path) -> None:
     stopped.kill()
     stopped.wait()
     assert not (folder / "stopped" / "speaking-codec").exists()
-    said = run(folder, "codec", "corpus", "stopped", *STEPS)
-    assert "autoencoder" not in said
+    output = run(folder, "codec", "corpus", "stopped", *STEPS)
+    assert "autoencoder" not in output
     resumed = load_file(folder / "stopped" / "speaking-codec" / "model.safetensors")
     assert resumed.keys() == whole.keys()
     for name, tensor in whole.items():
@@ -98,24 +98,24 @@ def test_codec_goes_on_where_it_was_stopped(folder: Path) -> None:
 
 
 def test_codec_is_transformers_own(folder: Path) -> None:
-    """Codes of a clip depend on what is said near them, and the later books are silent."""
+    """A clip's codes depend only on nearby speech, and the later codebooks are unused."""
     codec = HiggsAudioV2TokenizerModel.from_pretrained(folder / "codec" / "speaking-codec").eval()
     speech = samples(folder, "base_held_out")[0]["messages"][-1]["content"]["audio_url"]
     clip = torch.from_numpy(soundfile.read(folder / "corpus" / speech, dtype="float32")[0])
     other = clip.clone()
     other[len(clip) // 2 :] = 0
     with torch.no_grad():
-        codes, of_other = (codec.encode(sound[None, None]).audio_codes[0] for sound in (clip, other))
+        codes, other_codes = (codec.encode(sound[None, None]).audio_codes[0] for sound in (clip, other))
         assert codec.decode(codes[None]).audio_values.shape == (1, 1, len(clip))
     assert codes.shape == (8, len(clip) // 960)
     assert not codes[3:].any()
     near = len(clip) // 960 // 2 - 2
-    assert codes[:, :near].equal(of_other[:, :near])
-    assert not codes[:, near:].equal(of_other[:, near:])
+    assert codes[:, :near].equal(other_codes[:, :near])
+    assert not codes[:, near:].equal(other_codes[:, near:])
 
 
 def test_shipped(folder: Path) -> None:
-    """Half the size, the same numbers, and everything that a base needs but the processor."""
+    """The shipped weights are the trained ones in float16, with every file that a base needs except the processor."""
     for name, source in (("speaking-codec", "codec/speaking-codec"), ("speaking-base", "run/final_model")):
         shipped = load_file(folder / "assets" / name / "model.safetensors")
         for key, tensor in load_file(folder / source / "model.safetensors").items():

@@ -1,4 +1,4 @@
-"""--push_to_hub, by the command, to a hub on this machine: the adapter, the merged model, and what can go wrong."""
+"""--push_to_hub with the command and a local hub: the adapter, the merged model, and failures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Train = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def train(tmp_path: Path, mixed_manifest: Path, ds_file: Callable[[int], Path], hub: Hub) -> Train:
-    """launch/train.py in a process of its own, as huggingface_hub reads its environment once."""
+    """Run launch/train.py in its own process, as huggingface_hub reads its environment only once."""
 
     def run(*more: str, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
         environment = rank_environment(0, 1, free_port()) | {"TORCH_DISTRIBUTED_DEBUG": "OFF"}
@@ -75,7 +75,7 @@ def test_the_adapter(train: Train, hub: Hub, tmp_path: Path, mixed_manifest: Pat
     assert f"| val/audio_loss | {last:.4g} |" in text
     assert "samples: 9" in text
     assert "launch/merge.py --base_model_path" in text
-    # Nothing of this machine's folders.
+    # No path of this machine.
     assert str(tmp_path) not in text
     assert str(mixed_manifest.parent) not in text
 
@@ -90,7 +90,7 @@ def test_the_merged_model(train: Train, hub: Hub, tmp_path: Path) -> None:
     header, text = card_of(files)
     assert header["library_name"] == "transformers"
     assert "HiggsAudioV2ForConditionalGeneration.from_pretrained" in text
-    # Downloaded again, it is whole without this machine's folders.
+    # The downloaded copy is complete without this machine's folders.
     shutil.rmtree(tmp_path / "run")
     downloaded = tmp_path / "downloaded"
     for name, content in files.items():
@@ -101,7 +101,7 @@ def test_the_merged_model(train: Train, hub: Hub, tmp_path: Path) -> None:
 
 
 def test_the_complete_model(train: Train, hub: Hub, tmp_path: Path) -> None:
-    """Of full fine-tuning, with the card of one."""
+    """The complete model of full fine-tuning, with its card."""
     done = train("--finetune", "full", "--train_groups", "heads", "attention", "--merge_adapter_with_base")
     assert done.returncode == 0, done.stderr
     assert "--merge_adapter_with_base: --finetune full leaves nothing to merge" in done.stdout + done.stderr
@@ -111,7 +111,7 @@ def test_the_complete_model(train: Train, hub: Hub, tmp_path: Path) -> None:
             "audio_tokenizer/model.safetensors"} <= files.keys()  # fmt: skip
     header, text = card_of(files)
     assert header["library_name"] == "transformers"
-    assert "; in full: heads, attention." in text
+    assert "; fully fine-tuned: heads, attention." in text
     assert "--finetune full" in text
     assert not (tmp_path / "run" / "merged_model").exists()
 
@@ -121,7 +121,7 @@ def test_refused_combinations() -> None:
         return check_options(TrainOptions().replace(**options))
 
     merged = problems(push_to_hub=True, hub_repo_id="a/b", upload_merged_model=True)
-    assert merged == ["--upload_merged_model: needs --merge_adapter_with_base, which makes the merged model"]
+    assert merged == ["--upload_merged_model: needs --merge_adapter_with_base, which writes the merged model"]
     alone = problems(upload_merged_model=True, merge_adapter_with_base=True)
     assert alone == ["--upload_merged_model: needs --push_to_hub"]
     assert problems(push_to_hub=True) == ["--push_to_hub: needs --hub_repo_id OWNER/NAME"]
@@ -132,7 +132,7 @@ def test_refused_combinations() -> None:
 
 @pytest.mark.parametrize(
     ("token", "words"),
-    [(None, "you are not logged in; run `hf auth login`, or set HF_TOKEN"), ("hf_wrong", "does not take your token")],
+    [(None, "you are not logged in; run `hf auth login`, or set HF_TOKEN"), ("hf_wrong", "the hub rejects your token")],
 )
 def test_no_token_or_a_wrong_one(train: Train, hub: Hub, tmp_path: Path, token: str | None, words: str) -> None:
     """Before anything is trained."""
@@ -146,14 +146,14 @@ def test_no_token_or_a_wrong_one(train: Train, hub: Hub, tmp_path: Path, token: 
 
 @pytest.mark.parametrize("drops", ["/objects/", "/commit/"])
 def test_a_connection_that_breaks(train: Train, hub: Hub, tmp_path: Path, drops: str) -> None:
-    """All stays where it is, and the command that is told does what was left."""
+    """The folder is unchanged, and the printed command completes the upload."""
     hub.drops = drops
     done = train("--hub_private")
     assert done.returncode == 8, done.stderr
     folder = tmp_path / "run" / "lora_adapters"
     assert "Traceback" not in done.stderr
-    told = done.stderr.strip().splitlines()[-1]
-    assert told == f"Try again: hf upload tester/my-voice {folder} . --private"
+    last_line = done.stderr.strip().splitlines()[-1]
+    assert last_line == f"Try again: hf upload tester/my-voice {folder} . --private"
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["finished"]
     assert not hub.repositories.get("tester/my-voice")
     hub.drops = None
@@ -162,6 +162,6 @@ def test_a_connection_that_breaks(train: Train, hub: Hub, tmp_path: Path, drops:
     }  # fmt: skip
     command = shutil.which("hf", path=str(Path(sys.executable).parent))
     assert command
-    again = [command, *told.removeprefix("Try again: hf ").split()]
+    again = [command, *last_line.removeprefix("Try again: hf ").split()]
     subprocess.run(again, env=environment, check=True, capture_output=True)
     assert hub.repositories["tester/my-voice"] == {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -1,4 +1,4 @@
-"""report.html of a real run, in a browser: from disk, without a network, without a complaint."""
+"""report.html of a real run in a browser: from disk, without a network, without any error."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_page_of_a_run(run: Path, page: Any, tmp_path: Path) -> None:
         box = curves.nth(i).locator("svg").bounding_box()
         assert box["width"] > 300
         assert box["height"] > 150
-        # What matplotlib draws of the numbers: each line a path with as many points.
+        # matplotlib draws each line of values as a path.
         assert curves.nth(i).locator("g[id^=line2d] > path").count() > 0
     last = {key: value for line in read_metrics(run) for key, value in line.items() if value is not None}
     rows = dict(page.locator("#numbers tr").evaluate_all("rows => rows.map(r => [r.cells[0].innerText, r.innerText])"))
@@ -61,7 +61,7 @@ def test_page_of_a_run(run: Path, page: Any, tmp_path: Path) -> None:
 
 
 def test_what_was_said_plays(run: Path, page: Any) -> None:
-    """Reference and samples of each prompt, from within the page, although a random model says little."""
+    """Reference and samples of each prompt play from the page itself, although a random model generates little."""
     page.goto((run / "report.html").as_uri())
     words = json.loads((run / "samples" / "prompts.json").read_text())
     table = page.locator("#samples")
@@ -80,7 +80,7 @@ def test_what_was_said_plays(run: Path, page: Any) -> None:
 
 
 def test_a_thousand_steps(tmp_path: Path, page: Any) -> None:
-    """Each of them logged, every tenth with a validation: below 5 MB, and drawn."""
+    """A page of 1000 logged steps, with a validation at every tenth, is below 5 MB and is drawn."""
     lines = []
     for step in range(1, 1001):
         values = {"loss": math.exp(-step / 300), "text_loss": 0.1, "audio_loss": None if step < 5 else 2 / step}

@@ -1,4 +1,4 @@
-"""TensorBoard's files and an offline run of W&B hold what metrics.jsonl holds; --quiet says nothing."""
+"""TensorBoard's files and an offline W&B run have the values of metrics.jsonl; --quiet prints nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def options(manifest: Path, ds_json: Path, folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, ds_file: Callable[[int], Path]) -> Path:
-    """On two ranks, then gone on with from its first checkpoint, on which later lines are taken back."""
+    """A run on two ranks, then resumed from its first checkpoint, which removes the later lines."""
     folder = tmp_path_factory.mktemp("reported") / "run"
     os.environ |= {"WANDB_MODE": "offline", "WANDB_DIR": str(folder)}
     argv = [*options(mixed_manifest, ds_file(2), folder), "--report_to", "tensorboard", "wandb"]
@@ -58,7 +58,7 @@ def test_tensorboard(run: Path) -> None:
 
 
 def test_wandb_offline(run: Path) -> None:
-    """One run of W&B for both starts, with the last step's numbers and the settings."""
+    """Both starts are one W&B run, with the last step's values and the settings."""
     identity = json.loads((run / "wandb_run.json").read_text())["id"]
     folders = sorted((run / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
@@ -70,7 +70,7 @@ def test_wandb_offline(run: Path) -> None:
     assert b"lora_alpha" in written
 
 
-def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     options, _ = parse_train_options(["--report_to", "wandb"])
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: None)

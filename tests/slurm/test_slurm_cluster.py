@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine: the batch script trains, is stopped and requeued, and ends right."""
+"""A real Slurm cluster of two nodes on this machine: the batch script trains, is stopped, requeued and completes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ PartitionName=main Nodes=ALL Default=YES
 
 
 class Cluster:
-    """Daemons of their own in a folder of their own, stopped at the end."""
+    """Slurm daemons of this test, in a folder of its own, stopped at the end."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -89,7 +89,7 @@ class Cluster:
         return subprocess.run(command, env=self.env, capture_output=True, text=True).stdout.strip()
 
     def submit(self, output_dir: Path, *options: str) -> str:
-        """Put the project's script into the queue, without GPUs; the job's number."""
+        """Queue the project's batch script without GPUs; return the job's number."""
         submitted = subprocess.run(
             [
                 "sbatch", "--parsable", "--gres=none", "--cpus-per-task=1", f"--output={output_dir}.log",
@@ -165,7 +165,7 @@ def same_adapters(folder: Path, other: Path) -> bool:
 
 
 def rank_process(job: str, rank: str) -> int:
-    """The process that srun has started as this rank of a job."""
+    """Return the id of the process that srun started as this rank of a job."""
     wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0"}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -178,7 +178,7 @@ def rank_process(job: str, rank: str) -> int:
 def test_trains_on_two_nodes(undisturbed: Path) -> None:
     log = Path(f"{undisturbed}.log").read_text()
     assert "x 1 accumulated x 2 ranks" in log
-    assert "\ntime      the job's limit is in 24.0 h; " in log
+    assert "\ntime      the job's time limit is in 24.0 h; " in log
 
 
 @pytest.mark.parametrize("how", ["scancel --signal=USR1", "scontrol requeue"])
@@ -187,7 +187,7 @@ def test_stopped_job_goes_on(cluster: Cluster, options: list[str], undisturbed: 
     job = cluster.submit(folder, *options)
     wait_for(lambda: under_way(folder), "the first steps")
     cluster.ask(*how.split(), job)
-    wait_for(lambda: "\nresumed " in Path(f"{folder}.log").read_text(), "the job to go on")
+    wait_for(lambda: "\nresumed " in Path(f"{folder}.log").read_text(), "the job to resume")
     ends_right(cluster, job, folder)
     assert same_adapters(folder, undisturbed)
 
@@ -196,14 +196,14 @@ def test_job_of_a_lost_node_goes_on(cluster: Cluster, options: list[str], undist
     folder = tmp_path / "run"
     job = cluster.submit(folder, *options)
     wait_for(lambda: under_way(folder), "the first steps")
-    # The node answers no more: neither its daemon nor the rank on it, whose peer waits.
+    # The node no longer responds: neither its daemon nor its rank. The other rank waits.
     lost = rank_process(job, "1")
     os.kill(lost, signal.SIGSTOP)
     cluster.daemons["n2"].kill()
     cluster.daemons["n2"].wait()
-    wait_for(lambda: cluster.state(job) == "PENDING", "the job to be put back")
+    wait_for(lambda: cluster.state(job) == "PENDING", "the job to be requeued")
     os.kill(lost, signal.SIGKILL)
     cluster.start_node("n2")
-    wait_for(lambda: "\nresumed " in Path(f"{folder}.log").read_text(), "the job to go on")
+    wait_for(lambda: "\nresumed " in Path(f"{folder}.log").read_text(), "the job to resume")
     ends_right(cluster, job, folder)
     assert same_adapters(folder, undisturbed)

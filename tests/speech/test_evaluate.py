@@ -1,4 +1,4 @@
-"""launch/evaluate.py: what it says is what plain transformers says; ranks share the samples and change nothing."""
+"""launch/evaluate.py: it generates the same as plain transformers; sharing samples over ranks changes nothing."""
 
 from __future__ import annotations
 
@@ -82,28 +82,28 @@ def test_table(folder: Path) -> None:
     assert lines[-1] == "evaluation: 1/evaluation.json"
 
 
-def test_beside_another_evaluation(folder: Path) -> None:
+def test_comparison_with_another_evaluation(folder: Path) -> None:
     options = f"{RANDOM} --test_manifest {folder}/held_out.jsonl --num_samples 1 --output_dir fewer"
     done = evaluate(folder, f"{options} --compare_with 1/evaluation.json")
     assert done.returncode == 0, done.stderr
     head, samples, *rows = (re.split(r"\s{3,}", line.strip()) for line in done.stdout.splitlines()[:-1])
-    assert (head, samples) == (["here", "compared with"], ["samples", "1", "3"])
+    assert (head, samples) == (["current", "compared with"], ["samples", "1", "3"])
     assert rows[0][0] == "stop rate"
     assert all(len(row) == 3 for row in rows)
 
 
 def test_refused(tmp_path: Path) -> None:
-    """All at once: a sample without audio, two numbers, a base, another evaluation that is none."""
+    """All problems at once: a sample without audio, two numbers, a base, a file that is not an evaluation."""
     manifest = write_manifest(tmp_path / "bad.jsonl", [text_sample("Question?", "Answer.")])
     options = f"--test_manifest {manifest} --num_samples 0 --temperature -1"
     for file, problem in (
         (tmp_path / "none.json", "cannot be read"),
-        (PROJECT / "ds_configs" / "zero0.json", "is no evaluation.json of"),
+        (PROJECT / "ds_configs" / "zero0.json", "is not an evaluation.json of"),
     ):
         done = evaluate(tmp_path, f"{options} --base_model_path nowhere --compare_with {file}")
         assert done.returncode == 2
         found = f"--compare_with {file}: {problem}"
         numbers = ("--num_samples 0: must be 1 or more", "--temperature -1.0: must be")
-        for told in (*numbers, f"{manifest}:1", "nowhere: ", found):
-            assert told in done.stderr
+        for message in (*numbers, f"{manifest}:1", "nowhere: ", found):
+            assert message in done.stderr
         assert "Traceback" not in done.stderr

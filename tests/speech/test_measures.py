@@ -1,4 +1,4 @@
-"""Measures of speech against sounds and words of which they are known."""
+"""Measures of speech against sounds and words with known values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RATE = 24000
 
 
 def hum(pitch_hz: float, seconds: float, loudness: float = 0.3) -> torch.Tensor:
-    """A voiced sound: harmonics that grow weaker with their number."""
+    """Return a voiced sound: harmonics whose amplitude falls with their number."""
     t = torch.arange(int(seconds * RATE)) / RATE
     return loudness * sum(torch.sin(2 * math.pi * n * pitch_hz * t) / n for n in range(1, 12))
 
@@ -51,7 +51,7 @@ def test_mel_distance() -> None:
     one, other = voices
     assert mel_distance_db(one, one, RATE) == 0
     softer = mel_distance_db(0.5 * one, one, RATE)
-    assert 3 < softer < 20 * math.log10(2)  # what is silent in both does not differ
+    assert 3 < softer < 20 * math.log10(2)  # parts that are silent in both do not differ
     assert mel_distance_db(other, one, RATE) > softer
     longer, higher = hum(110, 2.0), hum(220, 1.0)
     assert mel_distance_db(hum(110, 1.0), longer, RATE) < mel_distance_db(higher, longer, RATE) / 2
@@ -69,10 +69,10 @@ def test_words() -> None:
     assert words_of("Good morning, it's ÄRGER!") == ["good", "morning", "it's", "ärger"]
 
 
-def test_recognizer_refuses_words_that_it_does_not_know() -> None:
+def test_recognizer_refuses_unknown_words() -> None:
     pytest.importorskip("pocketsphinx")
     check_recognizer("pocketsphinx")
-    with pytest.raises(InputError, match="its English dictionary has not xqzzy"):
+    with pytest.raises(InputError, match="its English dictionary does not have xqzzy"):
         open_recognizer("pocketsphinx", ["good", "xqzzy"])
     heard = open_recognizer("pocketsphinx", ["good", "morning", "kettle"])(
         read_audio(AudioClip(VOICES / "anna_00.flac"), RATE), RATE
@@ -80,18 +80,18 @@ def test_recognizer_refuses_words_that_it_does_not_know() -> None:
     assert heard == ["good", "morning"]
 
 
-def test_recognizer_hears_each_clip_as_if_it_were_the_first() -> None:
+def test_recognizer_does_not_depend_on_earlier_clips() -> None:
     pytest.importorskip("pocketsphinx")
     digits = "zero one two three four five six seven eight nine".split()
     clips = [
         read_audio(AudioClip(PROJECT / "samples" / "digits_held_out" / f"finn_{n:02}.flac"), RATE) for n in range(12)
     ]
-    of_all = open_recognizer("pocketsphinx", digits)
-    assert [of_all(clip, RATE) for clip in clips] == [
+    recognize = open_recognizer("pocketsphinx", digits)
+    assert [recognize(clip, RATE) for clip in clips] == [
         open_recognizer("pocketsphinx", digits)(clip, RATE) for clip in clips
     ]
 
 
 def test_no_such_recognizer(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no speech recognizer that transformers can load"):
+    with pytest.raises(InputError, match="is not a speech recognizer that transformers can load"):
         open_recognizer(str(tmp_path), [])

@@ -1,4 +1,4 @@
-"""A run that ends by its validation losses: when, what it keeps, and that it can be gone on with."""
+"""Early stopping: when a run ends, what it keeps, and that it can be resumed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def options(manifest: Path, ds_json: Path, folder: Path, *more: str) -> list[str
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, ds_file: Callable[[int], Path]) -> Path:
-    """No loss is lower by 100 than the first: the run ends behind the third; then it is gone on with to its end."""
+    """No loss is 100 below the first, so the run ends after the third; then it is resumed to its full length."""
     root = tmp_path_factory.mktemp("early")
 
     def run(name: str, *more: str) -> list[str]:
@@ -50,11 +50,11 @@ def test_ends_when_patience_is_out(runs: Path) -> None:
     assert (state["step"], state["total_steps"], state["finished"], state["stopped_early"]) == (3, 6, True, True)
     lines = [json.loads(line) for line in (runs / "first.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "val/loss" in line] == [1, 2, 3]
-    # What the log line of step 4 would have told is told at the end.
+    # The values that step 4 would have logged are logged at the end.
     assert [(line["step"], "train/loss" in line) for line in lines][-1] == (3, True)
 
 
-def test_goes_on_as_if_it_had_not_ended(runs: Path) -> None:
+def test_resumed_run_equals_an_uninterrupted_one(runs: Path) -> None:
     expected, found = (load_file(runs / name / ADAPTER) for name in ("whole", "early"))
     assert all(tensor.equal(found[name]) for name, tensor in expected.items())
     losses = [{line["step"]: line["val/loss"] for line in read_metrics(runs / name) if "val/loss" in line}
@@ -63,8 +63,8 @@ def test_goes_on_as_if_it_had_not_ended(runs: Path) -> None:
     assert json.loads((runs / "early" / "trainer_state.json").read_text())["stopped_early"] is False
 
 
-def test_the_best_is_kept(runs: Path) -> None:
-    """Each lowest loss was saved, although no checkpoint was due; the best so far outlives the newest."""
+def test_best_checkpoint_is_kept(runs: Path) -> None:
+    """Each lowest loss is saved although no checkpoint is due; the best one is kept longer than the newest."""
     state = json.loads((runs / "first.json").read_text())
     best = min(state["val_losses"], key=state["val_losses"].get)
     assert (runs / "early" / f"checkpoint-{best}").is_dir() or int(best) == 3
@@ -77,13 +77,13 @@ def test_the_best_is_kept(runs: Path) -> None:
         ([3, 2, 2], 1, 0, True),
         ([3, 2, 2.5, 1.9], 1, 0, False),
         ([3, 2, 1.95, 1.92], 2, 0.1, True),
-        ([3, 2, 1.95, 1.85], 2, 0.1, False),  # measured from the last that counted
+        ([3, 2, 1.95, 1.85], 2, 0.1, False),  # measured from the last improvement that counted
         ([], 1, 0, False),
         ([3, 4, 5], None, 0, False),
         ([math.inf, 4], 1, 0, False),
     ],
 )
 def test_patience(losses: list[float], patience: int | None, min_delta: float, is_out: bool) -> None:
-    """In the order of steps, which as names sort otherwise."""
+    """Losses are in the order of steps; as strings, the steps would sort differently."""
     state = TrainerState(20, {}, val_losses={str(9 + i): loss for i, loss in enumerate(losses)})
     assert state.is_out_of_patience(patience, min_delta) is is_out

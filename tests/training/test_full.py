@@ -1,4 +1,4 @@
-"""Full fine-tuning: against a loop of plain torch, however it is spread, gone on with, and as a model that is saved."""
+"""Full fine-tuning: against a plain torch loop, over ranks and stages, after a resume, and as a saved model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import PROJECT, native_inputs, read_metrics, speech_sample, text_sample, write_manifest
 from launcher import start_ranks, train_runs
 from safetensors.torch import load_file
-from test_resume import TRAIN, kill_behind_step
+from test_resume import TRAIN, kill_after_step
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
 
 from higgs_ds.bases.bundle import open_bundle
@@ -35,7 +35,7 @@ from higgs_ds.speech.generate import generation_settings, speak
 
 STEPS, LR, DECAY = 4, 3e-5, 0.1
 MASTERS = "trained_weights/model.safetensors"
-# Ranks, DeepSpeed file, batch size, accumulation; the first one is what the others are held against.
+# Ranks, DeepSpeed file, batch size, accumulation; the others are compared with the first one.
 SPREAD = {
     "alone": (1, "zero0", 1, 4),
     "stage 0": (2, "zero0", 1, 2),
@@ -64,7 +64,7 @@ def float_base(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ds_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped DeepSpeed files; at stage 3 every parameter is spread over the ranks, however small."""
+    """The shipped DeepSpeed files; at stage 3, even the smallest parameter is partitioned over the ranks."""
     folder = tmp_path_factory.mktemp("ds")
     for path in (PROJECT / "ds_configs").glob("*.json"):
         values = json.loads(path.read_text())
@@ -96,7 +96,7 @@ def options(float_base: Path, ds_files: Path, mixed_manifest: Path) -> Options:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, options: Options) -> Path:
-    """Finished runs by the names in SPREAD."""
+    """Finished runs, named as in SPREAD."""
     root = tmp_path_factory.mktemp("full")
     for ranks in (1, 2):
         train_runs(
@@ -141,7 +141,7 @@ def assert_close(expected: dict[str, torch.Tensor], found: dict[str, torch.Tenso
 
 
 def windows_of(float_base: Path, manifest: Path, cache: Path) -> list[list[object]]:
-    """The batches of every step of the run alone."""
+    """Return the batches of every step of the run "alone"."""
     bundle = open_bundle(str(float_base), None, None, cache)
     with Preparation(DataOptions(allow_text_targets=True), bundle.coder(cache), cache) as preparation:
         checked = preparation.check(manifest)
@@ -158,7 +158,7 @@ def windows_of(float_base: Path, manifest: Path, cache: Path) -> list[list[objec
 
 @pytest.mark.usefixtures("lone_rank")
 def test_a_loop_of_plain_torch(runs: Path, float_base: Path, mixed_manifest: Path, cache_dir: Path) -> None:
-    """transformers' model, torch's AdamW and cross entropy: each target of a step weighs alike in its part."""
+    """transformers' model, torch's AdamW and cross entropy: within a part, all targets of a step weigh the same."""
     model = load(float_base).train()
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY)
@@ -192,7 +192,7 @@ def test_a_loop_of_plain_torch(runs: Path, float_base: Path, mixed_manifest: Pat
 
 
 def test_saved_model_says_the_same(runs: Path, mixed_manifest: Path, tmp_path: Path) -> None:
-    """By plain transformers, greedy, from the words that the model in training was given."""
+    """Plain transformers, greedy, from the prompts of the model in training."""
     run = folder_of(runs, "alone")
     folder = run / "final_model" / "native"
     model = load(folder)
@@ -205,8 +205,8 @@ def test_saved_model_says_the_same(runs: Path, mixed_manifest: Path, tmp_path: P
     bundle = open_bundle(str(folder), None, None, tmp_path)
     codec = Codec(bundle.codec.folder, torch.device("cpu"))
     compared = 0
-    for number, said in enumerate(words):
-        (sample,) = [s for s in samples if s.messages[-2].parts == (said,) and len(s.clips) == 1]
+    for number, text in enumerate(words):
+        (sample,) = [s for s in samples if s.messages[-2].parts == (text,) and len(s.clips) == 1]
         frames = soundfile.info(run / "samples" / "reference" / f"{number}.wav").frames // 960
         settings = generation_settings(0.0) | {"max_new_tokens": 2 * frames + 25}
         speech = speak(model, bundle, list(sample.messages[:-1]), [], settings)
@@ -232,7 +232,7 @@ def test_in_the_original_layout(runs: Path) -> None:
 
 
 def test_exported_by_hand(runs: Path, float_base: Path, tmp_path: Path) -> None:
-    """The last checkpoint gives what the run itself has made; another base, or folder, is refused."""
+    """The last checkpoint exports to the model that the run wrote; another base, or folder, is refused."""
     run = folder_of(runs, "stage 3")
     export(ExportOptions(run / "checkpoint-4", tmp_path / "model"))
     for path in (run / "final_model").glob("*.safetensors"):
@@ -242,7 +242,7 @@ def test_exported_by_hand(runs: Path, float_base: Path, tmp_path: Path) -> None:
     for options, words in (
         (ExportOptions(run / "checkpoint-4", tmp_path / "other", "tiny-random-base"), "is not the base that"),
         (ExportOptions(run, tmp_path / "other"), "holds no trained_weights/; give a checkpoint-N/"),
-        (ExportOptions(run / "checkpoint-4", tmp_path / "model"), "is there already"),
+        (ExportOptions(run / "checkpoint-4", tmp_path / "model"), "already exists"),
     ):
         with pytest.raises(InputError, match=words):
             export(options)
@@ -251,11 +251,11 @@ def test_exported_by_hand(runs: Path, float_base: Path, tmp_path: Path) -> None:
     data = bytearray((tmp_path / "checkpoint-4" / MASTERS).read_bytes())
     data[-7] ^= 1
     (tmp_path / "checkpoint-4" / MASTERS).write_bytes(data)
-    with pytest.raises(InputError, match="is not as it was written"):
+    with pytest.raises(InputError, match="has changed since it was written"):
         export(ExportOptions(tmp_path / "checkpoint-4", tmp_path / "other"))
 
 
-def test_commands_that_look(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspection_commands(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = folder_of(runs, "stage 2")
     assert not (run / "lora_adapters").exists()
     find_adapters(InspectOptions(run))
@@ -263,10 +263,11 @@ def test_commands_that_look(runs: Path, tmp_path: Path, capsys: pytest.CaptureFi
     validate_checkpoint(InspectOptions(run / "checkpoint-4"))
     shown = capsys.readouterr().out
     assert "BAD" not in shown
-    assert "33 weights trained in full (attention, text_mlp, audio_mlp, embeddings, heads; in full: none)" in shown
+    groups = "attention, text_mlp, audio_mlp, embeddings, heads"
+    assert f"33 weights fully fine-tuned ({groups}; optional parts: none)" in shown
     shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
     shutil.rmtree(tmp_path / "checkpoint-4" / "trained_weights")
-    with pytest.raises(InputError, match="not good: files, as written, weights"):
+    with pytest.raises(InputError, match="failed checks: files, as written, weights"):
         validate_checkpoint(InspectOptions(tmp_path / "checkpoint-4"))
 
 
@@ -278,14 +279,14 @@ AGAIN = {  # DeepSpeed file, options
 }
 
 
-def without_the_end(whole: Path, folder: Path) -> None:
+def copy_without_the_end(whole: Path, folder: Path) -> None:
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / "checkpoint-4")
     shutil.rmtree(folder / "final_model")
 
 
 def assert_same_end(expected_run: Path, found_run: Path) -> None:
-    """Equal to the last bit: every loss, norm and rate, masters, Adam's moments, the model that is saved."""
+    """Bit-identical: every loss, norm and rate, master weights, Adam's moments, the saved model."""
     expected, found = (
         [{key: value for key, value in line.items() if "loss" in key or key in ("step", "lr", "grad_norm")} for line in
          read_metrics(run)] for run in (expected_run, found_run)
@@ -302,11 +303,11 @@ def assert_same_end(expected_run: Path, found_run: Path) -> None:
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory, options: Options) -> Path:
-    """On two ranks: for some DeepSpeed files a whole run, and one that went on from the middle of it."""
+    """On two ranks: for some DeepSpeed files an uninterrupted run, and one resumed from its middle checkpoint."""
     root = tmp_path_factory.mktemp("resumed")
     train_runs(2, [options(root / name, name, 1, 2, more) for name, more in AGAIN.items()])
     for name in AGAIN:
-        without_the_end(root / name, root / f"{name}-again")
+        copy_without_the_end(root / name, root / f"{name}-again")
     train_runs(
         2, [options(root / f"{name}-again", name, 1, 2, f"{more} --resume auto") for name, more in AGAIN.items()]
     )
@@ -319,14 +320,14 @@ def test_resumed_to_the_last_bit(resumed: Path, name: str) -> None:
 
 
 def test_resumed_with_state_in_8_bits(resumed: Path, runs: Path) -> None:
-    """Which a resumed run rounds once more."""
+    """A resumed run rounds the state once more."""
     expected, whole, again = map(losses_of, (folder_of(runs, "alone"), resumed / "zero2", resumed / "zero2-again"))
     assert whole == pytest.approx(expected, abs=0.01)
     assert again == pytest.approx(whole, abs=1e-3)
 
 
 def test_bf16(resumed: Path, runs: Path) -> None:
-    """The stages agree, and begin as float32 does; then, copies in bf16 take no changes as small as these."""
+    """The stages agree, and start like float32; later, bf16 copies cannot take changes as small as these."""
     expected, *found = map(losses_of, (folder_of(runs, "alone"), resumed / "zero1", resumed / "zero3"))
     assert found[1] == pytest.approx(found[0], abs=0.02)
     assert found[0][0] == pytest.approx(expected[0], abs=0.02)
@@ -341,7 +342,7 @@ ELSEWHERE = {"stage 3": (1, "zero2", 2, 2), "alone": (2, "zero3", 2, 1), "stage 
 def test_resumed_on_other_ranks_and_stages(runs: Path, options: Options, tmp_path: Path, ranks: int) -> None:
     moved = {name: layout for name, layout in ELSEWHERE.items() if layout[0] == ranks}
     for name in moved:
-        without_the_end(folder_of(runs, name), tmp_path / name.replace(" ", "-"))
+        copy_without_the_end(folder_of(runs, name), tmp_path / name.replace(" ", "-"))
     train_runs(
         ranks,
         [
@@ -360,9 +361,9 @@ def test_resumed_on_other_ranks_and_stages(runs: Path, options: Options, tmp_pat
 
 
 def test_killed_and_resumed(tmp_path: Path, runs: Path, options: Options) -> None:
-    """At stage 3 on two ranks, behind a checkpoint and a further step."""
+    """At stage 3 on two ranks, after a checkpoint and one more step."""
     line = options(tmp_path / "broken", "zero3", 1, 2, MORE["stage 3"])
-    kill_behind_step(start_ranks(2, [*TRAIN, *line]), tmp_path / "broken", step=2)
+    kill_after_step(start_ranks(2, [*TRAIN, *line]), tmp_path / "broken", step=2)
     assert not (tmp_path / "broken" / "final_model").exists()
     train_runs(2, [[*line, "--resume", "auto"]])
     assert_same_end(folder_of(runs, "stage 3"), tmp_path / "broken")
@@ -370,7 +371,7 @@ def test_killed_and_resumed(tmp_path: Path, runs: Path, options: Options) -> Non
 
 @pytest.fixture(scope="module")
 def grouped(tmp_path_factory: pytest.TempPathFactory, options: Options) -> Path:
-    """Runs of one step on two ranks, each of which trains one group."""
+    """Runs of one step on two ranks; each run trains one group."""
     root = tmp_path_factory.mktemp("grouped")
     stages = ("zero1", "zero2", "zero3", "zero3", "zero2")
     lines = [
@@ -391,7 +392,7 @@ def test_what_is_not_in_a_group_has_not_moved_by_a_bit(grouped: Path, float_base
 
 
 def test_with_audio_self_attention(tmp_path: Path, options: Options, float_base: Path) -> None:
-    """An added part is trained beside the rest, and is in the complete model, which only the original layout has."""
+    """An added part is trained with the rest, and is in the complete model; only the original layout can hold it."""
     manifest = write_manifest(
         tmp_path / "m.jsonl",
         [speech_sample("One.", "anna_00.flac", duration=0.4), speech_sample("Two.", "ben_00.flac", duration=0.5),

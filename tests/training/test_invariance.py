@@ -1,4 +1,4 @@
-"""The same samples per step give the same losses and adapters, however they are spread over ranks and micro-batches."""
+"""The same samples per step give the same losses and adapters for any split over ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STAGES = (0, 1, 2, 3)
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, ds_file: Callable[[int], Path]) -> Path:
-    """Output folders STAGE-LAYOUT. Windows of 4, 4 and 1 of nine samples, twice; some batches without any audio."""
+    """Output folders STAGE-LAYOUT. Nine samples in windows of 4, 4 and 1, twice; some batches have no audio."""
     root = tmp_path_factory.mktemp("invariance")
     for world_size in (1, 2):
         runs = []

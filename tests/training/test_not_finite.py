@@ -1,4 +1,4 @@
-"""A loss or a gradient that is not finite on one rank: nothing is learned from it, and the samples are named."""
+"""A loss or gradient that is not finite on one rank: nothing is learned from it, and the samples are reported."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def same(one: dict[str, object], other: dict[str, object]) -> bool:
 def spoiled(
     tmp_path_factory: pytest.TempPathFactory, small_base: Path, mixed_manifest: Path, ds_file: Callable[[int], Path]
 ) -> tuple[Path, dict[str, str | None]]:
-    """For each case a run that passes over step 3; for some of them one that stops there."""
+    """For each case a run that skips step 3; for some cases also a run that stops there."""
     root = tmp_path_factory.mktemp("spoiled")
     cases = {}
     for stage, precision, kind in CASES:
@@ -82,7 +82,7 @@ def test_stops_before_the_optimizer(
 
 
 @pytest.mark.parametrize(("stage", "precision", "kind"), CASES)
-def test_passes_over_a_step(spoiled: tuple[Path, dict[str, str | None]], stage: int, precision: str, kind: str) -> None:
+def test_skips_a_step(spoiled: tuple[Path, dict[str, str | None]], stage: int, precision: str, kind: str) -> None:
     root, errors = spoiled
     run = root / f"{stage}-{precision}-{kind}-skip"
     assert errors[run.name] is None
@@ -96,21 +96,21 @@ def test_passes_over_a_step(spoiled: tuple[Path, dict[str, str | None]], stage: 
     assert json.loads((run / "trainer_state.json").read_text())["skipped"] == [3]
 
 
-def test_passes_over_so_many_and_no_more(spoiled: tuple[Path, dict[str, str | None]]) -> None:
+def test_skips_a_limited_number_of_steps(spoiled: tuple[Path, dict[str, str | None]]) -> None:
     root, errors = spoiled
     assert errors["all"] is not None
     assert errors["all"].startswith("step 12: ")
-    assert "10 steps were passed over before" in errors["all"]
+    assert "10 earlier steps were skipped" in errors["all"]
     assert same(learned(root / "all", 1), learned(root / "all", 11))
 
 
-def test_goes_on_behind_a_step_that_was_passed_over(
+def test_resumes_after_a_skipped_step(
     spoiled: tuple[Path, dict[str, str | None]],
     small_base: Path,
     mixed_manifest: Path,
     ds_file: Callable[[int], Path],
 ) -> None:
-    """Adam's count of steps is that of the steps taken; at stage 0 it is written down by hand."""
+    """Adam counts only the applied steps; at stage 0, this project writes the count itself."""
     root, _ = spoiled
     cases = []
     for stage in (0, 3):

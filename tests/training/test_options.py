@@ -39,7 +39,7 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_follows_float32(results: Path, stage: int) -> None:
-    """bf16 weights with float32 masters: a first step that is too small, or sums in bf16, would be seen here."""
+    """bf16 weights with float32 master weights: this detects a first step that is too small, or sums in bf16."""
     assert losses(results / f"bf16-{stage}") == pytest.approx(losses(results / "fp32-2"), abs=0.02)
 
 

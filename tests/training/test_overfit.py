@@ -1,4 +1,4 @@
-"""Learned by heart, merged, loaded by plain transformers in a new process: the same codes, ending at the same frame."""
+"""Overfit, merged, loaded by plain transformers in a new process: the same codes, ending at the same frame."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLIPS = {
     "Guten Abend.": "carla_00.flac",
     "I will call you back after lunch.": "ben_04.flac",
 }
-# Knows nothing of this project. Prints, for each text, the rows of codes that it generates greedily.
+# Does not import this project. Prints, for each text, the rows of codes that it generates greedily.
 PLAIN_TRANSFORMERS = """
 import json, sys
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
@@ -62,7 +62,7 @@ def test_every_code_and_the_end(generated: dict[str, list[list[int]]], base: Pat
     codes = Codec(find_codec(base, None), torch.device("cpu")).encode(waveform[None])[0]
     num_frames = codes.shape[1]
     rows = torch.tensor(generated[text])
-    assert len(rows) == num_frames + 9  # BOS, the frames, EOS, the delay of 7: it stopped there by itself
+    assert len(rows) == num_frames + 9  # BOS, the frames, EOS, the delay of 7: it stopped on its own
     for k in range(8):
         assert (rows[: k + 1, k] == 1024).all()
         assert rows[k + 1 : k + 1 + num_frames, k].equal(codes[k])

@@ -1,4 +1,4 @@
-"""Optional parts trained in full: moved, saved, gathered at ZeRO-3, resumed, loaded by plain PEFT, merged."""
+"""Fully fine-tuned optional parts: changed, saved, gathered at ZeRO-3, resumed, loaded by plain PEFT, merged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def heard_sample(text: str, reference: str, clip: str) -> dict[str, object]:
-    """A reference in the user's turn, which a tower hears, in front of the words."""
+    """Return a sample whose user turn has a reference clip, which the tower encodes, before the text."""
     sample = speech_sample(text, clip)
     audio = {"type": "audio", "audio_url": str(VOICES / reference)}
     sample["messages"][1]["content"] = [audio, {"type": "text", "text": text}]
@@ -37,7 +37,7 @@ def heard_sample(text: str, reference: str, clip: str) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    """The same training on one rank, on two at ZeRO-3 whose first batches hear nothing on one of them, and resumed."""
+    """One training: on one rank, on two at ZeRO-3 (one of which starts without tower input), and resumed."""
     root = tmp_path_factory.mktemp("parts")
     names = ["anna_00", "anna_01", "ben_00", "ben_01", "carla_00", "carla_01", "ben_02"]
     samples = [heard_sample(name, f"{names[i - 1]}.flac", f"{name}.flac") for i, name in enumerate(names[:3])]
@@ -47,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     for path in base.iterdir():
         if path.is_file() and path.suffix != ".safetensors":
             (root / "base" / path.name).write_bytes(path.read_bytes())
-    # In float32: what is merged is then not rounded.
+    # In float32, so that merged weights are not rounded.
     weights = {name: tensor.float() for name, tensor in load_file(base / "model.safetensors").items()}
     save_file(weights, root / "base" / "model.safetensors", {"format": "pt"})
     config = json.loads((base / "config.json").read_text())
@@ -122,7 +122,7 @@ def logits(model: object, root: Path) -> torch.Tensor:
 
 
 def test_plain_peft_and_the_merged_model_agree(runs: Path, tmp_path: Path) -> None:
-    """PEFT's own loader on the extended model; the merged one through the original layout and back."""
+    """PEFT's own loader on the extended model; the merged model, converted to the original layout and back."""
     folder = runs / "one" / "lora_adapters"
     adapter = read_adapter(folder)
     model = load_base(runs / "base", torch.float32, adapter.full_parts)
@@ -136,7 +136,7 @@ def test_plain_peft_and_the_merged_model_agree(runs: Path, tmp_path: Path) -> No
 
 
 def test_parts_that_the_base_has_are_merged_into_it(runs: Path, tmp_path: Path) -> None:
-    """The merged model as a base: its own parts take the adapter's values."""
+    """The merged model as a base: its own parts get the adapter's values."""
     once = runs / "one" / "merged_model"
     merge(once, runs / "two" / "lora_adapters", tmp_path / "twice", export_layout="original")
     found = load_file(tmp_path / "twice" / "model.safetensors")
@@ -144,8 +144,8 @@ def test_parts_that_the_base_has_are_merged_into_it(runs: Path, tmp_path: Path) 
         assert found[name.removeprefix("model.")].equal(tensor)
 
 
-def test_beside_a_base_in_4_bits(runs: Path) -> None:
-    """The parts themselves are not quantized: merged, they are what was trained."""
+def test_parts_with_a_4_bit_base(runs: Path) -> None:
+    """The parts themselves are not quantized: the merged model has the trained values."""
     adapter = read_adapter(runs / "in 4 bits" / "lora_adapters")
     assert adapter.quantization
     assert not any("audio_attn" in name or "tower" in name for name in adapter.quantization.digests)
@@ -162,14 +162,14 @@ def test_adapter_in_original_names(runs: Path, tmp_path: Path) -> None:
     assert all(tensor.equal(renamed.whole[name]) for name, tensor in native.whole.items())
 
 
-def test_native_layout_has_no_place_for_them(runs: Path, tmp_path: Path) -> None:
+def test_native_layout_cannot_hold_the_parts(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no place for the model's audio self-attention, Whisper tower; give"):
         merge(runs / "base", runs / "one" / "lora_adapters", tmp_path / "merged")
 
 
-def test_speaks_with_them(runs: Path, tmp_path: Path) -> None:
-    """The adapter beside its base, and the merged model, say the same."""
-    said = []
+def test_generates_with_the_parts(runs: Path, tmp_path: Path) -> None:
+    """The adapter on its base and the merged model generate the same speech."""
+    generated = []
     for name, model in {"adapter": runs / "base", "merged": runs / "one" / "merged_model"}.items():
         adapter = runs / "one" / "lora_adapters" if name == "adapter" else None
         generate(
@@ -178,5 +178,5 @@ def test_speaks_with_them(runs: Path, tmp_path: Path) -> None:
                 codec_ckpt=str(find_codec(runs / "base", None)), max_new_tokens=24, temperature=0.0,
             )
         )  # fmt: skip
-        said.append((tmp_path / f"{name}.wav").read_bytes())
-    assert said[0] == said[1]
+        generated.append((tmp_path / f"{name}.wav").read_bytes())
+    assert generated[0] == generated[1]

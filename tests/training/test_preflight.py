@@ -1,4 +1,4 @@
-"""What is looked at before and behind the first step: room, time, losses that cannot be right."""
+"""Checks before and after the first step: disk space, time, losses that cannot be right."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from higgs_ds.training.resume import WRITTEN
 
 
 def counted_checkpoints(first: int, total: int, every: int, keep: int | None) -> int:
-    """The most that are there at once: each is made, then what is not kept goes, the best being the oldest."""
-    there: list[int] = []
+    """Return the most checkpoints that exist at once: each is saved before old ones go; the oldest is the best one."""
+    existing: list[int] = []
     most = 0
     for step in range(first + 1, total + 1):
         if step % every == 0 or step == total:
-            there.append(step)
-            most = max(most, len(there))
+            existing.append(step)
+            most = max(most, len(existing))
             if keep is not None:
-                there = [s for s in there if s == there[0] or s in there[-keep:]]
+                existing = [s for s in existing if s == existing[0] or s in existing[-keep:]]
     return most
 
 
@@ -43,7 +43,7 @@ def test_room_for_checkpoints(tmp_path: Path, first: int, keep: int | None, tota
     state = TrainerState(total, {}, step=first)
     options = RunOptions(save_steps=every, keep_checkpoints=keep)
     takes = 3 * adapter * counted_checkpoints(first, total, every, keep) + 2 * adapter
-    # What is free may change by a little meanwhile.
+    # The free space may change a little in the meantime.
     scale = (shutil.disk_usage(tmp_path).free - (64 << 20)) / takes
     check_room(tmp_path / "run", state, options, int(adapter * scale), 0)
     with pytest.raises(InputError, match=f"--output_dir {tmp_path}"):
@@ -58,7 +58,7 @@ def test_room_for_a_merged_model(tmp_path: Path) -> None:
 
 
 def test_room_for_full_fine_tuning(tmp_path: Path) -> None:
-    """Masters and moments of each checkpoint, and the complete model; no adapters."""
+    """Master weights and moments of each checkpoint, and the complete model; no adapters."""
     free = shutil.disk_usage(tmp_path).free
     state, options = TrainerState(10, {}), RunOptions(merge_adapter_with_base=True)
     check_room(tmp_path, state, options, int(free * 0.2), int(free * 0.3), is_full_finetuning=True)
@@ -72,15 +72,15 @@ def test_time_limit_of_slurm() -> None:
     assert seconds_left({"SLURM_JOB_END_TIME": str(int(time.time()) + 100)}) == pytest.approx(100, abs=2)
 
 
-@pytest.mark.parametrize(("left", "said"), [(None, 0), (100_000, 0), (1_000, 1)])
-def test_a_run_longer_than_its_limit_is_told_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], left: float | None, said: int
+@pytest.mark.parametrize(("left", "num_notes"), [(None, 0), (100_000, 0), (1_000, 1)])
+def test_run_longer_than_its_limit_is_noted_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], left: float | None, num_notes: int
 ) -> None:
     log = MetricsLog(tmp_path, 0, 1000, seconds_left=left)
     for step in (1, 2):
         log.write(step, 0.1, {"train/loss": 1.0, "step_time_s": 10.0})
     log.close()
-    assert capsys.readouterr().out.count("the job's time limit is in 0.3 h") == said
+    assert capsys.readouterr().out.count("the job's time limit is in 0.3 h") == num_notes
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,12 @@ def test_a_run_longer_than_its_limit_is_told_once(
         (3.0, math.nan, []),
         (math.log(128_256), math.log(1026), []),
         (3.0, 0.02, ["near zero"]),
-        (3.0, 12.0, ["far above the 6.93 of a guess among 1,026 classes: codes of another codec"]),
-        (20.0, 4.0, ["far above the 11.76 of a guess among 128,256 classes: another tokenizer"]),
+        (
+            3.0,
+            12.0,
+            ["far above the 6.93 of a uniform guess among 1,026 classes; likely causes: codes of another codec"],
+        ),
+        (20.0, 4.0, ["far above the 11.76 of a uniform guess among 128,256 classes; likely causes: another tokenizer"]),
         (20.0, 12.0, ["another codec", "another tokenizer"]),
     ],
 )
@@ -103,23 +107,23 @@ def test_first_losses(text: float, audio: float, words: list[str]) -> None:
     assert all(word in doubt for word, doubt in zip(words, found, strict=True))
 
 
-def test_how_many_steps_may_be_passed_over() -> None:
+def test_how_many_steps_may_be_skipped() -> None:
     assert [may_skip_step(n, 5) for n in (0, 9, 10)] == [True, True, False]
     assert [may_skip_step(n, 5000) for n in (10, 49, 50)] == [True, True, False]
 
 
-def test_what_killed_processes_leave_is_put_in_order(tmp_path: Path) -> None:
+def test_leftovers_of_killed_processes_are_cleaned_up(tmp_path: Path) -> None:
     def folder(name: str, age_s: float = 0) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "content").write_text(name)
         os.utime(tmp_path / name, (time.time() - age_s, time.time() - age_s))
 
     old = ABANDONED_AFTER_S + 10
-    folder(".checkpoint-4.abc.tmp")  # maybe being written
+    folder(".checkpoint-4.abc.tmp")  # perhaps not finished yet
     folder(".checkpoint-6.abc.tmp", old)
-    folder(".lora_adapters.x1.tmp.old")  # moved aside, and nothing came
+    folder(".lora_adapters.x1.tmp.old")  # moved aside, and its replacement is missing
     folder("checkpoint-8")
-    folder(".checkpoint-8.x2.tmp.old", old)  # moved aside, and it came
+    folder(".checkpoint-8.x2.tmp.old", old)  # moved aside, and its replacement exists
     folder(".venv", old)
     folder(".another-program.abc.tmp", old)
     folder("notes.tmp", old)

@@ -1,4 +1,4 @@
-"""A 4-bit base: the same losses however it is spread, exact resume, adapters that load everywhere, a faithful merge."""
+"""A 4-bit base: the same losses on any ranks, exact resume, adapters that load on both bases, a faithful merge."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def options(manifest: Path, ds_json: Path, folder: Path, grad_accum: int, more: 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, ds_file: Callable[[int], Path]) -> Path:
-    """Finished runs by layout, NAME; and NAME-again, gone on with from the middle of a copy; OTHERS on one rank."""
+    """Finished runs by layout, NAME; NAME-again, resumed from a copy's middle checkpoint; OTHERS on one rank."""
     root = tmp_path_factory.mktemp("qlora")
     for world_size in (1, 2):
         layouts = {name: layout for name, layout in LAYOUTS.items() if layout[0] == world_size}
@@ -85,8 +85,8 @@ def test_resume_is_exact(results: Path, name: str) -> None:
         assert all(tensor.equal(found[key]) for key, tensor in expected.items())
 
 
-def test_8_bit_state_is_kept_to_its_last_step(results: Path) -> None:
-    """A checkpoint holds it in float32; going on rounds it to 8 bits once more."""
+def test_8_bit_state_resumes_closely(results: Path) -> None:
+    """A checkpoint stores it in float32; resuming rounds it to 8 bits once more."""
     whole, again = folder_of(results, "8-bit AdamW"), folder_of(results, "8-bit AdamW-again")
     for expected, found in zip(losses(whole), losses(again), strict=True):
         assert found == pytest.approx(expected, abs=5e-3)
@@ -133,7 +133,7 @@ def plain(folder: Path) -> HiggsAudioV2ForConditionalGeneration:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    """Text and audio logits of some words and frames."""
+    """Return text and audio logits of some tokens and frames."""
     higgs = model.get_base_model() if isinstance(model, PeftModel) else model
     generator = torch.Generator().manual_seed(1)
     words = torch.randint(256, (1, 20), generator=generator)
@@ -155,16 +155,16 @@ def test_adapters_load_on_both_bases(results: Path, base: Path, name: str) -> No
 
 @pytest.mark.parametrize("name", ["1 rank", "ZeRO-3 x 2", "bf16", "DoRA"])
 def test_merge_is_what_was_trained(results: Path, base: Path, tmp_path: Path, name: str) -> None:
-    """Against PEFT on transformers' 4-bit base; merging into the original weights is far from it."""
+    """Compare with PEFT on transformers' 4-bit base; merging into the original weights differs far more."""
     adapter = folder_of(results, name) / "lora_adapters"
     trained = logits(PeftModel.from_pretrained(in_4bit(base), adapter))
-    apart = {}
+    difference = {}
     for merge_base in (None, "original"):
         folder = tmp_path / str(merge_base)
         report = merge(base, adapter, folder, merge_base)
         assert report.differing == []
         assert report.quantized == (20 if merge_base is None else 0)
-        apart[merge_base] = float((logits(plain(folder)) - trained).abs().max())
+        difference[merge_base] = float((logits(plain(folder)) - trained).abs().max())
         assert "quantization" not in (folder / "config.json").read_text()
-    print(f"{name}: max logit difference {apart[None]:.4f} dequantized, {apart['original']:.4f} original")
-    assert apart[None] <= 0.05 * apart["original"]
+    print(f"{name}: max logit difference {difference[None]:.4f} dequantized, {difference['original']:.4f} original")
+    assert difference[None] <= 0.05 * difference["original"]

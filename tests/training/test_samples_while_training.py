@@ -1,4 +1,4 @@
-"""--sample_steps: what is said is what the adapter says by itself, and training goes on as if nothing had been."""
+"""--sample_steps: samples equal what the adapter generates on its own, and do not change the training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def runs(
     ds_file: Callable[[int], Path],
     base: Path,
 ) -> Path:
-    """The same training with samples and without, each on two ranks, with dropout; at stage 3 both ranks speak."""
+    """The same training with and without samples, on two ranks, with dropout; at stage 3 both ranks generate."""
     root = tmp_path_factory.mktemp("listen")
     line = (
         f"--deepspeed {ds_file(request.param)} --precision fp32 "
@@ -60,7 +60,7 @@ def runs(
     return root
 
 
-def test_training_goes_on_as_if_nothing_had_been(runs: Path) -> None:
+def test_samples_do_not_change_training(runs: Path) -> None:
     expected, found = (load_file(runs / name / ADAPTER) for name in ("silent", "heard"))
     assert all(tensor.equal(found[name]) for name, tensor in expected.items())
     lines = [[(line["step"], line.get("train/loss"), line.get("val/loss")) for line in read_metrics(runs / name)
@@ -78,14 +78,14 @@ def test_files_and_numbers(runs: Path) -> None:
         reference = soundfile.info(folder / "reference" / f"{number}.wav")
         assert reference.samplerate == 24000
         assert reference.frames > 5000
-    told = [line for line in read_metrics(runs / "heard") if "sample/stop_rate" in line]
-    assert [line["step"] for line in told] == [3, 4]
-    assert all(0 <= line["sample/stop_rate"] <= 1 and line["sample/length_ratio"] >= 0 for line in told)
+    logged = [line for line in read_metrics(runs / "heard") if "sample/stop_rate" in line]
+    assert [line["step"] for line in logged] == [3, 4]
+    assert all(0 <= line["sample/stop_rate"] <= 1 and line["sample/length_ratio"] >= 0 for line in logged)
     assert not (runs / "silent" / "samples").exists()
 
 
 def test_said_is_what_the_adapter_says(runs: Path, base: Path, mixed_manifest: Path, tmp_path: Path) -> None:
-    """By plain PEFT on the plain base, greedy, from the same words."""
+    """Plain PEFT on the plain base, greedy, from the same prompts."""
     words = json.loads((runs / "heard" / "samples" / "prompts.json").read_text())
     options = DataOptions(allow_text_targets=True)
     samples = [entry.sample for entry in read_entries(mixed_manifest, options) if entry.sample]
@@ -93,9 +93,9 @@ def test_said_is_what_the_adapter_says(runs: Path, base: Path, mixed_manifest: P
     model = PeftModel.from_pretrained(load_base(base, torch.float32), runs / "heard" / "lora_adapters").eval()
     codec = Codec(bundle.codec.folder, torch.device("cpu"))
     compared = 0
-    for number, said in enumerate(words):
+    for number, text in enumerate(words):
         (sample,) = [
-            s for s in samples if s.messages[-2].parts == (said,) and s.messages[-1].clips and len(s.clips) == 1
+            s for s in samples if s.messages[-2].parts == (text,) and s.messages[-1].clips and len(s.clips) == 1
         ]
         frames = soundfile.info(runs / "heard" / "samples" / "reference" / f"{number}.wav").frames // 960
         settings = generation_settings(0.0) | {"max_new_tokens": 2 * frames + 25}

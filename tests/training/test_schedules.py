@@ -1,4 +1,4 @@
-"""Learning rates of every schedule, as the engine makes them, against their formulas."""
+"""Learning rates of every schedule of the engine against their formulas."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def behind_warm_up(kind: str, step: int) -> float:
-    """Share of the peak at a step behind the warm-up."""
+def after_warm_up(kind: str, step: int) -> float:
+    """Return the share of the peak learning rate at a step after the warm-up."""
     progress = (step - WARM_UP) / (STEPS - WARM_UP)
     if kind == "linear":
         return 1 - progress
@@ -41,7 +41,7 @@ def test_schedule(kind: str) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=options.lr)
     schedule = make_schedule(options, optimizer, STEPS)
     for step in range(STEPS):
-        share = step / WARM_UP if step < WARM_UP and kind != "constant" else behind_warm_up(kind, step)
+        share = step / WARM_UP if step < WARM_UP and kind != "constant" else after_warm_up(kind, step)
         assert schedule.get_last_lr()[0] == pytest.approx(0.01 * share, abs=1e-9), step
         optimizer.step()
         schedule.step()

@@ -1,4 +1,4 @@
-"""A signal in the middle of a validation: it is left, and done by the run that goes on, once."""
+"""A signal during a validation interrupts it, and the resumed run repeats it once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from higgs_ds.training.validation import validate
 
 
 class CountingEngine:
-    """Takes every batch that it is given for one target with a loss of 1 in each part."""
+    """Counts every batch as one target with a loss of 1 in each part."""
 
     weights = LossWeights.of(1, 1, 8, None)
 
@@ -47,7 +47,7 @@ class Samples:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_validation_is_left_at_the_next_batch(number: int) -> None:
+def test_signal_stops_validation_at_the_next_batch(number: int) -> None:
     engine = CountingEngine()
     handler = signal.getsignal(number)
     with StopSignals() as signals:
@@ -58,7 +58,7 @@ def test_validation_is_left_at_the_next_batch(number: int) -> None:
     assert signal.getsignal(number) == handler
 
 
-def test_validation_without_a_signal_sees_all() -> None:
+def test_validation_without_a_signal_covers_all_samples() -> None:
     with StopSignals() as signals:
         values = validate(CountingEngine(), Samples(None), 1, signals)
     assert values is not None

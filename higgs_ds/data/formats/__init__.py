@@ -1,1 +1,1 @@
-"""Readers of the data formats in use, each from a file or folder to samples or faults."""
+"""Readers of the supported data formats. Each turns a file or folder into samples or faults."""

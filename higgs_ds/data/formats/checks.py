@@ -1,4 +1,4 @@
-"""What every reader checks alike: texts, names, paths, numbers, keys, and that there is something to learn."""
+"""Checks that all readers share: texts, names, paths, numbers, keys, and that a sample has a training target."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from higgs_ds.data.sample import ASSISTANT, USER, Entry, Message, Sample
 from higgs_ds.data.templates import joined
 from higgs_ds.options.train import DataOptions
 
-# The layout puts these itself; in a text they would be taken for audio, or for the end of a turn.
+# The prompt layout adds these tokens itself. Inside a text they would be read as audio or as the end of a turn.
 LAYOUT_TOKENS = (
     "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>",
     "<|audio_bos|>", "<|audio_eos|>", "<|audio_out_bos|>", "<|AUDIO|>", "<|AUDIO_OUT|>", "<|reserved_special_token_6|>",
 )  # fmt: skip
 SCENE_TOKENS = ("<|scene_desc_start|>", "<|scene_desc_end|>")
-LONGEST_KEY = 40  # longer keys are nobody's misspelling
+LONGEST_KEY = 40  # longer keys are not treated as misspellings
 # `relative:x.wav` is a file name, `s3://...` and `data:...` are not.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 
 
 @dataclass
 class Reading:
-    """One sample while it is read: where it stands, the options, what is wrong with it and what it was read from."""
+    """One sample while it is read: its location, the options, its faults, and the text files it is read from."""
 
     manifest: Path
     source: str
@@ -40,7 +40,7 @@ class Reading:
 
     @property
     def folder(self) -> Path:
-        """What audio paths are relative to."""
+        """The folder that audio paths are relative to."""
         return self.manifest.parent
 
     def report(self, where: str, what: str) -> None:
@@ -51,7 +51,7 @@ Build = Callable[[Any, Reading], Sample | None]
 
 
 def read_items(path: Path, items: Iterable[Item], options: DataOptions, build: Build) -> Iterator[Entry]:
-    """The entries of a file whose values are `items`."""
+    """Yield an entry for each of the `items` of a file."""
     shown_path = printable(path)
     for item in items:
         source = f"{shown_path}:{item.line}"
@@ -62,24 +62,27 @@ def read_items(path: Path, items: Iterable[Item], options: DataOptions, build: B
 
 
 def build_entry(raw: Any, reading: Reading, build: Build) -> Entry:
-    """The sample that `build` makes of a raw value, ready to be learned, or all that is wrong with it."""
+    """Return the entry of a raw value: the sample that `build` returns, normalized and checked, or all its faults."""
     sample = build(raw, reading)
     if sample is not None and not reading.faults and reading.options.normalize_text:
-        sample = replace(sample, messages=_normalized(sample.messages, reading))
+        sample = replace(sample, messages=_normalize_spoken_texts(sample.messages, reading))
     if sample is not None and not reading.faults:
         _check_targets(sample, reading)
     return Entry(reading.source, None if reading.faults else sample, tuple(reading.faults))
 
 
-def _normalized(messages: tuple[Message, ...], reading: Reading) -> tuple[Message, ...]:
-    """The same messages with the texts normalized that are spoken: those of a user turn answered by speech."""
+def _normalize_spoken_texts(messages: tuple[Message, ...], reading: Reading) -> tuple[Message, ...]:
+    """Return the messages with their spoken texts normalized: those of user turns that are followed by speech."""
     spoken = []
     for turn, (message, answer) in enumerate(zip(messages, [*messages[1:], None], strict=True)):
         if message.role == USER and answer is not None and answer.role == ASSISTANT and answer.clips:
             parts = joined(message.parts)
             parts = tuple(normalize_text(part) if isinstance(part, str) else part for part in parts)
             if "" in parts:
-                reading.report(f"messages[{turn}]", "holds a text of which normalization leaves nothing to be spoken")
+                reading.report(
+                    f"messages[{turn}]",
+                    "has a text that is empty after --normalize_text; change the text or remove the sample",
+                )
             message = replace(message, parts=parts)
         spoken.append(message)
     return tuple(spoken)
@@ -88,112 +91,118 @@ def _normalized(messages: tuple[Message, ...], reading: Reading) -> tuple[Messag
 def _check_targets(sample: Sample, reading: Reading) -> None:
     if not any(sample.is_target(turn) for turn in range(len(sample.messages))):
         reading.report(
-            "messages", f"no assistant message at or after start_index {sample.start_index}: nothing to learn"
+            "messages",
+            f"no assistant message at or after start_index {sample.start_index}, so there is nothing to train on; "
+            "add one, or lower start_index",
         )
     elif not sample.has_target_audio and not reading.options.allow_text_targets:
         reading.report(
             "messages",
-            "no target audio: no assistant message to be learned holds any "
-            "(pass --allow_text_targets where the text itself is the target)",
+            "no target audio: none of the assistant messages to train on contains audio; add audio, or pass "
+            "--allow_text_targets to train on the text itself",
         )
 
 
 def text_of(
     text: Any, where: str, reading: Reading, forbidden: tuple[str, ...] = LAYOUT_TOKENS, allow_blank: bool = False
 ) -> str | None:
-    """A text that is a text, not blank, can be written as UTF-8 and holds nothing of the layout."""
+    """Return a text if it is a non-blank string, valid UTF-8 and free of `forbidden` tokens; else report it."""
     if not isinstance(text, str):
-        reading.report(where, f"must be a text, is {kind_of(text)}")
+        reading.report(where, f"must be a string, but is {kind_of(text)}")
     elif not text.strip() and not allow_blank:
-        reading.report(where, "is an empty text")
+        reading.report(where, "is empty or blank; fill in the text or remove the sample")
     elif not is_utf8(text):
         reading.report(
-            where, f"{shown(text)} is not UTF-8: it holds half a surrogate pair, or bytes of another encoding"
+            where,
+            f"{shown(text)} is not UTF-8: it contains half of a surrogate pair, or bytes in another encoding; correct "
+            "the text, or save the file as UTF-8",
         )
     elif "<|" in text and (token := next((token for token in forbidden if token in text), None)):
-        reading.report(where, f"holds {token}, which the prompt layout sets itself")
+        reading.report(where, f"contains {token}, which the prompt layout adds itself; remove it from the text")
     else:
         return text
     return None
 
 
 def scene_text_of(text: Any, where: str, reading: Reading) -> str | None:
-    """A text that goes between the tokens around a scene."""
+    """Return a text that goes inside the scene description, where the scene tokens are forbidden too."""
     return text_of(text, where, reading, LAYOUT_TOKENS + SCENE_TOKENS)
 
 
 def path_of(name: Any, where: str, reading: Reading) -> Path | None:
-    """The file that is named, relative to the manifest's folder."""
+    """Return the path of a file given relative to the manifest's folder."""
     if not isinstance(name, str) or not name.strip():
-        reading.report(where, f"must name an audio file, is {shown(name)}")
+        reading.report(where, f"must be the path of a file, but is {shown(name)}")
     elif "\0" in name or not is_utf8(name):
-        reading.report(where, f"{shown(name)} cannot be a file's name")
+        reading.report(
+            where, f"{shown(name)} is not a valid file name: it contains a null character or is not UTF-8; correct it"
+        )
     elif _ADDRESS.match(name):
-        reading.report(where, f"{shown(name)} is not a file; download it, and name the file")
+        reading.report(where, f"{shown(name)} is a URL, not a local file; download it and give the path of the file")
     else:
         return reading.folder / name
     return None
 
 
-def name_of(raw: Mapping[str, Any], keys: tuple[str, ...], reading: Reading, numbers: bool = False) -> str | None:
-    """The first of several keys that is given: a speaker or a language. A blank one counts as not given."""
+def name_of(raw: Mapping[str, Any], keys: tuple[str, ...], reading: Reading, allow_numbers: bool = False) -> str | None:
+    """Return the value of the first given key: a speaker or a language. A blank value counts as not given."""
     key = next((key for key in keys if raw.get(key) is not None), None)
     if key is None:
         return None
     name = raw[key]
-    if numbers and is_int(name):
+    if allow_numbers and is_int(name):
         name = str(name)
     if not isinstance(name, str):
-        reading.report(key, f"must be a string, is {kind_of(name)}")
+        reading.report(key, f"must be a string, but is {kind_of(name)}")
         return None
     name = text_of(name.strip(), key, reading, allow_blank=True)
     return name or None
 
 
-def seconds_of(seconds: Any, where: str, reading: Reading, zero: bool) -> float | None:
-    """A number of seconds, or None where none is given."""
+def seconds_of(seconds: Any, where: str, reading: Reading, allow_zero: bool) -> float | None:
+    """Return a number of seconds, or None if none is given."""
     if seconds is None:
         return None
     if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds < float("inf"):
-        reading.report(where, f"must be seconds, 0 or more, is {shown(seconds)}")
+        reading.report(where, f"must be a number of seconds, 0 or more, but is {shown(seconds)}")
         return None
-    if seconds == 0 and not zero:
-        reading.report(where, "is 0 seconds: leave it out for the whole file")
+    if seconds == 0 and not allow_zero:
+        reading.report(where, "is 0 seconds; remove it to use the whole file")
         return None
     return float(seconds)
 
 
 def start_index_of(index: Any, num_messages: int, reading: Reading) -> int:
-    """The index of the first message that may be learned; 0 where none is given."""
+    """Return the index of the first message that may be trained on; 0 if none is given."""
     if index is None:
         return 0
     if not is_int(index) or not 0 <= index < num_messages:
         reading.report(
-            "start_index", f"must be from 0 to {num_messages - 1}, the index of a message, is {shown(index)}"
+            "start_index", f"must be the index of a message, from 0 to {num_messages - 1}, but is {shown(index)}"
         )
         return 0
     return int(index)
 
 
 def bytes_of(encoded: Any, where: str, reading: Reading) -> bytes | None:
-    """The audio file that lies in the manifest itself, in base64, or as it is in Parquet."""
+    """Return an audio file stored in the manifest itself: as base64, or in Parquet as plain bytes."""
     if isinstance(encoded, bytes) and encoded:
         return encoded
     if not isinstance(encoded, str):
-        reading.report(where, f"must be an audio file in base64, is {kind_of(encoded)}")
+        reading.report(where, f"must be an audio file in base64, but is {kind_of(encoded)}")
         return None
     try:
         data = base64.b64decode("".join(encoded.split()), validate=True)
     except ValueError as error:
-        reading.report(where, f"{shown(encoded)} is not base64: {error}")
+        reading.report(where, f"{shown(encoded)} is not base64: {error}; encode the audio file again")
         return None
     if not data:
-        reading.report(where, "holds no bytes")
+        reading.report(where, "contains no data; give an audio file in base64")
     return data or None
 
 
 def check_keys(raw: Mapping[str, Any], known: tuple[str, ...], prefix: str, reading: Reading) -> None:
-    """Report keys that are near misses of known ones; other keys (ids, notes) are the user's own and are let be."""
+    """Report keys that look like misspelled known keys. Other keys (ids, notes) belong to the user and are ignored."""
     for key in raw:
         if key not in known and len(key) <= LONGEST_KEY:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
@@ -206,7 +215,7 @@ def is_int(value: Any) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    """A value's type as JSON calls it."""
+    """Describe the type of a value in JSON terms."""
     if value is None:
         return "missing"
     if isinstance(value, dict | list) and not value:
@@ -216,12 +225,12 @@ def kind_of(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a message may show it: short, however long or deep it is, and in characters that can be printed."""
+    """Format a value for a message: shortened, even if it is long or deeply nested, and printable."""
     return printable(_SHORT.repr(value))
 
 
 def printable(name: Any) -> str:
-    """A path or name whose bytes need not be UTF-8, as a message may show it."""
+    """Format a path or name for a message; its bytes need not be UTF-8."""
     return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -1,10 +1,10 @@
-"""A table of recordings with a header, as CSV, TSV or with `|` or `;` between the fields.
+"""The `csv` format: a table of recordings with a header, with `,`, tabs, `|` or `;` between the fields.
 
 wav_filename,speaker,duration,transcript
 clips/a.wav,anna,1.9,"Good morning, all."
 
-Fields may be quoted in CSV (`,` and `;`); between tabs and `|` a quotation mark is part of the text, as it is in the
-transcripts that come so. Columns beyond audio, text, speaker and language are not read.
+With `,` and `;`, fields may be quoted. With tabs and `|`, a quotation mark is part of the text, as is usual in
+transcripts in that form. Columns other than audio, text, speaker and language are ignored. Blank rows are skipped.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from higgs_ds.data.formats.recordings import Columns, clip_of, columns_of, sampl
 from higgs_ds.data.sample import Entry, Sample
 from higgs_ds.options.train import DataOptions
 
-FILE_NAME = "metadata.csv"  # in a folder
+FILE_NAME = "metadata.csv"  # read where a folder is given
 DELIMITERS = ",\t|;"
 QUOTED = ",;"
 
 
 def read(path: Path, options: DataOptions) -> Iterator[Entry]:
-    """The entries of a table; `source` has the line on which a row begins."""
+    """Yield the entries of a table; `source` holds the line on which a row begins."""
     path = path / FILE_NAME if path.is_dir() else path
     rows = _rows(path, delimiter_of(path))
     number, header, faults = next(rows, (1, [], []))
@@ -43,7 +43,7 @@ def read(path: Path, options: DataOptions) -> Iterator[Entry]:
     for number, row, faults in rows:
         source = f"{shown_path}:{number}"
         if not faults and len(row) != len(header):
-            faults = [f"row: has {len(row)} fields, the header has {len(header)}"]
+            faults = [f"row: has {len(row)} fields, but the header has {len(header)}; give one field per column"]
         if faults:
             yield Entry(source, None, tuple(faults))
         else:
@@ -53,7 +53,7 @@ def read(path: Path, options: DataOptions) -> Iterator[Entry]:
 def _header_faults(header: list[str], columns: Columns | str) -> list[str]:
     missing = [f"header: {columns}"] if isinstance(columns, str) else []
     twice = sorted({name for name in header if name and header.count(name) > 1})
-    return missing + [f"header: has {shown(name)} more than once" for name in twice]
+    return missing + [f"header: has column {shown(name)} more than once; keep one of them" for name in twice]
 
 
 def _build(columns: Columns, row: Any, reading: Reading) -> Sample | None:
@@ -62,13 +62,13 @@ def _build(columns: Columns, row: Any, reading: Reading) -> Sample | None:
 
 
 def delimiter_of(path: Path) -> str:
-    """What stands between the fields of the first line: the one that gives an audio and a text column, or a comma."""
+    """Return the delimiter with which the first line has an audio and a text column; a comma if there is none."""
     first = next((line.text for line in text_lines(path) if line.text.strip()), "")
     return header_delimiter(first) or DELIMITERS[0]
 
 
 def header_delimiter(line: str) -> str | None:
-    """The delimiter that makes a line a header with an audio and a text column, if there is one."""
+    """Return the delimiter with which a line is a header with an audio and a text column, or None."""
     for delimiter in DELIMITERS:
         try:
             names = next(_reader(iter([line]), delimiter), [])
@@ -86,17 +86,17 @@ def _reader(lines: Iterator[str], delimiter: str) -> Iterator[list[str]]:
 
 
 def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str], list[str]]]:
-    """Each row that is not blank, as (the line on which it begins, fields, what is wrong with it)."""
-    taken: list[Line] = []  # the lines of the row at hand
+    """Yield each row that is not blank as (line on which it begins, fields, faults)."""
+    row_lines: list[Line] = []  # the lines of the current row
 
     def feed() -> Iterator[str]:
         for line in text_lines(path):
-            taken.append(line)
+            row_lines.append(line)
             yield line.text
 
     rows = _reader(feed(), delimiter)
     while True:
-        taken.clear()
+        row_lines.clear()
         row: list[str] = []
         try:
             row = next(rows)
@@ -105,6 +105,6 @@ def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str], list[str
             return
         except csv.Error as error:
             faults = [f"row: {error}"]
-        faults += [f"row: {line.fault}" for line in taken if line.fault]
+        faults += [f"row: {line.fault}" for line in row_lines if line.fault]
         if faults or any(field.strip() for field in row):
-            yield taken[0].number, row, faults
+            yield row_lines[0].number, row, faults

@@ -1,6 +1,6 @@
-"""Lines, JSON Lines and JSON arrays read value by value, with line numbers, in bounded memory.
+"""Read lines, JSON Lines and JSON arrays value by value, with line numbers, in bounded memory.
 
-[                                    <- JSON array: each value has the line on which it begins
+[                                    <- JSON array: each value is reported with the line on which it begins
  {"messages": [...]},
  {"messages": [...]}
 ]
@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 CHUNK = 1 << 20
-LONGEST = 1 << 28  # of one line or value: ten minutes of stereo audio in base64 fit
-LONGEST_INT = 300  # digits; a longer number fits no float, and costs quadratic time to read
-LONGEST_LITERAL = len("-Infinity") + 1  # so close to the end of a window, what is found may be due to the cut
+LONGEST = 1 << 28  # bytes of a line, characters of a value: enough for ten minutes of stereo audio in base64
+LONGEST_INT = 300  # digits; a longer number does not fit a float, and takes quadratic time to parse
+LONGEST_LITERAL = len("-Infinity") + 1  # an error this close to the end of a window may come from the cut
 _BLANK = re.compile(r"[ \t\n\r]*")
 
 
 class Line(NamedTuple):
-    """A line of text with its end, bytes that are not UTF-8 as lone surrogates, and what is wrong with it."""
+    """A line of text with its line end, and its fault if any. Bytes that are not UTF-8 become lone surrogates."""
 
     number: int
     text: str
@@ -32,7 +32,7 @@ class Line(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A value and the line on which it begins, or what is wrong there."""
+    """A value and the line on which it begins, or the fault on that line."""
 
     line: int
     value: Any
@@ -40,7 +40,7 @@ class Item(NamedTuple):
 
 
 class InvalidJsonError(Exception):
-    """From here on the text is not JSON."""
+    """The text is not JSON from `line` on."""
 
     def __init__(self, line: int, what: str) -> None:
         super().__init__(f"not JSON: {what}")
@@ -48,7 +48,7 @@ class InvalidJsonError(Exception):
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text can be written as UTF-8: it holds no lone surrogates."""
+    """Return whether a text can be encoded as UTF-8, which means that it contains no lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -57,7 +57,7 @@ def is_utf8(text: str) -> bool:
 
 
 def text_lines(path: Path) -> Iterator[Line]:
-    """The lines of a file, ended by a line feed only (JSON strings and transcripts may hold other line separators)."""
+    """Yield the lines of a file. Only a line feed ends a line: strings and transcripts may hold other separators."""
     with path.open("rb") as file:
         number = 0
         while raw := file.readline(LONGEST):
@@ -65,7 +65,7 @@ def text_lines(path: Path) -> Iterator[Line]:
             if len(raw) == LONGEST and not raw.endswith(b"\n"):
                 while raw and not raw.endswith(b"\n"):
                     raw = file.readline(CHUNK)
-                yield Line(number, "", f"a line of more than {LONGEST >> 20} MiB")
+                yield Line(number, "", f"the line is longer than the limit of {LONGEST >> 20} MiB")
                 continue
             if number == 1:
                 raw = raw.removeprefix(codecs.BOM_UTF8)
@@ -77,18 +77,18 @@ def text_lines(path: Path) -> Iterator[Line]:
 
 
 def json_items(path: Path) -> Iterator[Item]:
-    """The values of a JSON array where the text begins with a bracket, else of JSON Lines."""
+    """Yield the values of a JSON array if the text begins with a bracket, else of JSON Lines."""
     return array_items(path) if first_character(path) == "[" else line_items(path)
 
 
 def first_character(path: Path) -> str:
-    """The first character that is not blank; empty where there is none."""
+    """Return the first character that is not blank, or an empty string."""
     with path.open("rb") as file:
         return _Window(file).peek()
 
 
 def line_items(path: Path) -> Iterator[Item]:
-    """The values of JSON Lines; blank lines are passed over."""
+    """Yield the values of JSON Lines; blank lines are skipped."""
     for line in text_lines(path):
         if line.fault:
             yield Item(line.number, None, f"not JSON: {line.fault}")
@@ -98,11 +98,11 @@ def line_items(path: Path) -> Iterator[Item]:
             except json.JSONDecodeError as error:
                 yield Item(line.number, None, f"not JSON: {error.msg} at character {error.colno} of the line")
             except RecursionError:
-                yield Item(line.number, None, "not JSON: lists or objects nested too deeply")
+                yield Item(line.number, None, "not JSON: lists or objects are nested too deeply")
 
 
 def array_items(path: Path, member: str = "") -> Iterator[Item]:
-    """The values of the list that a file holds, or, where it holds an object, of the list under `member`."""
+    """Yield the values of the list in a file or, if the file contains an object, of the list under `member`."""
     with path.open("rb") as file:
         window = _Window(file)
         try:
@@ -111,16 +111,16 @@ def array_items(path: Path, member: str = "") -> Iterator[Item]:
             else:
                 yield from _list_items(window)
             if window.peek():
-                raise window.torn("more text behind its end")
-        except InvalidJsonError as torn:
-            yield Item(torn.line, None, f"{torn}; the rest of the file was not read")
+                raise window.error("more text after the end of the list or object")
+        except InvalidJsonError as error:
+            yield Item(error.line, None, f"{error}; the rest of the file was not read")
 
 
 def object_shape(path: Path, member: str) -> tuple[bool, bool]:
-    """Whether the object that a file begins with has a list under `member`, and whether it goes over several lines.
+    """Return whether the object at the start of a file has a list under `member`, and whether it spans several lines.
 
     Raises:
-        InvalidJsonError: it is no object, or breaks off.
+        InvalidJsonError: the file does not begin with an object, or the object is incomplete.
     """
     with path.open("rb") as file:
         window = _Window(file)
@@ -134,16 +134,16 @@ def object_shape(path: Path, member: str) -> tuple[bool, bool]:
 
 
 def _list_items(window: _Window) -> Iterator[Item]:
-    window.take("[")
+    window.expect("[")
     if window.peek() == "]":
-        window.take("]")
+        window.expect("]")
         return
     while True:
         window.peek()
         line = window.line
         value, is_intact = window.value()
         yield Item(line, value, None if is_intact else "not JSON: not UTF-8; save the file as UTF-8")
-        if window.take(",]") == "]":
+        if window.expect(",]") == "]":
             return
 
 
@@ -156,23 +156,23 @@ def _member_items(window: _Window, member: str) -> Iterator[Item]:
 
 
 def _member_names(window: _Window) -> Iterator[str]:
-    """The names in an object. Whoever takes one must move the window behind its value before the next."""
-    window.take("{")
+    """Yield the names in an object. The caller must read the value of each name before it asks for the next."""
+    window.expect("{")
     if window.peek() == "}":
-        window.take("}")
+        window.expect("}")
         return
     while True:
         if window.peek() != '"':
-            raise window.torn("expected a name in double quotes")
+            raise window.error("expected a name in double quotes")
         name, _ = window.value()
-        window.take(":")
+        window.expect(":")
         yield name
-        if window.take(",}") == "}":
+        if window.expect(",}") == "}":
             return
 
 
 class _Window:
-    """A stretch of a text file that moves on as its values are taken."""
+    """The part of a text file that is held in memory; it moves forward as values are read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -180,62 +180,64 @@ class _Window:
         self._text, self._position, self._at_end = "", 0, False
         self.line = 1
 
-    def torn(self, what: str) -> InvalidJsonError:
+    def error(self, what: str) -> InvalidJsonError:
         return InvalidJsonError(self.line, what)
 
     def peek(self) -> str:
-        """Move to the next character that is not blank; returns it, or an empty text at the end."""
+        """Move to the next character that is not blank; return it, or an empty string at the end of the file."""
         while True:
             match = _BLANK.match(self._text, self._position)
-            self._move(match.end() if match else self._position)
-            if self._position < len(self._text) or not self._more():
+            self._move_to(match.end() if match else self._position)
+            if self._position < len(self._text) or not self._read_more():
                 return self._text[self._position : self._position + 1]
 
-    def take(self, allowed: str) -> str:
-        """Move behind the next character, which must be one of `allowed`."""
+    def expect(self, allowed: str) -> str:
+        """Move past the next character, which must be one of `allowed`, and return it."""
         found = self.peek()
         if not found or found not in allowed:
-            raise self.torn(f"expected {' or '.join(map(repr, allowed))}, found {ascii(found) if found else 'the end'}")
-        self._move(self._position + 1)
+            raise self.error(
+                f"expected {' or '.join(map(repr, allowed))}, found {ascii(found) if found else 'the end of the file'}"
+            )
+        self._move_to(self._position + 1)
         return found
 
     def value(self) -> tuple[Any, bool]:
-        """Move behind the next value; returns it, and whether its text is UTF-8."""
+        """Move past the next value; return it, and whether its text is UTF-8."""
         self.peek()
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:
                 is_cut = error.msg.startswith("Unterminated") or error.pos > len(self._text) - LONGEST_LITERAL
-                if is_cut and self._more():
+                if is_cut and self._read_more():
                     continue
                 line = self.line + self._text.count("\n", self._position, error.pos)
                 raise InvalidJsonError(self.line, f"{error.msg} in line {line}") from None
             except RecursionError:
-                raise self.torn("lists or objects nested too deeply") from None
-            if end > len(self._text) - LONGEST_LITERAL and self._more():
-                continue  # a number may go on: -1.5 may be the front of -1.5e-07
+                raise self.error("lists or objects are nested too deeply") from None
+            if end > len(self._text) - LONGEST_LITERAL and self._read_more():
+                continue  # a number may be incomplete: -1.5 may be the start of -1.5e-07
             is_intact = is_utf8(self._text[self._position : end])
-            self._move(end)
+            self._move_to(end)
             return value, is_intact
 
-    def _move(self, position: int) -> None:
+    def _move_to(self, position: int) -> None:
         self.line += self._text.count("\n", self._position, position)
         self._position = position
 
-    def _more(self) -> bool:
-        """Read on, as much again as is held, so that a long value is not decoded over and over."""
+    def _read_more(self) -> bool:
+        """Read as much again as is held, so that a long value is not decoded many times. Return False at the end."""
         held = self._text[self._position :]
         if len(held) > LONGEST:
-            raise self.torn(f"a value of more than {LONGEST >> 20} MiB")
-        grown = ""
-        while not grown and not self._at_end:
+            raise self.error(f"the value is longer than the limit of {LONGEST >> 20} MiB")
+        added = ""
+        while not added and not self._at_end:
             raw = self._file.read(max(CHUNK, len(held)))
             self._at_end = not raw
-            grown = self._decode(raw, self._at_end)
-        if grown:
-            self._text, self._position = held + grown, 0
-        return bool(grown)
+            added = self._decode(raw, self._at_end)
+        if added:
+            self._text, self._position = held + added, 0
+        return bool(added)
 
 
 def _int(digits: str) -> float:

@@ -1,17 +1,17 @@
-"""File lists of text to speech trainers: a line for each clip, `|` between its fields, no header.
+"""The `list` format: file lists of text-to-speech trainers, one line per clip, `|` between the fields, no header.
 
 clips/a.wav|Good morning.
 clips/b.wav|Good evening.
 
-Which fields there are is told from the first lines of the file, and is the same for all of them:
+The layout of the fields is detected from the first lines of the file and must be the same on every line:
 
     path|text                      most trainers
     path|text|speaker              StyleTTS 2
     path|speaker|text              VITS (speakers are often numbers)
-    id|text|normalized text        LJSpeech (the normalized text is what is said, and is taken)
+    id|text|normalized text        LJSpeech (the normalized text is what is spoken, and is used)
     path|speaker|language|text     Bert-VITS2, GPT-SoVITS
 
-A path without an audio suffix is an id: `wavs/ID.wav` where there is a folder `wavs`, else `ID.wav`.
+A path without an audio suffix is an id: it means `wavs/ID.wav` if a folder `wavs` exists, else `ID.wav`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from higgs_ds.data.formats.recordings import AUDIO_SUFFIXES, clip_of, sample_of,
 from higgs_ds.data.sample import Entry, Sample
 from higgs_ds.options.train import DataOptions
 
-HEAD = 1000  # lines that the fields are told from
+HEAD = 1000  # lines from which the layout is detected
 AUDIO, TEXT, SPEAKER, LANGUAGE, UNREAD = "path", "text", "speaker", "language", "unread"
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z]+)*")
 
 
 def read(path: Path, options: DataOptions) -> Iterator[Entry]:
-    """The entries of a file list."""
+    """Yield the entries of a file list."""
     path = path / FILE_NAME if path.is_dir() else path
     head = (line.text.strip() for line in text_lines(path))
     rows = [_fields(line) for line in itertools.islice(filter(None, head), HEAD)]
@@ -54,7 +54,10 @@ def read(path: Path, options: DataOptions) -> Iterator[Entry]:
             yield Entry(source, None, (f"line: {line.fault}",))
         elif line.text.strip():
             if len(fields) != len(layout):
-                fault = f"line: has {len(fields)} fields, the file's first lines have {len(layout)}: {'|'.join(layout)}"
+                fault = (
+                    f"line: has {len(fields)} fields, but the first lines of the file have {len(layout)} "
+                    f"({'|'.join(layout)}); correct this line"
+                )
                 yield Entry(source, None, (fault,))
             else:
                 row = dict(zip(layout, fields, strict=True))
@@ -76,7 +79,11 @@ def _build(row: Any, reading: Reading) -> Sample | None:
 
 
 def layout_of(rows: list[list[str]]) -> tuple[str, ...] | str:
-    """What the fields of these lines are; or, as a text, why that cannot be told."""
+    """Detect the layout of the fields from the first rows.
+
+    Returns:
+        The name of each field, or, as a string, why the layout could not be detected.
+    """
     num_fields = Counter(map(len, rows)).most_common(1)[0][0]
     rows = [row for row in rows if len(row) == num_fields]
     if num_fields == 2:
@@ -90,22 +97,24 @@ def layout_of(rows: list[list[str]]) -> tuple[str, ...] | str:
     if num_fields == 4 and all(_LANGUAGE.fullmatch(row[2]) for row in rows):
         return AUDIO, SPEAKER, LANGUAGE, TEXT
     return (
-        f"cannot tell what the {num_fields} fields between '|' are; make the first line a header that names them, "
+        f"cannot detect what the {num_fields} fields between '|' mean; make the first line a header that names them, "
         "such as audio|text|speaker"
     )
 
 
 def _same_texts(rows: list[list[str]]) -> bool:
-    """Whether the second and third fields are two spellings of one text, by the pairs of letters they share."""
+    """Return whether the second and third fields spell the same text, judged by the pairs of letters they share."""
     shares = []
     for _, first, second in rows:
-        one, other = (set(zip(text.casefold(), text.casefold()[1:], strict=False)) for text in (first, second))
-        shares.append(len(one & other) / max(len(one), len(other), 1))
+        first_pairs, second_pairs = (
+            set(zip(text.casefold(), text.casefold()[1:], strict=False)) for text in (first, second)
+        )
+        shares.append(len(first_pairs & second_pairs) / max(len(first_pairs), len(second_pairs), 1))
     return sum(shares) > len(shares) / 2
 
 
 def _speaker_field(rows: list[list[str]]) -> int | None:
-    """Which of the second and third fields names the speaker: the one of names, of numbers, or of few values."""
+    """Return the index of the speaker field, 1 or 2: the one with names, numbers or few values; None if unclear."""
     columns = {i: [row[i] for row in rows if row[i]] for i in (1, 2)}
     for is_name in (_NAME.fullmatch, str.isdecimal):
         found = [i for i, column in columns.items() if all(map(is_name, column))]
@@ -114,6 +123,6 @@ def _speaker_field(rows: list[list[str]]) -> int | None:
         if found and is_name == str.isdecimal:
             return None
     if all(map(_NAME.fullmatch, itertools.chain(*columns.values()))):
-        return None  # single words on either side: a wrong guess would train names as texts
+        return None  # single words in both fields: a wrong guess would train on names as if they were texts
     few, many = sorted(columns, key=lambda i: len(set(columns[i])))
     return few if len(set(columns[few])) * 2 <= len(set(columns[many])) else None

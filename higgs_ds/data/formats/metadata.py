@@ -1,13 +1,13 @@
-"""A folder of recordings described by its metadata.json; paths in it are relative to the folder.
+"""The `metadata` format: a folder of recordings described by its metadata.json. Paths are relative to the folder.
 
 {"dataset_info": {...},
  "samples": [{"id": "s_0", "audio_file": "s_0.wav", "transcript_file": "s_0.txt", "speaker_id": "s", "language": "en",
               "scene": "quiet_room", "ref_audio_file": "r.wav", "ref_transcript": "Said in r.wav."}]}
 
-The words may stand in the file itself (`transcript` or `text`). Several speakers: `ref_speakers` in place of
-`ref_audio_file`, a list of {"speaker_tag": "[SPEAKER0]", "ref_audio_file": ..., "ref_transcript": ...}; a speaker
-without a clip is told by `gender` (male, female) or `description`. `task_type` and `user_instruction` say nothing that
-the other fields do not, and are not read.
+The transcript may also be given in metadata.json (`transcript` or `text`). For several speakers, replace
+`ref_audio_file` by `ref_speakers`, a list of {"speaker_tag": "[SPEAKER0]", "ref_audio_file": ...,
+"ref_transcript": ...}. A speaker without a reference clip is described by `gender` (male, female) or `description`.
+`task_type` and `user_instruction` add nothing to the other fields and are ignored.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ SAMPLE_KEYS = (
 )  # fmt: skip
 SPEAKER_KEYS = ("speaker_tag", "speaker_id", "ref_audio_file", "ref_transcript", "gender", "description")
 GENDERS = {"female": "feminine", "male": "masculine", "feminine": "feminine", "masculine": "masculine"}
-# Converters from ms-swift leave its tag in the transcripts.
+# Converters from ms-swift leave this tag in the transcripts.
 SWIFT_TAG = "<audio>"
 _SPEAKER_TAG = re.compile(r"\[?(SPEAKER\d+)\]?", re.ASCII)
 
 
 def read(path: Path, options: DataOptions) -> Iterator[Entry]:
-    """The entries of a folder with a metadata.json, or of that file."""
+    """Yield the entries of a folder with a metadata.json, or of that file."""
     path = path / FILE_NAME if path.is_dir() else path
     return read_items(path, array_items(path, "samples"), options, build)
 
 
 def build(raw: Any, reading: Reading) -> Sample | None:
-    """One sample, from its JSON value."""
+    """Build one sample from its JSON value."""
     if not isinstance(raw, dict):
-        reading.report("sample", f"must be an object with 'audio_file', is {kind_of(raw)}")
+        reading.report("sample", f"must be an object with 'audio_file', but is {kind_of(raw)}")
         return None
     check_keys(raw, SAMPLE_KEYS, "", reading)
     clip = clip_of(path_of(raw.get("audio_file"), "audio_file", reading))
     words = _words(raw, reading)
-    speaker = name_of(raw, ("speaker_id", "speaker_name"), reading, numbers=True)
+    speaker = name_of(raw, ("speaker_id", "speaker_name"), reading, allow_numbers=True)
     language = name_of(raw, ("language",), reading)
     scene = _scene(raw, reading)
     references = _references(raw, reading)
@@ -76,7 +76,7 @@ def _words(raw: dict[str, Any], reading: Reading) -> str | None:
     else:
         key = next((key for key in ("transcript", "text") if raw.get(key) is not None), None)
         if key is None:
-            reading.report("transcript_file", "is missing, and so are 'transcript' and 'text'")
+            reading.report("transcript_file", "is missing, and so are 'transcript' and 'text'; give one of them")
             return None
         words = words_of(raw[key], key, reading)
     if words is None or SWIFT_TAG not in words:
@@ -96,19 +96,22 @@ def _references(raw: dict[str, Any], reading: Reading) -> tuple[Reference, ...]:
     if speakers in (None, []):
         return (_reference(raw, "", None, reading),) if raw.get("ref_audio_file") is not None else ()
     if not isinstance(speakers, list):
-        reading.report("ref_speakers", f"must be a list of speakers, is {kind_of(speakers)}")
+        reading.report("ref_speakers", f"must be a list of speakers, but is {kind_of(speakers)}")
         return ()
     references = []
     for i, speaker in enumerate(speakers):
         where = f"ref_speakers[{i}]"
         if not isinstance(speaker, dict):
-            reading.report(where, f"must be an object with 'ref_audio_file', is {kind_of(speaker)}")
+            reading.report(where, f"must be an object with 'ref_audio_file', but is {kind_of(speaker)}")
             continue
         check_keys(speaker, SPEAKER_KEYS, f"{where}.", reading)
         references.append(_reference(speaker, f"{where}.", _tag(speaker, i, f"{where}.speaker_tag", reading), reading))
     tags = [reference.tag for reference in references]
     if len(set(tags)) < len(tags):
-        reading.report("ref_speakers", f"name a speaker twice: {', '.join(map(str, tags))}")
+        reading.report(
+            "ref_speakers",
+            f"has a speaker tag more than once: {', '.join(map(str, tags))}; give each speaker its own speaker_tag",
+        )
     return tuple(references)
 
 
@@ -121,10 +124,14 @@ def _reference(raw: dict[str, Any], prefix: str, tag: str | None, reading: Readi
     elif name is not None and options.reference == CONTEXT:
         reading.report(
             f"{prefix}ref_transcript",
-            "is missing: turns in front need what is said in ref_audio_file (or pass --reference system, or none)",
+            "is missing: --reference context needs the transcript of ref_audio_file; add it, or pass "
+            "--reference system or none",
         )
     if name is None and description is None:
-        reading.report(f"{prefix}ref_audio_file", "is missing, and so is a gender or a description of the voice")
+        reading.report(
+            f"{prefix}ref_audio_file",
+            "is missing, and so are a gender (male or female) and a description of the voice; give one of them",
+        )
     return Reference(clip, words, tag, description)
 
 
@@ -141,6 +148,6 @@ def _tag(raw: dict[str, Any], index: int, where: str, reading: Reading) -> str:
         return f"SPEAKER{index}"
     match = _SPEAKER_TAG.fullmatch(tag) if isinstance(tag, str) else None
     if match is None:
-        reading.report(where, f"must be like [SPEAKER0], is {shown(tag)}")
+        reading.report(where, f"must have the form [SPEAKER0], but is {shown(tag)}")
         return f"SPEAKER{index}"
     return match[1]

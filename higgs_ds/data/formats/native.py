@@ -1,9 +1,12 @@
-"""Conversations as transformers' chat templates take them: JSON Lines or a JSON array.
+"""The `native` format: conversations for the chat templates of transformers, as JSON Lines or a JSON array.
 
 {"messages": [{"role": "system", "content": [{"type": "text", "text": "Generate audio following instruction."}]},
               {"role": "scene", "content": [{"type": "text", "text": "Audio is recorded from a quiet room."}]},
               {"role": "user", "content": [{"type": "text", "text": "Hello."}]},
               {"role": "assistant", "content": [{"type": "audio", "url": "a.wav"}]}]}
+
+A `scene` message comes first or directly after a system message, and becomes part of the system message. The file of an
+audio part is given as `url`, `path` or `audio`.
 """
 
 from __future__ import annotations
@@ -36,46 +39,49 @@ AUDIO_KEYS = ("type", *PLACE_KEYS)
 
 
 def read(path: Path, options: DataOptions) -> Iterator[Entry]:
-    """The entries of a file of native conversations."""
+    """Yield the entries of a file of native conversations."""
     return read_items(path, json_items(path), options, build)
 
 
 def build(raw: Any, reading: Reading) -> Sample | None:
-    """One sample, from its JSON value."""
+    """Build one sample from its JSON value."""
     entry = object_of(raw, reading)
     if entry is None:
         return None
     check_keys(entry, SAMPLE_KEYS, "", reading)
-    written = messages_of(entry.get("messages"), DIALECT, reading)
-    if not written:
+    raw_messages = messages_of(entry.get("messages"), DIALECT, reading)
+    if not raw_messages:
         return None
-    start_index = start_index_of(entry.get("start_index"), len(written), reading)
-    if any(message.recipient for message in written):
-        reading.report("messages", "the native format has no recipient, and its chat template would leave it out")
-    messages, places = _with_scenes(written, reading)
+    start_index = start_index_of(entry.get("start_index"), len(raw_messages), reading)
+    if any(message.recipient for message in raw_messages):
+        reading.report(
+            "messages",
+            "the native format has no recipient (its chat template would drop it); remove it or use the chatml format",
+        )
+    messages, new_indices = _merge_scenes(raw_messages, reading)
     speaker, language = speaker_and_language(entry, reading)
-    return Sample(messages, places[start_index], speaker, reading.source, language)
+    return Sample(messages, new_indices[start_index], speaker, reading.source, language)
 
 
-def _with_scenes(written: tuple[Message, ...], reading: Reading) -> tuple[tuple[Message, ...], list[int]]:
-    """The messages with each scene put into the system message, as the chat template does; where each has gone to."""
+def _merge_scenes(raw_messages: tuple[Message, ...], reading: Reading) -> tuple[tuple[Message, ...], list[int]]:
+    """Move each scene into the system message, as the chat template does; return the messages and their new indices."""
     messages: list[Message] = []
-    places = []
-    for turn, message in enumerate(written):
-        # The template hands the whole text to the tokenizer at once, so that texts side by side are one text.
+    new_indices = []
+    for turn, message in enumerate(raw_messages):
+        # The chat template passes the whole text to the tokenizer at once, so adjacent texts must become one text.
         message = replace(message, parts=joined(message.parts))
-        before = written[turn - 1].role if turn else SYSTEM
+        before = raw_messages[turn - 1].role if turn else SYSTEM
         if message.role != SCENE:
             messages.append(message)
         elif before != SYSTEM:
-            reading.report(f"messages[{turn}].role", "a scene must stand first, or directly behind a system message")
+            reading.report(f"messages[{turn}].role", "a scene must come first or directly after a system message")
         elif turn == 0:
             messages.append(Message(SYSTEM, scene_block(message.parts)))
         else:
             parts = joined((*messages[-1].parts, "\n\n", *scene_block(message.parts)))
             messages[-1] = Message(SYSTEM, parts)
-        places.append(len(messages) - (message.role != SCENE or turn == 0))
-    return tuple(messages), [min(place, len(messages) - 1) for place in places]
+        new_indices.append(len(messages) - (message.role != SCENE or turn == 0))
+    return tuple(messages), [min(index, len(messages) - 1) for index in new_indices]
 
 
 def _clip(raw: dict[str, Any], where: str, reading: Reading) -> AudioClip | None:
@@ -85,10 +91,10 @@ def _clip(raw: dict[str, Any], where: str, reading: Reading) -> AudioClip | None
         found = ", ".join(given) or (
             f"{foreign}, which belongs to the chatml format (see --format)" if foreign else "none"
         )
-        reading.report(where, f"must name an audio file by one of {', '.join(PLACE_KEYS)}; has {found}")
+        reading.report(where, f"must give an audio file in exactly one of {', '.join(PLACE_KEYS)}, but has {found}")
         return None
     if not isinstance(raw[given[0]], str):
-        reading.report(f"{where}.{given[0]}", f"must name an audio file, is {shown(raw[given[0]])}")
+        reading.report(f"{where}.{given[0]}", f"must be the path of an audio file, but is {shown(raw[given[0]])}")
         return None
     path = path_of(raw[given[0]], f"{where}.{given[0]}", reading)
     return None if path is None else AudioClip(path)

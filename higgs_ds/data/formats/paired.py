@@ -1,9 +1,10 @@
-"""A folder of recordings, each with its words in a text file of the same name; sub-folders too.
+"""The `paired` format: a folder, with sub-folders, of audio files that each have a text file of the same name.
 
 voices/a_1.wav  voices/a_1.txt
 voices/a_2.mp3  voices/a_2.txt
 
-In natural order (2 before 10), a folder's files before its sub-folders. Names that begin with a dot are passed over.
+Files are read in natural order (2 before 10), those of a folder before its sub-folders. Names that begin with a dot are
+skipped.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ TEXT_SUFFIX = ".txt"
 
 
 def read(path: Path, options: DataOptions) -> Iterator[Entry]:
-    """The entries of a folder, one for each audio file, and a fault for each text without one."""
-    waiting = [(path, frozenset[Path]())]  # folders, each with those that it lies in
-    while waiting:
-        folder, above = waiting.pop()
-        here = folder.resolve()
-        if here in above:
-            yield Entry(printable(folder), None, ("folder: is a link to a folder that it lies in; remove it",))
+    """Yield an entry for each audio file of a folder, and a fault for each text file without an audio file."""
+    pending = [(path, frozenset[Path]())]  # folders, each with the folders that contain it
+    while pending:
+        folder, ancestors = pending.pop()
+        resolved = folder.resolve()
+        if resolved in ancestors:
+            yield Entry(printable(folder), None, ("folder: is a link to a folder that contains it; remove the link",))
             continue
         with os.scandir(folder) as scan:
             found = sorted((entry for entry in scan if not entry.name.startswith(".")), key=natural_key)
@@ -40,11 +41,11 @@ def read(path: Path, options: DataOptions) -> Iterator[Entry]:
                 by_stem.setdefault(file.stem, []).append(file)
         for files in by_stem.values():
             yield from _pair(files, options)
-        waiting += [(Path(entry.path), above | {here}) for entry in reversed(found) if entry.is_dir()]
+        pending += [(Path(entry.path), ancestors | {resolved}) for entry in reversed(found) if entry.is_dir()]
 
 
 def _pair(files: list[Path], options: DataOptions) -> Iterator[Entry]:
-    """The entry of the files of one stem, or several that say why they are no pair."""
+    """Yield the entry of the files with one stem, or one fault per file if they are not a pair."""
     texts = [path for path in files if path.suffix.lower() == TEXT_SUFFIX]
     audios = [path for path in files if path not in texts]
     if len(audios) == len(texts) == 1:
@@ -52,11 +53,12 @@ def _pair(files: list[Path], options: DataOptions) -> Iterator[Entry]:
         return
     for path in audios or texts:
         if not audios:
-            fault = "audio: there is no audio file of the same name"
+            fault = "audio: there is no audio file of the same name; add it or remove this text file"
         elif not texts:
-            fault = f"transcript: there is no {TEXT_SUFFIX} file of the same name"
+            fault = f"transcript: there is no {TEXT_SUFFIX} file of the same name; add it or remove this audio file"
         else:
-            fault = f"transcript: {', '.join(other.name for other in files)} share a name; one audio file has one text"
+            names = ", ".join(other.name for other in files)
+            fault = f"transcript: {names} share a name; keep one audio file and one {TEXT_SUFFIX} file"
         yield Entry(printable(path), None, (printable(fault),))
 
 
@@ -66,6 +68,6 @@ def _build(text: Any, reading: Reading) -> Sample | None:
 
 
 def natural_key(entry: os.DirEntry[str]) -> tuple[list[str | int], str]:
-    """Sorts names by the numbers in them."""
+    """Return a sort key that orders names by the numbers in them."""
     pieces = re.split(r"([0-9]+)", entry.name)
     return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], entry.name

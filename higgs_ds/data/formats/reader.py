@@ -1,4 +1,4 @@
-"""The entry point: training data in any of the formats, told from its content, one entry for each sample."""
+"""The entry point of the readers: training data in any format, detected from its content, one entry per sample."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ READERS: dict[str, Callable[[Path, DataOptions], Iterator[Entry]]] = {
     "csv": csv_file.read,
     "table": table.read,
 }
-# What a folder must hold to be read in a format. The formats that are in neither of these are single files.
+# The file that a folder must contain to be read in a format. The formats in neither of these are single files.
 FOLDER_FILES = {"metadata": metadata.FILE_NAME, "list": csv_file.FILE_NAME, "csv": csv_file.FILE_NAME}
 ANY_FOLDER = ("paired", "table")
 
 
 def read_entries(path: Path, options: DataOptions) -> Iterator[Entry]:
-    """An entry for each sample of a file or folder, in the order of the input: the sample, or what is wrong with it.
+    """Yield an entry for each sample of a file or folder, in the order of the input: the sample or its faults.
 
-    What is wrong with the input as a whole is an entry too, with the path as its source. Only structure and text are
-    checked: audio files are not opened. Memory is bounded by the longest sample (in Parquet: by the largest row group),
-    not by their number.
+    A fault of the input as a whole is an entry too, with the path as its source. Only structure and text are checked;
+    audio files are not opened. Memory is bounded by the longest sample (in Parquet: by the largest row group), not by
+    the number of samples.
     """
     is_empty = True
     try:
@@ -54,11 +54,11 @@ def read_entries(path: Path, options: DataOptions) -> Iterator[Entry]:
 def _format_of(path: Path, options: DataOptions) -> str:
     name = recognize(path) if options.format == AUTO else options.format
     if name not in READERS:
-        raise InputError(f"format: {name!r} is none; allowed: {', '.join((AUTO, *FORMATS))}")
+        raise InputError(f"format: {name!r} is not a known format; allowed: {', '.join((AUTO, *FORMATS))}")
     if path.is_dir():
         if name not in ANY_FOLDER and not (name in FOLDER_FILES and (path / FOLDER_FILES[name]).is_file()):
             needed = f"a folder with {FOLDER_FILES[name]}" if name in FOLDER_FILES else "a file"
-            raise InputError(f"format: {name} is read from {needed}, this is a folder without (see --format)")
+            raise InputError(f"format: {name} needs {needed}, which this folder is not; change --format or the path")
     elif name == "paired":
-        raise InputError("format: paired is read from a folder, this is a file (see --format)")
+        raise InputError("format: paired needs a folder, but this is a file; change --format or the path")
     return name

@@ -1,4 +1,4 @@
-"""Telling the format of training data from its content."""
+"""Detection of the format of training data from its content."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from higgs_ds.data.formats.checks import printable, shown
 from higgs_ds.data.formats.recordings import AUDIO_SUFFIXES
 from higgs_ds.options.fields import FORMATS
 
-HEAD = 64  # samples or lines that are looked at; the reader then checks them all
-NO_SAMPLES = "holds no samples"
+HEAD = 64  # samples or lines that are inspected; the reader then checks all of them
+NO_SAMPLES = "contains no samples"
 
 
 def recognize(path: Path) -> str:
-    """The format of a file or folder, one of `config.FORMATS`.
+    """Detect the format of a file or folder, one of `options.fields.FORMATS`.
 
     Raises:
-        InputError: it cannot be told, or there is more than one; says what was found and what to do.
-        OSError: it cannot be read.
+        InputError: no format, or more than one, was detected. The message says what was found and what to do.
+        OSError: the path cannot be read.
     """
     if path.is_dir():
-        return _only(_formats_of_folder(path), "no audio, Parquet or metadata file")
+        return _single_format(_formats_of_folder(path), "no audio, Parquet or metadata file")
     with path.open("rb") as file:
         head = file.read(4096)
     if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
@@ -37,12 +37,12 @@ def recognize(path: Path) -> str:
     if first in "[{":
         return _format_of_json(path, first)
     if b"\0" in head:
-        raise _undecided("binary data that is no Parquet file, or text that is not UTF-8")
+        raise _undetected("binary data that is not a Parquet file, or text that is not UTF-8")
     return _format_of_lines(path)
 
 
 def _formats_of_folder(folder: Path) -> dict[str, str]:
-    """The formats found in a folder, each with the name that tells it."""
+    """Return the formats found in a folder, each with the name of the file that it was detected from."""
     found = {}
     if (folder / metadata.FILE_NAME).is_file():
         found["metadata"] = metadata.FILE_NAME
@@ -51,7 +51,7 @@ def _formats_of_folder(folder: Path) -> dict[str, str]:
         found["table"] = saved
     if not found and (folder / csv_file.FILE_NAME).is_file():
         found[recognize(folder / csv_file.FILE_NAME)] = csv_file.FILE_NAME
-    if not found:  # metadata stands beside the files that it describes; without it, these say what they are
+    if not found:  # metadata comes with the files that it describes; without it, these files decide
         for _, _, names in os.walk(folder, followlinks=False):
             for name in names:
                 suffix = "" if name.startswith(".") else Path(name).suffix.lower()
@@ -66,39 +66,39 @@ def _format_of_json(path: Path, first: str) -> str:
         return "metadata"
     found: dict[str, str] = {}
     others: list[str] = []
-    num_torn = 0
+    num_invalid = 0
     for item in itertools.islice(jsonio.json_items(path), HEAD):
         format_name = _format_of_value(item.value)
         if format_name == "metadata" and first == "{":
-            format_name = None  # it has its samples in a list, never line by line
+            format_name = None  # metadata has its samples in a list, never one per line
         if item.fault:
-            num_torn += 1
+            num_invalid += 1
         elif format_name:
             found.setdefault(format_name, f"line {item.line}")
         else:
-            others.append(_described(item.value))
-    # Conversations in which nothing tells ChatML from the native format read the same in both.
-    may_be_chatml = found.pop(_CHAT, None) or (num_torn and not others)
+            others.append(_describe(item.value))
+    # Conversations without anything specific to ChatML or to the native format give the same samples in both.
+    may_be_chatml = found.pop(_CHAT, None) or (num_invalid and not others)
     if not found and may_be_chatml:
         return "chatml"
     if not found and not others:
         raise InputError(NO_SAMPLES)
-    return _only(found, others[0] if others else "")
+    return _single_format(found, others[0] if others else "")
 
 
 def _is_metadata(path: Path) -> bool:
-    """Whether a file is one object with a list of samples. Never reads it as one text: it may hold a million."""
+    """Return whether a file is one object with a list of samples. Never loads it whole: it may hold a million."""
     try:
         has_samples, over_lines = jsonio.object_shape(path, "samples")
     except jsonio.InvalidJsonError:
-        return False  # JSON Lines with a bad first one; the reader will say what is wrong with it
+        return False  # JSON Lines with a bad first line, which the reader will report
     if over_lines and not has_samples:
-        raise _undecided("one JSON object over several lines; write each sample on one line, or a list of them")
+        raise _undetected("one JSON object over several lines (write each sample on one line, or a list of samples)")
     return has_samples
 
 
 def _format_of_value(value: Any) -> str | None:
-    """What format a JSON value is a sample of; `_CHAT` where it may be ChatML or native; None where it is no sample."""
+    """Return the format of a JSON sample: `_CHAT` if it may be ChatML or native, None if it is not a sample."""
     if not isinstance(value, dict):
         return None
     if "audio_file" in value:
@@ -132,8 +132,8 @@ def _format_of_lines(path: Path) -> str:
         return "csv"
     if 2 * sum("|" in line for line in head) >= len(head):
         return "list"
-    raise _undecided(
-        f"lines such as {shown(head[0])}, which are no JSON, have no '|', and no header with an audio and a text column"
+    raise _undetected(
+        f"lines such as {shown(head[0])}, which are not JSON, have no '|', and no header with audio and text columns"
     )
 
 
@@ -141,22 +141,22 @@ def _not_blank(texts: Iterator[str]) -> Iterator[str]:
     return (text for text in texts if text.strip())
 
 
-def _described(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, dict):
         return f"JSON objects with the keys {', '.join(shown(key) for key in list(value)[:12]) or 'none'}"
     return f"JSON values such as {shown(value)}"
 
 
-def _only(found: dict[str, str], otherwise: str) -> str:
+def _single_format(found: dict[str, str], otherwise: str) -> str:
     if len(found) == 1:
         return next(iter(found))
     if not found:
-        raise _undecided(otherwise)
-    raise _undecided("several formats: " + ", ".join(f"{name} ({printable(where)})" for name, where in found.items()))
+        raise _undetected(otherwise)
+    raise _undetected("several formats: " + ", ".join(f"{name} ({printable(where)})" for name, where in found.items()))
 
 
-def _undecided(found: str) -> InputError:
-    return InputError(f"format: cannot be told; found {found}; formats are {', '.join(FORMATS)}: give one by --format")
+def _undetected(found: str) -> InputError:
+    return InputError(f"format: cannot be detected; found {found}; set --format to one of {', '.join(FORMATS)}")
 
 
 _CHAT = "chat"

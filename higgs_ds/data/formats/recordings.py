@@ -1,4 +1,4 @@
-"""Plain recordings: what the formats without turns have in common, and the names that their columns go by."""
+"""Plain recordings: code shared by the formats without turns, and the column names that are accepted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from higgs_ds.data.templates import Recording, conversation
 
 LONGEST_TRANSCRIPT = 1 << 20  # bytes
 AUDIO_SUFFIXES = (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac")
-# Of several columns that a file has, the first one here is taken.
+# If a file has several of these columns, the one listed first is used.
 AUDIO_COLUMNS = (
     "audio", "wav_filename", "audio_file", "audio_path", "audio_filepath", "file_name", "filename", "wav", "wav_path",
     "path", "file",
@@ -25,7 +25,7 @@ LANGUAGE_COLUMNS = ("language", "lang", "locale")
 
 
 class Columns(NamedTuple):
-    """The columns of a table that are read, by the names that they have in it."""
+    """The names of the columns that are read from a table, as the table spells them."""
 
     audio: str
     text: str
@@ -34,7 +34,11 @@ class Columns(NamedTuple):
 
 
 def columns_of(names: list[str]) -> Columns | str:
-    """Which columns are which, in whatever case; or, as a text, what is missing."""
+    """Find the columns to read among the names of a table, ignoring case.
+
+    Returns:
+        The columns, or, as a string, which of them are missing.
+    """
     by_name = {name.strip().casefold(): name for name in reversed(names)}
 
     def first(known: tuple[str, ...]) -> str | None:
@@ -42,16 +46,16 @@ def columns_of(names: list[str]) -> Columns | str:
 
     audio, text = first(AUDIO_COLUMNS), first(TEXT_COLUMNS)
     if audio is None or text is None:
-        lacking = [("audio", AUDIO_COLUMNS)] * (audio is None) + [("text", TEXT_COLUMNS)] * (text is None)
-        missing = "; ".join(f"has no {what} column; known names: {', '.join(known)}" for what, known in lacking)
-        return f"{missing}; it has: {', '.join(map(repr, names[:20]))}"
+        missing = [("audio", AUDIO_COLUMNS)] * (audio is None) + [("text", TEXT_COLUMNS)] * (text is None)
+        reasons = "; ".join(f"no {what} column (accepted names: {', '.join(known)})" for what, known in missing)
+        return f"{reasons}; found: {', '.join(map(repr, names[:20]))}; rename the columns to accepted names"
     return Columns(audio, text, first(SPEAKER_COLUMNS), first(LANGUAGE_COLUMNS))
 
 
 def sample_of_row(row: Mapping[str, Any], columns: Columns, clip: AudioClip | None, reading: Reading) -> Sample | None:
-    """The sample of a row of a table, with the clip that its audio column names or holds."""
+    """Build the sample of a table row, with the clip that its audio column names or contains."""
     words = words_of(row[columns.text], columns.text, reading)
-    speaker = name_of(row, (columns.speaker,), reading, numbers=True) if columns.speaker else None
+    speaker = name_of(row, (columns.speaker,), reading, allow_numbers=True) if columns.speaker else None
     language = name_of(row, (columns.language,), reading) if columns.language else None
     return sample_of(clip, words, speaker, language, reading)
 
@@ -59,7 +63,7 @@ def sample_of_row(row: Mapping[str, Any], columns: Columns, clip: AudioClip | No
 def sample_of(
     clip: AudioClip | None, words: str | None, speaker: str | None, language: str | None, reading: Reading
 ) -> Sample | None:
-    """The sample of a clip and its words; None where one of them is at fault."""
+    """Build the sample of a clip and its transcript; return None if either has a fault."""
     if clip is None or words is None or reading.faults:
         return None
     return sample_of_recording(Recording(clip, words, speaker, language), reading)
@@ -72,7 +76,7 @@ def sample_of_recording(recording: Recording, reading: Reading) -> Sample:
 
 
 def words_of(text: Any, where: str, reading: Reading) -> str | None:
-    """What is said in a clip."""
+    """Return the transcript of a clip, checked and stripped, or None if it has a fault."""
     words = text_of(text, where, reading)
     return None if words is None else words.strip()
 
@@ -82,7 +86,7 @@ def clip_of(path: Path | None) -> AudioClip | None:
 
 
 def transcript_of(path: Path, where: str, reading: Reading) -> str | None:
-    """What a text file holds."""
+    """Read the transcript in a text file; report a fault and return None if it cannot be used."""
     try:
         with path.open("rb") as file:
             raw = file.read(LONGEST_TRANSCRIPT + 1)
@@ -90,7 +94,11 @@ def transcript_of(path: Path, where: str, reading: Reading) -> str | None:
         reading.report(where, f"{path.name} cannot be read: {error.strerror}")
         return None
     if len(raw) > LONGEST_TRANSCRIPT:
-        reading.report(where, f"{path.name} has more than {LONGEST_TRANSCRIPT} bytes: it is no transcript of a clip")
+        reading.report(
+            where,
+            f"{path.name} has more than {LONGEST_TRANSCRIPT} bytes, too many for the transcript of one clip; give the "
+            "text of this clip only",
+        )
         return None
     reading.text_files.append(path)
     return words_of(raw.decode("utf-8-sig", "surrogateescape"), where, reading)

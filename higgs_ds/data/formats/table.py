@@ -1,10 +1,10 @@
-"""Tables: a Parquet file, a folder of them, or a dataset saved by Hugging Face `datasets` (`save_to_disk`).
+"""The `table` format: Parquet files, or a dataset saved by Hugging Face `datasets` (`save_to_disk`).
 
     audio: {"bytes": ..., "path": "a.wav"}    text: "Good morning."    speaker_id: 7
 
-The audio column holds an audio file's bytes, or its path, relative to the table's folder. A table with a `messages`
-column has ChatML conversations in its rows. Read by pyarrow alone: no code that comes with the data is run, and no
-audio is decoded.
+A table is one Parquet file, a folder of Parquet files, or a saved dataset. The audio column holds the bytes of an audio
+file, or its path relative to the folder of the table. If there is a `messages` column, each row is a ChatML
+conversation. Only pyarrow reads the files: no code that comes with the data is run, and no audio is decoded.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from higgs_ds.data.sample import AudioClip, Entry, Sample
 from higgs_ds.options.train import DataOptions
 
 PARQUET, ARROW = ".parquet", ".arrow"
-SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what `save_to_disk` writes beside a dataset, or several
-BATCH_ROWS = 16  # rows of a Parquet file held at once: they may hold minutes of audio each
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # written by `save_to_disk` for one dataset, or for splits
+BATCH_ROWS = 16  # rows of a Parquet file in memory at once: each may hold minutes of audio
 _SPLIT = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)", re.IGNORECASE)
 
 
 def read(path: Path, options: DataOptions) -> Iterator[Entry]:
-    """The entries of a table; `source` counts the rows of each file from 1."""
+    """Yield the entries of a table; `source` counts the rows of each file from 1."""
     files, fault = table_files(path)
     if fault:
         yield Entry(printable(path), None, (fault,))
@@ -38,29 +38,30 @@ def read(path: Path, options: DataOptions) -> Iterator[Entry]:
 
 
 def table_files(path: Path) -> tuple[list[Path], str]:
-    """The files that make up a table, in order; and why they cannot be told, where they cannot."""
+    """Return the files of a table in order, and the fault if they cannot be determined (else an empty string)."""
     if not path.is_dir():
         return [path], ""
     if (path / SAVED_SPLITS).is_file():
         splits = sorted(file.parent for file in path.glob(f"*/{SAVED}"))
         if len(splits) != 1:
             names = ", ".join(split.name for split in splits) or "none"
-            return [], f"folder: holds a dataset of several splits ({names}); give the folder of one of them"
+            return (
+                [],
+                f"folder: must contain one split of a dataset, but contains {names}; give the folder of one split",
+            )
         path = splits[0]
     if (path / SAVED).is_file():
         return _saved_files(path)
     files = sorted(path.rglob(f"*{PARQUET}"))
     splits_found = sorted({split for file in files for split in _splits_of(file.relative_to(path))})
     if len(splits_found) > 1:
-        fault = (
-            f"folder: holds files of several splits ({', '.join(splits_found)}); give a file, or a folder of one split"
-        )
-        return [], fault
+        names = ", ".join(splits_found)
+        return [], f"folder: contains files of several splits ({names}); give a file or a folder of one split"
     return files, ""
 
 
 def _splits_of(file: Path) -> list[str]:
-    """The split that a file's name, or else its folder's, tells."""
+    """Return the split in the name of a file, or else of its folder, as a list of at most one."""
     found = next(filter(None, (_SPLIT.search(part.removesuffix(PARQUET)) for part in reversed(file.parts))), None)
     return [found[1].lower()] if found else []
 
@@ -73,7 +74,7 @@ def _saved_files(folder: Path) -> tuple[list[Path], str]:
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         return [], f"{SAVED}: does not list the dataset's files ({type(error).__name__}); save the dataset again"
     if len(files) != len(names):
-        return [], f"{SAVED}: names files outside of its folder"
+        return [], f"{SAVED}: names files outside its folder; save the dataset again"
     return files, ""
 
 
@@ -84,7 +85,7 @@ def _read_file(path: Path, options: DataOptions) -> Iterator[Entry]:
     try:
         with pyarrow.memory_map(str(path)) as memory:
             schema, batches = _open(memory)
-            columns, build = _plan(schema)
+            columns, build = _choose_columns(schema)
             if isinstance(build, str):
                 yield Entry(printable(path), None, (build,))
                 return
@@ -94,16 +95,16 @@ def _read_file(path: Path, options: DataOptions) -> Iterator[Entry]:
                     yield _entry(batch, i, Reading(path, f"{printable(path)}:row {row}", options), build)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         what = " ".join(str(error).split())[:200]
-        yield Entry(printable(path), None, (f"table: cannot be read behind row {row}: {printable(what)}",))
+        yield Entry(printable(path), None, (f"table: cannot be read after row {row}: {printable(what)}",))
 
 
 def _open(memory: Any) -> tuple[Any, Callable[[list[str]], Iterator[Any]]]:
-    """The schema of a file, and its record batches with some of its columns."""
+    """Return the schema of a file, and a function that yields its record batches with the given columns."""
     import pyarrow.ipc
     import pyarrow.parquet
 
     if memory.size() >= 4 and memory.read_at(4, 0) == b"PAR1":
-        # Pages are read as the rows come. At worst a page is a whole row group, which is then held twice.
+        # Pages are read as rows are requested. At worst a page is a whole row group, which is then in memory twice.
         file = pyarrow.parquet.ParquetFile(memory, pre_buffer=False)
         return file.schema_arrow, lambda columns: file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False)
     stream = pyarrow.ipc.open_stream(memory)
@@ -111,17 +112,17 @@ def _open(memory: Any) -> tuple[Any, Callable[[list[str]], Iterator[Any]]]:
     def batches(columns: list[str]) -> Iterator[Any]:
         for batch in stream:
             chosen = batch.select(columns)
-            chosen.validate(full=True)  # offsets are taken on trust otherwise: a damaged file could crash the process
+            chosen.validate(full=True)  # else pyarrow trusts the offsets, and a damaged file could crash the process
             yield chosen
 
     return stream.schema, batches
 
 
-def _plan(schema: Any) -> tuple[list[str], Callable[[Any, Reading], Sample | None] | str]:
-    """Which columns are read, and how a row becomes a sample; or what is wrong with the columns, as a text."""
+def _choose_columns(schema: Any) -> tuple[list[str], Callable[[Any, Reading], Sample | None] | str]:
+    """Return the columns to read, and the function that builds a sample from a row or, as a string, their fault."""
     names = [str(name) for name in schema.names]
     if len(set(names)) < len(names):
-        return [], "columns: two have the same name"
+        return [], "columns: two columns have the same name; rename one of them"
     if "messages" in names:
         return [name for name in names if name in (*chatml.SAMPLE_KEYS, "audios")], chatml.build
     columns = columns_of(names)
@@ -154,5 +155,5 @@ def _clip(audio: Any, where: str, reading: Reading) -> AudioClip | None:
             return AudioClip(reading.manifest, data=audio["bytes"])
         return clip_of(path_of(audio.get("path"), f"{where}.path", reading))
     what = f"an object with {', '.join(map(repr, audio))}" if isinstance(audio, dict) else kind_of(audio)
-    reading.report(where, f"must be a path, an audio file's bytes, or an object with 'bytes' and 'path', is {what}")
+    reading.report(where, f"must be a path, an audio file's bytes, or an object with 'bytes' and 'path', but is {what}")
     return None

@@ -1,4 +1,4 @@
-"""The messages of a conversation: what the chat formats have in common."""
+"""The messages of a conversation: code shared by the chat formats."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ MESSAGE_KEYS = ("role", "content", "recipient")
 
 @dataclass(frozen=True)
 class Dialect:
-    """How one format writes its turns: the roles, the keys of an audio part, and the reader of such a part."""
+    """How one format writes its messages: the roles, the keys of an audio part, and the reader of an audio part."""
 
     roles: tuple[str, ...]
     audio_keys: tuple[str, ...]
     clip_of: Callable[[dict[str, Any], str, Reading], AudioClip | None]
-    forbidden: dict[str, tuple[str, ...]]  # what a text must not hold, by role, where it is not LAYOUT_TOKENS
+    forbidden: dict[str, tuple[str, ...]]  # tokens forbidden in a text, by role; LAYOUT_TOKENS for other roles
 
 
 def messages_of(raw: Any, dialect: Dialect, reading: Reading) -> tuple[Message, ...]:
-    """The messages of a sample, one for each raw one; what is wrong in them is reported."""
+    """Return the messages of a sample, one for each raw message, and report their faults."""
     if not isinstance(raw, list) or not raw:
-        reading.report("messages", f"must be a list of one or more messages, is {kind_of(raw)}")
+        reading.report("messages", f"must be a list of one or more messages, but is {kind_of(raw)}")
         return ()
     return tuple(_message(message, f"messages[{i}]", dialect, reading) for i, message in enumerate(raw))
 
 
 def object_of(raw: Any, reading: Reading) -> dict[str, Any] | None:
-    """A sample of a chat format, if it is an object at all."""
+    """Return a sample of a chat format if it is an object; else report it and return None."""
     if isinstance(raw, dict):
         return raw
-    reading.report("sample", f"must be an object with 'messages', is {kind_of(raw)}")
+    reading.report("sample", f"must be an object with 'messages', but is {kind_of(raw)}")
     return None
 
 
@@ -48,13 +48,13 @@ def role_of(raw: dict[str, Any], where: str, roles: tuple[str, ...], reading: Re
 
 def _message(raw: Any, where: str, dialect: Dialect, reading: Reading) -> Message:
     if not isinstance(raw, dict):
-        reading.report(where, f"must be an object with 'role' and 'content', is {kind_of(raw)}")
+        reading.report(where, f"must be an object with 'role' and 'content', but is {kind_of(raw)}")
         return Message("", ())
     check_keys(raw, MESSAGE_KEYS, f"{where}.", reading)
     role = role_of(raw, where, dialect.roles, reading)
     content = raw.get("content")
     if content == []:
-        reading.report(f"{where}.content", "is empty")
+        reading.report(f"{where}.content", "is an empty list; add text or audio")
     parts = []
     for i, part in enumerate(content if isinstance(content, list) else [content]):
         place = f"{where}.content[{i}]" if isinstance(content, list) else f"{where}.content"
@@ -67,7 +67,7 @@ def _recipient(raw: dict[str, Any], where: str, role: str, reading: Reading) -> 
     if recipient is None:
         return None
     if not isinstance(recipient, str) or role != ASSISTANT:
-        what = f"must be a string in an assistant message, is {shown(recipient)} in a {role!r} one"
+        what = f"must be a string in an assistant message, but is {shown(recipient)} in a {role!r} message"
         reading.report(f"{where}.recipient", what)
         return None
     return text_of(recipient, f"{where}.recipient", reading, allow_blank=True)
@@ -78,7 +78,7 @@ def _part(raw: Any, where: str, role: str, dialect: Dialect, reading: Reading) -
     if isinstance(raw, str):
         return text_of(raw, where, reading, forbidden)
     if not isinstance(raw, dict):
-        reading.report(where, f"must be a text, an object with 'type', or a list of these, is {kind_of(raw)}")
+        reading.report(where, f"must be a string, an object with 'type', or a list of these, but is {kind_of(raw)}")
         return None
     kind = raw.get("type")
     if kind == "text":
