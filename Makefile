@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
 HELD_OUT := --test_manifest samples/digits_held_out.jsonl --recognizer pocketsphinx
 
-.PHONY: demo test chaos lint types format install clean
+.PHONY: demo check test chaos lint types format install clean
 
 # In float32, because bf16 matmuls take thirty times as long on a CPU without bf16 instructions.
 demo: install ## train the built-in base on a voice that is new to it, and print what changed in numbers
@@ -23,9 +23,14 @@ demo: install ## train the built-in base on a voice that is new to it, and print
 	@echo "  after:       $(DEMO)/after/0.wav to 23.wav"
 	@echo "  reference:   $(DEMO)/after/reference/0.wav to 23.wav"
 
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+check: lint types ## lint, types, and the tests that start no processes: for every edit
+	$(PYTEST) -q -m "not slow"
+
 # Files run in the order of pyproject.toml, so that no process is left with a long file at the end.
 test: install ## run all tests; those that need a GPU or a missing system package are skipped and listed by name
-	$(BIN)/python -m pytest -ra -n 2 --dist loadfile --no-loadscope-reorder --durations 40
+	$(PYTEST) -ra --durations 40
 
 KILLS ?= 100
 SEED ?= 1

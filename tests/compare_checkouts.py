@@ -2,8 +2,8 @@
 
 Both train, on two ranks, LoRA at ZeRO 0, 2 and 3, LoRA on an NF4 base and all weights, 20 steps each, and merge.
 Compared are adapters or weights, optimizer states, merged or complete models, codes, the rows of the index, and all
-metrics but times and memory. Then the new checkout resumes the old one's checkpoints at step 10, and must end as the old
-one ended. Texts (model cards, reports) and paths may differ. Ends with 0 where nothing else does.
+metrics but times and memory. Then the new checkout resumes the old one's checkpoints at step 10, and must end as the
+old one ended. Texts (model cards, reports) and paths may differ. Ends with 0 where nothing else does.
 """
 
 from __future__ import annotations

@@ -7,10 +7,12 @@ import fcntl
 import functools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ RANDOM = [
     "--base_ckpt", "tiny-random-base",
     "--train_manifest", str(Path(__file__).parents[1] / "samples" / "voices.jsonl"),
 ]  # fmt: skip
+TRAIN = [sys.executable, str(LAUNCH / "train.py"), *RANDOM]
 
 
 def free_port() -> int:
@@ -64,6 +67,23 @@ def start_ranks(world_size: int, command: Sequence[str]) -> list[subprocess.Pope
         )
         for rank in range(world_size)
     ]
+
+
+def _last_logged_step(run_folder: Path) -> int:
+    return int(json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1])["step"])
+
+
+def kill_after_step(processes: list[subprocess.Popen[str]], run_folder: Path, step: int) -> None:
+    """Wait for the checkpoint of `step` and the log line after it, then kill every rank."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        if (run_folder / f"checkpoint-{step}").is_dir() and _last_logged_step(run_folder) > step:
+            break
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[0][-4000:]
+        time.sleep(0.005)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
 
 
 def train_runs(world_size: int, runs: Sequence[Sequence[str]], timeout_s: float = 900, report: bool = False) -> None:

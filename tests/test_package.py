@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = (
     "train", "prepare", "merge", "generate", "evaluate", "export", "convert", "find_lora_adapters",
     "validate_adapter", "validate_checkpoint_dir",

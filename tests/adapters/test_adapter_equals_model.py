@@ -14,6 +14,8 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgs_ds.adapters.merge import merge
 
+pytestmark = pytest.mark.slow
+
 PASSED_TO_FORWARD = ("input_ids", "audio_input_ids", "audio_input_ids_mask")
 
 

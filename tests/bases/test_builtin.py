@@ -273,6 +273,7 @@ def test_other_assets_make_another_folder(own_assets: Path, speaking: Path, cach
     assert processor_config(other)["audio_tokenizer"]["audio_tokenizer_name_or_path"].startswith(str(other.parent))
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(tmp_path: Path, speaking: Path) -> None:
     """Both start only once both are ready, so both create the base; both find it complete."""
     code = (

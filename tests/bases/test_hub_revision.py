@@ -15,6 +15,8 @@ from conftest import PROJECT
 
 from higgs_ds.common.hub import PINNED
 
+pytestmark = pytest.mark.slow
+
 BASE = "bosonai/higgs-audio-v2-generation-3B-base"
 
 

@@ -16,6 +16,8 @@ from higgs_ds.bases.conversion import rewrite, stored_tensors
 from higgs_ds.data.codec import find_codec
 from higgs_ds.model.layouts import original_name
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, base: Path) -> Path:

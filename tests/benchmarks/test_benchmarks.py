@@ -65,6 +65,7 @@ def test_operations_against_torchs_count(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found == pytest.approx(matmuls, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_train_step_compares() -> None:
     command = (
         "train_step.py --precision fp32 --hidden 64 --layers 1 --vocab 2000 --recompute none --pairs 1 --steps 1 --json"

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from higgs_ds.adapters.save import ADAPTER_WEIGHTS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import PROJECT, read_metrics
-from launcher import RANDOM, start_ranks, train_runs
+from launcher import TRAIN, kill_after_step, start_ranks, train_runs
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 SHIPPED = sorted((PROJECT / "ds_configs").glob("*.json"))
-TRAIN = [sys.executable, str(PROJECT / "launch" / "train.py"), *RANDOM]
 
 
 def run_options(manifest: Path, ds_json: Path, output_dir: Path, precision: str) -> list[str]:
@@ -41,19 +40,6 @@ def assert_same_end(expected_run: Path, found_run: Path, logged_at: list[int]) -
         expected_tensors, found_tensors = load_file(expected_run / name), load_file(found_run / name)
         assert expected_tensors.keys() == found_tensors.keys()
         assert all(tensor.equal(found_tensors[key]) for key, tensor in expected_tensors.items())
-
-
-def kill_after_step(processes: list[subprocess.Popen[str]], run_folder: Path, step: int) -> None:
-    """Wait for the checkpoint of `step` and the log line after it, then kill every rank."""
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline:
-        if (run_folder / f"checkpoint-{step}").is_dir() and read_metrics(run_folder)[-1]["step"] > step:
-            break
-        assert all(process.poll() is None for process in processes), processes[0].communicate()[0][-4000:]
-        time.sleep(0.005)
-    for process in processes:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
 
 
 def test_killed_and_resumed(

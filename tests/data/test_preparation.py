@@ -276,6 +276,7 @@ def test_order_does_not_depend_on_the_parts(bundle: Bundle, manifest: Path, tmp_
     assert one.labels("speaker")[0].tolist() == three.labels("speaker")[0].tolist() == [i % 3 for i in range(10)]
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_codes(
     bundle: Bundle, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,8 @@ from higgs_ds.bases.bundle import open_bundle
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.index import Index
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("HIGGS_DS_KILLS", "5"))
 
 

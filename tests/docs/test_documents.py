@@ -1,8 +1,8 @@
 """Every command in the README and the documents is run, as printed, in a folder like a user's.
 
-Commands of `launch/` without a launcher run in forks of a process that has imported everything, except those of a new
-user. A hub id stands for the random base in the original layout, placed in the hub's cache. Runs are cut to one step,
-and eight GPUs to two ranks.
+Commands of `launch/` run in forks of a process that has imported everything, also those of `deepspeed` on one rank.
+Those of a new user, with torchrun and for two machines run in processes of their own. A hub id stands for the
+random base in the original layout, placed in the hub's cache. Runs are cut to one step, and eight GPUs to two ranks.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from hub_server import TOKEN, local_hub
 from launcher import default_port, free_port, run_script
 
 from higgs_ds.common.hub import PINNED
+
+pytestmark = pytest.mark.slow
 
 # The others are generated, or record earlier runs.
 DOCUMENTS = [
@@ -99,7 +101,7 @@ class Workshop:
 
     def run_fast(self, command: str) -> subprocess.CompletedProcess[str]:
         """Like `run`, but without the seconds in which a new Python imports everything for this project's commands."""
-        script = re.fullmatch(r"python launch/(\w+)\.py (.*)", command)
+        script = re.fullmatch(r"(?:python|deepspeed) launch/(\w+)\.py (.*)", re.sub(r" --master_port \d+", "", command))
         if script is None:
             return self.run(command)
         options = shlex.split(script[2])

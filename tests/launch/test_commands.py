@@ -21,6 +21,8 @@ from higgs_ds.common.resources import SAMPLE_MANIFEST
 from higgs_ds.common.tensor_files import weight_files, weight_shapes
 from higgs_ds.options.train import LoraOptions
 
+pytestmark = pytest.mark.slow
+
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 
 

@@ -17,10 +17,13 @@ from conftest import PROJECT, read_metrics
 from launcher import RANDOM, free_port, train_runs
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not all(shutil.which(name) for name in ("sshd", "ssh-keygen", "pdsh")),
-    reason="needs root, and openssh-server, openssh-client and pdsh installed",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.geteuid() != 0 or not all(shutil.which(name) for name in ("sshd", "ssh-keygen", "pdsh")),
+        reason="needs root, and openssh-server, openssh-client and pdsh installed",
+    ),
+]
 HOSTS = ("127.0.0.1", "127.0.0.2")
 
 

@@ -15,6 +15,8 @@ import pytest
 from conftest import PROJECT
 from launcher import RANDOM, free_port
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(sys.executable).parent
 LAUNCHERS = {
     "deepspeed": [str(SCRIPTS / "deepspeed"), "--num_gpus", "2", "--master_port"],

@@ -39,6 +39,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, smal
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("name", DS_CONFIGS)
 @pytest.mark.parametrize("held", BASES)
@@ -61,6 +62,7 @@ def test_table_in_the_documents() -> None:
     assert {cells.count("yes") for _, cells in rows} == {len(BASES) * len(CHECKPOINTING)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -198,6 +198,7 @@ def printed(capsys: pytest.CaptureFixture[str], options: str) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 def test_command_plans_the_released_geometry_without_weights() -> None:
     done = run_dry(
         *f"--base_ckpt {BIG} --load_in_4bit --activation_checkpointing every_layer --batch_size 1 "
@@ -218,6 +219,7 @@ def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert printed(capsys, "") == []
 
 
+@pytest.mark.slow
 def test_bad_input_is_exit_code_2(tmp_path: Path) -> None:
     done = run_dry("--base_ckpt", str(tmp_path), "--device_memory_gib", "-1")
     assert done.returncode == 2

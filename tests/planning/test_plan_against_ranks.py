@@ -14,6 +14,8 @@ from higgs_ds.options.command_line import parse_train_options
 from higgs_ds.planning.dry_run import make_setting
 from higgs_ds.planning.plan import plan
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).parent.parent / "plan_worker.py"
 TOLERANCE = 0.05
 # Ranks, ZeRO stage, options.

@@ -17,7 +17,7 @@ from launcher import train_runs
 from safetensors.torch import load_file
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration, HiggsAudioV2TokenizerModel
 
-pytestmark = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs espeak-ng")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs espeak-ng")]
 STEPS = ("--steps", "2", "3", "2", "1", "1", "1", "--batch_size", "2", "--save_steps", "1")
 
 

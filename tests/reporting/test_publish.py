@@ -20,6 +20,8 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 from higgs_ds.options.checks import check_options
 from higgs_ds.options.train import TrainOptions
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:

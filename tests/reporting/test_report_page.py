@@ -16,6 +16,8 @@ from launcher import train_runs
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.reporting.report_page import write_report
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, ds_file: Callable[[int], Path]) -> Path:

@@ -18,6 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from higgs_ds.options import compatibility as support
 from higgs_ds.options.command_line import parse_train_options
 
+pytestmark = pytest.mark.slow
+
 
 def options(manifest: Path, ds_json: Path, folder: Path) -> list[str]:
     return (

@@ -17,10 +17,13 @@ import pytest
 from conftest import PROJECT, read_metrics
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged")),
-    reason="needs root, and slurm-wlm and munge installed",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.geteuid() != 0 or not all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged")),
+        reason="needs root, and slurm-wlm and munge installed",
+    ),
+]
 NODES = ("n1", "n2")
 CONF = """
 ClusterName=test

@@ -15,6 +15,8 @@ from conftest import PROJECT, speech_sample, text_sample, write_manifest
 from launcher import free_port, run_script
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
 
+pytestmark = pytest.mark.slow
+
 ENTRIES = [
     speech_sample("Good morning.", "anna_00.flac", duration=0.5),
     speech_sample("Turn left here.", "ben_00.flac", duration=0.7),

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from higgs_ds.checkpoints.state import TrainerState
 
+pytestmark = pytest.mark.slow
+
 ADAPTER = "lora_adapters/adapter_model.safetensors"
 
 

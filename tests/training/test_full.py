@@ -11,11 +11,10 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from conftest import PROJECT, native_inputs, read_metrics, speech_sample, text_sample, write_manifest
-from launcher import start_ranks, train_runs
+from conftest import PROJECT, native_inputs, processor_in, read_metrics, speech_sample, text_sample, write_manifest
+from launcher import TRAIN, kill_after_step, start_ranks, train_runs
 from safetensors.torch import load_file
-from test_resume import TRAIN, kill_after_step
-from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
+from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgs_ds.bases.bundle import open_bundle
 from higgs_ds.checkpoints.complete import main as export
@@ -32,6 +31,8 @@ from higgs_ds.options.commands import ExportOptions, InspectOptions
 from higgs_ds.options.fields import TRAIN_GROUPS
 from higgs_ds.options.train import DataOptions
 from higgs_ds.speech.generate import generation_settings, speak
+
+pytestmark = pytest.mark.slow
 
 STEPS, LR, DECAY = 4, 3e-5, 0.1
 MASTERS = "trained_weights/model.safetensors"
@@ -196,7 +197,7 @@ def test_saved_model_says_the_same(runs: Path, mixed_manifest: Path, tmp_path: P
     run = folder_of(runs, "alone")
     folder = run / "final_model" / "native"
     model = load(folder)
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = processor_in(folder)
     assert processor.tokenizer.chat_template or processor.chat_template
     assert (folder / "audio_tokenizer" / "config.json").is_file()
     assert model.generation_config.max_new_tokens == 750

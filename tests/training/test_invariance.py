@@ -10,6 +10,8 @@ from conftest import read_metrics
 from launcher import train_runs
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = {"1x1x4": (1, 1, 4), "2x1x2": (2, 1, 2), "2x2x1": (2, 2, 1)}  # ranks, batch size, accumulation
 STAGES = (0, 1, 2, 3)
 

@@ -14,6 +14,8 @@ from conftest import PROJECT, read_metrics
 from launcher import start_ranks
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 CASES = [(0, "fp32", "loss"), (0, "fp32", "gradient"), (1, "fp32", "gradient"), (2, "fp32", "loss")]
 CASES += [(3, "fp32", "loss"), (3, "fp32", "gradient")]
 CASES += [(0, "bf16", "gradient"), (1, "bf16", "loss"), (2, "bf16", "gradient"), (3, "bf16", "loss")]

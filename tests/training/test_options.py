@@ -10,6 +10,8 @@ from conftest import read_metrics
 from launcher import train_runs
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 STAGES = (0, 1, 2, 3)
 
 

@@ -16,6 +16,8 @@ from higgs_ds.data.audio import read_audio
 from higgs_ds.data.codec import Codec, find_codec
 from higgs_ds.data.sample import AudioClip
 
+pytestmark = pytest.mark.slow
+
 CLIPS = {
     "Good morning.": "anna_00.flac",
     "Turn left here.": "ben_00.flac",
@@ -24,10 +26,11 @@ CLIPS = {
 }
 # Does not import this project. Prints, for each text, the rows of codes that it generates greedily.
 PLAIN_TRANSFORMERS = """
-import json, sys
+import contextlib, json, sys
 from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
 folder, system, *texts = sys.argv[1:]
-processor = AutoProcessor.from_pretrained(folder)
+with contextlib.chdir(folder):
+    processor = AutoProcessor.from_pretrained(".")
 model = HiggsAudioV2ForConditionalGeneration.from_pretrained(folder).eval()
 result = {}
 for text in texts:

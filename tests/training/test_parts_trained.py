@@ -24,6 +24,8 @@ from higgs_ds.model.streaming import all_logits
 from higgs_ds.options.commands import ConvertOptions, GenerateOptions
 from higgs_ds.speech.generate import main as generate
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -140,7 +142,7 @@ def test_parts_that_the_base_has_are_merged_into_it(runs: Path, tmp_path: Path) 
     once = runs / "one" / "merged_model"
     merge(once, runs / "two" / "lora_adapters", tmp_path / "twice", export_layout="original")
     found = load_file(tmp_path / "twice" / "model.safetensors")
-    for name, tensor in read_adapter(runs / "two" / "lora_adapters").whole.items():
+    for name, tensor in read_adapter(runs / "two" / "lora_adapters").full_weights.items():
         assert found[name.removeprefix("model.")].equal(tensor)
 
 
@@ -158,8 +160,8 @@ def test_adapter_in_original_names(runs: Path, tmp_path: Path) -> None:
     renamed, native = read_adapter(tmp_path / "original"), read_adapter(runs / "one" / "lora_adapters")
     assert renamed.in_original_names
     assert renamed.full_parts == native.full_parts
-    assert renamed.whole.keys() == native.whole.keys()
-    assert all(tensor.equal(renamed.whole[name]) for name, tensor in native.whole.items())
+    assert renamed.full_weights.keys() == native.full_weights.keys()
+    assert all(tensor.equal(renamed.full_weights[name]) for name, tensor in native.full_weights.items())
 
 
 def test_native_layout_cannot_hold_the_parts(runs: Path, tmp_path: Path) -> None:

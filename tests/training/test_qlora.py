@@ -16,6 +16,8 @@ from transformers import BitsAndBytesConfig, HiggsAudioV2ForConditionalGeneratio
 
 from higgs_ds.adapters.merge import merge
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = {"1 rank": (1, 2, 2), "ZeRO-2 x 2": (2, 2, 1), "ZeRO-3 x 2": (2, 3, 1)}  # ranks, stage, accumulation
 OTHERS = {"bf16": "--precision bf16", "DoRA": "--use_dora --use_rslora", "8-bit AdamW": "--optim adamw_8bit"}
 STEPS = 6

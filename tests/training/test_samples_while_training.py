@@ -21,6 +21,8 @@ from higgs_ds.model.loading import load_base
 from higgs_ds.options.train import DataOptions
 from higgs_ds.speech.generate import generation_settings, speak
 
+pytestmark = pytest.mark.slow
+
 NUM_SAMPLES = {2: 3, 3: 1}  # by stage; at stage 3 each layer is gathered for each frame
 ADAPTER = "lora_adapters/adapter_model.safetensors"
 
