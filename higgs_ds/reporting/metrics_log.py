@@ -50,10 +50,10 @@ class MetricsLog:
         self.path = output_dir / METRICS_FILE
         self.total_steps = total_steps
         self.ends_at = None if seconds_left is None else time.monotonic() + seconds_left
-        self.sinks: list[Tracker] = []
+        self.trackers: list[Tracker] = []
         if is_main():
             _truncate(self.path, first_step, validation_due)
-            self.sinks = open_trackers()
+            self.trackers = open_trackers()
         # None: no bar if stderr is not a terminal; the log lines are enough there.
         disable = None if is_main() and not is_quiet() else True
         self.bar = tqdm(
@@ -62,8 +62,8 @@ class MetricsLog:
 
     def close(self) -> None:
         self.bar.close()
-        for sink in self.sinks:
-            sink.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     def advance(self) -> None:
         self.bar.update()
@@ -80,8 +80,8 @@ class MetricsLog:
             clean = {key: value if math.isfinite(value) else None for key, value in line.items()}
             with saving(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(clean) + "\n")
-            for sink in self.sinks:
-                sink.write(step, {key: value for key, value in clean.items() if value is not None and key != "step"})
+            for tracker in self.trackers:
+                tracker.write(step, {key: value for key, value in clean.items() if value is not None and key != "step"})
         shown = {key: value for key, value in values.items() if "/cb" not in key}
         self.bar.set_postfix(
             {short: f"{values[key]:.4g}" for key, short in _PROGRESS_BAR_KEYS.items() if key in values}

@@ -134,9 +134,20 @@ def _use(kind: str, facts: dict[str, Any]) -> str:
         return how_to_use_adapter(facts["base"])
     if facts["layout"] == "original":
         return "Load it with boson_multimodal's `serve_engine`, like its base."
-    return """    from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
+    return """    import contextlib
+    from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
     model = HiggsAudioV2ForConditionalGeneration.from_pretrained("THIS_FOLDER")
-    processor = AutoProcessor.from_pretrained("THIS_FOLDER")"""
+    with contextlib.chdir("THIS_FOLDER"):  # a codec in this folder has a path relative to it
+        processor = AutoProcessor.from_pretrained(".")"""
+
+
+def _without_folders(summary: str) -> str:
+    """Shorten the manifests that a data summary names, in its headers and in front of their samples, to their names."""
+    for manifest in re.findall(r"^(?! )(.+):$", summary, flags=re.MULTILINE):
+        folder = manifest.rpartition("/")[0]
+        if folder:
+            summary = re.sub(rf"(?<![^\s,]){re.escape(folder)}/", "", summary)
+    return summary
 
 
 def card_facts(run_folder: Path, base: str, full_parts: Parts, options: TrainOptions) -> dict[str, Any]:
@@ -159,6 +170,6 @@ def card_facts(run_folder: Path, base: str, full_parts: Parts, options: TrainOpt
         "fully_trained": f"; fully fine-tuned: {', '.join(trained)}" if trained else "",
         "layout": options.run.export_layout,
         "settings": changed,
-        "data": re.sub(r"^(?! ).*[/\\](?=[^/\\]*:$)", "", summary, flags=re.MULTILINE),
+        "data": _without_folders(summary),
         "losses": losses | ({"step": last["step"]} if "step" in last else {}),
     }

@@ -89,10 +89,10 @@ def train(run: Run) -> None:
 def _open_log(run: Run) -> MetricsLog:
     state, options = run.state, run.options
 
-    def sinks() -> list[Tracker]:
+    def trackers() -> list[Tracker]:
         return open_trackers(options.run.report_to, run.output_dir, state.step, options.flat())
 
-    return MetricsLog(run.output_dir, state.step, state.total_steps, state.validation_due, seconds_left(), sinks)
+    return MetricsLog(run.output_dir, state.step, state.total_steps, state.validation_due, seconds_left(), trackers)
 
 
 def _log(run: Run, log: MetricsLog, meter: Meter, lr: float) -> None:

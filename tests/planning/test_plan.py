@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -306,3 +307,24 @@ def test_bad_checkpointing(value: str) -> None:
     assert problem == (
         f"--activation_checkpointing {value}: must be none, every_layer, auto, or a number N of layers, 1 or more"
     )
+
+
+HARDWARE = re.findall(
+    r"^\| (?:(\d+) x )?(\d+) GB[^|]* \| `([^`]+)` \| ([\d.]+) GiB \|$",
+    (PROJECT / "README.md").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+
+
+def test_the_readme_has_a_table_of_hardware() -> None:
+    assert len(HARDWARE) >= 7
+
+
+@pytest.mark.parametrize(("ranks", "card_gb", "options", "planned_gib"), HARDWARE)
+def test_hardware_of_the_readme(ranks: str, card_gb: str, options: str, planned_gib: str) -> None:
+    """The table's memory is what --dry_run plans for samples of 1,024 positions, and fits its card."""
+    common = f"--dry_run --base_ckpt {PROJECT}/benchmarks/3b --max_seq_len 1024 --plan_ranks {ranks or 1}"
+    setting = dry_run.make_setting(*parse_train_options(f"{common} {options}".split()))
+    total_gib = (plan(setting).total + CONTEXT_BYTES) / 2**30
+    assert f"{total_gib:.1f}" == planned_gib
+    assert total_gib < 0.9 * float(card_gb) * 1e9 / 2**30
