@@ -126,7 +126,9 @@ COMMANDS: dict[str, Callable[[Sequence[str] | None, str | None], NoReturn]] = {
 
 def main() -> NoReturn:
     """Run `higgs-ds COMMAND [options]`."""
-    name, *argv = sys.argv[1:] or ["--help"]
+    # `deepspeed --module higgs_ds COMMAND` puts this option first; ranks read LOCAL_RANK instead.
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
+    name, *argv = arguments or ["--help"]
     if name.replace("-", "_") in COMMANDS:
         COMMANDS[name.replace("-", "_")](argv, f"{PROGRAM} {name}")
     if name in ("-h", "--help"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -52,8 +53,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(installed: Path, folder: Path, *command: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [installed / command[0], *command[1:]], cwd=folder, capture_output=True, text=True, check=False
+        [installed / command[0], *command[1:]], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
@@ -88,6 +90,8 @@ def test_help_of_every_command(installed: Path, tmp_path: Path) -> None:
     for command in COMMANDS:
         assert f"\n  {command} " in overview
         assert run(installed, tmp_path, "higgs-ds", command, "--help").startswith(f"usage: higgs-ds {command}")
+    as_module = ("python", "-m", "higgs_ds", "--local_rank=0", "merge", "--help")  # as deepspeed --module calls it
+    assert run(installed, tmp_path, *as_module).startswith("usage: higgs-ds merge")
 
 
 def test_an_unknown_command(installed: Path, tmp_path: Path) -> None:

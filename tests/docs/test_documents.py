@@ -165,10 +165,10 @@ def cut(command: str) -> str:
     """Return a command cut to the size of a test."""
     command = re.sub(r"--nproc_per_node 8", "--nproc_per_node 2", command)
     command = re.sub(r"checkpoint-\d+", "checkpoint-1", command).replace("pip install", "pip install --dry-run")
-    if "launch/train.py" in command and "--dry_run" not in command and "--help" not in command:
+    if re.search(r"launch/train\.py|higgs_ds train", command) and not re.search(r"--dry_run|--help", command):
         launched = command.startswith(("deepspeed", "torchrun")) and not command.startswith(NODES)
         port = f" --master_port {free_port()}" if launched else ""
-        command = command.replace(" launch/train.py", f"{port} launch/train.py")
+        command = re.sub(r" (launch/train\.py|--module higgs_ds)", rf"{port} \1", command)
         command += " --precision fp32 --max_steps 1 --batch_size 1 --grad_accum 1 --num_workers 1"
     return command + SMALLER.get(command, "")
 
