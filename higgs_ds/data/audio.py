@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,24 @@ RESAMPLING: dict[str, Any] = {"lowpass_filter_width": 6, "rolloff": 0.99, "resam
 SILENCE_PEAK = 1e-3  # -60 dBFS: a quieter clip is inaudible
 FULL_SCALE = 0.999
 WRITTEN_AS = (".wav", ".flac")
+BLOCK_NUMBERS = 2**20  # numbers decoded at a time, 4 MiB: all that checking a clip holds in memory
+MAX_FILTER_TABLE = 2**26  # numbers of torchaudio's filters for resampling: half a gigabyte in float64
+OGG_BLOCK = 2**16  # samples
+UNKNOWN_LENGTH = 2**62  # libsndfile's number of frames for a file whose header does not give it
 MAX_STRETCH_S = 1e6  # longer than any file: keeps the number of samples finite
 TOLERANCE_S = 0.1  # by which a clip may extend past the end of its file: durations in manifests are rounded
 
 
 class AudioError(ValueError):
     """An audio file that cannot be used. The text gives the reason, without the file's name."""
+
+
+class ClipTooLongError(AudioError):
+    """A clip that lasts longer than a limit."""
+
+    def __init__(self, seconds: float, max_s: float) -> None:
+        super().__init__(f"lasts {seconds:.1f} s; the limit is {max_s:g} s")
+        self.seconds, self.max_s = seconds, max_s
 
 
 @dataclass(frozen=True)
@@ -43,72 +56,137 @@ class AudioFacts:
         return -(-self.source_samples * sample_rate // self.source_rate)
 
 
-def examine(clip: AudioClip, max_s: float) -> AudioFacts:
-    """Decode a clip, without resampling it, and check that it can be trained on.
+def examine(clip: AudioClip, max_s: float, sample_rate: int) -> AudioFacts:
+    """Check that a clip can be trained on, without resampling it and with one block of it in memory.
+
+    Args:
+        sample_rate: to which the clip is going to be resampled, in Hz.
 
     Raises:
-        AudioError: as in `read_audio`; or the clip lasts longer than `max_s` seconds, or is silent.
+        AudioError, ClipTooLongError: as in `read_audio`; or the clip is silent.
     """
-    waveform, source_rate = _decode(clip)
-    seconds = len(waveform) / source_rate
-    if seconds > max_s:
-        raise AudioError(f"lasts {seconds:.1f} s, longer than --max_clip_s {max_s:g}; cut it with offset and duration")
-    magnitude = np.abs(waveform)
-    peak = magnitude.max()
+    peak, num_samples, num_clipped = 0.0, 0, 0
+    with _opened(clip, max_s) as (source_rate, blocks):
+        _check_rate(source_rate, sample_rate)
+        for block in blocks:
+            magnitude = np.abs(block)
+            peak = max(peak, float(magnitude.max()))
+            num_samples += len(block)
+            num_clipped += int((magnitude >= FULL_SCALE).sum())
+            num_channels = block.shape[1]
     if peak < SILENCE_PEAK:
         raise AudioError(f"is silent: its peak is {20 * math.log10(peak) if peak else -math.inf:.0f} dBFS")
-    return AudioFacts(len(waveform), source_rate, float((magnitude >= FULL_SCALE).mean()))
+    return AudioFacts(num_samples, source_rate, num_clipped / (num_samples * num_channels))
 
 
-def read_audio(clip: AudioClip, sample_rate: int) -> torch.Tensor:
+def read_audio(clip: AudioClip, sample_rate: int, max_s: float = math.inf) -> torch.Tensor:
     """Decode a clip (wav, flac, mp3, ogg), mix it down to mono and resample it.
 
     Returns:
         float32 tensor of shape (num_samples,) at `sample_rate` Hz.
 
     Raises:
-        AudioError: the file is missing, cannot be decoded, or ends before the clip does; or the clip contains no
-            samples, or NaN or infinite ones.
+        AudioError: the file is missing, cannot be decoded, ends before the clip does, or has a sample rate that cannot
+            be resampled; or the clip contains no samples, or NaN or infinite ones.
+        ClipTooLongError: the clip lasts longer than `max_s` seconds.
     """
-    waveform, source_rate = _decode(clip)
+    with _opened(clip, max_s) as (source_rate, blocks):
+        _check_rate(source_rate, sample_rate)
+        waveform = np.concatenate(list(blocks))
     mono = torch.from_numpy(waveform).mean(dim=1)
     return torchaudio.functional.resample(mono, source_rate, sample_rate, **RESAMPLING)
 
 
-def _decode(clip: AudioClip) -> tuple[np.ndarray, int]:
-    """Return a clip's samples, float32 (num_samples, channels), and their rate."""
+def _check_rate(source_rate: int, sample_rate: int) -> None:
+    """Refuse a rate for which torchaudio's table of filters, a row for each output phase, would fill the memory."""
+    common = math.gcd(source_rate, sample_rate)
+    if (source_rate // common) * (sample_rate // common) > MAX_FILTER_TABLE:
+        raise AudioError(
+            f"has a sample rate of {source_rate} Hz, which has too small a common divisor with {sample_rate} Hz to be "
+            "resampled; convert the file to a usual rate such as 44100 or 48000 Hz"
+        )
+
+
+@contextlib.contextmanager
+def _opened(clip: AudioClip, max_s: float) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
+    """Open a clip: its sample rate, and its samples in blocks, float32 (n, channels), of BLOCK_NUMBERS at most.
+
+    A clip longer than `max_s` is refused from the file's header, before anything is decoded. If the header does not
+    give the length, the clip is read up to the limit and no further.
+    """
     if clip.data is None and not clip.path.is_file():
         raise AudioError("no such file" if not clip.path.exists() else "is not a file")
+    has_length = True
     try:
         with contextlib.ExitStack() as stack:
-            # By file descriptor: given a name that ends in .raw, libsndfile expects samples without a header.
-            source = stack.enter_context(clip.path.open("rb")).fileno() if clip.data is None else io.BytesIO(clip.data)
-            file = stack.enter_context(soundfile.SoundFile(source, closefd=False))
-            rate = file.samplerate
-            start = round(min(clip.offset_s, file.frames / rate) * rate)
-            count = -1 if clip.duration_s is None else round(min(clip.duration_s, MAX_STRETCH_S) * rate)
-            file.seek(start)
-            waveform = file.read(count, dtype="float32", always_2d=True)
+            file = stack.enter_context(_sound_file(clip, stack))
+            rate, has_length = file.samplerate, file.frames < UNKNOWN_LENGTH
+            start = round(min(clip.offset_s, file.frames / rate if has_length else MAX_STRETCH_S) * rate)
+            count = math.inf if clip.duration_s is None else round(min(clip.duration_s, MAX_STRETCH_S) * rate)
+            if has_length:
+                _check_length(min(count, file.frames - start), rate, max_s)
+            if start:
+                _move_to(file, start)
+            yield rate, _checked_blocks(file, clip, start, count, max_s)
     except (soundfile.LibsndfileError, OSError) as error:
         reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
+        if not has_length:  # soundfile finds the end of a FLAC stream of unknown length only by failing
+            reason = "its header does not give its length; rewrite it, for instance with ffmpeg -i OLD NEW"
         raise AudioError(f"cannot be read as audio: {reason}") from error
-    if len(waveform) == 0:
+
+
+def _sound_file(clip: AudioClip, stack: contextlib.ExitStack) -> soundfile.SoundFile:
+    # By file descriptor: given a name that ends in .raw, libsndfile expects samples without a header.
+    source = stack.enter_context(clip.path.open("rb")).fileno() if clip.data is None else io.BytesIO(clip.data)
+    return soundfile.SoundFile(source, closefd=False)
+
+
+def _move_to(file: soundfile.SoundFile, start: int) -> None:
+    """Move to sample `start`; in formats that cannot seek, such as GSM 6.10, by reading up to there."""
+    if file.seekable():
+        file.seek(start)
+        return
+    left = start
+    while left and (num_read := len(file.read(min(left, BLOCK_NUMBERS // file.channels), dtype="float32"))):
+        left -= num_read
+
+
+def _checked_blocks(
+    file: soundfile.SoundFile, clip: AudioClip, start: int, count: float, max_s: float
+) -> Iterator[np.ndarray]:
+    rate, num_samples = file.samplerate, 0
+    while num_samples < count:
+        size = max(1, BLOCK_NUMBERS // file.channels)
+        block = file.read(int(min(size, count - num_samples)), dtype="float32", always_2d=True)
+        if not len(block):
+            break
+        num_samples += len(block)
+        _check_length(num_samples, rate, max_s)
+        if not np.isfinite(block).all():
+            raise AudioError("contains NaN or infinite samples")
+        yield block
+    if num_samples == 0:
         raise AudioError(f"contains no samples after {clip.offset_s:g} s" if clip.offset_s else "contains no samples")
-    if len(waveform) < count - TOLERANCE_S * rate:
+    if clip.duration_s is not None and num_samples < count - TOLERANCE_S * rate:
         raise AudioError(
-            f"ends at {(start + len(waveform)) / rate:.2f} s, "
+            f"ends at {(start + num_samples) / rate:.2f} s, "
             f"before the end of the clip (offset {clip.offset_s:g} s, duration {clip.duration_s:g} s)"
         )
-    if not np.isfinite(waveform).all():
-        raise AudioError("contains NaN or infinite samples")
-    return waveform, rate
+
+
+def _check_length(num_samples: float, rate: int, max_s: float) -> None:
+    if num_samples > max_s * rate:
+        raise ClipTooLongError(num_samples / rate, max_s)
 
 
 def as_ogg(path: Path) -> bytes:
     """Return an audio file as Ogg Vorbis, a tenth of its size as WAV."""
     waveform, sample_rate = soundfile.read(path, dtype="float32")
     content = io.BytesIO()
-    soundfile.write(content, waveform, sample_rate, format="OGG", subtype="VORBIS")
+    with soundfile.SoundFile(content, "w", sample_rate, 1, format="OGG", subtype="VORBIS") as file:
+        # Block by block: libsndfile 1.2.2 ends the process if it is given more than about a minute at once.
+        for start in range(0, len(waveform), OGG_BLOCK):
+            file.write(waveform[start : start + OGG_BLOCK])
     return content.getvalue()
 
 

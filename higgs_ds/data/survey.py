@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from higgs_ds.data.audio import AudioError, examine
+from higgs_ds.data.audio import AudioError, ClipTooLongError, examine
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.encode import ClipToEncode
 from higgs_ds.data.formats.checks import printable
@@ -164,7 +164,12 @@ class Checker:
         if cached is not None and num_outputs is not None and cached.codes.shape[1] * hop <= max_s * rate:
             num_frames = cached.codes.shape[1]
             return ClipFacts(key, num_frames, num_frames * hop, cached.clipped, True, num_outputs)
-        facts = examine(clip, max_s)
+        try:
+            facts = examine(clip, max_s, rate)
+        except ClipTooLongError as error:
+            raise AudioError(
+                f"lasts {error.seconds:.1f} s, longer than --max_clip_s {max_s:g}; cut it with offset and duration"
+            ) from error
         num_samples = facts.num_samples(rate)
         if num_samples < hop:
             raise AudioError(

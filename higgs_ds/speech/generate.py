@@ -25,6 +25,8 @@ from higgs_ds.model.loading import load_for_generation
 from higgs_ds.model.parts import NO_PARTS, parts_of
 from higgs_ds.options.commands import GenerateOptions
 
+MAX_REFERENCE_S = 60.0  # longer references are refused before they are decoded
+
 
 @dataclass(frozen=True)
 class Speech:
@@ -146,7 +148,7 @@ def _check(options: GenerateOptions) -> GenerationModel:
         problems += error.problems
     if options.ref_audio is not None:
         try:
-            read_audio(AudioClip(options.ref_audio), 24000)
+            read_audio(AudioClip(options.ref_audio), 24000, MAX_REFERENCE_S)
         except AudioError as error:
             problems.append(f"--ref_audio {options.ref_audio}: {error}")
     if problems or speaker is None:

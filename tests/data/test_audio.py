@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from conftest import PROJECT
 from safetensors.torch import save_file
 from transformers import AutoProcessor
 
-from higgs_ds.data.audio import AudioError, examine, read_audio
+from higgs_ds.data.audio import AudioError, ClipTooLongError, as_ogg, examine, read_audio
 from higgs_ds.data.code_cache import CachedCodes, CodeCache
 from higgs_ds.data.codec import Codec, find_codec, read_codec_info
 from higgs_ds.data.sample import AudioClip
@@ -63,7 +64,7 @@ def test_length_is_known_without_resampling(tmp_path: Path, rate: int) -> None:
         path = tmp_path / f"{rate}-{extra}.wav"
         soundfile.write(path, tone(rate)[: rate // 2 + extra], rate)
         clip = AudioClip(path)
-        assert examine(clip, 600).num_samples(RATE) == len(read_audio(clip, RATE))
+        assert examine(clip, 600, RATE).num_samples(RATE) == len(read_audio(clip, RATE))
 
 
 def test_silence_clipping_and_length(tmp_path: Path) -> None:
@@ -72,16 +73,94 @@ def test_silence_clipping_and_length(tmp_path: Path) -> None:
         return AudioClip(tmp_path / name)
 
     with pytest.raises(AudioError, match="is silent: its peak is -80 dBFS"):
-        examine(write("quiet.wav", tone(RATE) / 0.4 * 1e-4), 600)
+        examine(write("quiet.wav", tone(RATE) / 0.4 * 1e-4), 600, RATE)
     with pytest.raises(AudioError, match="is silent: its peak is -inf dBFS"):
-        examine(write("zero.wav", np.zeros(RATE, dtype=np.float32)), 600)
-    with pytest.raises(AudioError, match=r"lasts 1.0 s, longer than --max_clip_s 0.9"):
-        examine(write("long.wav", tone(RATE)), 0.9)
-    assert examine(write("good.wav", tone(RATE)), 600).clipped == 0
+        examine(write("zero.wav", np.zeros(RATE, dtype=np.float32)), 600, RATE)
+    with pytest.raises(AudioError, match=r"lasts 1.0 s; the limit is 0.9 s"):
+        examine(write("long.wav", tone(RATE)), 0.9, RATE)
+    assert examine(write("good.wav", tone(RATE)), 600, RATE).clipped == 0
     loud = np.clip(tone(RATE) * 100, -1, 1)
     expected = float((np.abs(loud) >= 0.999).mean())
-    assert examine(write("loud.wav", loud), 600).clipped == pytest.approx(expected)
+    assert examine(write("loud.wav", loud), 600, RATE).clipped == pytest.approx(expected)
     assert expected > 0.5
+
+
+def of_unknown_length(path: Path, seconds: int) -> AudioClip:
+    """A FLAC file whose header does not give its length, as an encoder writes to a pipe."""
+    soundfile.write(path, np.tile(tone(RATE), seconds), RATE)
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0  # the last 36 bits of bytes 18 to 25, in STREAMINFO
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    return AudioClip(path)
+
+
+def decoded_seconds(monkeypatch: pytest.MonkeyPatch, clip: AudioClip, max_s: float) -> float:
+    """How much of a clip is decoded before it is refused."""
+    read, decoded = soundfile.SoundFile.read, []
+
+    def counting(self: soundfile.SoundFile, *args: Any, **kwargs: Any) -> np.ndarray:
+        decoded.append(read(self, *args, **kwargs))
+        return decoded[-1]
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", counting)
+    with pytest.raises(ClipTooLongError):
+        examine(clip, max_s, RATE)
+    return sum(map(len, decoded)) / RATE
+
+
+@pytest.mark.parametrize("suffix", ["flac", "wav", "mp3", "ogg"])
+def test_a_long_clip_is_refused_from_its_header(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"long.{suffix}"
+    with soundfile.SoundFile(path, "w", RATE, 1) as file:
+        for _ in range(90):
+            file.write(tone(RATE))
+    assert decoded_seconds(monkeypatch, AudioClip(path), 60) == 0
+    assert decoded_seconds(monkeypatch, AudioClip(tmp_path / "x", data=path.read_bytes()), 60) == 0
+    assert decoded_seconds(monkeypatch, AudioClip(path, offset_s=10, duration_s=70), 60) == 0
+    assert examine(AudioClip(path, offset_s=20, duration_s=2), 60, RATE).source_samples == 2 * RATE
+
+
+def test_a_long_clip_without_a_length_is_read_up_to_the_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clip = of_unknown_length(tmp_path / "long.flac", 200)
+    assert 60 < decoded_seconds(monkeypatch, clip, 60) < 60 + 2**20 / RATE
+    with pytest.raises(AudioError, match="its header does not give its length; rewrite it"):
+        examine(of_unknown_length(tmp_path / "short.flac", 2), 60, RATE)
+    assert len(read_audio(AudioClip(clip.path, offset_s=100, duration_s=1), RATE)) == RATE
+
+
+@pytest.mark.parametrize(
+    ("form", "subtype"),
+    [
+        ("WAV", "GSM610"),
+        ("WAV", "G721_32"),
+        ("WAV", "NMS_ADPCM_24"),
+        ("AU", "G723_40"),
+    ],
+)
+def test_formats_that_cannot_seek(tmp_path: Path, form: str, subtype: str) -> None:
+    path = tmp_path / "phone"
+    soundfile.write(path, tone(24000), 8000, format=form, subtype=subtype)
+    whole = read_audio(AudioClip(path), 8000)
+    assert len(whole) >= 24000
+    part = read_audio(AudioClip(path, offset_s=1.25, duration_s=0.5), 8000)
+    assert part.equal(whole[10000:14000])
+
+
+def test_minutes_of_ogg(tmp_path: Path) -> None:
+    """What the report page plays may be long: libsndfile's encoder must not be given all of it at once."""
+    path = tmp_path / "long.wav"
+    soundfile.write(path, np.tile(tone(RATE), 150), RATE)
+    (tmp_path / "long.ogg").write_bytes(as_ogg(path))
+    assert soundfile.info(tmp_path / "long.ogg").frames == 150 * RATE
+
+
+@pytest.mark.parametrize("rate", [44101, 47999, 96001])
+def test_rates_that_would_fill_the_memory_are_refused(tmp_path: Path, rate: int) -> None:
+    soundfile.write(tmp_path / "odd.wav", tone(rate), rate)
+    for look in (lambda clip: examine(clip, 600, RATE), lambda clip: read_audio(clip, RATE)):
+        with pytest.raises(AudioError, match=f"has a sample rate of {rate} Hz"):
+            look(AudioClip(tmp_path / "odd.wav"))
 
 
 def test_unreadable_audio(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ CURRENT = [path for path in DOCUMENTS if path.name not in ("benchmarks.md", "log
 # Options of other programs, or of the commands that inspect folders, which define their own.
 OTHERS = {
     "--hostfile", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--config", "--help", "--json",
-    "--local", "--repo", "--omni", "--port",
+    "--local", "--repo", "--omni", "--port", "--module",
 }  # fmt: skip
 
 
