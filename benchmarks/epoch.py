@@ -69,10 +69,10 @@ def run_ours(args: argparse.Namespace) -> float:
     from higgs_ds.common.console import quiet_libraries
 
     quiet_libraries()
-    from higgs_ds.common import distributed
+    from higgs_ds.common.process import run_ranks
 
     times: list[float] = []
-    distributed.run_ranks(lambda: times.append(_train_ours(args)))
+    run_ranks(lambda: times.append(_train_ours(args)))
     return times[0]
 
 

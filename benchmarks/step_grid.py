@@ -110,6 +110,7 @@ def run_cell(args: argparse.Namespace) -> dict[str, float]:
 
     quiet_libraries()
     from higgs_ds.common import distributed
+    from higgs_ds.common.process import run_ranks
 
     meter = sides.Meter(args.memory, args.warmup)
     if args.cell["side"] == TRAINER:
@@ -121,7 +122,7 @@ def run_cell(args: argparse.Namespace) -> dict[str, float]:
         ranks.append(distributed.rank())
         _train_ours(args, meter)
 
-    distributed.run_ranks(train)
+    run_ranks(train)
     result = meter.read()  # on every rank: leaving torch's profiler running crashes the process at its end
     return result if ranks == [0] else {}
 

@@ -93,10 +93,10 @@ def run_ours(args: argparse.Namespace) -> dict[str, float]:
     from higgs_ds.common.console import quiet_libraries
 
     quiet_libraries()
-    from higgs_ds.common import distributed
+    from higgs_ds.common.process import run_ranks
 
     meter = sides.Meter(args.memory, args.warmup)
-    distributed.run_ranks(lambda: _train_ours(args, meter))
+    run_ranks(lambda: _train_ours(args, meter))
     return meter.read()
 
 

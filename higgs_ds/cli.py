@@ -1,7 +1,7 @@
 """The commands of launch/, which are also the subcommands of `higgs-ds`: parse options, import what is needed, run.
 
-The options of a command are parsed before any import that takes seconds. Each function ends the process with the exit
-code of the command.
+The options of a command are parsed before any import that takes seconds. Each function returns the exit code of the
+command, so that it can be called several times in one process; `run_command` ends the process with it.
 """
 
 from __future__ import annotations
@@ -10,112 +10,109 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from higgs_ds.common.errors import EXIT_BAD_INPUT, exit_code_of
+from higgs_ds.common.errors import EXIT_BAD_INPUT, EXIT_OK, exit_code_of
+from higgs_ds.common.process import run_command, run_ranks
 from higgs_ds.options import command_line
 from higgs_ds.options.parser import meant_option
 
 PROGRAM = "higgs-ds"
 
 
-def train(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+def train(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Train LoRA adapters, or the model's own weights. With --dry_run, print a memory plan."""
     options, given = command_line.parse_train_options(argv, prog)
     _quiet_libraries()
-    from higgs_ds.common import distributed
-
     if options.run.dry_run:
         from higgs_ds.planning import dry_run
 
-        distributed.exit_process(exit_code_of(lambda: dry_run.main(options, given)))
+        return exit_code_of(lambda: dry_run.main(options, given))
     from higgs_ds.training import loop
 
-    distributed.exit_process(distributed.run_ranks(lambda: loop.main(options, given)))
+    return run_ranks(lambda: loop.main(options, given))
 
 
-def prepare(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+def prepare(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Check manifests, and encode their audio into the cache."""
     data, model, prepare_options = command_line.parse_prepare_options(argv, prog)
     _quiet_libraries()
-    from higgs_ds.common import distributed
     from higgs_ds.training.prepare import main
 
-    distributed.exit_process(distributed.run_ranks(lambda: main(data, model, prepare_options)))
+    return run_ranks(lambda: main(data, model, prepare_options), together=False)
 
 
-def evaluate(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+def evaluate(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Generate the speech of held-out samples, and compare it with the recordings."""
     options = command_line.parse_evaluate_options(argv, prog)
     _quiet_libraries()
-    from higgs_ds.common import distributed
     from higgs_ds.speech.evaluate import main
 
-    distributed.exit_process(distributed.run_ranks(lambda: main(options)))
+    return run_ranks(lambda: main(options), together=False)
 
 
-def generate(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+def generate(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Generate speech from text with a base model, an adapter or a merged model."""
     options = command_line.parse_generate_options(argv, prog)
     _quiet_libraries()
     from higgs_ds.speech.generate import main
 
-    sys.exit(exit_code_of(lambda: main(options)))
+    return exit_code_of(lambda: main(options))
 
 
-def merge(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+def merge(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Merge a LoRA adapter into its base model."""
     options = command_line.parse_merge_options(argv, prog)
     _quiet_libraries()
     from higgs_ds.adapters.merge import main
 
-    sys.exit(exit_code_of(lambda: main(options)))
+    return exit_code_of(lambda: main(options))
 
 
-def export(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+def export(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Write a checkpoint of full fine-tuning as a complete model."""
     options = command_line.parse_export_options(argv, prog)
     _quiet_libraries()
     from higgs_ds.checkpoints.complete import main
 
-    sys.exit(exit_code_of(lambda: main(options)))
+    return exit_code_of(lambda: main(options))
 
 
-def convert(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+def convert(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Convert a base model, a merged model or an adapter to the other layout."""
     options = command_line.parse_convert_options(argv, prog)
     _quiet_libraries()
     from higgs_ds.adapters.convert import main
 
-    sys.exit(exit_code_of(lambda: main(options)))
+    return exit_code_of(lambda: main(options))
 
 
-def find_lora_adapters(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+def find_lora_adapters(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """List the adapters below a folder."""
     options = command_line.parse_inspect_options("find_lora_adapters", argv, prog)
     _quiet_libraries()
     from higgs_ds.checkpoints.inspection import find_adapters
 
-    sys.exit(exit_code_of(lambda: find_adapters(options)))
+    return exit_code_of(lambda: find_adapters(options))
 
 
-def validate_adapter(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+def validate_adapter(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Check an adapter."""
     options = command_line.parse_inspect_options("validate_adapter", argv, prog)
     _quiet_libraries()
     from higgs_ds.checkpoints import inspection
 
-    sys.exit(exit_code_of(lambda: inspection.validate_adapter(options)))
+    return exit_code_of(lambda: inspection.validate_adapter(options))
 
 
-def validate_checkpoint_dir(argv: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+def validate_checkpoint_dir(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Check a checkpoint-N folder."""
     options = command_line.parse_inspect_options("validate_checkpoint_dir", argv, prog)
     _quiet_libraries()
     from higgs_ds.checkpoints.inspection import validate_checkpoint
 
-    sys.exit(exit_code_of(lambda: validate_checkpoint(options)))
+    return exit_code_of(lambda: validate_checkpoint(options))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str] | None, str | None], NoReturn]] = {
+COMMANDS: dict[str, Callable[[Sequence[str] | None, str | None], int]] = {
     command.__name__: command
     for command in (
         train, prepare, merge, generate, evaluate, export, convert,
@@ -129,13 +126,17 @@ def main() -> NoReturn:
     # `deepspeed --module higgs_ds COMMAND` puts this option first; ranks read LOCAL_RANK instead.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     name, *argv = arguments or ["--help"]
+    run_command(lambda: _run(name, argv))
+
+
+def _run(name: str, argv: list[str]) -> int:
     if name.replace("-", "_") in COMMANDS:
-        COMMANDS[name.replace("-", "_")](argv, f"{PROGRAM} {name}")
+        return COMMANDS[name.replace("-", "_")](argv, f"{PROGRAM} {name}")
     if name in ("-h", "--help"):
         print(_help())
-        sys.exit()
+        return EXIT_OK
     print(f"error: {name}: unknown command{meant_option(name, list(COMMANDS))}\n{_help()}", file=sys.stderr)
-    sys.exit(EXIT_BAD_INPUT)
+    return EXIT_BAD_INPUT
 
 
 def _help() -> str:

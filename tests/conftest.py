@@ -95,16 +95,16 @@ def small_base(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def lone_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process as the only rank of a process group."""
-    import torch
     from launcher import free_port, rank_environment
 
     from higgs_ds.common import distributed
 
     for name, value in rank_environment(0, 1, free_port()).items():
         monkeypatch.setenv(name, value)
+    distributed.take_rank()
     distributed.join_ranks()
     yield
-    torch.distributed.destroy_process_group()
+    distributed.leave_ranks()
 
 
 def speech_sample(text: str, clip: str, **stretch: float) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import pandas  # noqa: E402, F401 (pyarrow imports it late)
 from launcher import free_port, rank_environment  # noqa: E402
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 
-from higgs_ds.common import distributed  # noqa: E402
+from higgs_ds.common.process import run_command, run_ranks  # noqa: E402
 from higgs_ds.options.command_line import parse_prepare_options, parse_train_options  # noqa: E402
 from higgs_ds.training import loop, prepare  # noqa: E402
 
@@ -56,7 +56,7 @@ def start(ranks: int, main: Callable[[], None], log: Path) -> list[int]:
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, sys.stdout.fileno())
             os.dup2(out, sys.stderr.fileno())
-            distributed.exit_process(distributed.run_ranks(main))
+            run_command(lambda: run_ranks(main))
         pids.append(pid)
     return pids
 

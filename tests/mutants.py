@@ -1,4 +1,4 @@
-"""Trainers with wrong labels, as some exist: each is this one with one part made wrong, which the tests must detect.
+"""Trainers with wrong labels or gradients: each is this one with one part made wrong, which the tests must detect.
 
 A mutant is enabled in its own process, by `worker.py --mutant NAME`.
 """
@@ -13,6 +13,9 @@ import torch
 
 from higgs_ds.data import collate, dataset, prompt
 from higgs_ds.model.loss import IGNORE_INDEX
+
+WRONG_GRADIENT = "base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight"
+WRONG_GRADIENT_STEP = 3
 
 apply_delay_pattern, delayed_labels, render = collate.apply_delay_pattern, collate.delayed_labels, prompt.render
 
@@ -67,6 +70,25 @@ def reference_trained() -> None:
     prompt.render = render_all_as_target
 
 
+def gradient_off() -> None:
+    """The gradient of one matrix is 1 % too large, in one step."""
+    from higgs_ds.training.engine import Engine  # here, since it takes seconds
+
+    start = Engine.__init__
+
+    def start_with_wrong_gradient(engine: Engine, *args: Any, **kwargs: Any) -> None:
+        start(engine, *args, **kwargs)
+
+        def change(gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * 1.01 if engine.scheduler.last_epoch == WRONG_GRADIENT_STEP - 1 else gradient
+
+        engine.trained[WRONG_GRADIENT].register_hook(change)
+
+    Engine.__init__ = start_with_wrong_gradient
+
+
 MUTANTS: dict[str, Callable[[], None]] = {
     mutant.__name__: mutant for mutant in (eos_masked, delay_off, audio_unshifted, reference_trained)
 }
+# These change too little for tests of what a model has learned.
+GRADIENT_MUTANTS: dict[str, Callable[[], None]] = {gradient_off.__name__: gradient_off}

@@ -23,6 +23,7 @@ from conftest import speech_batch  # noqa: E402
 from higgs_ds.adapters.save import trained_parameters  # noqa: E402
 from higgs_ds.bases.tiny_random import random_base  # noqa: E402
 from higgs_ds.common import distributed  # noqa: E402
+from higgs_ds.common.process import run_command, run_ranks  # noqa: E402
 from higgs_ds.common.resources import default_cache_dir  # noqa: E402
 from higgs_ds.data.collate import Batch  # noqa: E402
 from higgs_ds.model.full import make_trainable  # noqa: E402
@@ -141,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.exit_process(distributed.run_ranks(main))
+    run_command(lambda: run_ranks(main))

@@ -21,6 +21,7 @@ import torch  # noqa: E402
 from launcher import RANDOM  # noqa: E402
 
 from higgs_ds.common import distributed  # noqa: E402
+from higgs_ds.common.process import run_command, run_ranks  # noqa: E402
 from higgs_ds.common.errors import NotFiniteError  # noqa: E402
 from higgs_ds.data.collate import Batch  # noqa: E402
 from higgs_ds.model.loss import StepResult  # noqa: E402
@@ -65,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.exit_process(distributed.run_ranks(main))
+    run_command(lambda: run_ranks(main))

@@ -12,7 +12,7 @@ from pathlib import Path
 import forks  # before anything that imports torch
 import torch.nn.functional as F
 from conftest import native_inputs
-from mutants import MUTANTS
+from mutants import GRADIENT_MUTANTS, MUTANTS
 from safetensors.torch import save_file
 
 from higgs_ds.common import distributed
@@ -44,7 +44,7 @@ def train_all(runs: list[list[str]]) -> None:
     for argv in runs:
         if "--mutant" in argv:
             at = argv.index("--mutant")
-            MUTANTS[argv[at + 1]]()  # in this fork only
+            (MUTANTS | GRADIENT_MUTANTS)[argv[at + 1]]()  # in this fork only
             argv = argv[:at] + argv[at + 2 :]
         if "--dump_logits" in argv:
             at = argv.index("--dump_logits")

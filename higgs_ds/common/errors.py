@@ -16,6 +16,7 @@ EXIT_MERGE_FAILED = 5
 EXIT_STOPPED = 6
 EXIT_LOST_RANK = 7
 EXIT_PUBLISH_FAILED = 8
+EXIT_INTERRUPTED = 130  # as shells report it: 128 + SIGINT
 
 
 class HiggsError(Exception):
@@ -90,7 +91,12 @@ def exit_code_of(main: Callable[[], None]) -> int:
     try:
         main()
     except HiggsError as error:
-        sys.stdout.flush()  # if both go to one file, the error comes after the earlier output
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print_error(error)
         return error.exit_code
     return EXIT_OK
+
+
+def print_error(error: object) -> None:
+    """Print an error to stderr, after all earlier output if both go to one file."""
+    sys.stdout.flush()
+    print(f"error: {error}", file=sys.stderr, flush=True)

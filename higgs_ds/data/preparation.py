@@ -26,6 +26,7 @@ from higgs_ds.common.console import say
 from higgs_ds.common.files import flush_folder, saving, why_not_writable, write_json, write_text
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.encode import encode_clips
+from higgs_ds.data.formats.folders import list_files
 from higgs_ds.data.index import DESCRIPTION, VERSION, CheckedSample, Index, PartWriter, open_kept, stamp_of
 from higgs_ds.data.summary import describe
 from higgs_ds.data.survey import MAX_SHOWN, Checker, MissingClips, Share, SurveyResult, missing_clips, survey
@@ -193,8 +194,9 @@ class Preparation:
 
     def _identity(self, path: Path) -> dict[str, Any]:
         """Return what a kept index is compared with: sizes and times of the manifest, or of all files of a folder."""
-        files = sorted(str(file) for file in path.rglob("*") if file.is_file()) if path.is_dir() else [str(path)]
-        digest = hashlib.sha256(repr([(file, stamp_of(file)) for file in files]).encode())
+        files, faults = list_files(path) if path.is_dir() else ([path], [])
+        names = sorted(map(str, files))
+        digest = hashlib.sha256(repr([(name, stamp_of(name)) for name in names] + faults).encode())
         return {"version": VERSION, "manifest": str(path.absolute()), "files": digest.hexdigest()}
 
     def _scratch_folder(self) -> Path:

@@ -41,6 +41,7 @@ def main(options: TrainOptions, given: set[str]) -> None:
     Raises:
         InputError: options or files are invalid.
     """
+    distributed.take_rank()
     if not distributed.is_main():
         return
     setting = make_setting(options, given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from higgs_ds.common.distributed import slurm_ranks
+from higgs_ds.common.rank_variables import slurm_variables
 
 BATCH = {"SLURM_JOB_ID": "4711", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
 STEP = BATCH | {
@@ -26,11 +26,11 @@ STEP = BATCH | {
     ],
 )
 def test_ranks_of_a_job_step(nodes: str, first: str) -> None:
-    assert slurm_ranks(STEP | {"SLURM_STEP_NODELIST": nodes}) == {
+    assert slurm_variables(STEP | {"SLURM_STEP_NODELIST": nodes}) == {
         "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": first,
         "MASTER_PORT": str(20000 + (4711 * 8 + 2) % 20000),
     }  # fmt: skip
 
 
 def test_batch_script_has_no_ranks() -> None:
-    assert slurm_ranks(BATCH) == {}
+    assert slurm_variables(BATCH) == {}

@@ -19,6 +19,7 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.data.formats import jsonio, lists
 from higgs_ds.data.formats.reader import read_entries
 from higgs_ds.data.formats.recognition import recognize
+from higgs_ds.data.preparation import Preparation
 from higgs_ds.data.prompt import AUDIO_IN, AUDIO_OUT, render
 from higgs_ds.data.sample import AudioClip, Entry, Message, Sample
 from higgs_ds.options.fields import FORMATS
@@ -747,6 +748,146 @@ def test_damaged_state(tmp_path: Path) -> None:
         (tmp_path / "state.json").write_text(text)
         assert len(faults(tmp_path)) == 1
         assert faults(tmp_path)[0].startswith(f"{tmp_path}: state.json: ")
+
+
+# Links in a folder
+
+OUTSIDE = "folder: is a link to {neighbour}, outside of the given folder; replace the link by a copy"
+CONTAINS = "folder: is a link to a folder that contains it; remove the link"
+BROKEN = "link: leads to {target}, which cannot be found; correct or remove the link"
+# A link in `folder_of_clips`, what it leads to, and the fault that names it: no fault if its clips are read anyway.
+LINKS = {
+    "upwards": ("self", "..", CONTAINS),
+    "to the given folder": ("a/cycle", "..", CONTAINS),
+    "to a folder around it": ("b/deep/up", "..", CONTAINS),
+    "to its own folder": ("b/here", ".", CONTAINS),
+    "up and down again": ("other", "../neighbour", OUTSIDE),
+    "outside": ("b/other", "{neighbour}", OUTSIDE),
+    "chain that leaves": ("first", ".hidden/leaves", OUTSIDE),
+    "named like a clip": ("clip.wav", "../neighbour", OUTSIDE),
+    "named like a table": ("clip.parquet", "../neighbour", OUTSIDE),
+    "broken": ("gone", "../none", BROKEN),
+    "loop": ("loop", "loop", BROKEN),
+    "to a sibling": ("b/again", "../a", ""),
+    "before its target": ("0", "b", ""),
+    "absolute, inside": ("again", "{neighbour}/../data/b/deep", ""),
+    "chain that stays": ("first", ".hidden/stays", ""),
+    "name with a dot": (".other", "../neighbour", ""),
+    "to a file": ("notes", "../notes.md", ""),
+}
+
+
+def write_pair(folder: Path) -> None:
+    (folder / "x.wav").touch()
+    (folder / "x.txt").write_text(WORDS)
+
+
+def write_small_table(folder: Path) -> None:
+    write_parquet(folder / "x.parquet", {"audio": ["x.wav"], "text": [WORDS]})
+
+
+def folder_of_clips(root: Path, write: Callable[[Path], None]) -> Path:
+    """Make a folder with one clip in each of `a`, `b` and `b/deep`, next to the folder `neighbour` with a clip."""
+    for name in ("data/a", "data/b", "data/b/deep", "data/.hidden", "neighbour"):
+        (root / name).mkdir(parents=True)
+        if name != "data/.hidden":
+            write(root / name)
+    (root / "notes.md").touch()
+    (root / "data" / ".hidden" / "leaves").symlink_to("../../neighbour")
+    (root / "data" / ".hidden" / "stays").symlink_to("../b/deep")
+    return root / "data"
+
+
+def folders_read(path: Path) -> list[str]:
+    clips = [clip.path for entry in read(path) if entry.sample for clip in entry.sample.clips]
+    return sorted(clip.parent.relative_to(path).as_posix() for clip in clips)
+
+
+@pytest.mark.parametrize("write", [write_pair, write_small_table], ids=["paired", "table"])
+@pytest.mark.parametrize("name", LINKS)
+def test_links_in_a_folder(tmp_path: Path, name: str, write: Callable[[Path], None]) -> None:
+    """Every folder below the given one is read once, and no other; a link that asks for another is named."""
+    data = folder_of_clips(tmp_path, write)
+    assert folders_read(data) == ["a", "b", "b/deep"]
+    assert faults(data) == []
+    link, target, fault = LINKS[name]
+    neighbour = tmp_path / "neighbour"
+    (data / link).symlink_to(target.format(neighbour=neighbour))
+    assert folders_read(data) == ["a", "b", "b/deep"]
+    expect_faults(data, [f"/{link}: {fault.format(neighbour=neighbour, target=target)}"] if fault else [])
+
+
+@pytest.mark.parametrize("write", [write_pair, write_small_table], ids=["paired", "table"])
+def test_links_that_are_followed(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    """Files anywhere, a folder below that is skipped under its own name, and the given folder itself."""
+    given, store = tmp_path / "given", tmp_path / "data" / ".store" / "clips"
+    store.mkdir(parents=True)
+    (tmp_path / "data" / "files").mkdir()
+    (tmp_path / "neighbour").mkdir()
+    write(store)
+    write(tmp_path / "neighbour")
+    for file in (tmp_path / "neighbour").iterdir():
+        (tmp_path / "data" / "files" / file.name).symlink_to(f"../../neighbour/{file.name}")
+    (tmp_path / "data" / "c").symlink_to(".store/clips")
+    (tmp_path / "data" / "d").symlink_to(".store")
+    (tmp_path / "data" / "e").symlink_to("c")
+    given.symlink_to("data")
+    for path in (tmp_path / "data", given):
+        assert folders_read(path) == ["c", "files"]
+        assert faults(path) == []
+
+
+def test_a_folder_of_links_only(tmp_path: Path) -> None:
+    """Each link is named, although no format can be detected."""
+    folder_of_clips(tmp_path, write_pair)
+    (tmp_path / "links").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "links" / name).symlink_to("../data")
+    found = faults(tmp_path / "links")
+    assert [fault.split(": ")[0] for fault in found] == [f"{tmp_path}/links/one", f"{tmp_path}/links/two"]
+
+
+def test_broken_links_to_clips_and_texts(tmp_path: Path) -> None:
+    """The clip's is a sample, whose check reports the missing file; the text's is reported here."""
+    for name in ("a.wav", "b.txt"):
+        (tmp_path / name).symlink_to("none")
+    (tmp_path / "a.txt").write_text(WORDS)
+    (tmp_path / "b.wav").touch()
+    first, second = read(tmp_path)
+    assert first.sample is not None
+    assert first.sample.clips == [AudioClip(tmp_path / "a.wav")]
+    assert second.faults == ("transcript: b.txt cannot be read: No such file or directory",)
+
+
+def test_split_that_is_a_link(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.DatasetDict(train=saved_dataset()).save_to_disk(tmp_path / "data")
+    saved_dataset().save_to_disk(tmp_path / "neighbour")
+    (tmp_path / "data" / "test").symlink_to("../neighbour")
+    (link,) = [entry for entry in read(tmp_path / "data") if entry.faults]
+    assert link.source == f"{tmp_path}/data/test"
+    assert link.faults[0].startswith(OUTSIDE.format(neighbour=tmp_path / "neighbour"))
+    assert len(read(tmp_path / "data")) == 1 + len(expected_saved(tmp_path))
+
+
+def test_kept_index_depends_on_what_is_read(tmp_path: Path) -> None:
+    """It is compared with the files that links lead to and with the links that are refused, not with their clips."""
+    data = folder_of_clips(tmp_path, write_pair)
+    (data / "c.txt").symlink_to("../c.txt")
+    seen: list[Any] = []
+
+    def is_new() -> bool:
+        seen.append(Preparation(DataOptions(), None, tmp_path / "cache")._identity(data))
+        return seen[-1] not in seen[:-1]
+
+    assert is_new()
+    (tmp_path / "c.txt").write_text(WORDS)
+    assert is_new()
+    (data / "other").symlink_to("../neighbour")
+    assert is_new()
+    (tmp_path / "neighbour" / "y.wav").touch()
+    assert not is_new()
 
 
 # Recognition

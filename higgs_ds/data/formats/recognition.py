@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from higgs_ds.common.errors import InputError
 from higgs_ds.data.formats import csv_file, jsonio, metadata, native, swift, table
 from higgs_ds.data.formats.checks import printable, shown
+from higgs_ds.data.formats.folders import walk
 from higgs_ds.data.formats.recordings import AUDIO_SUFFIXES
 from higgs_ds.options.fields import FORMATS
 
@@ -52,12 +52,13 @@ def _formats_of_folder(folder: Path) -> dict[str, str]:
     if not found and (folder / csv_file.FILE_NAME).is_file():
         found[recognize(folder / csv_file.FILE_NAME)] = csv_file.FILE_NAME
     if not found:  # metadata comes with the files that it describes; without it, these files decide
-        for _, _, names in os.walk(folder, followlinks=False):
-            for name in names:
-                suffix = "" if name.startswith(".") else Path(name).suffix.lower()
-                found_format = _FORMAT_OF_SUFFIX.get(suffix)
-                if found_format:
-                    found.setdefault(found_format, name)
+        has_faults = False
+        for listing in walk(folder, tuple(_FORMAT_OF_SUFFIX)):
+            has_faults |= bool(listing.faults)
+            for file in listing.files:
+                found.setdefault(_FORMAT_OF_SUFFIX[file.suffix.lower()], file.name)
+        if not found and has_faults:
+            found["paired"] = "links"  # the reader of either format then reports them
     return found
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from higgs_ds.data.formats import chatml
 from higgs_ds.data.formats.checks import Reading, build_entry, kind_of, path_of, printable
+from higgs_ds.data.formats.folders import list_files
 from higgs_ds.data.formats.recordings import Columns, clip_of, columns_of, sample_of_row
 from higgs_ds.data.sample import AudioClip, Entry, Sample
 from higgs_ds.options.train import DataOptions
@@ -30,34 +31,39 @@ _SPLIT = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?=[-
 
 def read(path: Path, options: DataOptions) -> Iterator[Entry]:
     """Yield the entries of a table; `source` counts the rows of each file from 1."""
-    files, fault = table_files(path)
-    if fault:
-        yield Entry(printable(path), None, (fault,))
+    files, faults = table_files(path)
+    yield from faults
     for file in files:
         yield from _read_file(file, options)
 
 
-def table_files(path: Path) -> tuple[list[Path], str]:
-    """Return the files of a table in order, and the fault if they cannot be determined (else an empty string)."""
+def table_files(path: Path) -> tuple[list[Path], list[Entry]]:
+    """Return the files of a table in order, and the faults of its folder: of links, or if no file can be chosen."""
     if not path.is_dir():
-        return [path], ""
+        return [path], []
+    faults: list[Entry] = []
     if (path / SAVED_SPLITS).is_file():
-        splits = sorted(file.parent for file in path.glob(f"*/{SAVED}"))
+        found, faults = list_files(path, (Path(SAVED).suffix,))
+        splits = [file.parent for file in found if file.name == SAVED and file.parent.parent == path]
         if len(splits) != 1:
             names = ", ".join(split.name for split in splits) or "none"
-            return (
-                [],
-                f"folder: must contain one split of a dataset, but contains {names}; give the folder of one split",
-            )
+            fault = f"folder: must contain one split of a dataset, but contains {names}; give the folder of one split"
+            return [], [*faults, _fault(path, fault)]
         path = splits[0]
     if (path / SAVED).is_file():
-        return _saved_files(path)
-    files = sorted(path.rglob(f"*{PARQUET}"))
+        files, fault = _saved_files(path)
+        return files, [*faults, *([_fault(path, fault)] if fault else [])]
+    files, faults = list_files(path, (PARQUET,))
     splits_found = sorted({split for file in files for split in _splits_of(file.relative_to(path))})
     if len(splits_found) > 1:
         names = ", ".join(splits_found)
-        return [], f"folder: contains files of several splits ({names}); give a file or a folder of one split"
-    return files, ""
+        fault = f"folder: contains files of several splits ({names}); give a file or a folder of one split"
+        return [], [*faults, _fault(path, fault)]
+    return files, faults
+
+
+def _fault(path: Path, fault: str) -> Entry:
+    return Entry(printable(path), None, (printable(fault),))
 
 
 def _splits_of(file: Path) -> list[str]:

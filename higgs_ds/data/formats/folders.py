@@ -1,0 +1,106 @@
+"""The files of a folder and its sub-folders, the same for every reader and check.
+
+Names that begin with a dot are skipped. Links to files are followed. A link to a folder is followed if that folder is
+below the one that was given: a link that leads out of it or upwards would add clips that nobody has asked for. No
+folder is read twice, and a folder that is reachable without links is read under its own path.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from higgs_ds.data.formats.checks import printable
+from higgs_ds.data.sample import Entry
+
+
+@dataclass
+class Listing:
+    """One folder: its files, its sub-folders and the links to folders that are followed, in natural order.
+
+    `faults` has an entry for each link that leads to no folder below the given one, or for a folder that is unreadable.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+    links: list[Path] = field(default_factory=list)
+    faults: list[Entry] = field(default_factory=list)
+
+
+def walk(root: Path, suffixes: tuple[str, ...] | None = None) -> Iterator[Listing]:
+    """Yield the listings of a folder and its sub-folders, each folder before its sub-folders.
+
+    Args:
+        suffixes: of the files to list, in lower case; None lists every file.
+    """
+    real_root = Path(os.path.realpath(root))
+    folders, links, seen = [root], deque[Path](), set[str]()
+    while folders or links:
+        folder = folders.pop() if folders else links.popleft()
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        listing = _list_folder(folder, real_root, suffixes)
+        yield listing
+        folders += reversed(listing.folders)
+        links += listing.links
+
+
+def list_files(root: Path, suffixes: tuple[str, ...] | None = None) -> tuple[list[Path], list[Entry]]:
+    """Return the files of a folder and its sub-folders, sorted by path, and the faults of the folder."""
+    listings = list(walk(root, suffixes))
+    return sorted(file for one in listings for file in one.files), [fault for one in listings for fault in one.faults]
+
+
+def _list_folder(folder: Path, real_root: Path, suffixes: tuple[str, ...] | None) -> Listing:
+    listing = Listing()
+    try:
+        with os.scandir(folder) as scan:
+            found = sorted((entry for entry in scan if not entry.name.startswith(".")), key=_natural_key)
+    except OSError as error:
+        listing.faults.append(_fault(folder, f"folder: cannot be read: {error.strerror}"))
+        return listing
+    for entry in found:
+        path, is_link = Path(entry.path), entry.is_symlink()
+        is_folder = os.path.isdir(path) if is_link else entry.is_dir()
+        if is_folder and not is_link:
+            listing.folders.append(path)
+        elif not is_folder and (suffixes is None or path.suffix.lower() in suffixes):
+            listing.files.append(path)  # its reader reports a link that is broken
+        elif is_link and (reason := _why_not_followed(path, real_root)):
+            listing.faults.append(_fault(path, reason))
+        elif is_folder:
+            listing.links.append(path)
+    return listing
+
+
+def _why_not_followed(link: Path, real_root: Path) -> str:
+    """Return the fault of a link, or an empty string for a link to a file or to a folder below the given one."""
+    if not os.path.exists(link):  # unlike Path.exists, also without the right to see the target
+        return f"link: leads to {os.readlink(link)}, which cannot be found; correct or remove the link"
+    if not os.path.isdir(link):
+        return ""
+    target, container = Path(os.path.realpath(link)), Path(os.path.realpath(link.parent))
+    if container.is_relative_to(target):
+        return "folder: is a link to a folder that contains it; remove the link"
+    if not target.is_relative_to(real_root):
+        return (
+            f"folder: is a link to {target}, outside of the given folder; replace the link by a copy, or by a folder "
+            "of links to the files, or remove it"
+        )
+    return ""
+
+
+def _fault(path: Path, fault: str) -> Entry:
+    return Entry(printable(path), None, (printable(fault),))
+
+
+def _natural_key(entry: os.DirEntry[str]) -> tuple[list[str | int], str]:
+    """Return a sort key that orders names by the numbers in them."""
+    pieces = re.split(r"([0-9]+)", entry.name)
+    return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], entry.name
