@@ -20,6 +20,7 @@ from higgs_ds.options.command_line import parse_train_options
 from higgs_ds.training.finish import finish
 from higgs_ds.training.loop import main, train
 from higgs_ds.training.run import Run
+from higgs_ds.training.run_lock import RunLock
 from higgs_ds.training.startup import start
 
 
@@ -48,7 +49,7 @@ def train_all(runs: list[list[str]]) -> None:
             argv = argv[:at] + argv[at + 2 :]
         if "--dump_logits" in argv:
             at = argv.index("--dump_logits")
-            run = start(*parse_train_options(argv[:at] + argv[at + 2 :]))
+            run = start(*parse_train_options(argv[:at] + argv[at + 2 :]), RunLock())
             train(run)
             dump_logits(run, Path(argv[at + 1]))
             finish(run)

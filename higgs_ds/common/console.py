@@ -34,14 +34,14 @@ def quiet_libraries() -> None:
 _quiet = False
 
 
-def set_quiet() -> None:
-    """Silence `say` and the progress bars in this process."""
+def set_quiet(quiet: bool) -> None:
+    """Choose whether `say` and the progress bars are silent in this process."""
     global _quiet
-    _quiet = True
+    _quiet = quiet
 
 
 def is_quiet() -> bool:
-    """Return whether `set_quiet` was called in this process."""
+    """Return whether `say` and the progress bars are silent."""
     return _quiet
 
 

@@ -39,10 +39,10 @@ def run_command(command: Callable[[], int]) -> NoReturn:
         rank = f"rank {distributed.rank()}: " if distributed.world_size() > 1 else ""
         print_error(f"{rank}interrupted; what was written before is complete")
         exit_code = EXIT_INTERRUPTED
-    except Exception:
+    except Exception:  # noqa: BLE001 - it is shown with its traceback
         # Shown before this rank closes its connections, so that the cause is printed before the other ranks fail.
         # torch's hook names the rank in every line.
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         exit_code = EXIT_BUG
     exit_process(exit_code)
 
@@ -129,7 +129,7 @@ class _LastingFile(io.FileIO):
 
 def _lasting(stream: TextIO | None) -> TextIO:
     if stream is None:  # closed by the shell: >&-
-        return open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        return open(os.devnull, "w", encoding="utf-8")
     stream.flush()
     raw = _LastingFile(stream.fileno(), "w", closefd=False)
     interactive = raw.isatty() or stream is sys.stderr

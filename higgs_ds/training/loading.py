@@ -78,7 +78,7 @@ def load_run(inputs: Inputs) -> Run:
         load_into_engine(resume_from, engine, state)
     distributed.on_main(lambda: _write_run_files(inputs, state))
     form = _output_format(inputs, model, quantization)
-    return Run(options, inputs.output_dir, bundle, inputs.train, inputs.val, sampler, engine, form, state)
+    return Run(options, inputs.output_dir, bundle, inputs.train, inputs.val, sampler, engine, form, state, inputs.lock)
 
 
 def _output_format(

@@ -21,6 +21,7 @@ from higgs_ds.training.finish import finish
 from higgs_ds.training.loss_checks import describe_skipped_step, implausible_losses, may_skip_step
 from higgs_ds.training.preflight import seconds_left
 from higgs_ds.training.run import Run
+from higgs_ds.training.run_lock import RunLock
 from higgs_ds.training.samples import SampleWriter
 from higgs_ds.training.signals import StopSignals
 from higgs_ds.training.startup import start
@@ -29,11 +30,11 @@ from higgs_ds.training.validation import validate
 
 def main(options: TrainOptions, given: set[str]) -> None:
     """Train as the options say. Every rank must call this, in a process group."""
-    if options.run.quiet:
-        set_quiet()
-    run = start(options, given)
-    train(run)
-    finish(run)
+    set_quiet(options.run.quiet)
+    with RunLock() as lock:
+        run = start(options, given, lock)
+        train(run)
+        finish(run)
 
 
 def train(run: Run) -> None:
@@ -96,6 +97,7 @@ def _open_log(run: Run) -> MetricsLog:
 
 
 def _log(run: Run, log: MetricsLog, meter: Meter, lr: float) -> None:
+    run.lock.check()
     values = meter.read() | {"lr": lr, "grad_norm": run.engine.grad_norm}
     log.write(run.state.step, run.state.epoch, values | run.state.skips())
     meter.reset()
@@ -129,6 +131,7 @@ def _is_best_step(run: Run) -> bool:
 
 
 def _save(run: Run, meter: Meter) -> None:
+    run.lock.check()
     keep = run.options.run.keep_checkpoints
     save_checkpoint(run.output_dir, run.engine, run.state, meter.state(), run.form, keep)
 

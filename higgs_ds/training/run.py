@@ -15,6 +15,7 @@ from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.model.parts import Parts, fully_trained_parts
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.training.engine import Engine
+from higgs_ds.training.run_lock import RunLock
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Run:
     engine: Engine
     form: AdapterFormat | FullFormat
     state: TrainerState
+    lock: RunLock
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Inputs:
     too_long: list[str]  # one line for each sample that --max_seq_len leaves out
     summary: str  # of the data, several lines
     resume_from: Path | None
+    lock: RunLock  # of the output folder
 
     @property
     def full_parts(self) -> Parts:

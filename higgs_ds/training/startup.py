@@ -30,31 +30,36 @@ from higgs_ds.reporting.publish import check_login
 from higgs_ds.training.loading import load_run
 from higgs_ds.training.resume import find_resume_checkpoint
 from higgs_ds.training.run import Inputs, Run
+from higgs_ds.training.run_lock import RunLock
 
 
-def start(options: TrainOptions, given: set[str]) -> Run:
+def start(options: TrainOptions, given: set[str], lock: RunLock) -> Run:
     """Check, encode, load. Every rank must call this.
 
     Args:
         given: names of the options that the user has set, which the DeepSpeed file must not contradict.
+        lock: is acquired for the output folder.
 
     Raises:
         InputError: the same on every rank, before any weight of the base is loaded.
     """
     distributed.raise_problems(check_options(options))
-    return load_run(_check_and_encode(options, given))
+    return load_run(_check_and_encode(options, given, lock))
 
 
-def _check_and_encode(options: TrainOptions, given: set[str]) -> Inputs:
+def _check_and_encode(options: TrainOptions, given: set[str], lock: RunLock) -> Inputs:
     problems: list[str] = []
     output_dir = _output_dir(options)
     cache_dir = options.data.cache_dir or default_cache_dir()
-    problems += check_folders(output_dir=output_dir)
+    no_output = check_folders(output_dir=output_dir)
     no_scratch = scratch_problems(options.data, cache_dir)
     resolved = collect_problems(problems, lambda: _resolve_ds_config(options, given))
     no_cache = any(distributed.gather_objects(bool(no_scratch)))
     bundle = None if no_cache else collect_problems(problems, lambda: _open_base(options, cache_dir))
-    resume_from = collect_problems(problems, lambda: find_resume_checkpoint(options, output_dir))
+    problems += no_output
+    resume_from = None
+    if not any(distributed.gather_objects(bool(no_output))):
+        resume_from = collect_problems(problems, lambda: _open_output(options, output_dir, lock))
     collect_problems(problems, lambda: distributed.on_main(lambda: check_login(options.run)))
     distributed.raise_problems(problems + no_scratch if no_scratch else [])
     if not all(distributed.gather_objects(bundle is not None)):
@@ -79,7 +84,7 @@ def _check_and_encode(options: TrainOptions, given: set[str]) -> Inputs:
         advice = "or put references there (--reference system, for recordings)"
         distributed.raise_problems([f"--whisper_conditioning: {nothing}, {advice}"])
     train, val, too_long = _select(options, indexes, preparation.coder)
-    return Inputs(options, settings, output_dir, bundle, train, val, too_long, summary, resume_from)
+    return Inputs(options, settings, output_dir, bundle, train, val, too_long, summary, resume_from, lock)
 
 
 def _summary(preparation: Preparation, checked: list[CheckedManifest]) -> str:
@@ -110,6 +115,12 @@ def _open_base(options: TrainOptions, cache_dir: Path) -> Bundle:
             f"--codebook_weights: {len(weights)} given, the base has {bundle.config.num_codebooks} codebooks"
         )
     return bundle
+
+
+def _open_output(options: TrainOptions, output_dir: Path, lock: RunLock) -> Path | None:
+    """Lock the output folder, and return the checkpoint to resume from."""
+    lock.acquire(output_dir)
+    return find_resume_checkpoint(options, output_dir)
 
 
 def _output_dir(options: TrainOptions) -> Path:

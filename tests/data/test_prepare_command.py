@@ -105,8 +105,8 @@ def test_bad_data_ends_with_2(base: Path, tmp_path: Path) -> None:
 def test_workers_end_with_their_parent(manifest: Path, base: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from higgs_ds.data import encode; encode.WORTH_A_WORKER_S = 0.1; "
-        "from higgs_ds.options.command_line import parse_prepare_options; from higgs_ds.common.process import run_ranks; "
-        "from higgs_ds.training import prepare; "
+        "from higgs_ds.options.command_line import parse_prepare_options; from higgs_ds.training import prepare; "
+        "from higgs_ds.common.process import run_ranks; "
         "run_ranks(lambda: prepare.main(*parse_prepare_options(sys.argv[1:])))"
     )
     script = tmp_path / "slow.py"

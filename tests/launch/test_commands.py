@@ -262,12 +262,12 @@ def test_bad_options_end_with_2(tmp_path: Path) -> None:
 def test_earlier_run_is_not_overwritten(tmp_path: Path) -> None:
     options = "--output_dir out --max_steps 1 --batch_size 1 --grad_accum 1 --precision fp32"
     assert train(tmp_path, options).returncode == 0
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     done = train(tmp_path, options)
     assert done.returncode == 2
     assert "contains checkpoint-1 of an earlier run; resume it with --resume auto" in done.stderr
     done = train(tmp_path, f"{options} --resume auto --lr 1e-3")
     assert done.returncode == 2
     assert "was trained with lr 0.0002, but this run has 0.001" in done.stderr
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
     assert train(tmp_path, f"{options} --resume auto").returncode == 0  # finished already: nothing more to do

@@ -15,6 +15,7 @@ from conftest import PROJECT, speech_batch
 from transformers import HiggsAudioV2Config
 
 from higgs_ds.common.errors import InputError
+from higgs_ds.common.rank_variables import Ranks
 from higgs_ds.model import nf4
 from higgs_ds.model.full import make_trainable
 from higgs_ds.model.higgs import DualLossModel, checkpoint_layers
@@ -216,7 +217,8 @@ def test_command_plans_the_released_geometry_without_weights() -> None:
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
+    for name, value in Ranks(rank=1, world_size=2, local_rank=1, local_world_size=2).variables().items():
+        monkeypatch.setenv(name, value)
     assert printed(capsys, "") == []
 
 
