@@ -22,17 +22,17 @@ from launcher import RANDOM  # noqa: E402
 
 from higgs_ds.common import distributed  # noqa: E402
 from higgs_ds.common.errors import NotFiniteError  # noqa: E402
+from higgs_ds.common.folder_lock import FolderLock  # noqa: E402
 from higgs_ds.common.process import run_command, run_ranks  # noqa: E402
 from higgs_ds.data.collate import Batch  # noqa: E402
 from higgs_ds.model.loss import StepResult  # noqa: E402
 from higgs_ds.options.command_line import parse_train_options  # noqa: E402
 from higgs_ds.training.loop import train  # noqa: E402
-from higgs_ds.training.run_lock import RunLock  # noqa: E402
 from higgs_ds.training.startup import start  # noqa: E402
 
 
 def train_spoiled(argv: list[str], steps: list[int], rank: int, kind: str) -> str | None:
-    run = start(*parse_train_options([*RANDOM, *argv, "--quiet", "--no_report"]), RunLock())
+    run = start(*parse_train_options([*RANDOM, *argv, "--quiet", "--no_report"]), FolderLock())
     engine, done = run.engine, []
     original, norm = engine.train_step, engine.engine.module.higgs.model.norm
 

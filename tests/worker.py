@@ -16,11 +16,11 @@ from mutants import GRADIENT_MUTANTS, MUTANTS
 from safetensors.torch import save_file
 
 from higgs_ds.common import distributed
+from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.options.command_line import parse_train_options
 from higgs_ds.training.finish import finish
 from higgs_ds.training.loop import main, train
 from higgs_ds.training.run import Run
-from higgs_ds.training.run_lock import RunLock
 from higgs_ds.training.startup import start
 
 
@@ -49,7 +49,7 @@ def train_all(runs: list[list[str]]) -> None:
             argv = argv[:at] + argv[at + 2 :]
         if "--dump_logits" in argv:
             at = argv.index("--dump_logits")
-            run = start(*parse_train_options(argv[:at] + argv[at + 2 :]), RunLock())
+            run = start(*parse_train_options(argv[:at] + argv[at + 2 :]), FolderLock())
             train(run)
             dump_logits(run, Path(argv[at + 1]))
             finish(run)

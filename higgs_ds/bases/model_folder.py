@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import HiggsAudioV2Config
 
 from higgs_ds.bases.conversion import native_codec, rewrite
+from higgs_ds.common.console import warn
 from higgs_ds.common.errors import InputError, SaveError
 from higgs_ds.common.files import (
     free_bytes,
@@ -23,6 +24,7 @@ from higgs_ds.common.files import (
     why_not_writable,
     write_json,
 )
+from higgs_ds.common.lock import lock_beside, locked
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.common.tensor_files import WEIGHT_INDEX, byte_ranges, companion_files, read_tensor, weight_shapes
 from higgs_ds.data.codec import CODEC_SUBFOLDER, PROCESSOR_CONFIG, find_codec
@@ -43,13 +45,30 @@ def named_codec(base_folder: Path, name: str | None) -> Path | None:
 
 @contextlib.contextmanager
 def model_folder(
-    base_folder: Path, output_folder: Path, export_layout: str, overwrite: bool, codec_folder: Path | None
+    base_folder: Path,
+    output_folder: Path,
+    needed_bytes: int,
+    export_layout: str,
+    overwrite: bool,
+    codec_folder: Path | None,
 ) -> Iterator[Path]:
     """Yield a folder with a copy of a base's other files, to write a native model's weights to.
 
     After the block it is converted to `export_layout` and becomes `output_folder`.
+
+    Raises:
+        InputError: `output_folder` exists without `overwrite`, another process is writing it, or the disk is too full
+            for a native model of `needed_bytes` (and its other layout).
+        SaveError: writing fails.
     """
-    with saving(output_folder), (replaced_folder if overwrite else new_folder)(output_folder) as folder:
+    needed_bytes *= 1 if export_layout == NATIVE else 2  # another layout is written from the native one
+    check_output(output_folder, needed_bytes, overwrite)
+    with (
+        saving(output_folder),
+        sole_writer(output_folder),
+        (replaced_folder if overwrite else new_folder)(output_folder) as folder,
+    ):
+        check_output(output_folder, needed_bytes, overwrite)  # again: another process may have just finished
         native = folder if export_layout == NATIVE else folder / NATIVE
         native.mkdir(exist_ok=True)
         _copy_companion_files(base_folder, native, codec_folder)
@@ -61,6 +80,14 @@ def model_folder(
             for path in (folder / ORIGINAL).iterdir():
                 path.rename(folder / path.name)
             (folder / ORIGINAL).rmdir()
+
+
+@contextlib.contextmanager
+def sole_writer(output_folder: Path) -> Iterator[None]:
+    """Hold the lock of an output folder that appears as a whole. Raises as `OutputLock.acquire`."""
+    output_folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(lock_beside(output_folder), f"--output_path {output_folder}", warn):
+        yield
 
 
 def check_output(folder: Path, needed_bytes: int, overwrite: bool) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from higgs_ds.bases.builtin import find_base
 from higgs_ds.bases.bundle import base_identity
 from higgs_ds.bases.conversion import native_folder
-from higgs_ds.bases.model_folder import add_parts, check_layout, check_output, model_folder, named_codec, write_shard
+from higgs_ds.bases.model_folder import add_parts, check_layout, model_folder, named_codec, write_shard
 from higgs_ds.checkpoints.folder import why_incomplete
 from higgs_ds.checkpoints.trained_weights import FullFormat, read_trained
 from higgs_ds.common.errors import InputError
@@ -65,9 +65,8 @@ def complete_model(
     in_base = weight_shapes(shards)
     added = sorted(weights.keys() - in_base.keys())
     needed = sum(path.stat().st_size for path in shards) + sum(weights.sizes[name] for name in added)
-    check_output(output_folder, (1 if export_layout == NATIVE else 2) * needed, overwrite)
     changed = {name for name in in_base if _without_duplicate_prefix(name) in weights}
-    with model_folder(base_folder, output_folder, export_layout, overwrite, codec_folder) as native:
+    with model_folder(base_folder, output_folder, needed, export_layout, overwrite, codec_folder) as native:
         for shard in shards:
             write_shard(shard, native / shard.name, changed, lambda name, _: weights[_without_duplicate_prefix(name)])
         if added:

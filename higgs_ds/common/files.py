@@ -148,6 +148,15 @@ def why_not_writable(folder: Path) -> str | None:
         return f"{type(error).__name__}: {error.strerror}"
 
 
+def check_folders(**folders: Path | None) -> list[str]:
+    """Return a problem for each folder that cannot be written to. Folders are given by the options that name them."""
+    return [
+        f"--{name} {folder}: cannot be written to: {reason}; choose another folder"
+        for name, folder in folders.items()
+        if folder is not None and (reason := why_not_writable(folder))
+    ]
+
+
 @contextlib.contextmanager
 def saving(what: Path) -> Iterator[None]:
     """Turn a write failure in the block (full disk, permissions) into a SaveError that names `what`."""

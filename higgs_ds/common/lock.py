@@ -90,7 +90,7 @@ class OutputLock:
                 if reason is None:
                     raise InputError(
                         f"{self.output}: {holder}, is writing there; wait until it has ended, stop it, or choose "
-                        "another folder"
+                        "another path"
                     )
                 if self._replace(holder, owner):
                     report(f"note: {self.output}: the lock of {holder}, is taken over: {reason}")

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from higgs_ds.common import distributed
-from higgs_ds.common.console import say
-from higgs_ds.common.files import flush_folder, saving, why_not_writable, write_json, write_text
+from higgs_ds.common.console import say, warn
+from higgs_ds.common.files import check_folders, flush_folder, saving, write_json, write_text
+from higgs_ds.common.lock import OutputLock, lock_beside
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.encode import encode_clips
 from higgs_ds.data.formats.folders import list_files
@@ -71,19 +72,25 @@ class Preparation:
         self.num_workers = options.num_workers or max(1, (os.cpu_count() or 1) // distributed.local_world_size())
         self.checker = Checker(options, self.coder)
         self._scratch: list[Path] = []
+        self._list_lock: OutputLock | None = None
 
     def __enter__(self) -> Preparation:
-        bad_list = self.options.skip_bad
-
-        def begin() -> None:
-            if bad_list is not None:
-                with saving(bad_list):
-                    write_text(bad_list, "")
-
-        distributed.on_main(begin)
+        """Raises InputError if another process writes the list of --skip_bad."""
+        distributed.on_main(self._begin_list)
         return self
 
+    def _begin_list(self) -> None:
+        bad_list = self.options.skip_bad
+        if bad_list is not None:
+            lock = OutputLock(lock_beside(bad_list), f"--skip_bad {bad_list}")
+            lock.acquire(warn)
+            self._list_lock = lock
+            with saving(bad_list):
+                write_text(bad_list, "")
+
     def __exit__(self, *_: object) -> None:
+        if self._list_lock is not None:
+            self._list_lock.release()
         if distributed.is_main():
             for folder in self._scratch:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -232,15 +239,6 @@ class Preparation:
                 file.writelines(line.split("\t", 1)[1] for line in lines)
 
         distributed.on_main(collect)
-
-
-def check_folders(**folders: Path | None) -> list[str]:
-    """Return a problem for each folder that cannot be written to. Folders are given by the options that name them."""
-    return [
-        f"--{name} {folder}: cannot be written to: {reason}; choose another folder"
-        for name, folder in folders.items()
-        if folder is not None and (reason := why_not_writable(folder))
-    ]
 
 
 def scratch_problems(options: DataOptions, cache_dir: Path) -> list[str]:

@@ -1,59 +1,23 @@
-"""Read DeepSpeed JSON files, check every key, and reconcile them with the options. Does not import DeepSpeed.
+"""Read DeepSpeed JSON files, check all keys and values, and reconcile them with the options. Imports no DeepSpeed.
 
-A bare DeepSpeed engine does not resolve "auto", ignores most unknown keys, and does not notice when a JSON file and the
-trainer disagree. Here an unknown key or a value that disagrees is an error.
+A bare DeepSpeed engine does not resolve "auto", ignores most unknown keys, uses many values unchecked, and does not
+notice when a JSON file and the trainer disagree. Here all of these are errors, with the line of the file.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.resources import DS_CONFIGS
+from higgs_ds.options.ds_values import AUTO, KNOWN_KEYS, NULL_SECTIONS, Kind, shown
+from higgs_ds.options.json_keys import keys_of
 from higgs_ds.options.train import TrainOptions
 
-AUTO = "auto"
-ANY: dict[str, Any] = {}  # a section whose keys are not checked
-KNOWN_KEYS: dict[str, Any] = {
-    "train_batch_size": None,
-    "train_micro_batch_size_per_gpu": None,
-    "gradient_accumulation_steps": None,
-    "gradient_clipping": None,
-    "bf16": {"enabled": None},
-    "fp16": ANY,
-    "optimizer": {"type": None, "params": {"lr": None, "betas": None, "eps": None, "weight_decay": None}},
-    "zero_optimization": {
-        "stage": None,
-        "allgather_bucket_size": None,
-        "allgather_partitions": None,
-        "contiguous_gradients": None,
-        "ignore_unused_parameters": None,
-        "offload_optimizer": {"device": None, "pin_memory": None},
-        "offload_param": {"device": None, "pin_memory": None},
-        "overlap_comm": None,
-        "reduce_bucket_size": None,
-        "reduce_scatter": None,
-        "round_robin_gradients": None,
-        "stage3_gather_16bit_weights_on_model_save": None,
-        "stage3_max_live_parameters": None,
-        "stage3_max_reuse_distance": None,
-        "stage3_model_persistence_threshold": None,
-        "stage3_param_persistence_threshold": None,
-        "stage3_prefetch_bucket_size": None,
-        "sub_group_size": None,
-    },
-    "activation_checkpointing": ANY,
-    "communication_data_type": None,
-    "data_types": {"grad_accum_dtype": None},
-    "steps_per_print": None,
-    "wall_clock_breakdown": None,
-    "zero_allow_untested_optimizer": None,
-    "zero_force_ds_cpu_optimizer": None,
-}
 REFUSED_KEYS = {
     "scheduler": "the learning rate schedule comes from --lr_scheduler_type and --warmup_ratio; remove this section",
     "torch_autocast": "use --precision",
@@ -83,10 +47,10 @@ AUTO_ZERO_SETTINGS = {
 
 @dataclass(frozen=True)
 class DsConfig:
-    """A DeepSpeed JSON file. It has known keys only; values may still be "auto"."""
+    """A DeepSpeed JSON file. It has known keys and valid values only; values may still be "auto"."""
 
     path: Path
-    text: str
+    lines: dict[tuple[str, ...], int]
     values: dict[str, Any]
 
     def get(self, keys: tuple[str, ...]) -> Any:
@@ -98,10 +62,7 @@ class DsConfig:
 
     def where(self, keys: tuple[str, ...]) -> str:
         """Return "FILE:LINE: KEY" of a nested key, with which error messages begin."""
-        position = 0
-        for key in keys:
-            position = max(self.text.find(f'"{key}"', position), position)
-        return f"{self.path}:{self.text.count(chr(10), 0, position) + 1}: {'.'.join(keys)}"
+        return f"{self.path}:{self.lines[keys]}: {'.'.join(keys)}"
 
 
 def _find_file(path: Path) -> Path:
@@ -120,66 +81,98 @@ def read_ds_config(path: Path) -> DsConfig:
     path = _find_file(path)
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text, object_pairs_hook=_no_duplicates)
+        values = json.loads(text)
     except OSError as error:
         raise InputError([f"--deepspeed {path}: cannot be read: {error.strerror}"]) from error
+    except json.JSONDecodeError as error:
+        at = f"at character {error.colno} of the line"
+        raise InputError([f"{path}:{error.lineno}: not JSON: {error.msg} {at}"]) from error
     except ValueError as error:
         raise InputError([f"{path}: not JSON: {error}"]) from error
+    except RecursionError as error:
+        raise InputError([f"{path}: not JSON: lists or objects are nested too deeply"]) from error
     if not isinstance(values, dict):
         raise InputError([f"{path}: must hold a JSON object"])
-    config = DsConfig(path, text, values)
-    problems = _unknown_keys(config, values, KNOWN_KEYS, ()) + _refused_values(config)
+    problems: list[str] = []
+    config = DsConfig(path, _lines_of_keys(path, text, problems), values)
+    checked = replace(config, values=_checked_section(config, values, KNOWN_KEYS, (), problems))
+    problems += _conflicts(checked)
     if problems:
         raise InputError(problems)
-    return config
+    return checked
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise ValueError(f"keys given twice: {', '.join(twice)}")
-    return dict(pairs)
+def _lines_of_keys(path: Path, text: str, problems: list[str]) -> dict[tuple[str, ...], int]:
+    lines: dict[tuple[str, ...], int] = {}
+    for keys, line in keys_of(text):
+        if keys in lines:
+            where = f"{path}:{line}: {'.'.join(keys)}"
+            problems.append(f"{where}: is given twice, first in line {lines[keys]}; remove one of them")
+        lines[keys] = line
+    return lines
 
 
-def _unknown_keys(
-    config: DsConfig, values: dict[str, Any], known: dict[str, Any], parents: tuple[str, ...]
-) -> list[str]:
-    problems = []
+def _checked_section(
+    config: DsConfig, values: dict[str, Any], known: dict[str, Any], parents: tuple[str, ...], problems: list[str]
+) -> dict[str, Any]:
+    """Return the valid values of a section, converted, without those that are null; append the problems of others."""
+    checked = {}
     for key, value in values.items():
         keys = (*parents, key)
+        where = config.where(keys)
+        kind = known.get(key)
         if not parents and key in REFUSED_KEYS:
-            problems.append(f"{config.where(keys)}: {REFUSED_KEYS[key]}")
-        elif key not in known:
+            problems.append(f"{where}: {REFUSED_KEYS[key]}")
+        elif kind is None:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            problems.append(f"{config.where(keys)}: is not an option of this trainer; {hint}")
-        elif isinstance(known[key], dict):
-            if not isinstance(value, dict):
-                problems.append(f"{config.where(keys)}: must be a JSON object, is {value!r}")
-            elif known[key] is not ANY:
-                problems += _unknown_keys(config, value, known[key], keys)
-    return problems
+            problems.append(f"{where}: is not an option of this trainer; {hint}")
+        elif isinstance(kind, dict):
+            if isinstance(value, dict):
+                checked[key] = _checked_section(config, value, kind, keys, problems)
+            elif value is not None or keys not in NULL_SECTIONS:
+                problems.append(f"{where}: must be a JSON object; is {shown(value)}")
+        else:
+            converted = _checked_value(where, value, kind, problems)
+            if converted is not None:
+                checked[key] = converted
+    return checked
 
 
-def _refused_values(config: DsConfig) -> list[str]:
+def _checked_value(where: str, value: Any, kind: Kind, problems: list[str]) -> Any:
+    """Return a value as DeepSpeed or an option takes it, or None if it is null or invalid."""
+    if (value is None and kind.null) or (value == AUTO and kind.auto):
+        return value
+    try:
+        return kind.convert(value)
+    except (ValueError, OverflowError):
+        problems.append(f"{where}: {kind.problem(value)}")
+        return None
+
+
+def _conflicts(config: DsConfig) -> list[str]:
+    """Return the problems of valid values that do not fit this trainer or each other."""
     problems = []
-
-    def expect(keys: tuple[str, ...], allowed: tuple[Any, ...], remedy: str) -> None:
+    for keys, fixed in FIXED_SETTINGS.items():
         value = config.get(keys)
-        if value is not None and (value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool)):
-            problems.append(f"{config.where(keys)}: {value!r} is not supported; {remedy}")
+        if value not in (None, AUTO, fixed):
+            problems.append(f"{config.where(keys)} is {shown(value)}; this trainer uses {shown(fixed)}")
+    stage = config.get(("zero_optimization", "stage"))
+    if stage is None:
+        if ("zero_optimization", "stage") in config.lines:
+            return problems  # the stage is invalid, and nothing can be compared with it
+        stage = 0
 
-    expect(("zero_optimization", "stage"), (0, 1, 2, 3), "use stage 0, 1, 2 or 3")
-    expect(("fp16", "enabled"), (False,), "training is in bf16 or fp32 (--precision)")
-    expect(("optimizer", "type"), ("AdamW", "Adam", AUTO), "the optimizer is AdamW")
-    for name in ("offload_optimizer", "offload_param"):
-        expect(("zero_optimization", name, "device"), ("cpu", "none"), "use cpu or none")
-    stage = config.get(("zero_optimization", "stage")) or 0
+    def refuse(key: str, what: str) -> None:
+        problems.append(f"{config.where(('zero_optimization', key))}: {what}, the stage is {stage}")
+
     if config.get(("zero_optimization", "offload_param", "device")) == "cpu" and stage != 3:
-        problems.append(f"{config.where(('zero_optimization', 'offload_param'))}: needs stage 3, the stage is {stage}")
+        refuse("offload_param", "needs stage 3")
     if config.get(("zero_optimization", "offload_optimizer", "device")) == "cpu" and stage == 0:
-        problems.append(f"{config.where(('zero_optimization', 'offload_optimizer'))}: needs stage 1, 2 or 3, not 0")
+        refuse("offload_optimizer", "needs stage 1, 2 or 3")
+    bucket = config.get(("zero_optimization", "allgather_bucket_size"))
+    if stage in (1, 2) and isinstance(bucket, int) and bucket % 2:
+        refuse("allgather_bucket_size", f"must be even at stages 1 and 2; is {bucket}")  # DeepSpeed asserts it
     return problems
 
 
@@ -206,18 +199,15 @@ def resolve(
         value = config.get(keys)
         if value is None or value == AUTO:
             continue
-        value = _to_option_value(name, value)
+        if name == "precision":
+            value = "bf16" if value else "fp32"
         current = options.flat()[name]
         if name in given and value != current:
             problems.append(
-                f"{config.where(keys)} is {config.get(keys)!r}, but --{name} is {current!r}: remove one of them"
+                f"{config.where(keys)} is {shown(config.get(keys))}, but --{name} is {current!r}: remove one of them"
             )
         else:
             from_file[name] = value
-    for keys, fixed in FIXED_SETTINGS.items():
-        value = config.get(keys)
-        if value not in (None, AUTO, fixed):
-            problems.append(f"{config.where(keys)} is {value!r}; this trainer uses {fixed!r}")
     options = options.replace(**from_file)
     optim = options.optim
     product = optim.batch_size * optim.grad_accum * world_size
@@ -227,7 +217,6 @@ def resolve(
             f"{config.where(('train_batch_size',))} is {train_batch_size}, but {optim.batch_size} per rank x "
             f"{optim.grad_accum} accumulated x {world_size} ranks are {product}"
         )
-    problems += _unresolved_auto(config, config.values, ())
     if problems:
         raise InputError(problems)
 
@@ -256,27 +245,3 @@ def resolve(
         settings.pop("data_types", None)  # float32 accumulates in float32 anyway; stage 0 supports no other type
     settings.setdefault("steps_per_print", 1_000_000_000)
     return settings, options
-
-
-def _to_option_value(name: str, value: Any) -> Any:
-    if name == "precision":
-        return "bf16" if value else "fp32"
-    return float(value) if isinstance(value, int) and name in ("lr", "weight_decay", "max_grad_norm") else value
-
-
-def _unresolved_auto(config: DsConfig, values: dict[str, Any], parents: tuple[str, ...]) -> list[str]:
-    """Return the problems of keys whose value is "auto" but which have no option or default to resolve it."""
-    problems = []
-    for key, value in values.items():
-        keys = (*parents, key)
-        if isinstance(value, dict):
-            problems += _unresolved_auto(config, value, keys)
-        elif value == AUTO:
-            known = (
-                keys in SHARED_SETTINGS
-                or keys in FIXED_SETTINGS
-                or keys in (("train_batch_size",), ("optimizer", "type"))
-            )
-            if not known and not (parents == ("zero_optimization",) and key in AUTO_ZERO_SETTINGS):
-                problems.append(f'{config.where(keys)}: "auto" has no meaning here; give a value')
-    return problems

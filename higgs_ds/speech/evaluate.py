@@ -13,12 +13,13 @@ import torch
 from higgs_ds.common import distributed
 from higgs_ds.common.console import say
 from higgs_ds.common.errors import InputError, collect_problems
-from higgs_ds.common.files import saving, write_json
+from higgs_ds.common.files import check_folders, saving, write_json
+from higgs_ds.common.folder_lock import EVALUATION_LOCK, FolderLock
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.data.audio import write_audio
 from higgs_ds.data.codec import Codec
 from higgs_ds.data.dataset import Dataset
-from higgs_ds.data.preparation import Preparation, check_folders, scratch_problems
+from higgs_ds.data.preparation import Preparation, scratch_problems
 from higgs_ds.options.commands import EvaluateOptions
 from higgs_ds.options.train import DataOptions
 from higgs_ds.speech.generate import generation_settings, load_generation_model, open_generation_model, speak
@@ -54,11 +55,17 @@ def main(options: EvaluateOptions) -> None:
         InputError: an input is invalid; raised before any weight is loaded.
         SaveError: a result cannot be written.
     """
+    with FolderLock(EVALUATION_LOCK) as lock:
+        _evaluate(options, lock)
+
+
+def _evaluate(options: EvaluateOptions, lock: FolderLock) -> None:
     cache_dir = options.cache_dir or default_cache_dir()
     data = DataOptions(train_manifest=options.test_manifest, format=options.format, cache_dir=cache_dir)
     problems = (
         check_folders(output_dir=options.output_dir) + scratch_problems(data, cache_dir) + _option_problems(options)
     )
+    collect_problems(problems, lambda: lock.acquire(options.output_dir))
     collect_problems(problems, lambda: check_recognizer(options.recognizer))
     earlier = collect_problems(problems, lambda: _read_results(options.compare_with))
     speaker = collect_problems(

@@ -13,11 +13,13 @@ from higgs_ds.bases.bundle import Bundle, open_for_training
 from higgs_ds.bases.model_folder import check_layout
 from higgs_ds.common import distributed
 from higgs_ds.common.errors import InputError, collect_problems
+from higgs_ds.common.files import check_folders
+from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.common.resources import SAMPLE_MANIFEST, default_cache_dir
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.index import Index
-from higgs_ds.data.preparation import CheckedManifest, Preparation, check_folders, scratch_problems
+from higgs_ds.data.preparation import CheckedManifest, Preparation, scratch_problems
 from higgs_ds.data.sampler import split_validation
 from higgs_ds.model.loading import check_weights
 from higgs_ds.model.lora import check_biases
@@ -30,10 +32,9 @@ from higgs_ds.reporting.publish import check_login
 from higgs_ds.training.loading import load_run
 from higgs_ds.training.resume import find_resume_checkpoint
 from higgs_ds.training.run import Inputs, Run
-from higgs_ds.training.run_lock import RunLock
 
 
-def start(options: TrainOptions, given: set[str], lock: RunLock) -> Run:
+def start(options: TrainOptions, given: set[str], lock: FolderLock) -> Run:
     """Check, encode, load. Every rank must call this.
 
     Args:
@@ -47,19 +48,16 @@ def start(options: TrainOptions, given: set[str], lock: RunLock) -> Run:
     return load_run(_check_and_encode(options, given, lock))
 
 
-def _check_and_encode(options: TrainOptions, given: set[str], lock: RunLock) -> Inputs:
+def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) -> Inputs:
     problems: list[str] = []
     output_dir = _output_dir(options)
     cache_dir = options.data.cache_dir or default_cache_dir()
-    no_output = check_folders(output_dir=output_dir)
+    problems += check_folders(output_dir=output_dir)
     no_scratch = scratch_problems(options.data, cache_dir)
     resolved = collect_problems(problems, lambda: _resolve_ds_config(options, given))
     no_cache = any(distributed.gather_objects(bool(no_scratch)))
     bundle = None if no_cache else collect_problems(problems, lambda: _open_base(options, cache_dir))
-    problems += no_output
-    resume_from = None
-    if not any(distributed.gather_objects(bool(no_output))):
-        resume_from = collect_problems(problems, lambda: _open_output(options, output_dir, lock))
+    resume_from = collect_problems(problems, lambda: _open_output(options, output_dir, lock))
     collect_problems(problems, lambda: distributed.on_main(lambda: check_login(options.run)))
     distributed.raise_problems(problems + no_scratch if no_scratch else [])
     if not all(distributed.gather_objects(bundle is not None)):
@@ -117,7 +115,7 @@ def _open_base(options: TrainOptions, cache_dir: Path) -> Bundle:
     return bundle
 
 
-def _open_output(options: TrainOptions, output_dir: Path, lock: RunLock) -> Path | None:
+def _open_output(options: TrainOptions, output_dir: Path, lock: FolderLock) -> Path | None:
     """Lock the output folder, and return the checkpoint to resume from."""
     lock.acquire(output_dir)
     return find_resume_checkpoint(options, output_dir)

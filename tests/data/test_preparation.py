@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from higgs_ds.bases.bundle import Bundle, open_bundle
 from higgs_ds.common.errors import InputError
+from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.data import encode, preparation, survey
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.codec import Codec
@@ -31,7 +32,6 @@ from higgs_ds.data.survey import Share
 from higgs_ds.options.commands import PrepareOptions
 from higgs_ds.options.train import DataOptions, ModelOptions, TrainOptions
 from higgs_ds.training.prepare import main
-from higgs_ds.training.run_lock import RunLock
 from higgs_ds.training.startup import _check_and_encode
 
 pytestmark = pytest.mark.usefixtures("lone_rank")
@@ -137,7 +137,7 @@ def test_a_prepared_run_never_loads_the_codec(
     main(options.data, options.model, PrepareOptions())
     monkeypatch.setattr(encode, "Codec", None)
     monkeypatch.setattr(survey, "examine", None)
-    inputs = _check_and_encode(options, set(), RunLock())
+    inputs = _check_and_encode(options, set(), FolderLock())
     batch = inputs.train.batch(range(len(inputs.train)))
     assert len(inputs.train) == 3
     assert batch.num_samples == 3
@@ -328,24 +328,24 @@ def test_split_and_lengths(bundle: Bundle, base: Path, manifest: Path, tmp_path:
     options = TrainOptions().replace(
         train_manifest=manifest, base_ckpt=str(base), cache_dir=tmp_path / "cache", output_dir=tmp_path / "out"
     )
-    inputs = _check_and_encode(options.replace(split_by="speaker", val_split=0.25), set(), RunLock())
+    inputs = _check_and_encode(options.replace(split_by="speaker", val_split=0.25), set(), FolderLock())
     speakers = [{d.index.sample(int(row))[0].speaker for row in d.rows} for d in (inputs.train, inputs.val)]
     assert len(inputs.val) == 5
     assert speakers[0].isdisjoint(speakers[1])
 
     limit = sorted(inputs.train.index.num_tokens)[14]
-    inputs = _check_and_encode(options.replace(max_seq_len=int(limit)), set(), RunLock())
+    inputs = _check_and_encode(options.replace(max_seq_len=int(limit)), set(), FolderLock())
     assert len(inputs.train) + len(inputs.val) == 15
     assert max(inputs.train.lengths) <= limit
     assert inputs.too_long == [f"{manifest}:{i + 1}: {inputs.train.index.num_tokens[i]} tokens" for i in range(15, 20)]
 
     with pytest.raises(InputError, match=r"--max_tokens_per_batch 50: the longest sample has \d+ tokens"):
-        _check_and_encode(options.replace(max_tokens_per_batch=50), set(), RunLock())
+        _check_and_encode(options.replace(max_tokens_per_batch=50), set(), FolderLock())
     with pytest.raises(InputError, match="every sample is longer"):
-        _check_and_encode(options.replace(max_seq_len=10), set(), RunLock())
+        _check_and_encode(options.replace(max_seq_len=10), set(), FolderLock())
     write_manifest(manifest, [speech_sample("Words.", "anna_00.flac")] * 2)
     with pytest.raises(InputError, match="--split_by speaker: 2 samples name no speaker"):
-        _check_and_encode(options.replace(split_by="speaker"), set(), RunLock())
+        _check_and_encode(options.replace(split_by="speaker"), set(), FolderLock())
 
 
 def test_problems_of_a_bad_base_and_bad_samples_together(tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_problems_of_a_bad_base_and_bad_samples_together(tmp_path: Path) -> None
         train_manifest=path, base_ckpt=str(tmp_path), cache_dir=tmp_path / "cache", output_dir=tmp_path / "out"
     )
     with pytest.raises(InputError) as caught:
-        _check_and_encode(options, set(), RunLock())
+        _check_and_encode(options, set(), FolderLock())
     assert any("is not a model folder" in problem for problem in caught.value.problems)
     assert any("none.flac: no such file" in problem for problem in caught.value.problems)
 

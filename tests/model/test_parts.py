@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, WhisperConfig, WhisperFeatureExtractor
 
 from higgs_ds.bases.conversion import native_folder
 from higgs_ds.common.errors import InputError
+from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.data.audio import read_audio, write_audio
 from higgs_ds.data.collate import EncodedSample, collate
 from higgs_ds.data.delay_pattern import AudioStream
@@ -28,7 +29,6 @@ from higgs_ds.model.part_modules import AudioTower, ExtendedModel
 from higgs_ds.model.parts import Parts, tower_geometry
 from higgs_ds.options.command_line import parse_train_options
 from higgs_ds.options.train import LoraOptions
-from higgs_ds.training.run_lock import RunLock
 from higgs_ds.training.startup import start
 
 GOLDEN = PROJECT / "tests" / "golden"
@@ -209,6 +209,6 @@ def test_tower_without_input_is_refused(mixed_manifest: Path, ds_file: Callable[
         str(whisper_folder(tmp_path / "whisper")),
     ]
     with pytest.raises(InputError, match="--whisper_conditioning: no sample has audio in a system or user turn"):
-        start(*parse_train_options(options), RunLock())
+        start(*parse_train_options(options), FolderLock())
     with pytest.raises(InputError, match="--sample_steps: cannot use the input of a Whisper tower"):
-        start(*parse_train_options([*options, "--sample_steps", "2"]), RunLock())
+        start(*parse_train_options([*options, "--sample_steps", "2"]), FolderLock())

@@ -79,9 +79,9 @@ def test_all_problems_of_a_file_are_reported_at_once(tmp_path: Path) -> None:
             at("bucket_sise")
             + "zero_optimization.reduce_bucket_sise: is not an option of this trainer; did you mean 'redu"
         ),
-        (at('"enabled"') + "fp16.enabled: True is not supported; training is in bf16 or fp32"),
-        (at("Lamb") + "optimizer.type: 'Lamb' is not supported"),
-        (at("nvme") + "zero_optimization.offload_optimizer.device: 'nvme' is not supported"),
+        (at('"enabled"') + "fp16.enabled: must be false; is true; training is in bf16 or fp32"),
+        (at("Lamb") + 'optimizer.type: must be "AdamW" or "Adam"; is "Lamb"; the optimizer is AdamW'),
+        (at("nvme") + 'zero_optimization.offload_optimizer.device: must be "cpu" or "none"; is "nvme"'),
         (at("offload_param") + "zero_optimization.offload_param: needs stage 3, the stage is 2"),
     ]
     assert len(found) == len(expected)
@@ -120,10 +120,13 @@ def test_file_overrides_defaults_but_not_given_options(tmp_path: Path) -> None:
     ("values", "expected"),
     [
         ({"train_batch_size": 10}, "train_batch_size is 10, but 2 per rank x 8 accumulated x 2 ranks are 32"),
-        ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage: 'auto' is not supported"),
+        (
+            {"zero_optimization": {"stage": "auto"}},
+            'zero_optimization.stage: "auto" has no meaning here; must be 0, 1, 2 or 3',
+        ),
         ({"zero_optimization": {"stage": 1, "overlap_comm": "auto"}}, 'overlap_comm: "auto" has no meaning here'),
         ({"optimizer": {"params": {"betas": [0.8, 0.9]}}}, "optimizer.params.betas is [0.8, 0.9]; this trainer uses"),
-        ({"bf16": True}, "bf16: must be a JSON object, is True"),
+        ({"bf16": True}, "bf16: must be a JSON object; is true"),
     ],
 )
 def test_refused_values(tmp_path: Path, values: dict[str, Any], expected: str) -> None:
@@ -151,4 +154,8 @@ def test_invalid_json_and_missing_file(tmp_path: Path) -> None:
     path.write_text('{"a": 1,}')
     assert "not JSON" in problems_of(path)[0]
     path.write_text('{"steps_per_print": 1, "steps_per_print": 2}')
-    assert "keys given twice: steps_per_print" in problems_of(path)[0]
+    assert problems_of(path) == [f"{path}:1: steps_per_print: is given twice, first in line 1; remove one of them"]
+    path.write_text('{\n  "a": 1,\n}')
+    assert problems_of(path)[0].startswith(f"{path}:3: not JSON: ")
+    path.write_text("[" * 100_000)
+    assert "nested too deeply" in problems_of(path)[0]

@@ -217,7 +217,7 @@ def test_command_plans_the_released_geometry_without_weights() -> None:
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in Ranks(rank=1, world_size=2, local_rank=1, local_world_size=2).variables().items():
+    for name, value in Ranks(rank=1, world_size=2, local_rank=1, local_world_size=2, port=29500).variables().items():
         monkeypatch.setenv(name, value)
     assert printed(capsys, "") == []
 

@@ -1,4 +1,4 @@
-"""The lock of a run's output folder: one run at a time writes there."""
+"""The lock of an output folder that all ranks write to: one command at a time."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from pathlib import Path
 
 from higgs_ds.common.console import warn
 from higgs_ds.common.distributed import on_main
-from higgs_ds.common.files import saving
+from higgs_ds.common.errors import InputError
+from higgs_ds.common.files import check_folders, saving
 from higgs_ds.common.lock import OutputLock
 
-LOCK_FILE = ".lock"
+RUN_LOCK, EVALUATION_LOCK = ".lock", ".evaluation.lock"
 
 
-class RunLock:
-    """Holds the lock of an output folder, on rank 0 for all ranks, from `acquire` to the end of the block.
+class FolderLock:
+    """Holds the lock of --output_dir, on rank 0 for all ranks, from `acquire` to the end of the block.
 
     A folder that was created for the lock and has stayed empty is removed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, file_name: str = RUN_LOCK) -> None:
+        """Commands with different lock files may write to the same folder: their outputs have different names."""
+        self.file_name = file_name
         self._lock: OutputLock | None = None
         self._created: list[Path] = []  # innermost first
 
-    def __enter__(self) -> RunLock:
+    def __enter__(self) -> FolderLock:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -37,13 +40,13 @@ class RunLock:
         """Every rank must call this.
 
         Raises:
-            InputError: another run writes there.
+            InputError: another process writes there, or nothing can be written there.
             SaveError: the lock file cannot be written.
         """
         on_main(lambda: self._acquire(output_dir))
 
     def check(self) -> None:
-        """Raise SaveError if the lock was taken over. Every rank must call this."""
+        """Raise SaveError if another process has taken the lock over. Every rank must call this."""
         on_main(self._check)
 
     def _check(self) -> None:
@@ -51,10 +54,13 @@ class RunLock:
             self._lock.check()
 
     def _acquire(self, output_dir: Path) -> None:
+        problems = check_folders(output_dir=output_dir)
+        if problems:
+            raise InputError(problems)
         missing = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
         with saving(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
         self._created = missing
-        lock = OutputLock(output_dir / LOCK_FILE, f"--output_dir {output_dir}")
+        lock = OutputLock(output_dir / self.file_name, f"--output_dir {output_dir}")
         lock.acquire(warn)
         self._lock = lock
