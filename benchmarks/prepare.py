@@ -146,7 +146,8 @@ def run_loop(folder: Path, epochs: int) -> dict[str, float]:
 
     from higgs_ds.data.audio import read_audio
     from higgs_ds.data.code_cache import CodeCache
-    from higgs_ds.data.codec import Codec, codec_digest
+    from higgs_ds.data.codec import Codec
+    from higgs_ds.data.codec_info import codec_digest
     from higgs_ds.data.sample import AudioClip
 
     codec = Codec(folder / "codec", torch.device("cuda" if torch.cuda.is_available() else "cpu"))

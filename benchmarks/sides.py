@@ -95,7 +95,7 @@ def speech(num_text: int, num_frames: int, seed: int) -> Any:
 
     from higgs_ds.data.collate import EncodedSample
     from higgs_ds.data.prompt import Prompt
-    from higgs_ds.model.loss import IGNORE_INDEX
+    from higgs_ds.model.labels import IGNORE_INDEX
 
     draw = torch.Generator().manual_seed(seed)
     rows = stream().num_rows(num_frames)

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from higgs_ds.common.console import quiet_libraries
 from higgs_ds.common.errors import EXIT_BAD_INPUT, EXIT_OK, exit_code_of
-from higgs_ds.common.process import run_command, run_ranks
+from higgs_ds.common.process import quick_imports, run_command, run_ranks
 from higgs_ds.options import command_line
 from higgs_ds.options.parser import meant_option
 
@@ -21,12 +22,14 @@ PROGRAM = "higgs-ds"
 def train(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Train LoRA adapters, or the model's own weights. With --dry_run, print a memory plan."""
     options, given = command_line.parse_train_options(argv, prog)
-    _quiet_libraries()
+    quiet_libraries()
     if options.run.dry_run:
-        from higgs_ds.planning import dry_run
+        with quick_imports():
+            from higgs_ds.planning import dry_run
 
         return exit_code_of(lambda: dry_run.main(options, given))
-    from higgs_ds.training import loop
+    with quick_imports():
+        from higgs_ds.training import loop
 
     return run_ranks(lambda: loop.main(options, given))
 
@@ -34,8 +37,9 @@ def train(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def prepare(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Check manifests, and encode their audio into the cache."""
     data, model, prepare_options = command_line.parse_prepare_options(argv, prog)
-    _quiet_libraries()
-    from higgs_ds.training.prepare import main
+    quiet_libraries()
+    with quick_imports():
+        from higgs_ds.training.prepare import main
 
     return run_ranks(lambda: main(data, model, prepare_options), together=False)
 
@@ -43,8 +47,9 @@ def prepare(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def evaluate(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Generate the speech of held-out samples, and compare it with the recordings."""
     options = command_line.parse_evaluate_options(argv, prog)
-    _quiet_libraries()
-    from higgs_ds.speech.evaluate import main
+    quiet_libraries()
+    with quick_imports():
+        from higgs_ds.speech.evaluate import main
 
     return run_ranks(lambda: main(options), together=False)
 
@@ -52,8 +57,9 @@ def evaluate(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def generate(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Generate speech from text with a base model, an adapter or a merged model."""
     options = command_line.parse_generate_options(argv, prog)
-    _quiet_libraries()
-    from higgs_ds.speech.generate import main
+    quiet_libraries()
+    with quick_imports():
+        from higgs_ds.speech.generate import main
 
     return exit_code_of(lambda: main(options))
 
@@ -61,8 +67,9 @@ def generate(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def merge(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Merge a LoRA adapter into its base model."""
     options = command_line.parse_merge_options(argv, prog)
-    _quiet_libraries()
-    from higgs_ds.adapters.merge import main
+    quiet_libraries()
+    with quick_imports():
+        from higgs_ds.adapters.merge import main
 
     return exit_code_of(lambda: main(options))
 
@@ -70,8 +77,9 @@ def merge(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def export(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Write a checkpoint of full fine-tuning as a complete model."""
     options = command_line.parse_export_options(argv, prog)
-    _quiet_libraries()
-    from higgs_ds.checkpoints.complete import main
+    quiet_libraries()
+    with quick_imports():
+        from higgs_ds.checkpoints.complete import main
 
     return exit_code_of(lambda: main(options))
 
@@ -79,8 +87,9 @@ def export(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def convert(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Convert a base model, a merged model or an adapter to the other layout."""
     options = command_line.parse_convert_options(argv, prog)
-    _quiet_libraries()
-    from higgs_ds.adapters.convert import main
+    quiet_libraries()
+    with quick_imports():
+        from higgs_ds.adapters.convert import main
 
     return exit_code_of(lambda: main(options))
 
@@ -88,8 +97,9 @@ def convert(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def find_lora_adapters(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """List the adapters below a folder."""
     options = command_line.parse_inspect_options("find_lora_adapters", argv, prog)
-    _quiet_libraries()
-    from higgs_ds.checkpoints.inspection import find_adapters
+    quiet_libraries()
+    with quick_imports():
+        from higgs_ds.checkpoints.inspection import find_adapters
 
     return exit_code_of(lambda: find_adapters(options))
 
@@ -97,8 +107,9 @@ def find_lora_adapters(argv: Sequence[str] | None = None, prog: str | None = Non
 def validate_adapter(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Check an adapter."""
     options = command_line.parse_inspect_options("validate_adapter", argv, prog)
-    _quiet_libraries()
-    from higgs_ds.checkpoints import inspection
+    quiet_libraries()
+    with quick_imports():
+        from higgs_ds.checkpoints import inspection
 
     return exit_code_of(lambda: inspection.validate_adapter(options))
 
@@ -106,8 +117,9 @@ def validate_adapter(argv: Sequence[str] | None = None, prog: str | None = None)
 def validate_checkpoint_dir(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Check a checkpoint-N folder."""
     options = command_line.parse_inspect_options("validate_checkpoint_dir", argv, prog)
-    _quiet_libraries()
-    from higgs_ds.checkpoints.inspection import validate_checkpoint
+    quiet_libraries()
+    with quick_imports():
+        from higgs_ds.checkpoints.inspection import validate_checkpoint
 
     return exit_code_of(lambda: validate_checkpoint(options))
 
@@ -144,9 +156,3 @@ def _help() -> str:
     return "\n".join(
         [f"usage: {PROGRAM} COMMAND [options]; {PROGRAM} COMMAND --help lists the options of a command", *lines]
     )
-
-
-def _quiet_libraries() -> None:
-    from higgs_ds.common.console import quiet_libraries
-
-    quiet_libraries()

@@ -121,6 +121,13 @@ def run_script(
         return subprocess.CompletedProcess(command, code, stdout.read(), stderr.read())
 
 
+def run_code(code: str, folder: Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a folder, in a process that has already imported everything; tests' modules included."""
+    script = folder / "code.py"
+    script.write_text(code, encoding="utf-8")
+    return run_script(str(script.with_suffix("")), [], folder, timeout_s)
+
+
 def _run_job(job: dict[str, Any], environment: Mapping[str, str]) -> Any:
     # Libraries read the location of the hub's cache when they are imported.
     server = _server(tuple((name, environment[name]) for name in sorted(environment) if name.startswith("HF_")))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from higgs_ds.data import collate, dataset, prompt
-from higgs_ds.model.loss import IGNORE_INDEX
+from higgs_ds.model.labels import IGNORE_INDEX
 
 WRONG_GRADIENT = "base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight"
 WRONG_GRADIENT_STEP = 3

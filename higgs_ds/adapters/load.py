@@ -6,25 +6,26 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from higgs_ds.adapters.lora_config import LoraValues, find_problems
 from higgs_ds.adapters.save import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DIGEST_KEY, PARTS_KEY, QUANTIZATION_KEY, digest
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.resources import command
 from higgs_ds.common.run_files import ADAPTER_FOLDER, TRAINED_FOLDER
-from higgs_ds.model import nf4
 from higgs_ds.model.layouts import native_name
-from higgs_ds.model.nf4 import BaseQuantization
 from higgs_ds.model.parts import NO_PARTS, Parts
+from higgs_ds.model.quantization import BaseQuantization, is_quantized_weight
 
 PEFT_PREFIX = "base_model.model."
 _LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
 _OTHER_PARTS = {".lora_B.bias": "bias", ".lora_magnitude_vector": "magnitude"}
+_NATIVE_PREFIXES = ("model.", "text_lm_head.", "audio_lm_head.")
 
 
 @dataclass
@@ -41,11 +42,13 @@ class Factors:
 class Adapter:
     """An adapter's factors by the name of the weight that they adapt, and how its base was quantized, if it was.
 
+    `scaling`: the factor of each product B A; `layers`: the layer's name in the adapter's file. By the same names.
     `full_parts`: optional parts that were fully trained; `full_weights`: their weights, by their names in the base.
     """
 
     factors: dict[str, Factors]
-    scaling: float
+    scaling: dict[str, float]
+    layers: dict[str, str]
     quantization: BaseQuantization | None
     full_parts: Parts = NO_PARTS
     full_weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -61,7 +64,7 @@ class Adapter:
 
     def _add_product(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         factors = self.factors[name]
-        return torch.addmm(weight.float(), factors.b.float(), factors.a.float(), alpha=self.scaling)
+        return torch.addmm(weight.float(), factors.b.float(), factors.a.float(), alpha=self.scaling[name])
 
     @staticmethod
     def _row_scale(magnitude: torch.Tensor, summed: torch.Tensor) -> torch.Tensor:
@@ -70,12 +73,13 @@ class Adapter:
     def bias(self, name: str) -> torch.Tensor | None:
         """Return what the adapter adds to a layer's bias, float32 (out,); None if it adds nothing."""
         bias = self.factors[name].bias
-        return None if bias is None else self.scaling * bias.float()
+        return None if bias is None else self.scaling[name] * bias.float()
 
     def forward(self, name: str, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Apply an adapted layer, without the layer's own bias and without merging, to x (..., in), in float32."""
         factors = self.factors[name]
-        y = F.linear(x, weight.float()) + F.linear(F.linear(x, factors.a.float()), factors.b.float()) * self.scaling
+        product = F.linear(F.linear(x, factors.a.float()), factors.b.float())
+        y = F.linear(x, weight.float()) + product * self.scaling[name]
         if factors.magnitude is not None:
             y *= self._row_scale(factors.magnitude, self._add_product(name, weight))
         bias = self.bias(name)
@@ -94,12 +98,14 @@ class BaseWeights:
         self.differing: list[str] = []
 
     def is_quantized(self, name: str) -> bool:
-        return self.dequantized and nf4.is_quantized_weight(name)
+        return self.dequantized and is_quantized_weight(name)
 
     def as_trained(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Return a base weight in float32 on the CPU, quantized and dequantized if the model held it in 4 bits."""
         if not self.is_quantized(name):
             return weight.float()
+        from higgs_ds.model import nf4
+
         quantized = nf4.quantize(weight.to(self.device), self.dtype)
         self.quantized += 1
         if self.digests and nf4.digest(quantized) != self.digests.get(name):
@@ -107,49 +113,75 @@ class BaseWeights:
         return nf4.dequantize(quantized).cpu().float()
 
 
+@dataclass(frozen=True)
+class _AdapterFiles:
+    """What the two files of an adapter hold."""
+
+    tensors: dict[str, torch.Tensor]
+    written: dict[str, Any]  # adapter_config.json
+    quantization: BaseQuantization | None
+    full_parts: Parts
+
+    def pairs(self) -> tuple[dict[str, Factors], list[str]]:
+        """Return the factors by the names of their layers in the file, and the names of tensors without a pair."""
+        return _pair_factors({name: t for name, t in self.tensors.items() if not self.full_parts.has(name)})
+
+    def in_original_names(self) -> bool:
+        return any(not _is_native(name) for name in self.tensors)
+
+
 def read_adapter(folder: Path) -> Adapter:
     """Read a LoRA adapter.
 
     Raises:
-        InputError: the folder is not a LoRA adapter, or a damaged one; the message says what to give instead.
+        InputError: the folder is not a LoRA adapter, or is damaged or of a kind that cannot be merged; the message
+            says what to give instead.
     """
     if not (folder / ADAPTER_CONFIG).is_file():
         raise InputError(_describe_non_adapter(folder))
     try:
-        tensors = load_file(folder / ADAPTER_WEIGHTS)
-        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            metadata = file.metadata() or {}
-        record, parts = metadata.get(QUANTIZATION_KEY), metadata.get(PARTS_KEY)
-        _check_digest(folder, tensors, metadata)
-        config = LoraConfig.from_pretrained(folder)
-        quantization = BaseQuantization.from_json(record) if record else None
-        full_parts = Parts.from_json(parts) if parts else NO_PARTS
+        files = _read_files(folder)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise InputError(f"{folder}: its adapter cannot be read: {error}") from error
-    problems = [
-        f"{folder}: {name} is {getattr(config, name)!r}, which cannot be merged here; plain LoRA, rsLoRA and DoRA can"
-        for name, plain in (("bias", "none"), ("fan_in_fan_out", False), ("rank_pattern", {}), ("alpha_pattern", {}),
-                            ("modules_to_save", full_parts.modules or None))
-        if getattr(config, name) != plain
-    ]  # fmt: skip
-    full_weights = {_name_in_base(name): tensor for name, tensor in tensors.items() if full_parts.has(name)}
-    factors, unpaired = _pair_factors({name: tensor for name, tensor in tensors.items() if not full_parts.has(name)})
-    problems += [f"{folder}: {name} does not belong to a LoRA pair" for name in unpaired]
-    problems += [f"{folder}: {name} holds NaN or infinity" for name, t in tensors.items() if not t.isfinite().all()]
-    if not factors:
-        problems.append(f"{folder}: {ADAPTER_WEIGHTS} holds no LoRA tensors")
+    problems = _problems_of(files)
     if problems:
-        raise InputError(problems)
-    scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    in_original_names = any(name.startswith(f"{PEFT_PREFIX}layers.") for name in tensors)
-    return Adapter(factors, scaling, quantization, full_parts, full_weights, in_original_names)
+        raise InputError([f"{folder}: {problem}" for problem in problems])
+    factors, _ = files.pairs()
+    values = LoraValues.of(files.written)
+    layers = {str(name_in_base(f"{layer}.weight")): layer for layer in factors}
+    return Adapter(
+        factors={name: factors[layer] for name, layer in layers.items()},
+        scaling={name: values.scaling(layer) for name, layer in layers.items()},
+        layers=layers,
+        quantization=files.quantization,
+        full_parts=files.full_parts,
+        full_weights={str(name_in_base(n)): t for n, t in files.tensors.items() if files.full_parts.has(n)},
+        in_original_names=files.in_original_names(),
+    )
 
 
-def _check_digest(folder: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Raise InputError if the files do not match the digest that they record. An adapter without a digest passes."""
+def _read_files(folder: Path) -> _AdapterFiles:
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        metadata = file.metadata() or {}
+    record, parts = metadata.get(QUANTIZATION_KEY), metadata.get(PARTS_KEY)
+    written = _read_config(folder)
+    _check_digest(folder, tensors, metadata, written)
+    quantization = BaseQuantization.from_json(record) if record else None
+    return _AdapterFiles(tensors, written, quantization, Parts.from_json(parts) if parts else NO_PARTS)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if not isinstance(written, dict):
         raise ValueError(f"{ADAPTER_CONFIG} is not a JSON object")
+    return written
+
+
+def _check_digest(
+    folder: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], written: dict[str, Any]
+) -> None:
+    """Raise InputError if the files do not match the digest that they record. An adapter without a digest passes."""
     if DIGEST_KEY in metadata and metadata[DIGEST_KEY] != digest(tensors, written, metadata.get(QUANTIZATION_KEY)):
         raise InputError(
             f"{folder}: {ADAPTER_WEIGHTS} or {ADAPTER_CONFIG} has changed since it was written: it is damaged, half "
@@ -158,7 +190,7 @@ def _check_digest(folder: Path, tensors: dict[str, torch.Tensor], metadata: dict
 
 
 def _pair_factors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Factors], list[str]]:
-    """Return the factors by the names of the weights they adapt, and the names of tensors that belong to no factors."""
+    """Return the factors by the names of their layers in the file, and the names of tensors without factors."""
     rest = dict(tensors)
     factors = {}
     for name in sorted(tensors):
@@ -166,14 +198,60 @@ def _pair_factors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Factors],
         if layer == name or layer + _LORA_B not in rest:
             continue
         parts = {part: rest.pop(layer + suffix, None) for suffix, part in _OTHER_PARTS.items()}
-        factors[_name_in_base(f"{layer}.weight")] = Factors(rest.pop(name), rest.pop(layer + _LORA_B), **parts)
+        factors[layer.removeprefix(PEFT_PREFIX)] = Factors(rest.pop(name), rest.pop(layer + _LORA_B), **parts)
     return factors, sorted(rest)
 
 
-def _name_in_base(name: str) -> str:
-    """Return the native base's name of a tensor in an adapter's file, which may use the names of either layout."""
-    name = name.removeprefix(PEFT_PREFIX)
-    return name if name.startswith("model.") else native_name(name) or name
+def _problems_of(files: _AdapterFiles) -> list[str]:
+    """Return why an adapter cannot be used, whatever its base."""
+    factors, unpaired = files.pairs()
+    problems = find_problems(files.written, files.full_parts.modules)
+    unknown = [name for name in files.tensors if name_in_base(name) is None]
+    problems += [f"{name} is not a tensor of a Higgs Audio v2 model" for name in unknown]
+    problems += [f"{name} {_why_unpaired(name)}" for name in unpaired]
+    problems += [f"{name} holds NaN or infinity" for name, t in files.tensors.items() if not t.isfinite().all()]
+    if not factors:
+        problems.append(f"{ADAPTER_WEIGHTS} holds no LoRA tensors")
+    return problems or _contradictions(LoraValues.of(files.written), factors)
+
+
+def _why_unpaired(name: str) -> str:
+    if ".lora_embedding_" in name:
+        return "is LoRA on an embedding, which cannot be merged here; leave embeddings out of target_modules"
+    return "does not belong to a LoRA pair"
+
+
+def _contradictions(values: LoraValues, factors: dict[str, Factors]) -> list[str]:
+    """Return where the tensors are not those of the configuration, which PEFT then loads in part or not at all."""
+    problems = []
+    for layer, of_layer in factors.items():
+        if len(of_layer.a) != values.rank(layer):
+            problems.append(f"{layer} has rank {len(of_layer.a)}, but rank {values.rank(layer)} in {ADAPTER_CONFIG}")
+        for key, is_used, tensor in (
+            ("use_dora", values.use_dora, of_layer.magnitude),
+            ("lora_bias", values.lora_bias, of_layer.bias),
+        ):
+            if is_used != (tensor is not None):
+                has = "has no" if is_used else "has a"
+                problems.append(f"{layer} {has} tensor for {key}, which is {is_used} in {ADAPTER_CONFIG}")
+    return problems
+
+
+def _is_native(name: str) -> bool:
+    return name.removeprefix(PEFT_PREFIX).startswith(_NATIVE_PREFIXES)
+
+
+def name_in_base(name: str) -> str | None:
+    """Return the native base's name of a tensor in an adapter's file, which may use the names of either layout.
+
+    None if neither layout has such a name.
+    """
+    if _is_native(name):
+        return name.removeprefix(PEFT_PREFIX)
+    try:
+        return native_name(name.removeprefix(PEFT_PREFIX))
+    except KeyError:
+        return None
 
 
 def check_fit(adapter: Adapter, shapes: dict[str, tuple[int, ...]], adapter_folder: Path, base_folder: Path) -> None:

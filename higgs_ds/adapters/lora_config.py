@@ -53,15 +53,24 @@ class LoraValues:
         """Return the rank of a layer, given by its name in the model."""
         return _value_for(layer, self.rank_pattern, self.r)
 
+    def alpha(self, layer: str) -> float:
+        """Return the numerator of the factor of B A in a layer."""
+        return _value_for(layer, self.alpha_pattern, self.lora_alpha)
+
     def scaling(self, layer: str) -> float:
         """Return the factor of B A in a layer."""
-        alpha, rank = _value_for(layer, self.alpha_pattern, self.lora_alpha), self.rank(layer)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        rank = self.rank(layer)
+        return self.alpha(layer) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def _value_for(layer: str, pattern: Mapping[str, Any], default: Any) -> Any:
-    """Return the value of the first expression that matches a layer's name or its end, as PEFT's `get_pattern_key`."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", layer)), default)
+    """Return the value of the first expression that matches a layer's name or its end."""
+    return next((value for key, value in pattern.items() if re.match(_expression(key), layer)), default)
+
+
+def _expression(key: str) -> str:
+    """Return the regular expression that PEFT's `get_pattern_key` makes of a key of a pattern."""
+    return rf"(.*\.)?({key})$"
 
 
 def find_problems(written: Mapping[str, Any], full_modules: list[str]) -> list[str]:
@@ -118,7 +127,7 @@ def _is_number(value: Any) -> bool:
 
 def _is_expression(text: str) -> bool:
     try:
-        re.compile(text)
+        re.compile(_expression(text))
     except re.error:
         return False
     return True
@@ -140,12 +149,15 @@ def _wrong_initialization(value: Any) -> list[str]:
 
 
 def _remedy(initialization: str) -> str:
-    if initialization == "loftq":
-        return (
-            "PEFT cannot convert it to plain LoRA; merge it with PEFT: PeftModel.from_pretrained, merge_and_unload() "
-            "and save_pretrained"
-        )
-    return (
+    """Return how to make something that can be used of an adapter that belongs to changed weights.
+
+    PEFT changes the weights again when it loads an adapter, but in the same way only with pissa, olora and loftq.
+    """
+    convert = (
         "convert it to plain LoRA with PEFT: save_pretrained(NEW_FOLDER, path_initial_model_for_weight_conversion="
         "INITIAL_FOLDER), where INITIAL_FOLDER is the adapter saved before its first training step"
     )
+    merge = "merge it with PEFT: PeftModel.from_pretrained, merge_and_unload() and save_pretrained"
+    if initialization == "loftq":
+        return f"PEFT cannot convert it to plain LoRA; {merge}"
+    return f"{convert}. Without INITIAL_FOLDER, {merge}" if initialization in ("pissa", "olora") else convert

@@ -8,15 +8,14 @@ from pathlib import Path
 import torch
 
 from higgs_ds.adapters.load import Adapter, BaseWeights, check_fit, read_adapter
-from higgs_ds.adapters.verify import Agreement, compare_merged
+from higgs_ds.adapters.verify import Agreement, compare_merged, compare_with_peft
 from higgs_ds.bases.builtin import find_base
 from higgs_ds.bases.conversion import native_folder
-from higgs_ds.bases.model_folder import add_parts, check_layout, check_output, model_folder, named_codec, write_shard
+from higgs_ds.bases.model_folder import add_parts, check_layout, model_folder, named_codec, write_shard
 from higgs_ds.common.errors import SaveError
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.common.tensor_files import weight_files, weight_shapes
-from higgs_ds.model.loading import read_config
-from higgs_ds.model.parts import parts_of, with_parts
+from higgs_ds.model.config import parts_of, read_config, with_parts
 from higgs_ds.options.commands import MergeOptions
 from higgs_ds.options.fields import MERGE_DEQUANTIZED, MERGE_ORIGINAL, NATIVE
 
@@ -78,7 +77,8 @@ def merge(
     Args:
         merge_base: "dequantized" merges into the dequantized weights of a 4-bit base, the function that QLoRA trained;
             "original" merges into the base's own weights; None stands for what the adapter was trained on.
-        verify: compare the merged model's logits with those of the base with the unmerged adapter.
+        verify: compare the merged model's logits with those of the base with the unmerged adapter, and the merged
+            weights of one layer of each kind with PEFT's.
         export_layout: "native", "original", or "both", each in a folder of its own below `output_folder`.
         codec_folder: the native codec to store with the model; None for the one that the base names.
 
@@ -95,16 +95,14 @@ def merge(
     shards = weight_files(base_folder)
     shapes = weight_shapes(shards)
     check_fit(adapter, shapes, adapter_folder, base_folder)
-    models = 1 if export_layout == NATIVE else 2  # another layout is written from the native one
     added = {name: tensor for name, tensor in adapter.full_weights.items() if name not in shapes}
     needed = sum(path.stat().st_size for path in shards) + sum(tensor.nbytes for tensor in added.values())
-    check_output(output_folder, models * needed, overwrite)
     base = BaseWeights(adapter.quantization, merge_base == MERGE_DEQUANTIZED)
     changed = {
         name for name in shapes if name in adapter.factors or name in adapter.full_weights or base.is_quantized(name)
     }
     changed |= {name.removesuffix("weight") + "bias" for name in adapter.factors if adapter.bias(name) is not None}
-    with model_folder(base_folder, output_folder, export_layout, overwrite, codec_folder) as native:
+    with model_folder(base_folder, output_folder, needed, export_layout, overwrite, codec_folder) as native:
         for shard in shards:
             write_shard(shard, native / shard.name, changed, lambda name, old: _merged_value(name, old, adapter, base))
         if added:
@@ -112,6 +110,9 @@ def merge(
         report = MergeReport(merge_base, base.quantized, base.differing)
         if verify:
             report.agreement = _verify(base_folder, native, adapter, merge_base)
+            compare_with_peft(
+                base_folder, native, adapter_folder, adapter, BaseWeights(adapter.quantization, base.dequantized)
+            )
     return report
 
 

@@ -6,18 +6,20 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from higgs_ds.common.errors import NotFiniteError, SaveError
 from higgs_ds.common.files import write_json, write_text
-from higgs_ds.model.nf4 import BaseQuantization
 from higgs_ds.model.parts import NO_PARTS, Parts
+from higgs_ds.model.quantization import BaseQuantization
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 QUANTIZATION_KEY, DIGEST_KEY, PARTS_KEY = "base_quantization", "sha256", "parts_in_full"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -102,6 +104,8 @@ def check_finite(tensors: dict[str, torch.Tensor]) -> None:
 
 def verify_adapter(folder: Path, tensors: dict[str, torch.Tensor], must_have_moved: bool) -> None:
     """Raise SaveError unless the files of an adapter hold exactly `tensors` and, if they must, B factors have moved."""
+    from peft import LoraConfig
+
     try:
         written = load_file(folder / ADAPTER_WEIGHTS)
         LoraConfig.from_pretrained(folder)

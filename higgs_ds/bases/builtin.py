@@ -6,25 +6,22 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, HiggsAudioV2Config
-
-from higgs_ds.bases import tiny_random
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import new_folder, saving, write_json
 from higgs_ds.common.hub import resolve_folder
 from higgs_ds.common.tensor_files import weight_shapes
-from higgs_ds.model.loading import read_config
+
+if TYPE_CHECKING:
+    from transformers import HiggsAudioV2Config
 
 ASSETS = Path(__file__).parent / "assets"
-DEFAULT_BASE, SPEAKING_CODEC = "speaking-base", "speaking-codec"
+DEFAULT_BASE, SPEAKING_CODEC, RANDOM_BASE = "speaking-base", "speaking-codec", "tiny-random-base"
 # Descriptions for users.
 BUILT_IN = {
     DEFAULT_BASE: "built in, small: speaks digits, for trying out the trainer",
-    tiny_random.BASE_NAME: "built in, random weights: generates noise, for trying out the trainer",
+    RANDOM_BASE: "built in, random weights: generates noise, for trying out the trainer",
 }
 WEIGHTS = "model.safetensors"
 PARTS = {
@@ -73,8 +70,10 @@ def builtin_base(name: str, cache_dir: Path) -> Path:
         SaveError: the base cannot be written to the cache.
     """
     _check_builtin(name)
-    if name == tiny_random.BASE_NAME:
-        return tiny_random.random_base(cache_dir)
+    if name == RANDOM_BASE:
+        from higgs_ds.bases.tiny_random import random_base
+
+        return random_base(cache_dir)
     home = cache_dir / f"speaking-{_assets_digest()[:12]}"
     codec, base = home / SPEAKING_CODEC, home / DEFAULT_BASE
     if not codec.is_dir():
@@ -91,8 +90,13 @@ def builtin_config(name: str) -> HiggsAudioV2Config:
         InputError: as for `builtin_base`.
     """
     _check_builtin(name)
-    if name == tiny_random.BASE_NAME:
-        return tiny_random.random_config()
+    import torch
+
+    from higgs_ds.bases.tiny_random import random_config
+    from higgs_ds.model.config import read_config
+
+    if name == RANDOM_BASE:
+        return random_config()
     config = read_config(ASSETS / DEFAULT_BASE)
     config.dtype = torch.float32
     return config
@@ -102,7 +106,7 @@ def _check_builtin(name: str) -> None:
     """Raise InputError if there is no built-in base of that name, or if some of its files are missing or damaged."""
     if not is_builtin(name):
         raise InputError(f"{name}: is not a built-in base; choose {' or '.join(BUILT_IN)}")
-    if name == tiny_random.BASE_NAME:
+    if name == RANDOM_BASE:
         return
     paths = [ASSETS / folder / part for folder, parts in PARTS.items() for part in parts]
     missing = [str(path.relative_to(ASSETS)) for path in paths if not path.is_file()]
@@ -126,6 +130,11 @@ def _assets_digest() -> str:
 
 def _copy_in_float32(asset: str, target: Path, codec: Path | None = None) -> None:
     """Copy a model of the assets to a new folder, in float32. With `codec`, also write a processor that names it."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    from higgs_ds.bases.tiny_random import build_processor
+
     source = ASSETS / asset
     with saving(target), new_folder(target) as folder:
         for path in source.iterdir():
@@ -138,7 +147,7 @@ def _copy_in_float32(asset: str, target: Path, codec: Path | None = None) -> Non
         in_float32 = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors}
         save_file(in_float32, folder / WEIGHTS, {"format": "pt"})
         if codec is not None:
-            tiny_random.build_processor(AutoTokenizer.from_pretrained(source), codec).save_pretrained(folder)
+            build_processor(AutoTokenizer.from_pretrained(source), codec).save_pretrained(folder)
 
 
 def _set_dtype_float32(values: dict[str, Any]) -> dict[str, Any]:

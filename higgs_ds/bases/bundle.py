@@ -5,45 +5,76 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer, HiggsAudioV2Config, PreTrainedTokenizerBase
+from tokenizers import Tokenizer as TextEncoder
 
 from higgs_ds.bases.builtin import find_base, which_builtin
 from higgs_ds.bases.conversion import native_codec, native_folder
+from higgs_ds.bases.tokenizer import read_tokenizer
 from higgs_ds.common import distributed
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import sha256_of
 from higgs_ds.common.hub import resolve_folder
 from higgs_ds.common.tensor_files import weight_files, weight_shapes
 from higgs_ds.data.code_cache import CodeCache
-from higgs_ds.data.codec import CodecInfo, codec_digest, find_codec, read_codec_info
+from higgs_ds.data.codec_info import CodecInfo, codec_digest, find_codec, read_codec_info
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.delay_pattern import AudioStream
 from higgs_ds.data.mel_features import POSITIONS_PER_S, MelFeatureStore
 from higgs_ds.data.prompt import AUDIO_DELAY, AUDIO_OUT, AUDIO_OUT_BOS, CachedTokenizer, missing_tokens
-from higgs_ds.model.layouts import MODEL_TYPES, read_json_config
-from higgs_ds.model.loading import read_config
-from higgs_ds.model.parts import NO_PARTS, Parts, parts_of, parts_to_add, with_parts
+from higgs_ds.model.layouts import MODEL_TYPES, read_json_config, read_native_config
+from higgs_ds.model.parts import NO_PARTS, Parts, parts_in
 from higgs_ds.options.train import ModelOptions
+
+if TYPE_CHECKING:
+    from transformers import HiggsAudioV2Config, PreTrainedTokenizerBase
+
+
+# What the data depends on, with the defaults of transformers' HiggsAudioV2Config. All are whole numbers.
+DEFAULTS = {
+    "num_codebooks": 8, "codebook_size": 1024, "audio_stream_bos_id": 1024, "audio_stream_eos_id": 1025,
+    "pad_token_id": 128001, "audio_token_id": 128016, "audio_delay_token_id": 128014, "audio_bos_token_id": 128013,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Bundle:
     """Everything of a base except its weights. `name` is the name that is reported to the user.
 
-    `config` includes the parts that are `added` to the base. If a Whisper tower is among them, `whisper_folder` is
-    where its weights come from.
+    `values` are those of the base's config.json, in the native layout. If a Whisper tower is among the parts that are
+    `added` to the base, `whisper_folder` is where its weights come from.
     """
 
     name: str
     folder: Path
-    config: HiggsAudioV2Config
-    tokenizer: PreTrainedTokenizerBase
+    values: dict[str, Any]
+    text_encoder: TextEncoder
     codec: CodecInfo
     layout: str
     added: Parts = NO_PARTS
     whisper_folder: Path | None = None
+
+    @cached_property
+    def config(self) -> HiggsAudioV2Config:
+        """The configuration, with the added parts. Raises InputError if transformers refuses it."""
+        from huggingface_hub.errors import StrictDataclassError
+
+        from higgs_ds.model.config import config_of, with_parts
+
+        try:
+            return with_parts(config_of(self.values), self.added)
+        except StrictDataclassError as error:
+            raise InputError(f"{self.folder / 'config.json'}: {' '.join(str(error).split())}") from error
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer as transformers loads it, to be saved with a model."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
 
     @property
     def identity(self) -> str:
@@ -53,25 +84,25 @@ class Bundle:
     @property
     def pad_id(self) -> int:
         """The token id that pads the end of a row, where nothing is predicted."""
-        return self.config.pad_token_id or 0
+        return self.values["pad_token_id"] or 0
 
     @property
     def stream(self) -> AudioStream:
-        return AudioStream(self.config.num_codebooks, self.config.audio_stream_bos_id, self.config.audio_stream_eos_id)
+        values = self.values
+        return AudioStream(values["num_codebooks"], values["audio_stream_bos_id"], values["audio_stream_eos_id"])
 
     def coder(self, cache_dir: Path) -> Coder:
         """Return the coder that turns samples into token ids and audio codes of this base."""
         cache = CodeCache(cache_dir, codec_digest(self.codec.folder))
-        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        vocabulary = json.dumps(sorted(self.text_encoder.get_vocab().items()))
         mel_features = self._mel_features(cache_dir)
         parts = (vocabulary, self.stream, cache.codec_digest, *([mel_features.identity] if mel_features else []))
         identity = hashlib.sha256(repr(parts).encode()).hexdigest()
-        return Coder(
-            CachedTokenizer(self.tokenizer), self.stream, self.pad_id, self.codec, cache, identity, mel_features
-        )
+        tokenizer = CachedTokenizer(self.text_encoder)
+        return Coder(tokenizer, self.stream, self.pad_id, self.codec, cache, identity, mel_features)
 
     def _mel_features(self, cache_dir: Path) -> MelFeatureStore | None:
-        tower = parts_of(self.config).audio_tower
+        tower = self.added.audio_tower or parts_in(self.values).audio_tower
         if tower is None:
             return None
         stretch_s = tower["max_source_positions"] // POSITIONS_PER_S
@@ -97,29 +128,19 @@ def open_bundle(name: str | None, revision: str | None, codec_name: str | None, 
     reported_name = name if name and which_builtin(name) is None else str(folder)
     layout = MODEL_TYPES[read_json_config(folder, "--base_ckpt")["model_type"]]
     folder = native_folder(folder, "--base_ckpt", cache_dir)
-    config = read_config(folder)
+    values = DEFAULTS | read_native_config(folder, "--base_ckpt")
     weight_files(folder)
     codec_folder = native_codec(find_codec(folder, codec_name), "--codec_ckpt", cache_dir)
     codec = read_codec_info(codec_folder)
     weight_shapes(weight_files(codec_folder))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: its tokenizer does not load: {error}") from error
-    problems = _tokenizer_problems(folder, config, tokenizer)
-    if codec.config.num_quantizers != config.num_codebooks:
-        problems.append(
-            f"{codec_folder}: the codec has {codec.config.num_quantizers} codebooks, "
-            f"but the base {folder} uses {config.num_codebooks}"
-        )
-    if codec.config.codebook_size != config.audio_stream_bos_id or config.codebook_size <= config.audio_stream_eos_id:
-        problems.append(
-            f"{folder}: codebook_size {config.codebook_size} with stream BOS {config.audio_stream_bos_id} and EOS "
-            f"{config.audio_stream_eos_id} does not fit the codec's {codec.config.codebook_size} codes"
-        )
+    tokenizer = read_tokenizer(folder)
+    problems = _wrong_numbers(folder, values) or [
+        *_tokenizer_problems(folder, values, tokenizer),
+        *_codec_problems(folder, values, codec),
+    ]
     if problems:
         raise InputError(problems)
-    return Bundle(reported_name, folder, config, tokenizer, codec, layout)
+    return Bundle(reported_name, folder, values, tokenizer, codec, layout)
 
 
 def open_for_training(options: ModelOptions, cache_dir: Path) -> Bundle:
@@ -133,26 +154,55 @@ def open_for_training(options: ModelOptions, cache_dir: Path) -> Bundle:
 
     def open_with_parts() -> Bundle:
         bundle = open_bundle(options.base_ckpt, options.base_revision, options.codec_ckpt, cache_dir)
-        added, whisper_folder = parts_to_add(options, bundle.config, resolve_folder)
+        if not options.audio_self_attention and not options.whisper_conditioning:
+            return bundle
+        from higgs_ds.model.config import parts_to_add
+
+        added, whisper_folder = parts_to_add(options, parts_in(bundle.values), resolve_folder)
         if whisper_folder is not None:
             weight_shapes(weight_files(whisper_folder))
-        return replace(bundle, config=with_parts(bundle.config, added), added=added, whisper_folder=whisper_folder)
+        return replace(bundle, added=added, whisper_folder=whisper_folder)
 
     distributed.on_main(lambda: open_with_parts() and None)
     return distributed.run_on_all_ranks(open_with_parts)
 
 
-def _tokenizer_problems(folder: Path, config: HiggsAudioV2Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _wrong_numbers(folder: Path, values: dict[str, Any]) -> list[str]:
+    may_be_null = ("pad_token_id",)
+    return [
+        f"{folder / 'config.json'}: {name} is {values[name]!r}; it must be a whole number"
+        for name in DEFAULTS
+        if type(values[name]) is not int and not (values[name] is None and name in may_be_null)
+    ]
+
+
+def _tokenizer_problems(folder: Path, values: dict[str, Any], tokenizer: TextEncoder) -> list[str]:
     missing = missing_tokens(tokenizer.get_vocab())
     if missing:
         return [f"{folder}: its tokenizer has no {', '.join(missing)}"]
     expected = {
-        AUDIO_OUT: config.audio_token_id,
-        AUDIO_DELAY: config.audio_delay_token_id,
-        AUDIO_OUT_BOS: config.audio_bos_token_id,
+        AUDIO_OUT: values["audio_token_id"],
+        AUDIO_DELAY: values["audio_delay_token_id"],
+        AUDIO_OUT_BOS: values["audio_bos_token_id"],
     }
     return [
-        f"{folder}: {token} is {tokenizer.convert_tokens_to_ids(token)} in the tokenizer, {expected_id} in config.json"
+        f"{folder}: {token} is {tokenizer.token_to_id(token)} in the tokenizer, {expected_id} in config.json"
         for token, expected_id in expected.items()
-        if tokenizer.convert_tokens_to_ids(token) != expected_id
+        if tokenizer.token_to_id(token) != expected_id
     ]
+
+
+def _codec_problems(folder: Path, values: dict[str, Any], codec: CodecInfo) -> list[str]:
+    size, bos, eos = (values[name] for name in ("codebook_size", "audio_stream_bos_id", "audio_stream_eos_id"))
+    problems = []
+    if codec.num_codebooks != values["num_codebooks"]:
+        problems.append(
+            f"{codec.folder}: the codec has {codec.num_codebooks} codebooks, but the base {folder} uses "
+            f"{values['num_codebooks']}"
+        )
+    if codec.codebook_size != bos or size <= eos:
+        problems.append(
+            f"{folder}: codebook_size {size} with stream BOS {bos} and EOS {eos} does not fit the codec's "
+            f"{codec.codebook_size} codes"
+        )
+    return problems

@@ -11,11 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save_file
-from transformers import DacFeatureExtractor
+from typing import TYPE_CHECKING, Any
 
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import free_bytes, new_folder, saving, sha256_of, write_json, write_text
@@ -29,8 +25,13 @@ from higgs_ds.common.tensor_files import (
     weight_shapes,
     write_shards,
 )
-from higgs_ds.data.codec import CODEC_SUBFOLDER, ORIGINAL_CODEC, PROCESSOR_CONFIG, check_codec_tensors, read_codec_json
-from higgs_ds.data.codec_layout import is_original_codec, native_codec_config, native_codec_tensors
+from higgs_ds.data.codec_info import (
+    CODEC_SUBFOLDER,
+    ORIGINAL_CODEC,
+    PROCESSOR_CONFIG,
+    is_original_codec,
+    read_codec_json,
+)
 from higgs_ds.data.prompt import AUDIO_DELAY, AUDIO_EOS, AUDIO_OUT, AUDIO_OUT_BOS
 from higgs_ds.model.layouts import (
     MODEL_TYPES,
@@ -43,6 +44,9 @@ from higgs_ds.model.layouts import (
     special_tokens,
 )
 from higgs_ds.options.fields import NATIVE
+
+if TYPE_CHECKING:
+    import torch
 
 SAVED_ORIGINAL_CONFIG = "original_config.json"  # stored with a native model that was converted from an original one
 SAMPLE_RATE = 24000  # Hz; all codecs of this family use it
@@ -96,6 +100,12 @@ def native_codec(folder: Path, asked_by: str, cache_dir: Path) -> Path:
     identity = hashlib.sha256(f"{sha256_of(folder / 'config.json')} {sha256_of(path)}".encode()).hexdigest()
     target = cache_dir / "converted" / f"codec-{identity[:32]}"
     if not target.is_dir():
+        import torch
+        from safetensors.torch import save_file
+
+        from higgs_ds.data.codec import check_codec_tensors
+        from higgs_ds.data.codec_layout import native_codec_config, native_codec_tensors
+
         tensors = _load_pickled(path)
         new_config = native_codec_config(config, tensors, where)
         weights = native_codec_tensors(tensors, len(config["ratios"]))
@@ -150,6 +160,8 @@ def rewrite(source: Path, target: Path, to: str, asked_by: str) -> list[str]:
 
 def write_processor(folder: Path, config: dict[str, Any], codec: str) -> None:
     """Write the processor files, which original folders do not have. `codec`: the codec's path or hub id."""
+    from transformers import DacFeatureExtractor
+
     extractor = DacFeatureExtractor(sampling_rate=SAMPLE_RATE, hop_length=1)  # the codec itself pads clips
     values = {
         "processor_class": "HiggsAudioV2Processor",
@@ -240,6 +252,8 @@ def pickled_files(folder: Path) -> list[Path]:
 
 def _load_pickled(path: Path) -> dict[str, torch.Tensor]:
     """Load the tensors of a torch.save file, memory-mapped if its format allows it."""
+    import torch
+
     try:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -254,5 +268,7 @@ def _load_pickled(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _concatenate(parts: list[StoredTensor]) -> torch.Tensor:
+    import torch
+
     tensors = [part.read() for part in parts]
     return tensors[0].contiguous() if len(tensors) == 1 else torch.cat(tensors)

@@ -7,10 +7,10 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
-from transformers import HiggsAudioV2Config
 
 from higgs_ds.bases.conversion import native_codec, rewrite
 from higgs_ds.common.console import warn
@@ -27,9 +27,12 @@ from higgs_ds.common.files import (
 from higgs_ds.common.lock import lock_beside, locked
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.common.tensor_files import WEIGHT_INDEX, byte_ranges, companion_files, read_tensor, weight_shapes
-from higgs_ds.data.codec import CODEC_SUBFOLDER, PROCESSOR_CONFIG, find_codec
+from higgs_ds.data.codec_info import CODEC_SUBFOLDER, PROCESSOR_CONFIG, find_codec
 from higgs_ds.model.parts import Parts
 from higgs_ds.options.fields import NATIVE, ORIGINAL
+
+if TYPE_CHECKING:
+    from transformers import HiggsAudioV2Config
 
 PARTS_FILE = "parts.safetensors"
 

@@ -13,9 +13,8 @@ from higgs_ds.checkpoints.trained_weights import FullFormat, read_trained
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.common.tensor_files import weight_files, weight_shapes
+from higgs_ds.model.config import parts_of, read_config, with_parts
 from higgs_ds.model.layouts import DUPLICATE_HEADS, DUPLICATE_PREFIX
-from higgs_ds.model.loading import read_config
-from higgs_ds.model.parts import parts_of, with_parts
 from higgs_ds.options.commands import ExportOptions
 from higgs_ds.options.fields import NATIVE
 

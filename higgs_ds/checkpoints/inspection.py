@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
-
 from higgs_ds.adapters.load import Adapter, check_fit, read_adapter
+from higgs_ds.adapters.lora_config import LoraValues
 from higgs_ds.adapters.save import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from higgs_ds.bases.builtin import find_base
 from higgs_ds.bases.conversion import native_folder
@@ -44,7 +43,7 @@ class FoundAdapter:
     problem: str | None = None
     base: str | None = None
     rank: int | None = None
-    alpha: int | None = None
+    alpha: float | None = None
     targets: list[str] = field(default_factory=list)
     tensors: int = 0
     size_mib: float = 0.0
@@ -94,16 +93,16 @@ def describe_adapter(folder: Path) -> FoundAdapter:
     step = step_of(folder.parent)
     try:
         adapter = read_adapter(folder)
-        config = LoraConfig.from_pretrained(folder)
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except InputError as error:
         return FoundAdapter(str(folder), "; ".join(error.problems), of_step=step)
-    stat = (folder / ADAPTER_WEIGHTS).stat()
+    stat, values, targets = (folder / ADAPTER_WEIGHTS).stat(), LoraValues.of(config), config.get("target_modules") or []
     return FoundAdapter(
         path=str(folder),
-        base=config.base_model_name_or_path,
-        rank=config.r,
-        alpha=config.lora_alpha,
-        targets=sorted(config.target_modules),
+        base=config.get("base_model_name_or_path"),
+        rank=values.r,
+        alpha=values.lora_alpha,
+        targets=[targets] if isinstance(targets, str) else sorted(targets),
         tensors=len(weight_shapes([folder / ADAPTER_WEIGHTS])),
         size_mib=stat.st_size / 2**20,
         base_in_4bit=adapter.quantization is not None,

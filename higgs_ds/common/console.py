@@ -13,22 +13,22 @@ from higgs_ds.common.distributed import is_main
 
 
 def quiet_libraries() -> None:
-    """Switch off library messages that do not concern the user. Call before importing deepspeed or transformers."""
-    import torch
-
-    if not torch.cuda.is_available():
-        # Without a GPU, DeepSpeed warns once per process that it uses the CPU, unless this variable selects the CPU.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    """Switch off library messages that do not concern the user, without importing a library. Call before any import."""
     # On CPUs with bf16 instructions, bitsandbytes reports a missing inference kernel that nothing here uses.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    import transformers
-
-    # Only the progress bars over the tensors of a model; errors and warnings stay.
-    transformers.utils.logging.disable_progress_bar()
+    # DeepSpeed, which transformers imports, warns about every machine without a GPU.
+    logging.getLogger("DeepSpeed").addFilter(_is_wanted)
+    # bitsandbytes, which PEFT imports, would load torch's compiler for some functions: a second, and other results on
+    # machines that have a C++ compiler.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # PEFT 0.21 uses the former name of a property of transformers 5.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     # transformers 5.23 renamed this as well; older versions have only this name.
     warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()
 
 
 _quiet = False

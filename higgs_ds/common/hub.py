@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from higgs_ds.common.errors import InputError
 
 # Default revisions of hub ids. The content of these repositories was replaced once, and may be again.
@@ -28,13 +25,24 @@ def resolve_folder(name: str, asked_by: str, revision: str | None = None) -> Pat
     Raises:
         InputError: there is no such folder, and no such repository.
     """
-    return _resolve(name, asked_by, lambda: Path(snapshot_download(name, revision=revision or PINNED.get(name))))
+
+    def download() -> Path:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, revision=revision or PINNED.get(name)))
+
+    return _resolve(name, asked_by, download)
 
 
 def resolve_config_folder(name: str, asked_by: str, revision: str | None = None) -> Path:
     """Like `resolve_folder`, but download only config.json of a hub id."""
-    revision = revision or PINNED.get(name)
-    return _resolve(name, asked_by, lambda: Path(hf_hub_download(name, "config.json", revision=revision)).parent)
+
+    def download() -> Path:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(name, "config.json", revision=revision or PINNED.get(name))).parent
+
+    return _resolve(name, asked_by, download)
 
 
 def _resolve(name: str, asked_by: str, download: Callable[[], Path]) -> Path:
@@ -43,6 +51,8 @@ def _resolve(name: str, asked_by: str, download: Callable[[], Path]) -> Path:
         return folder.resolve()
     if not is_hub_id(name):
         raise InputError(f"{asked_by} {name}: no such folder (a hub id has the form OWNER/NAME)")
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return download()
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -112,18 +112,25 @@ class OutputLock:
             self._ended.set()
             holder = self._read()
             if holder is not None and holder.token == self._owner.token:
-                self.path.unlink(missing_ok=True)
+                # On a disk that has become read-only, the file stays. It is recognized as left over.
+                with contextlib.suppress(OSError):
+                    self.path.unlink(missing_ok=True)
             self._owner = None
 
     def _create(self, owner: Owner) -> bool:
         """Create the lock file, or return False if there is one. Exclusive creation is atomic, also over NFS."""
         try:
-            with self.path.open("x", encoding="utf-8") as file:
+            file = self.path.open("x", encoding="utf-8")
+        except FileExistsError:
+            return False
+        try:
+            with file:
                 json.dump(asdict(owner), file)
                 file.flush()
                 os.fsync(file.fileno())
-        except FileExistsError:
-            return False
+        except OSError:
+            self.path.unlink(missing_ok=True)
+            raise
         return True
 
     def _read(self) -> Owner | None:
@@ -166,7 +173,9 @@ class OutputLock:
             if holder.pid == own.pid:
                 return "it is this process"
             return None if _runs(holder) else "that process has ended"
-        if holder.host == own.host and holder.namespace == own.namespace:
+        same_name = holder.host == own.host and holder.namespace == own.namespace
+        # Two machines may have the same name. If this is the holder's, the lock has not been touched since it started.
+        if same_name and (self._touched_at() or 0) < psutil.boot_time() * 1e9:
             return "that machine has been started again since"
         if holder.job and holder.job == own.job and holder.restarts < own.restarts:
             return f"Slurm has started job {own.job} again"

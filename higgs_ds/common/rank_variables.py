@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from higgs_ds.common.errors import InputError
 
 REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _HIGHEST_PORT = 65535
+_IN_STEP, _TASKS_PER_NODE = "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"
+_OF_STEP = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", _TASKS_PER_NODE, "SLURM_STEP_NODELIST")
 _SINGLE_PROCESS = ((None, None), (None, "1"), ("0", "1"))  # values of RANK and WORLD_SIZE
 
 
@@ -56,17 +58,24 @@ def read_ranks(environment: Mapping[str, str]) -> Ranks:
 
 def _checked(values: Mapping[str, str], environment: Mapping[str, str]) -> Ranks:
     """Return the ranks that a complete set of variables describes. Raises InputError."""
-    numbers = {name: values[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    wrong = [name for name, value in numbers.items() if not value.isdecimal()]
+    # Of an srun task, only some are the user's; the others are derived from Slurm's variables.
+    given = {name: values[name] for name in REQUIRED if environment.get(name) == values[name]} or values
+    wrong = _not_numbers(values, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
     if wrong:
-        raise InputError(_advice(f"{', '.join(wrong)} must be a number", values))
-    rank, world_size, local_rank, port = (int(value) for value in numbers.values())
+        raise InputError(_advice(wrong, given))
+    rank, world_size, local_rank = int(values["RANK"]), int(values["WORLD_SIZE"]), int(values["LOCAL_RANK"])
+    port = int(values["MASTER_PORT"])
     if rank >= world_size or local_rank >= world_size or not 0 < port <= _HIGHEST_PORT:
         rule = f"RANK and LOCAL_RANK must be below WORLD_SIZE, MASTER_PORT must be 1 to {_HIGHEST_PORT}"
-        raise InputError(_advice(rule, values))
+        raise InputError(_advice(rule, given))
     local = values.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE")
     local_world_size = int(local) if local and local.isdecimal() and 0 < int(local) <= world_size else 1
     return Ranks(rank, world_size, local_rank, local_world_size, values["MASTER_ADDR"], port)
+
+
+def _not_numbers(values: Mapping[str, str], names: Sequence[str]) -> str | None:
+    wrong = [name for name in names if not values[name].isdecimal()]
+    return f"{', '.join(wrong)} must be a number" if wrong else None
 
 
 def _advice(what: str, given: Mapping[str, str]) -> str:
@@ -82,19 +91,50 @@ def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that a launcher would set, derived from those of an srun task; empty outside of srun.
 
     A batch script has SLURM_PROCID too, but not the variables of a job step: a process started there runs alone.
+
+    Raises:
+        InputError: some of srun's variables are missing, or are not what Slurm writes.
     """
-    if "SLURM_STEP_NUM_TASKS" not in environment:
+    if not environment.get(_IN_STEP):
         return {}
-    first_host = re.match(r"([^,\[]+)(?:\[(\d+))?", environment["SLURM_STEP_NODELIST"])
-    on_first_node = re.match(r"\d+", environment["SLURM_STEP_TASKS_PER_NODE"])
-    assert first_host and on_first_node  # noqa: PT018 - Slurm writes no other form
-    job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
+    _check_step(environment)
+    step = environment.get("SLURM_STEP_ID", "")  # may be a word in special steps: batch, extern, interactive
+    port = 20000 + (8 * int(environment["SLURM_JOB_ID"]) + (int(step) if step.isdecimal() else 0)) % 20000
     return {
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_WORLD_SIZE": on_first_node[0],
-        "MASTER_ADDR": environment.get("MASTER_ADDR") or "".join(filter(None, first_host.groups())),
+        "WORLD_SIZE": environment[_IN_STEP],
+        "LOCAL_WORLD_SIZE": _tasks_of_first_node(environment),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_host(environment["SLURM_STEP_NODELIST"]),
         # The same on all nodes, and different from that of another job with a rank on the same node.
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + (8 * job + step) % 20000),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(port),
     }
+
+
+def _check_step(environment: Mapping[str, str]) -> None:
+    """Check that srun's variables are complete: a container may be given only some of them. Raises InputError."""
+    missing = [name for name in _OF_STEP if not environment.get(name)]
+    if missing:
+        wrong: str | None = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+    else:
+        numbers = {name: environment[name] for name in (_IN_STEP, *_OF_STEP)}
+        numbers[_TASKS_PER_NODE] = _tasks_of_first_node(environment)
+        wrong = _not_numbers(numbers, [name for name in numbers if name != "SLURM_STEP_NODELIST"])
+    if wrong:
+        shown = ", ".join(f"{name}={environment[name]}" for name in (_IN_STEP, *_OF_STEP) if environment.get(name))
+        raise InputError(
+            f"environment: {shown} set, but {wrong}. srun sets all of {', '.join((_IN_STEP, *_OF_STEP))}. To train in "
+            f"a single process: unset {_IN_STEP}"
+        )
+
+
+def _tasks_of_first_node(environment: Mapping[str, str]) -> str:
+    """Return the first number of a list like "2(x3),1"."""
+    return re.split(r"[(,]", environment[_TASKS_PER_NODE])[0]
+
+
+def _first_host(nodes: str) -> str:
+    """Return the first of a list like "rack[1-2]n[05-08,11],login"."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    assert first
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])

@@ -6,13 +6,15 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from higgs_ds.common.errors import InputError, SaveError
 from higgs_ds.common.files import release_freed_memory, write_json
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 
@@ -84,7 +86,7 @@ def weight_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="np") as file:  # headers only, without importing torch
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: not a safetensors file, or damaged: {error}") from error
@@ -137,6 +139,8 @@ def _index_name(stem: str) -> str:
 
 def _write_shard(tensors: dict[str, torch.Tensor], path: Path) -> list[str]:
     """Write tensors to one file, verify them, clear the dict to free them, and return their names."""
+    from safetensors.torch import save_file
+
     save_file(tensors, path, {"format": "pt"})
     for name, tensor in tensors.items():
         if not _bytes_of(read_tensor(path, name)).equal(_bytes_of(tensor)):
@@ -149,6 +153,8 @@ def _write_shard(tensors: dict[str, torch.Tensor], path: Path) -> list[str]:
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """View a tensor as bytes, in which NaN equals itself."""
+    import torch
+
     return tensor.flatten().view(torch.uint8)
 
 
@@ -157,7 +163,7 @@ def shard_files(folder: Path, stem: str = "model") -> list[Path]:
     return indexed_files(folder, _index_name(stem)) or require_files(folder, [f"{stem}.safetensors"])
 
 
-class StoredTensors(Mapping[str, torch.Tensor]):
+class StoredTensors(Mapping[str, "torch.Tensor"]):
     """Tensors of safetensors files by name, read on access.
 
     The file that was read last stays open until a tensor of another file is read.

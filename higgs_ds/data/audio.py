@@ -1,4 +1,7 @@
-"""Read audio files as the codec needs them: mono float32 at its sample rate. Write audio files."""
+"""Read audio files as the codec needs them: mono float32 at its sample rate. Write audio files.
+
+Clips are checked without torch, whose import takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
-import torch
-import torchaudio
 
 from higgs_ds.common.files import replaced_file
 from higgs_ds.data.sample import AudioClip
+
+if TYPE_CHECKING:
+    import torch
 
 # torchaudio's defaults, written out because they are part of the keys of the code cache.
 RESAMPLING: dict[str, Any] = {"lowpass_filter_width": 6, "rolloff": 0.99, "resampling_method": "sinc_interp_hann"}
@@ -90,6 +94,9 @@ def read_audio(clip: AudioClip, sample_rate: int, max_s: float = math.inf) -> to
             be resampled; or the clip contains no samples, or NaN or infinite ones.
         ClipTooLongError: the clip lasts longer than `max_s` seconds.
     """
+    import torch
+    import torchaudio
+
     with _opened(clip, max_s) as (source_rate, blocks):
         _check_rate(source_rate, sample_rate)
         waveform = np.concatenate(list(blocks))

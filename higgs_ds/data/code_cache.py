@@ -7,14 +7,16 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from higgs_ds.common.files import replaced_file, saving, sha256_of
 from higgs_ds.data.audio import RESAMPLING
 from higgs_ds.data.sample import AudioClip
+
+if TYPE_CHECKING:
+    import torch
 
 KEY_BYTES = 32
 HEADER_BYTES = 1024  # upper limit of what a file contains besides the codes
@@ -47,8 +49,19 @@ class CodeCache:
 
     def load(self, key: str, num_codebooks: int) -> CachedCodes | None:
         """Return a clip's codes, or None if they are not cached."""
+        return self._read(key, num_codebooks, "pt")
+
+    def facts(self, key: str, num_codebooks: int) -> tuple[int, float] | None:
+        """Return a clip's number of frames and its fraction of clipped samples, or None if it is not cached.
+
+        The codes are read as well, as in `load`, but without importing torch.
+        """
+        cached = self._read(key, num_codebooks, "np")
+        return None if cached is None else (cached.codes.shape[1], cached.clipped)
+
+    def _read(self, key: str, num_codebooks: int, framework: str) -> CachedCodes | None:
         try:
-            with safe_open(self.path(key), framework="pt") as file:
+            with safe_open(self.path(key), framework=framework) as file:
                 metadata = file.metadata() or {}
                 codes = file.get_tensor("codes")
                 if metadata.get("key") != key or codes.ndim != 2 or len(codes) != num_codebooks:
@@ -67,6 +80,9 @@ class CodeCache:
 
     def store(self, key: str, cached: CachedCodes) -> None:
         """Store codes (C, F). Raises SaveError."""
+        import torch
+        from safetensors.torch import save_file
+
         with saving(self.path(key)), replaced_file(self.path(key)) as temporary:
             metadata = {"key": key, "clipped": repr(cached.clipped)}
             save_file({"codes": cached.codes.to(torch.int16).contiguous()}, temporary, metadata)

@@ -26,11 +26,6 @@ _TRAINING_ONLY = "semantic_model.masked_spec_embed"
 _NEEDED = ("ratios", "sample_rate", "target_bandwidths", "bins")
 
 
-def is_original_codec(config: Mapping[str, Any]) -> bool:
-    """Return whether a config.json is that of a codec in the original layout, which has no model type."""
-    return "model_type" not in config and "semantic_techer" in config
-
-
 def native_codec_config(
     config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], where: str
 ) -> HiggsAudioV2TokenizerConfig:

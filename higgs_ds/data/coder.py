@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from higgs_ds.data.code_cache import CodeCache
-from higgs_ds.data.codec import CodecInfo
+from higgs_ds.data.codec_info import CodecInfo
 from higgs_ds.data.delay_pattern import AudioStream
 from higgs_ds.data.index import CheckedClip
 from higgs_ds.data.mel_features import MelFeatureStore

@@ -11,7 +11,7 @@ import torch
 from higgs_ds.data.delay_pattern import AudioStream, apply_delay_pattern, delayed_labels
 from higgs_ds.data.mel_features import MARGIN, MelFeatures
 from higgs_ds.data.prompt import Prompt
-from higgs_ds.model.loss import IGNORE_INDEX
+from higgs_ds.model.labels import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+from higgs_ds.model.labels import IGNORE_INDEX
 
-from higgs_ds.model.loss import IGNORE_INDEX
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ def revert_delay_pattern(rows: torch.Tensor, stream: AudioStream) -> torch.Tenso
 
     Rows of a truncated generation have no EOS. Then every frame that has the codes of all codebooks is returned.
     """
+    import torch
+
     num_rows, num_codebooks = rows.shape
     ends = (rows[:, 0] == stream.eos_id).nonzero()
     num_frames = (int(ends[0]) if len(ends) else num_rows) - 1

@@ -19,22 +19,11 @@ from higgs_ds.data.code_cache import CachedCodes, CodeCache
 from higgs_ds.data.codec import Codec
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.mel_features import MelFeatureStore
-from higgs_ds.data.sample import AudioClip
+from higgs_ds.data.survey import ClipToEncode
 
 WINDOW_CLIPS, WINDOW_BYTES = 4096, 64 << 20  # limits of a window: clips, and bytes of audio embedded in manifests
 BATCH_S = 120.0  # seconds of audio per batch on a GPU
 WORTH_A_WORKER_S = 60.0  # seconds of audio below which a worker process takes longer to start than it saves
-
-
-@dataclass(frozen=True)
-class ClipToEncode:
-    """A clip that is not in the cache yet."""
-
-    clip: AudioClip
-    key: str
-    num_samples: int  # at the codec's rate
-    clipped: float
-    is_heard: bool = False  # whether a Whisper tower encodes it
 
 
 def encode_clips(

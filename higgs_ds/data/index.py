@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from higgs_ds.data.code_cache import KEY_BYTES
 from higgs_ds.data.sample import AudioClip, Message, Sample
@@ -122,8 +121,8 @@ class Index:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._facts, self._content = (_mapped(folder, kind) for kind in SCHEMAS)
-        self._order = np.argsort(self._facts["number"].to_numpy(), kind="stable")
-        self.num_tokens = self._facts["num_tokens"].to_numpy()[self._order]
+        self._order = np.argsort(_numbers(self._facts["number"].combine_chunks()), kind="stable")
+        self.num_tokens = _numbers(self._facts["num_tokens"].combine_chunks())[self._order]
 
     def __len__(self) -> int:
         return len(self._order)
@@ -140,13 +139,27 @@ class Index:
         return [self._content["source"][int(self._order[row])].as_py() for row in rows]
 
     def labels(self, name: str) -> tuple[np.ndarray, list[str]]:
-        """Return a column of strings (speaker, language): the index of each row's string, -1 for none; the strings."""
-        column = self._facts[name].take(pa.array(self._order)).combine_chunks().dictionary_encode()
-        return column.indices.fill_null(-1).to_numpy(zero_copy_only=False), column.dictionary.to_pylist()
+        """Return a column of strings (speaker, language): the index of each row's string, -1 for none; the strings.
+
+        The strings are in the order in which they first appear.
+        """
+        stored: dict[str | None, int] = {None: -1}
+        codes = [
+            np.array([stored.setdefault(value, len(stored) - 1) for value in chunk.to_pylist()], np.int32)
+            for chunk in self._facts[name].chunks
+        ]
+        in_order = np.concatenate([np.zeros(0, np.int32), *codes])[self._order]
+        found, first = np.unique(in_order, return_index=True)
+        by_appearance = [code for code in found[np.argsort(first)].tolist() if code >= 0]
+        renumbered = np.full(len(stored), -1, np.int32)  # the last place is that of code -1
+        renumbered[by_appearance] = np.arange(len(by_appearance))
+        strings = [value for value in stored if value is not None]
+        return renumbered[in_order], [strings[code] for code in by_appearance]
 
     def any_heard(self) -> bool:
         """Return whether a Whisper tower encodes any of the clips."""
-        return len(pc.list_flatten(pc.list_flatten(self._facts["num_outputs"]))) > 0
+        chunks = self._facts["num_outputs"].chunks
+        return any(len(outputs) for chunk in chunks for lists in chunk.to_pylist() for outputs in lists)
 
     def digests(self) -> np.ndarray:
         """Return 16 bytes per row, equal for two samples that are the same to the model."""
@@ -158,7 +171,9 @@ class Index:
 
     def clip_frames(self) -> np.ndarray:
         """Return the numbers of frames of all clips of all rows."""
-        return self._facts["num_frames"].combine_chunks().flatten().to_numpy()
+        lists = self._facts["num_frames"].combine_chunks()
+        bounds = _numbers(lists.offsets)
+        return _numbers(lists.values)[bounds[0] : bounds[-1]]
 
     def is_fresh(self, is_kept: Callable[[CheckedClip], bool], share: int, num_shares: int) -> bool:
         """Return whether, in a share of the rows, all files are unchanged and the data of all clips is still stored."""
@@ -206,6 +221,11 @@ def _read(folder: Path, kind: str) -> Iterator[pa.RecordBatch]:
 def _mapped(folder: Path, kind: str) -> pa.Table:
     """Return the rows of all parts, concatenated. They are read from disk on access."""
     return pa.concat_tables([pa.ipc.open_file(pa.memory_map(path)).read_all() for path in _files(folder, kind)])
+
+
+def _numbers(column: pa.Array) -> np.ndarray:
+    """Return a column without nulls. pyarrow's `to_numpy` would import pandas, and `flatten` its compute functions."""
+    return np.from_dlpack(column)
 
 
 def stamp_of(path: str) -> tuple[int, int] | None:

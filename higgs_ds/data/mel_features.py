@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from transformers import WhisperFeatureExtractor
 
 from higgs_ds.common.files import replaced_file, saving
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.prompt import Stretch
 from higgs_ds.data.sample import AudioClip
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import WhisperFeatureExtractor
 
 SAMPLE_RATE, HOP_LENGTH = 16000, 160  # of Whisper's features
 POSITIONS_PER_S = 50  # of its encoder
@@ -74,6 +76,9 @@ class MelFeatureStore:
 
     def store(self, key: str, clip: AudioClip, num_frames: int) -> None:
         """Compute a clip's features and store them. Raises AudioError, SaveError."""
+        import torch
+        from safetensors.torch import save_file
+
         waveform = read_audio(clip, SAMPLE_RATE)
         lengths = self._lengths(len(waveform), num_frames)
         stretch = self.stretch_s * SAMPLE_RATE
@@ -101,7 +106,7 @@ class MelFeatureStore:
     def kept_outputs(self, key: str) -> tuple[int, ...] | None:
         """Return the same as `num_outputs` for a clip whose features are stored, or None if they are not."""
         try:
-            with safe_open(self.path(key), framework="pt") as file:
+            with safe_open(self.path(key), framework="np") as file:
                 return tuple(map(num_outputs, _lengths_of(file, key)))
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
@@ -123,4 +128,6 @@ def _lengths_of(file: safe_open, key: str) -> list[int]:
 
 @lru_cache(maxsize=1)  # computing its filters takes a while
 def _extractor(num_mel_bins: int, stretch_s: int) -> WhisperFeatureExtractor:
+    from transformers import WhisperFeatureExtractor
+
     return WhisperFeatureExtractor(feature_size=num_mel_bins, chunk_length=stretch_s)

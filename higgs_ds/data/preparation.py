@@ -17,21 +17,21 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from higgs_ds.common import distributed
 from higgs_ds.common.console import say, warn
 from higgs_ds.common.files import check_folders, flush_folder, saving, write_json, write_text
 from higgs_ds.common.lock import OutputLock, lock_beside
 from higgs_ds.data.coder import Coder
-from higgs_ds.data.encode import encode_clips
 from higgs_ds.data.formats.folders import list_files
 from higgs_ds.data.index import DESCRIPTION, VERSION, CheckedSample, Index, PartWriter, open_kept, stamp_of
 from higgs_ds.data.summary import describe
 from higgs_ds.data.survey import MAX_SHOWN, Checker, MissingClips, Share, SurveyResult, missing_clips, survey
 from higgs_ds.options.train import DataOptions
+
+if TYPE_CHECKING:
+    import torch
 
 BAD_LINES = "bad-{:05d}.txt"
 UNUSED_AFTER_S = 30 * 24 * 3600  # age at which an index that no run has used is removed
@@ -128,6 +128,8 @@ class Preparation:
         missing = checked.missing
         if missing.keys:
             assert self.coder is not None
+            from higgs_ds.data.encode import encode_clips
+
             encode_clips(
                 missing_clips(checked.path, self.checker, missing),
                 count=len(missing.keys),

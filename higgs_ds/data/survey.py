@@ -13,7 +13,6 @@ from pathlib import Path
 
 from higgs_ds.data.audio import AudioError, ClipTooLongError, examine
 from higgs_ds.data.coder import Coder
-from higgs_ds.data.encode import ClipToEncode
 from higgs_ds.data.formats.checks import printable
 from higgs_ds.data.formats.reader import read_entries
 from higgs_ds.data.index import CheckedClip, CheckedSample, stamp_of
@@ -49,6 +48,17 @@ class SurveyResult:
     problems: list[tuple[int, str]] = field(default_factory=list)  # the first MAX_SHOWN
     num_clipped: int = 0
     clipped: list[tuple[int, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ClipToEncode:
+    """A clip that is not in the cache yet."""
+
+    clip: AudioClip
+    key: str
+    num_samples: int  # at the codec's rate
+    clipped: float
+    is_heard: bool = False  # whether a Whisper tower encodes it
 
 
 @dataclass
@@ -159,11 +169,11 @@ class Checker:
         if clip.data is None and not clip.path.is_file():
             raise AudioError("no such file" if not clip.path.exists() else "is not a file")
         key = self.coder.cache.key(clip) if self.coder else ""
-        cached = self.coder.cache.load(key, self.coder.stream.num_codebooks) if self.coder else None
+        cached = self.coder.cache.facts(key, self.coder.stream.num_codebooks) if self.coder else None
         num_outputs = hearing.kept_outputs(key) if hearing else ()
-        if cached is not None and num_outputs is not None and cached.codes.shape[1] * hop <= max_s * rate:
-            num_frames = cached.codes.shape[1]
-            return ClipFacts(key, num_frames, num_frames * hop, cached.clipped, True, num_outputs)
+        if cached is not None and num_outputs is not None and cached[0] * hop <= max_s * rate:
+            num_frames, clipped = cached
+            return ClipFacts(key, num_frames, num_frames * hop, clipped, True, num_outputs)
         try:
             facts = examine(clip, max_s, rate)
         except ClipTooLongError as error:

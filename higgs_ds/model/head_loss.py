@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from higgs_ds.model.loss import IGNORE_INDEX
+from higgs_ds.model.labels import IGNORE_INDEX
 
 LOGITS_AT_ONCE = 2**20  # logits in memory at the same time, 4 MiB in float32
 CLASSES_AT_ONCE = 2**13  # rows of a text head's weight that a processor's cache may hold

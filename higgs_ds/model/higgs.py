@@ -12,8 +12,8 @@ from torch import nn
 from transformers import GenerationConfig, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from higgs_ds.model.config import parts_of
 from higgs_ds.model.offload import HostModule, save_on_host
-from higgs_ds.model.parts import parts_of
 from higgs_ds.model.routed_layers import GENERATION_CLASSES, TRAINING_CLASSES, LossHead, Routing
 
 

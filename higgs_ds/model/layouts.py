@@ -61,6 +61,14 @@ def read_json_config(folder: Path, asked_by: str) -> dict[str, Any]:
     return config
 
 
+def read_native_config(folder: Path, asked_by: str) -> dict[str, Any]:
+    """Return the values of a model's config.json in the native layout. Raises as `read_json_config`."""
+    config = read_json_config(folder, asked_by)
+    if MODEL_TYPES[config["model_type"]] == NATIVE:
+        return config
+    return native_config(config, special_tokens(folder), str(folder / "config.json"))
+
+
 def special_tokens(folder: Path) -> dict[str, int]:
     """Return the ids of the tokenizer's special tokens by token; empty if there is no tokenizer.json."""
     path = folder / "tokenizer.json"

@@ -11,28 +11,22 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import GenerationConfig, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.logging import disable_progress_bar
 
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import release_freed_memory
 from higgs_ds.common.tensor_files import read_tensor, weight_files, weight_locations, weight_shapes
 from higgs_ds.model import nf4
-from higgs_ds.model.layouts import DUPLICATE_HEADS, MODEL_TYPES, native_config, read_json_config, special_tokens
-from higgs_ds.model.nf4 import BaseQuantization
+from higgs_ds.model.config import read_config, ready_for_parts
+from higgs_ds.model.layouts import DUPLICATE_HEADS
 from higgs_ds.model.part_modules import model_class
-from higgs_ds.model.parts import NO_PARTS, Parts, config_of, ready_for_parts
-from higgs_ds.options.fields import NATIVE
+from higgs_ds.model.parts import NO_PARTS, Parts
+from higgs_ds.model.quantization import BaseQuantization, is_quantized_weight
 
 TEXT_HEAD = "text_lm_head.weight"
+disable_progress_bar()  # over the tensors of a model; errors and warnings stay
 # Copies of the heads, which transformers would report as unknown weights; the heads themselves are loaded.
 HiggsAudioV2ForConditionalGeneration._keys_to_ignore_on_load_unexpected += DUPLICATE_HEADS
-
-
-def read_config(folder: Path, asked_by: str = "--base_ckpt") -> HiggsAudioV2Config:
-    """Read the configuration of a base in either layout. Raises InputError, prefixed `asked_by`, for other folders."""
-    config = read_json_config(folder, asked_by)
-    if MODEL_TYPES[config["model_type"]] != NATIVE:
-        config = native_config(config, special_tokens(folder), str(folder / "config.json"))
-    return config_of(config)
 
 
 def check_weights(folder: Path) -> None:
@@ -112,7 +106,7 @@ def load_base_in_4bit(
     for name, path in paths.items():
         layer, _, leaf = name.rpartition(".")
         tensor = read_tensor(path, name)
-        if nf4.is_quantized_weight(name):
+        if is_quantized_weight(name):
             weight = nf4.quantize(tensor.to(quantize_on), dtype)
             quantized[name] = weight
             nf4.fill(model.get_submodule(layer), weight)

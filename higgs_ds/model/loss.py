@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-IGNORE_INDEX = -100  # the ignore_index of torch's cross entropy
-
 
 @dataclass(frozen=True)
 class LossWeights:

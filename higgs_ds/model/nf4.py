@@ -7,9 +7,6 @@ are computed from them directly.
 from __future__ import annotations
 
 import hashlib
-import json
-import re
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -19,46 +16,7 @@ from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
-QUANT_TYPE = "nf4"
-BLOCK_SIZE = 64
-_DECODER_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp|audio_mlp)\.\w+_proj\.weight$")
-
-
-@dataclass(frozen=True)
-class BaseQuantization:
-    """How a base was quantized. Stored with each adapter that was trained on it.
-
-    digests: 64 bits of the SHA-256 of each quantized weight, by its name in the base.
-    """
-
-    compute_dtype: str
-    bitsandbytes: str
-    device: str
-    digests: dict[str, str]
-    quant_type: str = QUANT_TYPE
-    block_size: int = BLOCK_SIZE
-    double_quant: bool = True
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the quantized weights were multiplied in."""
-        return getattr(torch, self.compute_dtype)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> BaseQuantization:
-        """Read a record. Raises ValueError or TypeError if another version wrote it in another form."""
-        record = cls(**json.loads(text))
-        if (record.quant_type, record.block_size, record.double_quant) != (QUANT_TYPE, BLOCK_SIZE, True):
-            raise ValueError(f"{record.quant_type} in blocks of {record.block_size} is not supported")
-        return record
-
-
-def is_quantized_weight(name: str) -> bool:
-    """Return whether the base's tensor of this name is kept in 4 bits."""
-    return _DECODER_LINEAR.match(name) is not None
+from higgs_ds.model.quantization import BLOCK_SIZE, QUANT_TYPE, BaseQuantization, is_quantized_weight
 
 
 def quantize(weight: torch.Tensor, compute_dtype: torch.dtype) -> Params4bit:

@@ -20,7 +20,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.tensor_files import read_tensor, weight_locations
-from higgs_ds.model.parts import ExtendedConfig, Parts, parts_of, with_parts
+from higgs_ds.model.config import ExtendedConfig, parts_of, with_parts
+from higgs_ds.model.parts import Parts
 
 _ENCODER_PREFIXES = ("model.encoder.", "encoder.")  # in a Whisper checkpoint, with and without its text head
 

@@ -20,11 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, HiggsAudioV2Config
 
+from higgs_ds.model.config import config_of, parts_of
 from higgs_ds.model.full import group_of, make_trainable
 from higgs_ds.model.higgs import DualLossModel, checkpoint_layers
 from higgs_ds.model.loading import empty_model
-from higgs_ds.model.nf4 import BLOCK_SIZE, is_quantized_weight
-from higgs_ds.model.parts import NO_PARTS, Parts, config_of, parts_of
+from higgs_ds.model.parts import NO_PARTS, Parts
+from higgs_ds.model.quantization import BLOCK_SIZE, is_quantized_weight
 from higgs_ds.options.fields import EMBEDDINGS, FULL
 from higgs_ds.options.train import LoraOptions, TuneOptions
 

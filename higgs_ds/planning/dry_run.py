@@ -15,8 +15,7 @@ from higgs_ds.common import distributed
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.hub import resolve_config_folder
 from higgs_ds.common.resources import DEFAULT_DS_CONFIG
-from higgs_ds.model.loading import read_config
-from higgs_ds.model.parts import parts_to_add, with_parts
+from higgs_ds.model.config import parts_of, parts_to_add, read_config, with_parts
 from higgs_ds.options import ds_config
 from higgs_ds.options.checks import check_options
 from higgs_ds.options.compatibility import unsupported
@@ -87,7 +86,7 @@ def _base_config(options: TrainOptions) -> HiggsAudioV2Config:
     else:
         assert model.base_ckpt is not None  # None is the default base, which is built in
         config = read_config(resolve_config_folder(model.base_ckpt, "--base_ckpt", model.base_revision))
-    return with_parts(config, parts_to_add(model, config, resolve_config_folder)[0])
+    return with_parts(config, parts_to_add(model, parts_of(config), resolve_config_folder)[0])
 
 
 def _device_gib() -> float | None:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from transformers import HiggsAudioV2Config
 
+from higgs_ds.model.config import config_of, fully_trained_parts
 from higgs_ds.model.full import make_trainable
 from higgs_ds.model.loading import empty_model
-from higgs_ds.model.nf4 import BLOCK_SIZE, is_quantized_weight
-from higgs_ds.model.parts import Parts, config_of, fully_trained_parts
+from higgs_ds.model.parts import Parts
+from higgs_ds.model.quantization import BLOCK_SIZE, is_quantized_weight
 from higgs_ds.options.train import TrainOptions
 
 DEFAULT_LENGTH = 2048  # positions per sample, if no option limits the length

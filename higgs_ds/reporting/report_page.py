@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
+import os
 import re
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jinja2
 
 from higgs_ds.checkpoints.folder import find_checkpoints
+from higgs_ds.common.console import say
 from higgs_ds.common.distributed import on_main
-from higgs_ds.common.files import saving, write_text
+from higgs_ds.common.files import write_text
 from higgs_ds.common.run_files import (
     ADAPTER_FOLDER,
     DROPPED_FILE,
@@ -33,6 +38,7 @@ from higgs_ds.data.audio import as_ogg
 from higgs_ds.options.fields import FULL
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.reporting.metrics_log import last_values, read_metrics
+from higgs_ds.reporting.optional import OptionalOutput
 
 REPORT_FILE = "report.html"
 EVERY_S = 60.0
@@ -54,18 +60,24 @@ class Reporter:
 
     def __init__(self, output_dir: Path, wanted: bool) -> None:
         self.output_dir, self.wanted = output_dir, wanted
-        self.written_at = -EVERY_S
+        self.output = OptionalOutput(f"writing {REPORT_FILE}", "the page is tried again at a later validation")
+        self.tried_at = -EVERY_S
 
     def write(self, at_end: bool = False) -> None:
-        """Write the page, if it is due. Raises SaveError on every rank."""
+        """Write the page, if it is due. A failure is reported once, and does not end the run."""
 
         def write() -> None:
-            if at_end or time.monotonic() - self.written_at > EVERY_S:
-                write_report(self.output_dir)
-                self.written_at = time.monotonic()
+            if at_end or time.monotonic() - self.tried_at > EVERY_S:
+                self.output.attempt(lambda: write_report(self.output_dir))
+                self.tried_at = time.monotonic()
 
         if self.wanted:
             on_main(write)
+
+    def report_path(self) -> None:
+        """Print where the page is, unless it could not be written."""
+        if self.wanted and not self.output.failed:
+            say(f"report: {self.output_dir / REPORT_FILE}")
 
 
 TRAIN_AND_VAL = {"train": "training", "val": "validation"}
@@ -99,7 +111,7 @@ def _curves(num_codebooks: int) -> list[Curve]:
 
 
 def write_report(output_dir: Path) -> Path:
-    """Write the page from a run's metrics, state and settings; return its path. Raises SaveError."""
+    """Write the page from a run's metrics, state and settings; return its path. Raises OSError."""
     lines = read_metrics(output_dir)
     settings = json.loads((output_dir / SETTINGS_FILE).read_text(encoding="utf-8"))
     state_file, summary = output_dir / STATE_FILE, output_dir / SUMMARY_FILE
@@ -124,8 +136,7 @@ def write_report(output_dir: Path) -> Path:
         outputs=_outputs(output_dir, settings.get("finetune") == FULL),
         settings=_settings(settings),
     )
-    with saving(output_dir / REPORT_FILE):
-        write_text(output_dir / REPORT_FILE, page)
+    write_text(output_dir / REPORT_FILE, page)
     return output_dir / REPORT_FILE
 
 
@@ -143,7 +154,7 @@ def _points(lines: Sequence[dict[str, Any]], curve: Curve) -> dict[str, tuple[li
 
 def draw(curve: Curve, points: dict[str, tuple[list[int], list[float]]]) -> str:
     """Draw a curve as SVG, with matplotlib."""
-    import matplotlib as mpl
+    mpl = _import_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -165,6 +176,25 @@ def draw(curve: Curve, points: dict[str, tuple[list[int], list[float]]]) -> str:
         content = io.StringIO()
         figure.savefig(content, format="svg", metadata={"Date": None})
     return content.getvalue()[content.getvalue().index("<svg") :]
+
+
+def _import_matplotlib() -> ModuleType:
+    """Import matplotlib, whatever backend MPLBACKEND names: an image file needs none.
+
+    Notebooks hand the variable down to their commands, and the import fails if that backend is not installed there.
+    Other code of this process gets the backend as usual.
+    """
+    first = "matplotlib" not in sys.modules
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib as mpl
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if first and backend:
+        with contextlib.suppress(ValueError):  # it is not installed
+            mpl.rcParams["backend"] = backend
+    return mpl
 
 
 def _numbers(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:

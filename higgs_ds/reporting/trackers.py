@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from higgs_ds.common.files import saving, write_json
+from higgs_ds.common.files import write_json
+from higgs_ds.common.run_files import METRICS_FILE
 from higgs_ds.options.fields import TENSORBOARD, WANDB
+from higgs_ds.reporting.optional import OptionalOutput
 
 TENSORBOARD_FOLDER = "tensorboard"
+_SHOWN = {TENSORBOARD: "TensorBoard", WANDB: "Weights & Biases"}
 WANDB_FILE = "wandb_run.json"  # the id of the output folder's W&B run, for --resume
 
 
@@ -27,6 +32,7 @@ class _TensorBoard:
     def __init__(self, output_dir: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        _hide_errors_of_writing_threads()
         # Hide what an earlier run wrote for later steps.
         self.writer = SummaryWriter(str(output_dir / TENSORBOARD_FOLDER), purge_step=first_step + 1)
 
@@ -36,6 +42,18 @@ class _TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
+
+
+@functools.cache
+def _hide_errors_of_writing_threads() -> None:
+    """From now on, print no traceback of TensorBoard's threads: the next call of the writer raises their error."""
+    previous = threading.excepthook
+
+    def hook(error: threading.ExceptHookArgs) -> None:
+        if not type(error.thread).__module__.startswith("tensorboard."):
+            previous(error)
+
+    threading.excepthook = hook
 
 
 class _Wandb:
@@ -64,11 +82,32 @@ class _Wandb:
         self.run.finish()
 
 
+class _Optional:
+    """Passes metrics on to a tracker until it fails: neither a writing thread nor a W&B run recovers from an error."""
+
+    def __init__(self, shown: str, make: Callable[[], Tracker]) -> None:
+        self.output = OptionalOutput(
+            f"logging to {shown}", f"no more metrics are sent there, but {METRICS_FILE} has all of them"
+        )
+        self.tracker = self.output.attempt(make)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        tracker = self.tracker
+        if tracker is not None and not self.output.failed:
+            self.output.attempt(lambda: tracker.write(step, values))
+
+    def close(self) -> None:
+        if self.tracker is not None:
+            self.output.attempt(self.tracker.close)
+
+
 def open_trackers(names: Sequence[str], output_dir: Path, first_step: int, settings: dict[str, Any]) -> list[Tracker]:
-    """Open the named trackers for a run that starts, or resumes, after `first_step`. Raises SaveError."""
+    """Open the named trackers for a run that starts, or resumes, after `first_step`.
+
+    The failure of a tracker is reported once, and does not end the run.
+    """
     makers: dict[str, Callable[[], Tracker]] = {
         TENSORBOARD: lambda: _TensorBoard(output_dir, first_step),
         WANDB: lambda: _Wandb(output_dir, first_step, settings),
     }
-    with saving(output_dir):
-        return [makers[name]() for name in names]
+    return [_Optional(_SHOWN[name], makers[name]) for name in names]

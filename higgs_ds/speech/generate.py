@@ -21,8 +21,9 @@ from higgs_ds.data.codec import Codec
 from higgs_ds.data.delay_pattern import apply_delay_pattern, revert_delay_pattern
 from higgs_ds.data.prompt import render_generation, tokenize
 from higgs_ds.data.sample import ASSISTANT, SYSTEM, USER, AudioClip, Message
+from higgs_ds.model.config import parts_of
 from higgs_ds.model.loading import load_for_generation
-from higgs_ds.model.parts import NO_PARTS, parts_of
+from higgs_ds.model.parts import NO_PARTS
 from higgs_ds.options.commands import GenerateOptions
 
 MAX_REFERENCE_S = 60.0  # longer references are refused before they are decoded

@@ -300,4 +300,5 @@ def _disable_compiled_collectives() -> None:
 
     Compiling needs g++ and ninja, takes half a minute the first time, and raises an error if they are missing.
     """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed fills this table on first access, by probing every one of its operators.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}

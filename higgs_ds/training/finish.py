@@ -15,7 +15,6 @@ from higgs_ds.common.files import replaced_folder
 from higgs_ds.common.resources import command
 from higgs_ds.common.run_files import ADAPTER_COPY, ADAPTER_FOLDER, FINAL_MODEL, MERGED_MODEL
 from higgs_ds.reporting.publish import card_facts, upload, write_card
-from higgs_ds.reporting.report_page import REPORT_FILE, Reporter
 from higgs_ds.training.run import Run
 
 
@@ -39,8 +38,7 @@ def finish(run: Run) -> None:
 
 def _report_outcome(run: Run) -> None:
     state, best = run.state, run.state.best_step
-    if not run.options.run.no_report:
-        say(f"report: {run.output_dir / REPORT_FILE}")
+    run.reporter.report_path()
     if state.stopped_early:
         say(
             f"stopped early, at step {state.step} of {state.total_steps}: the lowest validation loss was at step {best}"
@@ -84,7 +82,7 @@ def make_complete_model(run: Run) -> None:
             ) from error
 
     distributed.on_main(export)
-    Reporter(run.output_dir, not run.options.run.no_report).write(at_end=True)  # the page now lists final_model/
+    run.reporter.write(at_end=True)  # the page now lists final_model/
     say(f"Complete model: {final}")
     say(f"Export another checkpoint: {export_command}")
 

@@ -22,10 +22,11 @@ from higgs_ds.model.full import describe, make_trainable
 from higgs_ds.model.higgs import DualLossModel, checkpoint_layers, offload_embeddings
 from higgs_ds.model.loading import empty_model, load_base, load_base_in_4bit, num_parameters
 from higgs_ds.model.loss import LossWeights
-from higgs_ds.model.nf4 import BaseQuantization
+from higgs_ds.model.quantization import BaseQuantization
 from higgs_ds.options.train import recompute_every
 from higgs_ds.planning.plan import with_checkpointing
 from higgs_ds.planning.weights import Setting
+from higgs_ds.reporting.report_page import Reporter
 from higgs_ds.training.engine import Engine
 from higgs_ds.training.overview import overview
 from higgs_ds.training.preflight import check_room
@@ -63,13 +64,13 @@ def load_run(inputs: Inputs) -> Run:
         max_tokens=optim.max_tokens_per_batch,
     )
     state = distributed.run_on_all_ranks(lambda: initial_state(inputs, sampler))
-    distributed.on_main(lambda: _check_and_announce(inputs, sampler, state))
+    distributed.run_on_all_ranks(lambda: _check_and_announce(inputs, sampler, state))
     model, quantization = distributed.run_on_all_ranks(lambda: _model_to_train(inputs))
     trained = trained_parameters(model)
     if resume_from is not None:
         load_masters_into(resume_from, trained)
     weights = LossWeights.of(
-        optim.text_loss_weight, optim.audio_loss_weight, bundle.config.num_codebooks, optim.codebook_weights
+        optim.text_loss_weight, optim.audio_loss_weight, bundle.stream.num_codebooks, optim.codebook_weights
     )
     dual = DualLossModel(model, options.model.offload_checkpoints)
     engine = Engine(dual, trained, inputs.ds_settings, optim, state.total_steps, weights)
@@ -78,7 +79,11 @@ def load_run(inputs: Inputs) -> Run:
         load_into_engine(resume_from, engine, state)
     distributed.on_main(lambda: _write_run_files(inputs, state))
     form = _output_format(inputs, model, quantization)
-    return Run(options, inputs.output_dir, bundle, inputs.train, inputs.val, sampler, engine, form, state, inputs.lock)
+    reporter = Reporter(inputs.output_dir, not options.run.no_report)
+    return Run(
+        options, inputs.output_dir, bundle, inputs.train, inputs.val, sampler, engine, form, state, inputs.lock,
+        reporter,
+    )  # fmt: skip
 
 
 def _output_format(
@@ -103,7 +108,7 @@ def _write_run_files(inputs: Inputs, state: TrainerState) -> None:
 
 
 def _check_and_announce(inputs: Inputs, sampler: WindowSampler, state: TrainerState) -> None:
-    """Check the free disk space, and print the table at the start of a run.
+    """Check the free disk space, and print the table at the start of a run, on rank 0.
 
     Raises:
         InputError: the outputs do not fit on the disk, or --lora_targets is not in the base.
@@ -113,6 +118,8 @@ def _check_and_announce(inputs: Inputs, sampler: WindowSampler, state: TrainerSt
     shapes = make_trainable(empty, options.tune, options.lora, "", torch.float32, inputs.full_parts)
     trained_bytes = 4 * sum(parameter.numel() for parameter in trained_parameters(shapes).values())
     base_bytes = sum(path.stat().st_size for path in weight_files(inputs.bundle.folder))
+    if not distributed.is_main():
+        return
     check_room(inputs.output_dir, state, options.run, trained_bytes, base_bytes, options.is_full_finetuning)
     if not options.run.quiet:
         base_parameters = num_parameters(inputs.bundle.folder, inputs.full_parts)

@@ -7,21 +7,20 @@ import contextlib
 from higgs_ds.checkpoints.folder import checkpoint_folder
 from higgs_ds.checkpoints.save import save_checkpoint
 from higgs_ds.common.console import set_quiet, warn
-from higgs_ds.common.distributed import sum_over_ranks
+from higgs_ds.common.distributed import sum_over_ranks, world_size
 from higgs_ds.common.errors import NotFiniteError, StoppedError
+from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.data.prefetch import prefetched
 from higgs_ds.data.sampler import Window
 from higgs_ds.model.loss import StepResult, mean_losses
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.reporting.meter import Meter
 from higgs_ds.reporting.metrics_log import MetricsLog
-from higgs_ds.reporting.report_page import Reporter
 from higgs_ds.reporting.trackers import Tracker, open_trackers
 from higgs_ds.training.finish import finish
 from higgs_ds.training.loss_checks import describe_skipped_step, implausible_losses, may_skip_step
 from higgs_ds.training.preflight import seconds_left
 from higgs_ds.training.run import Run
-from higgs_ds.training.run_lock import RunLock
 from higgs_ds.training.samples import SampleWriter
 from higgs_ds.training.signals import StopSignals
 from higgs_ds.training.startup import start
@@ -31,10 +30,23 @@ from higgs_ds.training.validation import validate
 def main(options: TrainOptions, given: set[str]) -> None:
     """Train as the options say. Every rank must call this, in a process group."""
     set_quiet(options.run.quiet)
-    with RunLock() as lock:
+    with FolderLock() as lock:
         run = start(options, given, lock)
-        train(run)
-        finish(run)
+        try:
+            train(run)
+            finish(run)
+        finally:
+            _free_memory(run)
+
+
+def _free_memory(run: Run) -> None:
+    """Free the model for the next training of a process on its own, such as a notebook's.
+
+    DeepSpeed's gradient hooks would keep it. One of several ranks ends now, and must not wait for a GPU first: a
+    collective there may never end.
+    """
+    if world_size() == 1:
+        run.engine.engine.destroy()
 
 
 def train(run: Run) -> None:
@@ -46,8 +58,7 @@ def train(run: Run) -> None:
     state, engine, options = run.state, run.engine, run.options
     meter = Meter(engine.weights, engine.device)
     meter.restore(state.meters)
-    log, reporter = _open_log(run), Reporter(run.output_dir, not options.run.no_report)
-    writer = SampleWriter(run)
+    log, writer = _open_log(run), SampleWriter(run)
     with contextlib.closing(log), StopSignals() as signals:
         if state.validation_due:
             _validate(run, log, signals)
@@ -70,7 +81,7 @@ def train(run: Run) -> None:
             with meter.paused():
                 if len(run.val) and (last or state.step % options.run.val_steps == 0):
                     _validate(run, log, signals)
-                    reporter.write()
+                    run.reporter.write()
                 if writer.is_due(last):
                     _write_samples(run, log, writer)
                 stopped_by, state.stopped_early = signals.stop_reason(), _is_out_of_patience(run)
@@ -80,7 +91,7 @@ def train(run: Run) -> None:
                 if last or stopped_by or state.step % options.run.save_steps == 0 or _is_best_step(run):
                     _save(run, meter)
                 if last or stopped_by:
-                    reporter.write(at_end=True)
+                    run.reporter.write(at_end=True)
             if stopped_by:
                 raise _stopped_error(run, stopped_by)
             if last:

@@ -10,12 +10,14 @@ from higgs_ds.adapters.save import AdapterFormat
 from higgs_ds.bases.bundle import Bundle
 from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.checkpoints.trained_weights import FullFormat
+from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.sampler import WindowSampler
-from higgs_ds.model.parts import Parts, fully_trained_parts
+from higgs_ds.model.config import fully_trained_parts
+from higgs_ds.model.parts import Parts
 from higgs_ds.options.train import TrainOptions
+from higgs_ds.reporting.report_page import Reporter
 from higgs_ds.training.engine import Engine
-from higgs_ds.training.run_lock import RunLock
 
 
 @dataclass
@@ -31,7 +33,8 @@ class Run:
     engine: Engine
     form: AdapterFormat | FullFormat
     state: TrainerState
-    lock: RunLock
+    lock: FolderLock
+    reporter: Reporter
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Inputs:
     too_long: list[str]  # one line for each sample that --max_seq_len leaves out
     summary: str  # of the data, several lines
     resume_from: Path | None
-    lock: RunLock  # of the output folder
+    lock: FolderLock  # of the output folder
 
     @property
     def full_parts(self) -> Parts:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from higgs_ds.common import distributed
-from higgs_ds.common.files import saving, write_json
+from higgs_ds.common.files import write_json
 from higgs_ds.common.run_files import PROMPTS_FILE, REFERENCE_FOLDER, SAMPLES_FOLDER
 from higgs_ds.data.audio import write_audio
 from higgs_ds.data.codec import Codec
+from higgs_ds.reporting.optional import OptionalOutput
 from higgs_ds.speech.generate import Speech, generation_settings, speak
 from higgs_ds.speech.prompts import Prompt, prompts_of
 from higgs_ds.training.run import Run
@@ -23,6 +24,7 @@ class SampleWriter:
         """Take the prompts from the validation samples, or from the training samples if there are none."""
         self.run, self.every = run, run.options.run.sample_steps
         self.folder = run.output_dir / SAMPLES_FOLDER
+        self.output = OptionalOutput("generating samples", "they are tried again when they are next due")
         data = run.val if len(run.val) else run.train
         # At stage 3 the ranks share the weights, and all of them generate: each layer's are gathered when it runs.
         self.together = run.engine.stage == 3
@@ -37,14 +39,16 @@ class SampleWriter:
 
         Returns:
             The share of samples in which the model stopped on its own, and the mean ratio of their lengths to the
-            references'.
-
-        Raises:
-            SaveError: on every rank.
+            references'. Nothing if rank 0 fails, which is reported once, and does not end the run.
         """
         with torch.random.fork_rng():  # loading a model draws from the generator, too
-            spoken = self._generate_all() if self.together or distributed.is_main() else []
-            return distributed.on_main(lambda: self._write_all(spoken))
+            # A rank cannot ignore an error where all generate: the others wait for it in the next layer.
+            together = self._generate_all() if self.together else None
+
+            def write() -> dict[str, float]:
+                return self._write_all(self._generate_all() if together is None else together)
+
+            return distributed.on_main(lambda: self.output.attempt(write)) or {}
 
     def _generate_all(self) -> list[Speech]:
         spoken = []
@@ -78,15 +82,13 @@ class SampleWriter:
     def _write_references(self, codec: Codec) -> None:
         for number, prompt in enumerate(self.prompts):
             self._write(codec, REFERENCE_FOLDER, number, prompt.target)
-        with saving(self.folder):
-            write_json(self.folder / PROMPTS_FILE, [prompt.words for prompt in self.prompts])
+        write_json(self.folder / PROMPTS_FILE, [prompt.words for prompt in self.prompts])
 
     def _write(self, codec: Codec, name: str, number: int, codes: torch.Tensor) -> None:
         """Write codes (C, F) as a WAV file. Without any frame the file would be empty, and none is written."""
         path = self.folder / name / f"{number}.wav"
-        with saving(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if codes.shape[1]:
-                # An untrained model may generate the stream's special tokens between the codes.
-                waveform = codec.decode(codes.clamp(max=self.run.bundle.stream.bos_id - 1))
-                write_audio(path, waveform, codec.sample_rate)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if codes.shape[1]:
+            # An untrained model may generate the stream's special tokens between the codes.
+            waveform = codec.decode(codes.clamp(max=self.run.bundle.stream.bos_id - 1))
+            write_audio(path, waveform, codec.sample_rate)

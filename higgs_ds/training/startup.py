@@ -21,9 +21,9 @@ from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.index import Index
 from higgs_ds.data.preparation import CheckedManifest, Preparation, scratch_problems
 from higgs_ds.data.sampler import split_validation
+from higgs_ds.model.config import parts_of
 from higgs_ds.model.loading import check_weights
 from higgs_ds.model.lora import check_biases
-from higgs_ds.model.parts import parts_of
 from higgs_ds.options import ds_config
 from higgs_ds.options.checks import check_options
 from higgs_ds.options.compatibility import unsupported

@@ -19,7 +19,7 @@ from higgs_ds.checkpoints.folder import MANIFEST_FILE, manifest_of, newest_compl
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import write_json
 from higgs_ds.common.run_files import ADAPTER_FOLDER
-from higgs_ds.model.nf4 import BaseQuantization
+from higgs_ds.model.quantization import BaseQuantization
 
 LAYERS = [f"base_model.model.model.layers.{i}.self_attn.q_proj" for i in range(2)]
 FLIPS = 400

@@ -22,10 +22,12 @@ from higgs_ds.bases.bundle import open_bundle
 from higgs_ds.bases.conversion import native_codec, native_folder, rewrite, stored_tensors
 from higgs_ds.common import tensor_files as shards
 from higgs_ds.common.errors import InputError
-from higgs_ds.data.codec import Codec, read_codec_info
+from higgs_ds.data.codec import Codec
+from higgs_ds.data.codec_info import read_codec_info
 from higgs_ds.data.delay_pattern import AudioStream, apply_delay_pattern
+from higgs_ds.model.config import read_config
 from higgs_ds.model.layouts import DUPLICATE_HEADS, native_name, original_name
-from higgs_ds.model.loading import check_weights, load_base, load_base_in_4bit, read_config
+from higgs_ds.model.loading import check_weights, load_base, load_base_in_4bit
 from higgs_ds.model.lora import discover_targets
 from higgs_ds.options.commands import ConvertOptions
 from higgs_ds.options.train import LoraOptions

@@ -21,8 +21,8 @@ def test_released_base_is_pinned_under_both_of_its_names(
         requested.append((repo_id, revision))
         return str(tmp_path / "file")
 
-    monkeypatch.setattr(hub, "snapshot_download", download)
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     hub.resolve_folder(name, "--base_ckpt", given)
     hub.resolve_config_folder(name, "--base_ckpt", given)
     assert requested == [(name, expected)] * 2

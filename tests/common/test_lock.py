@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -10,9 +11,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from higgs_ds.common import lock
@@ -52,6 +55,22 @@ def said_on_acquiring(path: Path) -> list[str]:
     return said
 
 
+@contextlib.contextmanager
+def touched(path: Path) -> Iterator[None]:
+    """Touch a lock as its owner does, for one block."""
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(0.3):
+            os.utime(path)
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    yield
+    ended.set()
+    thread.join()
+
+
 def write(path: Path, owner: Owner) -> None:
     path.write_text(json.dumps(asdict(owner)))
 
@@ -61,7 +80,7 @@ def test_a_second_process_is_refused(path: Path, holder: subprocess.Popen[str]) 
         OutputLock(path, "--output_dir run").acquire(print)
     message = str(caught.value)
     assert message.startswith(f"--output_dir run: process {holder.pid} on {os.uname().nodename}, started ")
-    assert "choose another folder" in message
+    assert "choose another path" in message
     assert path.exists()
 
 
@@ -85,7 +104,17 @@ def test_a_zombie_and_a_reused_process_id_do_not_count(path: Path) -> None:
 
 def test_a_machine_that_was_started_again(path: Path) -> None:
     write(path, replace(Owner.this_process(), pid=1, boot="another"))
+    before_boot = psutil.boot_time() - 60
+    os.utime(path, (before_boot, before_boot))
     assert "started again since" in said_on_acquiring(path)[0]
+
+
+def test_a_living_machine_of_the_same_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines made from one image may all be called "ubuntu"; all have the same namespace of process ids."""
+    monkeypatch.setattr(lock, "STALE_AFTER_S", 2.0)
+    write(path, replace(Owner.this_process(), boot="another"))
+    with touched(path), pytest.raises(InputError, match="is writing there"):
+        OutputLock(path, "--output_dir run").acquire(print)
 
 
 def test_an_earlier_start_of_the_same_slurm_job(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,19 +128,9 @@ def test_an_earlier_start_of_the_same_slurm_job(path: Path, monkeypatch: pytest.
 def test_another_machine_that_is_alive(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "STALE_AFTER_S", 2.0)
     write(path, replace(Owner.this_process(), host="node7"))
-    ended = threading.Event()
-
-    def touch() -> None:
-        while not ended.wait(0.3):
-            os.utime(path)
-
-    thread = threading.Thread(target=touch)
-    thread.start()
     said: list[str] = []
-    with pytest.raises(InputError, match="on node7, started "):
+    with touched(path), pytest.raises(InputError, match="on node7, started "):
         OutputLock(path, "--output_dir run").acquire(said.append)
-    ended.set()
-    thread.join()
     assert "watching for up to 2 s whether it is alive" in said[0]
 
 

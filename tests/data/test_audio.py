@@ -15,7 +15,8 @@ from transformers import AutoProcessor
 
 from higgs_ds.data.audio import AudioError, ClipTooLongError, as_ogg, examine, read_audio
 from higgs_ds.data.code_cache import CachedCodes, CodeCache
-from higgs_ds.data.codec import Codec, find_codec, read_codec_info
+from higgs_ds.data.codec import Codec
+from higgs_ds.data.codec_info import find_codec, read_codec_info
 from higgs_ds.data.sample import AudioClip
 
 VOICE = PROJECT / "samples" / "voices" / "anna_00.flac"

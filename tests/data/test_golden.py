@@ -18,7 +18,7 @@ from higgs_ds.data.delay_pattern import AudioStream, apply_delay_pattern, delaye
 from higgs_ds.data.formats.reader import read_entries
 from higgs_ds.data.prompt import AUDIO_DELAY, AUDIO_IN, AUDIO_OUT, Prompt, prompt_of, render
 from higgs_ds.data.sample import Sample
-from higgs_ds.model.loss import IGNORE_INDEX
+from higgs_ds.model.labels import IGNORE_INDEX
 from higgs_ds.options.train import DataOptions
 
 GOLDEN = PROJECT / "tests" / "golden"

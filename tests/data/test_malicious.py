@@ -24,7 +24,8 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import write_json
 from higgs_ds.common.run_files import ADAPTER_FOLDER
 from higgs_ds.data.audio import AudioError, read_audio
-from higgs_ds.data.codec import Codec, find_codec
+from higgs_ds.data.codec import Codec
+from higgs_ds.data.codec_info import find_codec
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.formats.reader import read_entries
 from higgs_ds.data.preparation import Preparation

@@ -290,10 +290,10 @@ def test_worker_processes_give_the_same_codes(
 
 
 def test_batches_hold_clips_of_one_length() -> None:
-    window = [encode.ClipToEncode(AudioClip(Path(f"{i}")), "", n, 0.0) for i, n in enumerate([RATE, 9, RATE, 9, 7])]
+    window = [survey.ClipToEncode(AudioClip(Path(f"{i}")), "", n, 0.0) for i, n in enumerate([RATE, 9, RATE, 9, 7])]
     batches = [[clip.num_samples for clip in batch] for batch in encode._batches(window, RATE)]
     assert batches == [[7], [9, 9], [RATE, RATE]]
-    long = [encode.ClipToEncode(AudioClip(Path(f"{i}")), "", 50 * RATE, 0.0) for i in range(5)]
+    long = [survey.ClipToEncode(AudioClip(Path(f"{i}")), "", 50 * RATE, 0.0) for i in range(5)]
     assert [len(batch) for batch in encode._batches(long, RATE)] == [2, 2, 1]
 
 
@@ -301,7 +301,7 @@ def test_batched_encoding_gives_the_same_codes(bundle: Bundle, tmp_path: Path) -
     """The GPU's code path, run on the CPU: clips of equal length together, threads that read ahead."""
     clips = [AudioClip(VOICES / f"{name}.flac", 0.1, 0.9) for name in ("anna_00", "ben_00", "carla_00", "ben_01")]
     cache, codec = bundle.coder(tmp_path).cache, Codec(bundle.codec.folder, torch.device("cpu"))
-    todo = [encode.ClipToEncode(clip, cache.key(clip), round(0.9 * RATE), 0.0) for clip in clips]
+    todo = [survey.ClipToEncode(clip, cache.key(clip), round(0.9 * RATE), 0.0) for clip in clips]
     with encode.tqdm(disable=True) as bar:
         encode._encode_batched(todo, encode.CodeStore(cache), codec, 2, bar)
     for clip in todo:

@@ -11,8 +11,8 @@ from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneratio
 
 from higgs_ds.adapters.save import trained_parameters
 from higgs_ds.data.collate import Batch
+from higgs_ds.model.config import read_config
 from higgs_ds.model.higgs import DualLossModel
-from higgs_ds.model.loading import read_config
 from higgs_ds.model.lora import add_lora
 from higgs_ds.model.loss import LossWeights
 from higgs_ds.options.command_line import parse_train_options

@@ -16,9 +16,10 @@ from higgs_ds.data.delay_pattern import AudioStream, apply_delay_pattern, delaye
 from higgs_ds.data.prompt import prompt_of
 from higgs_ds.data.sample import AudioClip, Message, Sample
 from higgs_ds.model.higgs import DualLossModel
+from higgs_ds.model.labels import IGNORE_INDEX
 from higgs_ds.model.loading import load_base
 from higgs_ds.model.lora import add_lora
-from higgs_ds.model.loss import IGNORE_INDEX, LossWeights, mean_losses, target_weights
+from higgs_ds.model.loss import LossWeights, mean_losses, target_weights
 from higgs_ds.options.train import LoraOptions
 
 CLIP = AudioClip(Path("x.wav"))

@@ -18,8 +18,9 @@ from higgs_ds.adapters.merge import merge
 from higgs_ds.adapters.save import AdapterFormat, write_adapter
 from higgs_ds.common.errors import InputError
 from higgs_ds.model import nf4
+from higgs_ds.model.config import read_config
 from higgs_ds.model.higgs import offload_embeddings
-from higgs_ds.model.loading import load_base, load_base_in_4bit, read_config
+from higgs_ds.model.loading import load_base, load_base_in_4bit
 
 CPU = torch.device("cpu")
 

@@ -21,12 +21,13 @@ from higgs_ds.data.delay_pattern import AudioStream
 from higgs_ds.data.mel_features import MelFeatures, MelFeatureStore
 from higgs_ds.data.prompt import Prompt, Segment, Stretch, tokenize
 from higgs_ds.data.sample import AudioClip
+from higgs_ds.model.config import tower_geometry
 from higgs_ds.model.higgs import DualLossModel
+from higgs_ds.model.labels import IGNORE_INDEX
 from higgs_ds.model.loading import load_base
 from higgs_ds.model.lora import add_lora
-from higgs_ds.model.loss import IGNORE_INDEX
 from higgs_ds.model.part_modules import AudioTower, ExtendedModel
-from higgs_ds.model.parts import Parts, tower_geometry
+from higgs_ds.model.parts import Parts
 from higgs_ds.options.command_line import parse_train_options
 from higgs_ds.options.train import LoraOptions
 from higgs_ds.training.startup import start

@@ -18,9 +18,9 @@ from higgs_ds.data.delay_pattern import AudioStream
 from higgs_ds.data.prompt import Prompt
 from higgs_ds.model import head_loss
 from higgs_ds.model.higgs import DualLossModel
+from higgs_ds.model.labels import IGNORE_INDEX
 from higgs_ds.model.loading import load_base
 from higgs_ds.model.lora import add_lora
-from higgs_ds.model.loss import IGNORE_INDEX
 from higgs_ds.options.train import LoraOptions
 
 STREAM = AudioStream(num_codebooks=8, bos_id=1024, eos_id=1025)

@@ -13,10 +13,11 @@ from test_routed_layers import BATCHES, CPU, batch_of
 from higgs_ds.common.errors import InputError
 from higgs_ds.data.collate import Batch
 from higgs_ds.model import head_loss as loss
+from higgs_ds.model.config import read_config, tower_geometry, with_parts
 from higgs_ds.model.full import describe, group_of, make_trainable, unfreeze_groups
 from higgs_ds.model.higgs import DualLossModel, checkpoint_layers
-from higgs_ds.model.loading import empty_model, load_base, num_parameters, read_config
-from higgs_ds.model.parts import NO_PARTS, Parts, tower_geometry, with_parts
+from higgs_ds.model.loading import empty_model, load_base, num_parameters
+from higgs_ds.model.parts import NO_PARTS, Parts
 from higgs_ds.options.checks import check_options
 from higgs_ds.options.command_line import parse_train_options
 from higgs_ds.options.fields import FULL, TRAIN_GROUPS

@@ -17,12 +17,13 @@ from transformers import HiggsAudioV2Config
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.rank_variables import Ranks
 from higgs_ds.model import nf4
+from higgs_ds.model.config import read_config, with_parts
 from higgs_ds.model.full import make_trainable
 from higgs_ds.model.higgs import DualLossModel, checkpoint_layers
-from higgs_ds.model.loading import empty_model, read_config
+from higgs_ds.model.loading import empty_model
 from higgs_ds.model.lora import add_lora
 from higgs_ds.model.part_modules import model_class
-from higgs_ds.model.parts import Parts, with_parts
+from higgs_ds.model.parts import Parts
 from higgs_ds.options.checks import check_options
 from higgs_ds.options.command_line import parse_train_options
 from higgs_ds.options.fields import FULL
@@ -273,7 +274,7 @@ def test_bad_options() -> None:
 
 def test_base_on_an_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "higgs_ds.common.hub.hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline"))
+        "huggingface_hub.hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline"))
     )
     with pytest.raises(InputError, match="not a local folder, and not available on the hub"):
         dry_run.make_setting(*parse_train_options("--dry_run --base_ckpt some/base".split()))

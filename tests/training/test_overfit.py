@@ -13,7 +13,8 @@ from conftest import PROJECT, SYSTEM, speech_sample, write_manifest
 from launcher import train_runs
 
 from higgs_ds.data.audio import read_audio
-from higgs_ds.data.codec import Codec, find_codec
+from higgs_ds.data.codec import Codec
+from higgs_ds.data.codec_info import find_codec
 from higgs_ds.data.sample import AudioClip
 
 pytestmark = pytest.mark.slow
