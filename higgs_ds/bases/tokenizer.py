@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from higgs_ds.common.errors import InputError
 
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+_ADDED_TOKENS = "added_tokens.json"  # of older versions of transformers, which adds these tokens
 # Classes of transformers that use tokenizer.json as it is. Others rebuild the tokenizer from its vocabulary.
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -25,18 +26,19 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """
     try:
         if _is_plain(folder):
-            return _read_file(folder / TOKENIZER_FILE)
+            return Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         from transformers import AutoTokenizer
 
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
         return tokenizer
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise InputError(f"{folder}: its tokenizer does not load: {error}") from error
 
 
 def _is_plain(folder: Path) -> bool:
     """Return whether tokenizer.json is all that decides which ids a text gets."""
-    if not (folder / TOKENIZER_FILE).is_file() or not (folder / TOKENIZER_CONFIG).is_file():
+    has = [(folder / name).is_file() for name in (TOKENIZER_FILE, TOKENIZER_CONFIG, _ADDED_TOKENS)]
+    if has != [True, True, False]:
         return False
     config = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
     added = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8")).get("added_tokens", [])
@@ -52,10 +54,3 @@ def _tokens_in(config: dict[str, Any]) -> list[str]:
     found = [value for name, value in config.items() if name.endswith("_token")]
     found += [*(config.get("additional_special_tokens") or []), *(extra.values() if isinstance(extra, dict) else extra)]
     return [token["content"] if isinstance(token, dict) else token for token in found if token]
-
-
-def _read_file(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:
-        raise ValueError(f"{path.name}: {error}") from error
