@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -117,13 +118,31 @@ def _encode_in_processes(
         workers, multiprocessing.get_context("spawn"), _start_worker, (codec_folder, code_store)
     ) as pool:
         pending: set[Future[None]] = set()
-        for window in _windows(clips):
-            for clip in sorted(window, key=lambda clip: -clip.num_samples):
-                pending.add(pool.submit(_encode_in_worker, clip))
-                if len(pending) >= 4 * workers:
-                    pending = _collect(pending, bar)
-        while pending:
-            pending = _collect(pending, bar)
+        try:
+            for window in _windows(clips):
+                for clip in sorted(window, key=lambda clip: -clip.num_samples):
+                    with _blocked_interrupts():  # workers start at the first clip
+                        pending.add(pool.submit(_encode_in_worker, clip))
+                    if len(pending) >= 4 * workers:
+                        pending = _collect(pending, bar)
+            while pending:
+                pending = _collect(pending, bar)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+@contextlib.contextmanager
+def _blocked_interrupts() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C, which a terminal sends to all processes: only this one reacts to it.
+
+    The mask of signals is inherited. A signal that arrives within the block is delivered after it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _collect(pending: set[Future[None]], bar: tqdm) -> set[Future[None]]:
