@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
 HELD_OUT := --test_manifest samples/digits_held_out.jsonl --recognizer pocketsphinx
 
-.PHONY: demo check test chaos lint types format install clean
+.PHONY: demo check test chaos misuses lint types format install clean
 
 # In float32, because bf16 matmuls take thirty times as long on a CPU without bf16 instructions.
 demo: install ## train the built-in base on a voice that is new to it, and print what changed in numbers
@@ -36,6 +36,10 @@ KILLS ?= 100
 SEED ?= 1
 chaos: install ## kill short runs KILLS times at random moments (10 min), and compare their results
 	$(BIN)/python tests/chaos.py outputs/chaos-$(shell date +%Y%m%d-%H%M%S) $(KILLS) $(SEED)
+
+ONLY ?=
+misuses: install ## misuse folders, locks, signals and clips in 500 ways (10 min), or ONLY=a group or a part of names
+	$(BIN)/python tests/misuses.py --only "$(ONLY)"
 
 lint: install
 	$(BIN)/ruff check .

@@ -273,9 +273,7 @@ def test_bad_options() -> None:
 
 
 def test_base_on_an_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "huggingface_hub.hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline"))
-    )
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
     with pytest.raises(InputError, match="not a local folder, and not available on the hub"):
         dry_run.make_setting(*parse_train_options("--dry_run --base_ckpt some/base".split()))
 
