@@ -141,7 +141,7 @@ def read_adapter(folder: Path) -> Adapter:
         raise InputError(_describe_non_adapter(folder))
     try:
         files = _read_files(folder)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise InputError(f"{folder}: its adapter cannot be read: {error}") from error
     problems = _problems_of(files)
     if problems:

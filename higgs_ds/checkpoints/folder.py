@@ -16,9 +16,10 @@ import torch
 
 from higgs_ds.adapters.save import ADAPTER_WEIGHTS
 from higgs_ds.checkpoints.state import TrainerState
+from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import sha256_of
 from higgs_ds.common.run_files import ADAPTER_FOLDER, STATE_FILE, TRAINED_FOLDER
-from higgs_ds.common.tensor_files import StoredTensors, shard_files
+from higgs_ds.common.tensor_files import StoredTensors, shard_files, weight_shapes
 
 MANIFEST_FILE = "manifest.json"
 OPTIMIZER_STEM, RNG_FILE = "optimizer", "rng_state.safetensors"
@@ -52,14 +53,22 @@ def why_incomplete(folder: Path) -> str | None:
     try:
         text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
         manifest = {str(name): (file["size"], file["sha256"]) for name, file in json.loads(text).items()}
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         return f"{MANIFEST_FILE} cannot be read ({type(error).__name__})"
+    missing = {STATE_FILE, RNG_FILE} - manifest.keys()
+    if missing:
+        return f"{MANIFEST_FILE} does not list {', '.join(sorted(missing))}"
     for name, (size, sha256) in manifest.items():
         path = folder / name
         if not path.is_file():
             return f"missing {name}"
         if path.stat().st_size != size or sha256_of(path) != sha256:
             return f"{name} has changed since it was written"
+    try:
+        weight_shapes([folder / name for name in manifest if name.endswith(".safetensors")])
+        read_state(folder)
+    except InputError as error:
+        return str(error)
     return None
 
 
@@ -92,9 +101,15 @@ def newest_complete(output_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def read_state(folder: Path) -> TrainerState:
-    """Read the trainer state of a complete checkpoint."""
-    values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    return TrainerState(**{key: value for key, value in values.items() if key != "finished"})
+    """Read the trainer state of a checkpoint or a run. Raises InputError if this version did not write it."""
+    try:
+        values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        state = TrainerState(**{key: value for key, value in values.items() if key != "finished"})
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise InputError(f"{folder / STATE_FILE}: cannot be read: {type(error).__name__}: {error}") from error
+    if type(state.step) is not int or not 0 <= state.step <= state.total_steps:
+        raise InputError(f"{folder / STATE_FILE}: step {state.step!r} of {state.total_steps!r} is not possible")
+    return state
 
 
 def masters_in(folder: Path) -> Mapping[str, torch.Tensor]:

@@ -135,7 +135,7 @@ def _tips(folder: Path) -> list[str]:
 def _is_full_finetuning(run: Path) -> bool:
     try:
         return bool(read_state(run).settings.get("finetune") == FULL)
-    except (OSError, ValueError, TypeError, AttributeError):  # no state file, or one of another program
+    except InputError:  # no state file, or one of another program
         return False
 
 

@@ -7,8 +7,6 @@ import os
 import sys
 import warnings
 
-from tqdm import tqdm
-
 from higgs_ds.common.distributed import is_main
 
 
@@ -54,5 +52,7 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Print a line on rank 0, also with --quiet."""
     if is_main():
+        from tqdm import tqdm
+
         tqdm.write(text)
         sys.stdout.flush()  # output to a file is buffered otherwise

@@ -65,7 +65,10 @@ def replaced_folder(path: Path) -> Iterator[Path]:
             os.rename(path, aside)
         os.rename(temporary, path)
         _sync(path.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside.is_dir() and not aside.is_symlink():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
 
 
 def restore_leftovers(folder: Path, names: re.Pattern[str]) -> None:
@@ -83,8 +86,8 @@ def restore_leftovers(folder: Path, names: re.Pattern[str]) -> None:
             continue
         if match["old"] and not (folder / match["name"]).exists():
             os.rename(leftover, folder / match["name"])
-        elif time.time() - leftover.stat().st_mtime > ABANDONED_AFTER_S:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        elif time.time() - leftover.lstat().st_mtime > ABANDONED_AFTER_S:
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
 
 
 def remove_folder(path: Path) -> None:
@@ -138,7 +141,17 @@ def free_bytes(folder: Path) -> int:
 
 def why_not_writable(folder: Path) -> str | None:
     """Return why `folder` cannot be written to or created, with the system's reason; None if it can."""
-    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    try:
+        os.fsencode(folder).decode()
+        existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+        if folder.name and not folder.exists():
+            os.lstat(folder.absolute())
+    except FileNotFoundError:
+        pass
+    except UnicodeDecodeError:
+        return "its name is not UTF-8"
+    except (OSError, ValueError) as error:
+        return f"{error.strerror if isinstance(error, OSError) else error}"
     if not existing.is_dir():
         return f"{existing} is a file, not a folder"
     try:

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import psutil
@@ -26,6 +26,8 @@ from higgs_ds.common.files import saving, write_json
 TOUCH_EVERY_S = 5.0
 STALE_AFTER_S = 30.0
 UNREADABLE_S = 5.0  # how long a lock file may stay without its content
+LARGEST_FILE = 4096  # bytes; a lock file has a few hundred
+LATEST_START = 1e11  # seconds since 1970
 _SAME_START_S = 1.0  # by how much two readings of a process's start may differ
 
 
@@ -44,6 +46,7 @@ class Owner:
 
     @classmethod
     def this_process(cls) -> Owner:
+        restarts = os.environ.get("SLURM_RESTART_COUNT", "")
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -51,8 +54,21 @@ class Owner:
             boot=_text_of("/proc/sys/kernel/random/boot_id"),
             namespace=_link_of("/proc/self/ns/pid"),
             job=os.environ.get("SLURM_JOB_ID", ""),
-            restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            restarts=int(restarts) if restarts.isdecimal() else 0,
         )
+
+    @classmethod
+    def from_json(cls, text: str) -> Owner:
+        """Read the content of a lock file. Raises ValueError, TypeError, KeyError or RecursionError for any other."""
+        values = json.loads(text)
+        owner = cls(**{f.name: values[f.name] for f in fields(cls)})
+        texts = (owner.host, owner.boot, owner.namespace, owner.job, owner.token)
+        numbers = (owner.pid, owner.restarts)
+        if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
+            raise TypeError("a value has the wrong type")
+        if owner.pid <= 0 or not 0 <= owner.started <= LATEST_START:
+            raise ValueError("a value is out of range")
+        return owner
 
     def __str__(self) -> str:
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
@@ -80,6 +96,8 @@ class OutputLock:
             InputError: another process holds it; names host, process and start.
             SaveError: the lock file cannot be written.
         """
+        if os.path.lexists(self.path) and (self.path.is_symlink() or not self.path.is_file()):
+            raise InputError(f"{self.output}: {self.path} is not a lock file; remove it, or choose another path")
         owner = Owner.this_process()
         with saving(self.path):
             while not self._create(owner):
@@ -138,10 +156,14 @@ class OutputLock:
         deadline = time.monotonic() + UNREADABLE_S
         while True:
             try:
-                return Owner(**json.loads(self.path.read_text(encoding="utf-8")))
-            except FileNotFoundError:
+                if not self.path.is_file():
+                    return None
+                with self.path.open("rb") as file:
+                    return Owner.from_json(file.read(LARGEST_FILE).decode())
+            except (FileNotFoundError, IsADirectoryError):
                 return None
-            except (ValueError, TypeError):  # it is being written, or its writer was killed at that moment
+            except (ValueError, TypeError, KeyError, RecursionError):
+                # It is being written, or its writer was killed at that moment.
                 if time.monotonic() > deadline:
                     self.path.unlink(missing_ok=True)
                     return None

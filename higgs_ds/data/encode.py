@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from higgs_ds.data.audio import read_audio
+from higgs_ds.common.errors import InputError
+from higgs_ds.data.audio import AudioError, read_audio
 from higgs_ds.data.code_cache import CachedCodes, CodeCache
 from higgs_ds.data.codec import Codec
 from higgs_ds.data.coder import Coder
@@ -68,8 +69,11 @@ class CodeStore:
 
 def _encode_one(clip: ClipToEncode, code_store: CodeStore, codec: Codec) -> None:
     cached = code_store.cache.load(clip.key, codec.num_codebooks)
-    codes = cached.codes if cached else codec.encode(read_audio(clip.clip, codec.sample_rate)[None])[0]
-    code_store.store(clip, codes)
+    try:
+        codes = cached.codes if cached else codec.encode(read_audio(clip.clip, codec.sample_rate)[None])[0]
+        code_store.store(clip, codes)
+    except AudioError as error:
+        raise InputError(f"{clip.clip.path}: has changed since it was checked: {error}") from error
 
 
 def _encode_batched(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from higgs_ds.common import distributed
 from higgs_ds.common.console import say, warn
+from higgs_ds.common.errors import SaveError
 from higgs_ds.common.files import check_folders, flush_folder, saving, write_json, write_text
 from higgs_ds.common.lock import OutputLock, lock_beside
 from higgs_ds.data.coder import Coder
@@ -85,8 +86,12 @@ class Preparation:
             lock = OutputLock(lock_beside(bad_list), f"--skip_bad {bad_list}")
             lock.acquire(warn)
             self._list_lock = lock
-            with saving(bad_list):
-                write_text(bad_list, "")
+            try:
+                with saving(bad_list):
+                    write_text(bad_list, "")
+            except SaveError:
+                lock.release()
+                raise
 
     def __exit__(self, *_: object) -> None:
         if self._list_lock is not None:
@@ -246,7 +251,22 @@ class Preparation:
 def scratch_problems(options: DataOptions, cache_dir: Path) -> list[str]:
     """Return the problems that prevent manifests from being checked at all."""
     bad_list = options.skip_bad
-    return check_folders(cache_dir=cache_dir, skip_bad=bad_list.parent if bad_list is not None else None)
+    problems = check_folders(cache_dir=cache_dir, skip_bad=bad_list.parent if bad_list is not None else None)
+    if bad_list is not None and not _may_be_replaced(bad_list):
+        problems.append(f"--skip_bad {bad_list}: exists, and is not a list of bad samples; choose another file")
+    return problems
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Return whether a file does not exist or looks like an earlier list: lines "SOURCE: REASON", not a manifest."""
+    if not os.path.lexists(path):
+        return True
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(1 << 16)
+    lines = start.decode(errors="replace").splitlines()
+    return b"\0" not in start and all(": " in line and not line.startswith(("{", "[")) for line in lines[:-1] or lines)
 
 
 @contextlib.contextmanager

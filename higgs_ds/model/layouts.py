@@ -50,7 +50,7 @@ def read_json_config(folder: Path, asked_by: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         model_type = config.get("model_type")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{where}: its config.json is not a JSON object: {error}") from error
     if model_type == CODEC_TYPE:
         raise InputError(f"{where}: is an audio codec, which --codec_ckpt takes; a base has model_type {expected}")

@@ -52,7 +52,7 @@ def _read(path: Path, where: str) -> Any:
         raise InputError(f"{where}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON: {error}") from error
 
 

@@ -138,12 +138,12 @@ def _truncate(path: Path, last_step: int, validation_due: bool) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
             if values["step"] > last_step or (validation_due and values["step"] == last_step and "val/loss" in values):
                 continue
-        except ValueError:
+        except (ValueError, TypeError, KeyError, RecursionError):  # not a line of this project
             continue
         kept.append(line + "\n")
     write_text(path, "".join(kept))

@@ -65,6 +65,7 @@ def _evaluate(options: EvaluateOptions, lock: FolderLock) -> None:
     problems = (
         check_folders(output_dir=options.output_dir) + scratch_problems(data, cache_dir) + _option_problems(options)
     )
+    problems += _foreign_files(options.output_dir)
     collect_problems(problems, lambda: lock.acquire(options.output_dir))
     collect_problems(problems, lambda: check_recognizer(options.recognizer))
     earlier = collect_problems(problems, lambda: _read_results(options.compare_with))
@@ -112,6 +113,14 @@ def _evaluate(options: EvaluateOptions, lock: FolderLock) -> None:
     distributed.on_main(lambda: _write_results(options.output_dir, results))
     say(table(results, earlier))
     say(f"evaluation: {options.output_dir / RESULTS_FILE}")
+
+
+def _foreign_files(folder: Path) -> list[str]:
+    """Return a problem if a folder has a file that an evaluation would overwrite, but no evaluation has written."""
+    first = folder / "0.wav"
+    if not first.exists() or (folder / REFERENCE / "0.wav").exists():
+        return []
+    return [f"--output_dir {folder}: has 0.wav, which is not of an earlier evaluation; choose another folder"]
 
 
 def _option_problems(options: EvaluateOptions) -> list[str]:
@@ -223,7 +232,7 @@ def _read_results(path: Path | None) -> dict[str, Any] | None:
         return None
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--compare_with {path}: cannot be read: {error}") from error
     if not isinstance(results, dict) or "stop_rate" not in results:
         raise InputError(f"--compare_with {path}: is not an {RESULTS_FILE} of launch/evaluate.py")

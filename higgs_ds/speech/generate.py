@@ -13,10 +13,11 @@ from higgs_ds.adapters.convert import adapter_in_native_names
 from higgs_ds.adapters.load import Adapter, read_adapter
 from higgs_ds.adapters.save import ADAPTER_CONFIG
 from higgs_ds.bases.bundle import Bundle, open_bundle
+from higgs_ds.bases.conversion import SAMPLE_RATE
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import saving, why_not_writable
 from higgs_ds.common.resources import default_cache_dir
-from higgs_ds.data.audio import WRITTEN_AS, AudioError, read_audio, write_audio
+from higgs_ds.data.audio import WRITTEN_AS, AudioError, examine, read_audio, write_audio
 from higgs_ds.data.codec import Codec
 from higgs_ds.data.delay_pattern import apply_delay_pattern, revert_delay_pattern
 from higgs_ds.data.prompt import render_generation, tokenize
@@ -149,8 +150,12 @@ def _check(options: GenerateOptions) -> GenerationModel:
         problems += error.problems
     if options.ref_audio is not None:
         try:
-            read_audio(AudioClip(options.ref_audio), 24000, MAX_REFERENCE_S)
-        except AudioError as error:
+            facts = examine(AudioClip(options.ref_audio), MAX_REFERENCE_S, SAMPLE_RATE)
+            if speaker is not None and facts.num_samples(SAMPLE_RATE) < speaker.bundle.codec.hop_length:
+                problems.append(f"--ref_audio {options.ref_audio}: is shorter than one frame of the codec")
+            if options.output.exists() and options.output.samefile(options.ref_audio):
+                problems.append(f"--output {options.output}: is --ref_audio, which it would overwrite")
+        except (AudioError, OSError) as error:
             problems.append(f"--ref_audio {options.ref_audio}: {error}")
     if problems or speaker is None:
         raise InputError(problems)

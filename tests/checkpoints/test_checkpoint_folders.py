@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from higgs_ds.adapters.save import ADAPTER_WEIGHTS, AdapterFormat, verify_adapter, write_adapter
 from higgs_ds.checkpoints.folder import (
     MANIFEST_FILE,
+    RNG_FILE,
     checkpoints_to_delete,
     find_checkpoints,
     manifest_of,
@@ -23,6 +24,7 @@ from higgs_ds.checkpoints.folder import (
 from higgs_ds.checkpoints.state import TrainerState, check_same_run
 from higgs_ds.common.errors import InputError, NotFiniteError, SaveError
 from higgs_ds.common.files import new_folder, remove_folder, replaced_file, replaced_folder, write_json
+from higgs_ds.common.run_files import STATE_FILE
 from higgs_ds.reporting.metrics_log import MetricsLog
 
 FORM = AdapterFormat(LoraConfig(r=2, target_modules=["self_attn.q_proj"], base_model_name_or_path="base"))
@@ -31,8 +33,9 @@ A, B = "base_model.model.m.lora_A.weight", "base_model.model.m.lora_B.weight"
 
 def checkpoint(folder: Path) -> Path:
     (folder / "lora_adapters").mkdir(parents=True)
-    (folder / "optimizer.safetensors").write_bytes(b"o" * 1000)
-    (folder / "lora_adapters" / "adapter_model.safetensors").write_bytes(b"a" * 1000)
+    for name in ("optimizer.safetensors", RNG_FILE, "lora_adapters/adapter_model.safetensors"):
+        save_file({"x": torch.zeros(9)}, folder / name)
+    write_json(folder / STATE_FILE, TrainerState(10, {}, step=1).to_json())
     write_json(folder / MANIFEST_FILE, manifest_of(folder))
     return folder
 
@@ -42,7 +45,7 @@ def test_newest_complete_checkpoint_is_used(tmp_path: Path) -> None:
     (folders[12] / MANIFEST_FILE).unlink()
     (folders[10] / "optimizer.safetensors").unlink()
     (folders[8] / "optimizer.safetensors").write_bytes(b"o" * 999)
-    (folders[6] / "lora_adapters" / "adapter_model.safetensors").write_bytes(b"a" * 999 + b"b")
+    save_file({"x": torch.ones(9)}, folders[6] / "lora_adapters" / "adapter_model.safetensors")
     (tmp_path / ".checkpoint-14.x.tmp").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
     assert [folder.name for folder in find_checkpoints(tmp_path)] == [f"checkpoint-{s}" for s in (12, 10, 8, 6, 4, 2)]

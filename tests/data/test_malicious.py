@@ -14,12 +14,14 @@ import torch
 from conftest import speech_sample, write_manifest
 from peft import LoraConfig
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from higgs_ds.adapters.load import read_adapter
 from higgs_ds.adapters.save import ADAPTER_WEIGHTS
 from higgs_ds.bases.bundle import open_bundle
 from higgs_ds.checkpoints.folder import MANIFEST_FILE, OPTIMIZER_FILE, RNG_FILE, manifest_of, newest_complete
 from higgs_ds.checkpoints.save import load_masters_into
+from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import write_json
 from higgs_ds.common.run_files import ADAPTER_FOLDER
@@ -138,16 +140,21 @@ def test_adapter(tmp_path: Path, bad_bytes: bytes, name: str) -> None:
     "name", [OPTIMIZER_FILE, RNG_FILE, f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}", "trainer_state.json"]
 )
 def test_checkpoint(tmp_path: Path, bad_bytes: bytes, name: str) -> None:
-    """A changed checkpoint is skipped. One whose manifest was changed accordingly does not load."""
+    """A changed checkpoint is skipped, also if its manifest was changed accordingly. It does not load."""
     folder = tmp_path / "run" / "checkpoint-2"
     (folder / ADAPTER_FOLDER).mkdir(parents=True)
-    (folder / name).write_bytes(b"something else")
+    for file in (OPTIMIZER_FILE, RNG_FILE, f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}"):
+        save_file({"x": torch.zeros(1)}, folder / file)
+    write_json(folder / "trainer_state.json", TrainerState(10, {}, step=2).to_json())
     write_json(folder / MANIFEST_FILE, manifest_of(folder))
+    assert newest_complete(folder.parent)[0] == folder
     (folder / name).write_bytes(bad_bytes)
     assert newest_complete(folder.parent)[0] is None
     (folder / MANIFEST_FILE).unlink()
     write_json(folder / MANIFEST_FILE, manifest_of(folder))
-    assert newest_complete(folder.parent)[0] == folder
+    found, (skipped,) = newest_complete(folder.parent)
+    assert found is None
+    assert name in skipped
     if name.endswith(ADAPTER_WEIGHTS):
         with pytest.raises(Exception, match="header"):
             load_masters_into(folder, {"a": torch.nn.Parameter(torch.zeros(1))})

@@ -52,6 +52,8 @@ def read_entries(path: Path, options: DataOptions) -> Iterator[Entry]:
 
 
 def _format_of(path: Path, options: DataOptions) -> str:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError("is neither a file nor a folder")  # a pipe can be read only once, and might never end
     name = recognize(path) if options.format == AUTO else options.format
     if name not in READERS:
         raise InputError(f"format: {name!r} is not a known format; allowed: {', '.join((AUTO, *FORMATS))}")
