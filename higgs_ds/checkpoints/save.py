@@ -25,6 +25,7 @@ from higgs_ds.checkpoints.folder import (
 from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.checkpoints.trained_weights import FullFormat, write_trained
 from higgs_ds.common.distributed import gather_objects, on_main_consuming, rank
+from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import remove_folder, replaced_folder, saving, write_json
 from higgs_ds.common.run_files import ADAPTER_FOLDER, MOMENTS, STATE_FILE, TRAINED_FOLDER
 from higgs_ds.common.tensor_files import write_shards
@@ -120,6 +121,9 @@ def load_masters_into(folder: Path, parameters: dict[str, torch.nn.Parameter]) -
 def load_into_engine(folder: Path, engine: TrainedState, state: TrainerState) -> None:
     """Restore master weights, moments, schedule and random state of a checkpoint. Every rank must call this."""
     moments = {moment: moments_in(folder, moment) for moment in MOMENTS}
+    missing = [name for name in masters_in(folder) if not all(name in moments[moment] for moment in MOMENTS)]
+    if missing:
+        raise InputError(f"{folder}: its optimizer has no moments of {len(missing)} tensors, for instance {missing[0]}")
     engine.restore(masters_in(folder), moments, state.step - len(state.skipped))
     engine.restore_schedule(state.scheduler)
     states = load_file(folder / RNG_FILE)

@@ -86,8 +86,10 @@ def restore_leftovers(folder: Path, names: re.Pattern[str]) -> None:
             continue
         if match["old"] and not (folder / match["name"]).exists():
             os.rename(leftover, folder / match["name"])
-        elif time.time() - leftover.lstat().st_mtime > ABANDONED_AFTER_S:
-            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+        elif leftover.is_symlink():
+            leftover.unlink()
+        elif time.time() - leftover.stat().st_mtime > ABANDONED_AFTER_S:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def remove_folder(path: Path) -> None:

@@ -220,7 +220,10 @@ def _read(folder: Path, kind: str) -> Iterator[pa.RecordBatch]:
 
 def _mapped(folder: Path, kind: str) -> pa.Table:
     """Return the rows of all parts, concatenated. They are read from disk on access."""
-    return pa.concat_tables([pa.ipc.open_file(pa.memory_map(path)).read_all() for path in _files(folder, kind)])
+    files = _files(folder, kind)
+    if not files:
+        raise FileNotFoundError(f"{folder}: has no {kind}; the cache was deleted while it was in use")
+    return pa.concat_tables([pa.ipc.open_file(pa.memory_map(path)).read_all() for path in files])
 
 
 def _numbers(column: pa.Array) -> np.ndarray:

@@ -162,7 +162,9 @@ class Preparation:
             return target
 
         checked.index = None  # release this mapping first: memory that is mapped twice counts twice
-        return Index(distributed.on_main(publish))
+        target = distributed.on_main(publish)
+        with saving(target):
+            return Index(target)
 
     def describe(self, checked: CheckedManifest) -> str:
         """Return a summary of several lines."""
