@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,10 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     # With tests in parallel, the busy-waiting threads of one test slow the others down more than they gain.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if threading.current_thread() is threading.main_thread():
+    # A shell ignores these signals for a job in its background, and the processes that tests start would inherit this.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 PROJECT = Path(__file__).resolve().parent.parent
 VOICES = PROJECT / "samples" / "voices"
 VOICES_MANIFEST = PROJECT / "samples" / "voices.jsonl"
