@@ -148,8 +148,8 @@ def why_not_writable(folder: Path) -> str | None:
         existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
         if folder.name and not folder.exists():
             os.lstat(folder.absolute())
-    except FileNotFoundError:
-        pass
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # said below, with the name of what exists
     except UnicodeDecodeError:
         return "its name is not UTF-8"
     except (OSError, ValueError) as error:
