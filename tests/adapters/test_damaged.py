@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from higgs_ds.adapters.load import Adapter, read_adapter
 from higgs_ds.adapters.save import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFormat, write_adapter
 from higgs_ds.checkpoints.folder import MANIFEST_FILE, manifest_of, newest_complete, why_incomplete
+from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import write_json
 from higgs_ds.common.run_files import ADAPTER_FOLDER
@@ -103,7 +104,7 @@ def checkpoints(adapter: Path, tmp_path: Path) -> tuple[Path, Path]:
         shutil.copytree(adapter, folder / ADAPTER_FOLDER)
         save_file({"exp_avg.a": torch.full((5,), float(step))}, folder / "optimizer.safetensors")
         save_file({"0.cpu": torch.arange(5)}, folder / "rng_state.safetensors")
-        write_json(folder / "trainer_state.json", {"step": step})
+        write_json(folder / "trainer_state.json", TrainerState(10, {}, step=step).to_json())
         write_json(folder / MANIFEST_FILE, manifest_of(folder))
     return tmp_path / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-4"
 

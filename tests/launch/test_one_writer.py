@@ -121,7 +121,7 @@ def test_refused_while_another_process_lives_and_takes_over_once_it_is_killed(
     lock, named, (name, *options) = commands(made, base)[kind]
     (tmp_path / lock).parent.mkdir(exist_ok=True)
     if kind == "prepare":
-        (tmp_path / "bad.txt").write_text("the other run's list\n")
+        (tmp_path / "bad.txt").write_text("m.jsonl:1: of the other run\n")
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / lock)], cwd=PROJECT, stdout=subprocess.PIPE, text=True
     )
