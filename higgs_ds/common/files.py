@@ -145,11 +145,9 @@ def why_not_writable(folder: Path) -> str | None:
     """Return why `folder` cannot be written to or created, with the system's reason; None if it can."""
     try:
         os.fsencode(folder).decode()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(folder)  # fails if the name is too long or contains a null character
         existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-        if folder.name and not folder.exists():
-            os.lstat(folder.absolute())
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # said below, with the name of what exists
     except UnicodeDecodeError:
         return "its name is not UTF-8"
     except (OSError, ValueError) as error:
