@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import field
 from typing import Any
 
-FORMATS = ("chatml", "native", "swift", "metadata", "paired", "list", "csv", "table")
+FORMATS = ("chatml", "native", "swift", "metadata", "paired", "list", "csv", "flat", "table")
 FINETUNE = FULL, LORA, QLORA = ("full", "lora", "qlora")
 LORA_TARGET_GROUPS = ("attention", "text_mlp", "audio_mlp")
 EMBEDDINGS, HEADS = "embeddings", "heads"

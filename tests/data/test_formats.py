@@ -901,6 +901,7 @@ CONTENTS: dict[str, Callable[[Path], Any]] = {
     "metadata": lambda path: write_lines(path, {"dataset_info": {}, "samples": [{"audio_file": "a.wav"}]}),
     "list": lambda path: write_lines(path, "a.wav|Hi."),
     "csv": lambda path: write_lines(path, "audio,text", "a.wav,Hi."),
+    "flat": lambda path: write_lines(path, {"audio": "a.wav", "text": "Hi."}),
     "table": lambda path: write_parquet(path, ROWS),
 }
 
@@ -971,7 +972,7 @@ def test_format_and_kind_of_path(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "data", "a.wav|Hi.")
     for name in ("chatml", "native", "swift"):
         expect_faults(tmp_path, [f": format: {name} needs a file, which this folder is not"], format=name)
-    for name in ("list", "csv", "metadata"):
+    for name in ("list", "csv", "metadata", "flat"):
         expect_faults(tmp_path, [f": format: {name} needs a folder with metadata."], format=name)
     expect_faults(file, [": format: paired needs a folder, but this is a file"], format="paired")
     expect_faults(file, [": format: 'nonsense' is not a known format; allowed: auto, chatml"], format="nonsense")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from higgs_ds.common.errors import InputError
-from higgs_ds.data.formats import chatml, csv_file, lists, metadata, native, paired, swift, table
+from higgs_ds.data.formats import chatml, csv_file, flat, lists, metadata, native, paired, swift, table
 from higgs_ds.data.formats.checks import printable
 from higgs_ds.data.formats.recognition import NO_SAMPLES, recognize
 from higgs_ds.data.sample import Entry
@@ -22,10 +22,13 @@ READERS: dict[str, Callable[[Path, DataOptions], Iterator[Entry]]] = {
     "paired": paired.read,
     "list": lists.read,
     "csv": csv_file.read,
+    "flat": flat.read,
     "table": table.read,
 }
 # The file that a folder must contain to be read in a format. The formats in neither of these are single files.
-FOLDER_FILES = {"metadata": metadata.FILE_NAME, "list": csv_file.FILE_NAME, "csv": csv_file.FILE_NAME}
+FOLDER_FILES = {
+    "metadata": metadata.FILE_NAME, "list": csv_file.FILE_NAME, "csv": csv_file.FILE_NAME, "flat": flat.FILE_NAME,
+}  # fmt: skip
 ANY_FOLDER = ("paired", "table")
 
 

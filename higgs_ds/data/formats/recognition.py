@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from higgs_ds.common.errors import InputError
-from higgs_ds.data.formats import csv_file, jsonio, metadata, native, swift, table
+from higgs_ds.data.formats import csv_file, flat, jsonio, metadata, native, swift, table
 from higgs_ds.data.formats.checks import printable, shown
 from higgs_ds.data.formats.folders import walk
-from higgs_ds.data.formats.recordings import AUDIO_SUFFIXES
+from higgs_ds.data.formats.recordings import AUDIO_SUFFIXES, Columns
 from higgs_ds.options.fields import FORMATS
 
 HEAD = 64  # samples or lines that are inspected; the reader then checks all of them
@@ -49,8 +49,9 @@ def _formats_of_folder(folder: Path) -> dict[str, str]:
     saved = next((name for name in (table.SAVED, table.SAVED_SPLITS) if (folder / name).is_file()), None)
     if saved:
         found["table"] = saved
-    if not found and (folder / csv_file.FILE_NAME).is_file():
-        found[recognize(folder / csv_file.FILE_NAME)] = csv_file.FILE_NAME
+    for name in (csv_file.FILE_NAME, flat.FILE_NAME):
+        if not found and (folder / name).is_file():
+            found[recognize(folder / name)] = name
     if not found:  # metadata comes with the files that it describes; without it, these files decide
         has_faults = False
         for listing in walk(folder, tuple(_FORMAT_OF_SUFFIX)):
@@ -69,9 +70,7 @@ def _format_of_json(path: Path, first: str) -> str:
     others: list[str] = []
     num_invalid = 0
     for item in itertools.islice(jsonio.json_items(path), HEAD):
-        format_name = _format_of_value(item.value)
-        if format_name == "metadata" and first == "{":
-            format_name = None  # metadata has its samples in a list, never one per line
+        format_name = _format_of_value(item.value, first == "[")
         if item.fault:
             num_invalid += 1
         elif format_name:
@@ -98,15 +97,19 @@ def _is_metadata(path: Path) -> bool:
     return has_samples
 
 
-def _format_of_value(value: Any) -> str | None:
-    """Return the format of a JSON sample: `_CHAT` if it may be ChatML or native, None if it is not a sample."""
+def _format_of_value(value: Any, in_array: bool) -> str | None:
+    """Return the format of a JSON sample: `_CHAT` if it may be ChatML or native, None if it is not a sample.
+
+    Args:
+        in_array: whether it is in a list, like the samples of metadata.json, and not on a line of its own.
+    """
     if not isinstance(value, dict):
         return None
-    if "audio_file" in value:
-        return "metadata"
     messages = value.get("messages")
     if not isinstance(messages, list):
-        return None
+        if "audio_file" in value and in_array:
+            return "metadata"
+        return "flat" if isinstance(flat.keys_of(tuple(value)), Columns) else None
     if value.get("audios") is not None or value.get("audio") is not None:
         return "swift"
     for message in messages:

@@ -21,7 +21,7 @@ TEXT_COLUMNS = (
     "transcript", "transcription", "text", "sentence", "text_normalized", "normalized_text", "raw_text",
 )  # fmt: skip
 SPEAKER_COLUMNS = ("speaker", "speaker_id", "speaker_name", "client_id")
-LANGUAGE_COLUMNS = ("language", "lang", "locale")
+LANGUAGE_COLUMNS = ("language", "lang", "locale", "language_id")
 
 
 class Columns(NamedTuple):
@@ -33,8 +33,8 @@ class Columns(NamedTuple):
     language: str | None
 
 
-def columns_of(names: list[str]) -> Columns | str:
-    """Find the columns to read among the names of a table, ignoring case.
+def columns_of(names: list[str], kind: str = "column") -> Columns | str:
+    """Find the columns to read among the names of a table, or of another `kind`, ignoring case.
 
     Returns:
         The columns, or, as a string, which of them are missing.
@@ -47,8 +47,8 @@ def columns_of(names: list[str]) -> Columns | str:
     audio, text = first(AUDIO_COLUMNS), first(TEXT_COLUMNS)
     if audio is None or text is None:
         missing = [("audio", AUDIO_COLUMNS)] * (audio is None) + [("text", TEXT_COLUMNS)] * (text is None)
-        reasons = "; ".join(f"no {what} column (accepted names: {', '.join(known)})" for what, known in missing)
-        return f"{reasons}; found: {', '.join(map(repr, names[:20]))}; rename the columns to accepted names"
+        reasons = "; ".join(f"no {what} {kind} (accepted names: {', '.join(known)})" for what, known in missing)
+        return f"{reasons}; found: {', '.join(map(repr, names[:20]))}; rename the {kind}s to accepted names"
     return Columns(audio, text, first(SPEAKER_COLUMNS), first(LANGUAGE_COLUMNS))
 
 
