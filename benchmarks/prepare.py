@@ -158,7 +158,7 @@ def run_loop(folder: Path, epochs: int) -> dict[str, float]:
     for i in range(epochs + 1):
         torch.set_num_threads(threads if i < epochs else 1)
         began = time.perf_counter()
-        codes = [codec.encode(read_audio(clip, codec.sample_rate)[None])[0] for clip in clips]
+        codes = [codec.encode(read_audio(clip, codec.sample_rate)) for clip in clips]
         epochs_s.append(time.perf_counter() - began)
     one_thread_s = epochs_s.pop()
     cache = CodeCache(folder / "cache", codec_digest(folder / "codec"))

@@ -37,7 +37,7 @@ def checked(clips: list[torch.Tensor], samples: list[dict], folder: Path) -> lis
     codec = Codec(folder, torch.device("cpu"))
     recognize = open_recognizer(POCKETSPHINX, WORDS)
     texts = [words_of(sample["messages"][1]["content"]) for sample in samples]
-    codes = [codec.encode(clip[None])[0] for clip in clips]
+    codes = [codec.encode(clip) for clip in clips]
     results = []
     for title, sounds in (
         ("originals", clips),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 from transformers.utils.logging import disable_progress_bar
 
 from higgs_ds.common.errors import InputError
+from higgs_ds.data.mixed_batch import encode_mixed_batch
 
 disable_progress_bar()  # over the tensors of a model; errors and warnings stay
 
@@ -25,12 +26,15 @@ class Codec:
         self.num_codebooks: int = self.model.config.num_quantizers
 
     @torch.inference_mode()
-    def encode(self, waveforms: torch.Tensor) -> torch.Tensor:
-        """Return codes (B, C, F), int64 on the CPU, of mono waveforms (B, num_samples) at the codec's sample rate.
+    def encode(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Return codes (C, F), int64 on the CPU, of a mono waveform (num_samples,) at the codec's sample rate."""
+        return self.model.encode(waveform.to(self.device)[None, None]).audio_codes[0].cpu()
 
-        Waveforms of a batch have the same length: the codec normalizes over time, so padding would change the codes.
-        """
-        return self.model.encode(waveforms.to(self.device)[:, None]).audio_codes.cpu()
+    @torch.inference_mode()
+    def encode_batch(self, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the codes (C, F) of each waveform, which may differ in length, as `encode` does."""
+        codes = encode_mixed_batch(self.model, [waveform.to(self.device) for waveform in waveforms])
+        return [clip.cpu() for clip in codes]
 
     @torch.inference_mode()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,7 @@ class CodeStore:
 def _encode_one(clip: ClipToEncode, code_store: CodeStore, codec: Codec) -> None:
     cached = code_store.cache.load(clip.key, codec.num_codebooks)
     try:
-        codes = cached.codes if cached else codec.encode(read_audio(clip.clip, codec.sample_rate)[None])[0]
+        codes = cached.codes if cached else codec.encode(read_audio(clip.clip, codec.sample_rate))
         code_store.store(clip, codes)
     except AudioError as error:
         raise InputError(f"{clip.clip.path}: has changed since it was checked: {error}") from error
@@ -79,12 +79,12 @@ def _encode_one(clip: ClipToEncode, code_store: CodeStore, codec: Codec) -> None
 def _encode_batched(
     clips: Iterable[ClipToEncode], code_store: CodeStore, codec: Codec, threads: int, bar: tqdm
 ) -> None:
-    """Encode clips of equal length together. Threads read and resample them ahead."""
+    """Encode clips of similar length together. Threads read and resample them."""
     with ThreadPoolExecutor(threads) as readers:
         for window in _windows(clips):
             for batch in _batches(window, codec.sample_rate):
                 waveforms = list(readers.map(lambda clip: read_audio(clip.clip, codec.sample_rate), batch))
-                list(readers.map(code_store.store, batch, codec.encode(torch.stack(waveforms))))
+                list(readers.map(code_store.store, batch, codec.encode_batch(waveforms)))
                 bar.update(len(batch))
 
 
@@ -102,11 +102,10 @@ def _windows(clips: Iterable[ClipToEncode]) -> Iterator[list[ClipToEncode]]:
 
 
 def _batches(window: list[ClipToEncode], sample_rate: int) -> Iterator[list[ClipToEncode]]:
-    """Yield clips of exactly the same length, up to BATCH_S seconds in total."""
+    """Yield clips of similar length, up to BATCH_S seconds in total with their padding."""
     batch: list[ClipToEncode] = []
     for clip in sorted(window, key=lambda clip: clip.num_samples):
-        full = (len(batch) + 1) * clip.num_samples > BATCH_S * sample_rate
-        if batch and (full or clip.num_samples != batch[0].num_samples):
+        if batch and (len(batch) + 1) * clip.num_samples > BATCH_S * sample_rate:
             yield batch
             batch = []
         batch.append(clip)

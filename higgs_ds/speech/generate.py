@@ -54,9 +54,7 @@ def main(options: GenerateOptions) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec = Codec(bundle.codec.folder, device)
     messages = conversation(options)
-    references = [
-        codec.encode(read_audio(clip, codec.sample_rate)[None])[0] for message in messages for clip in message.clips
-    ]
+    references = [codec.encode(read_audio(clip, codec.sample_rate)) for message in messages for clip in message.clips]
     model = load_generation_model(speaker, device)
     torch.manual_seed(options.seed)
     speech = speak(model, bundle, messages, references, _generation_settings(options))

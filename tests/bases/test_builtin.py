@@ -100,7 +100,7 @@ def test_chat_template_is_the_training_layout(base: Path, name: str) -> None:
     waveform = read_audio(AudioClip(VOICE), bundle.codec.sample_rate)
     messages = [Message(role, parts) for role, parts in CONVERSATIONS[name]]
     codec = Codec(bundle.codec.folder, torch.device("cpu"))
-    codes = [codec.encode(waveform[None])[0] for m in messages for _ in m.clips]
+    codes = [codec.encode(waveform) for m in messages for _ in m.clips]
     prompt = tokenize(render_generation(messages), [c.shape[1] for c in codes], bundle.tokenizer, bundle.stream)
 
     processor = AutoProcessor.from_pretrained(base)

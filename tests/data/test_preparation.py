@@ -75,7 +75,7 @@ def test_codes_and_texts_come_back(bundle: Bundle, manifest: Path, tmp_path: Pat
         assert sample.source == f"{manifest}:{i + 1}"
         assert sample.messages[1].parts == (f"Clip {i}.",)
         encoded = dataset.encoded(i)
-        assert encoded.codes[0].equal(codec.encode(read_audio(AudioClip(VOICES / clip), RATE)[None])[0])
+        assert encoded.codes[0].equal(codec.encode(read_audio(AudioClip(VOICES / clip), RATE)))
         assert len(encoded.prompt.input_ids) == dataset.lengths[i]
     assert len(files_below(tmp_path / "cache" / "codes")) == 3
 
@@ -289,25 +289,28 @@ def test_worker_processes_give_the_same_codes(
     assert alone == workers
 
 
-def test_batches_hold_clips_of_one_length() -> None:
-    window = [survey.ClipToEncode(AudioClip(Path(f"{i}")), "", n, 0.0) for i, n in enumerate([RATE, 9, RATE, 9, 7])]
-    batches = [[clip.num_samples for clip in batch] for batch in encode._batches(window, RATE)]
-    assert batches == [[7], [9, 9], [RATE, RATE]]
-    long = [survey.ClipToEncode(AudioClip(Path(f"{i}")), "", 50 * RATE, 0.0) for i in range(5)]
-    assert [len(batch) for batch in encode._batches(long, RATE)] == [2, 2, 1]
+def test_batches_hold_clips_of_similar_length() -> None:
+    def batches(*num_samples: int) -> list[list[int]]:
+        window = [survey.ClipToEncode(AudioClip(Path(f"{i}")), "", n, 0.0) for i, n in enumerate(num_samples)]
+        return [[clip.num_samples for clip in batch] for batch in encode._batches(window, RATE)]
+
+    assert batches(RATE, 9, RATE, 9, 7) == [[7, 9, 9, RATE, RATE]]
+    assert batches(*[50 * RATE] * 5) == [[50 * RATE] * 2, [50 * RATE] * 2, [50 * RATE]]
+    assert batches(70 * RATE, RATE, 50 * RATE, 200 * RATE) == [[RATE, 50 * RATE], [70 * RATE], [200 * RATE]]
 
 
 def test_batched_encoding_gives_the_same_codes(bundle: Bundle, tmp_path: Path) -> None:
-    """The GPU's code path, run on the CPU: clips of equal length together, threads that read ahead."""
-    clips = [AudioClip(VOICES / f"{name}.flac", 0.1, 0.9) for name in ("anna_00", "ben_00", "carla_00", "ben_01")]
+    """The GPU's code path, run on the CPU: clips of several lengths together, read by threads."""
+    names = ("anna_00", "ben_00", "carla_00", "ben_01")
+    clips = [AudioClip(VOICES / f"{name}.flac", 0.1, 0.5 + 0.17 * i) for i, name in enumerate(names)]
     cache, codec = bundle.coder(tmp_path).cache, Codec(bundle.codec.folder, torch.device("cpu"))
-    todo = [survey.ClipToEncode(clip, cache.key(clip), round(0.9 * RATE), 0.0) for clip in clips]
+    todo = [survey.ClipToEncode(clip, cache.key(clip), round(clip.duration_s * RATE), 0.0) for clip in clips]
     with encode.tqdm(disable=True) as bar:
         encode._encode_batched(todo, encode.CodeStore(cache), codec, 2, bar)
     for clip in todo:
         stored = cache.load(clip.key, 8)
         assert stored is not None
-        assert stored.codes.long().equal(codec.encode(read_audio(clip.clip, RATE)[None])[0])
+        assert stored.codes.long().equal(codec.encode(read_audio(clip.clip, RATE)))
 
 
 def test_missing_codes_are_reported_and_computed_again(bundle: Bundle, manifest: Path, tmp_path: Path) -> None:

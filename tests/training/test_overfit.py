@@ -63,7 +63,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[i
 @pytest.mark.parametrize("text", CLIPS)
 def test_every_code_and_the_end(generated: dict[str, list[list[int]]], base: Path, text: str) -> None:
     waveform = read_audio(AudioClip(PROJECT / "samples" / "voices" / CLIPS[text]), 24000)
-    codes = Codec(find_codec(base, None), torch.device("cpu")).encode(waveform[None])[0]
+    codes = Codec(find_codec(base, None), torch.device("cpu")).encode(waveform)
     num_frames = codes.shape[1]
     rows = torch.tensor(generated[text])
     assert len(rows) == num_frames + 9  # BOS, the frames, EOS, the delay of 7: it stopped on its own
