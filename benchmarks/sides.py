@@ -21,6 +21,10 @@ LORA_R, LORA_ALPHA, LR = 16, 32, 1e-4
 OURS, TRAINER = "ours", "trainer"
 NUM_CODEBOOKS, CODEBOOK_SIZE, PAD_ID = 8, 1026, 1
 AUDIO_BOS, AUDIO_DELAY, AUDIO, AUDIO_EOS, TURN_END = 13, 14, 16, 12, 9  # any ids work
+FIXED = {
+    "num_codebooks": NUM_CODEBOOKS, "codebook_size": CODEBOOK_SIZE, "audio_token_id": AUDIO,
+    "audio_delay_token_id": AUDIO_DELAY, "audio_bos_token_id": AUDIO_BOS, "pad_token_id": PAD_ID,
+}  # fmt: skip
 
 
 def add_geometry(parser: argparse.ArgumentParser) -> None:
@@ -49,11 +53,7 @@ def write_base(folder: Path, values: dict[str, Any], precision: str, shard_bytes
     from safetensors.torch import save_file
     from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-    fixed = {
-        "num_codebooks": NUM_CODEBOOKS, "codebook_size": CODEBOOK_SIZE, "audio_token_id": AUDIO,
-        "audio_delay_token_id": AUDIO_DELAY, "audio_bos_token_id": AUDIO_BOS, "pad_token_id": PAD_ID,
-    }  # fmt: skip
-    config = HiggsAudioV2Config.from_dict(values | fixed)
+    config = HiggsAudioV2Config.from_dict(values | FIXED)
     dtype = torch_dtype(precision)
     with init_empty_weights():
         model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
@@ -113,24 +113,45 @@ def stream() -> Any:
     return AudioStream(NUM_CODEBOOKS, CODEBOOK_SIZE - 2, CODEBOOK_SIZE - 1)
 
 
+def random_model(values: dict[str, Any], precision: str, four_bit: bool, device: Any) -> Any:
+    """Return a frozen base with random weights, each drawn on its device; `values` as for `write_base`."""
+    import torch
+    from accelerate import init_empty_weights
+    from torch import nn
+    from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+
+    from higgs_ds.model import nf4
+    from higgs_ds.model.quantization import is_quantized_weight
+
+    dtype, draw = torch_dtype(precision), torch.Generator(device).manual_seed(0)
+    config = HiggsAudioV2Config.from_dict(values | FIXED)
+    config.dtype = dtype
+    with init_empty_weights():
+        model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if four_bit:
+        nf4.replace_linears(model, dtype)
+    for name, shape in shapes.items():
+        layer, _, leaf = name.rpartition(".")
+        weight = torch.ones(shape, dtype=dtype, device=device)
+        if len(shape) > 1:
+            weight.normal_(std=0.02, generator=draw)
+        if four_bit and is_quantized_weight(name):
+            nf4.fill(model.get_submodule(layer), nf4.quantize(weight, dtype))
+        else:
+            setattr(model.get_submodule(layer), leaf, nn.Parameter(weight))
+    return model.requires_grad_(False).to(device)  # moves the buffers
+
+
 def our_engine(folder: Path, precision: str, four_bit: bool, every: int | None, batch_size: int, meter: Meter) -> Any:
-    """Build this project's engine with ds_configs/zero2.json, as launch/train.py does.
+    """Load a base and build this project's engine around it, as launch/train.py does.
 
     With `every`, each `every`-th layer is recomputed.
     """
-    from higgs_ds.adapters.save import trained_parameters
-    from higgs_ds.common.distributed import device, world_size
-    from higgs_ds.model.higgs import DualLossModel, checkpoint_layers
+    from higgs_ds.common.distributed import device
+    from higgs_ds.model.higgs import checkpoint_layers
     from higgs_ds.model.loading import load_base, load_base_in_4bit
-    from higgs_ds.model.lora import add_lora
-    from higgs_ds.model.loss import LossWeights
-    from higgs_ds.options.command_line import parse_train_options
-    from higgs_ds.options.ds_config import read_ds_config, resolve
-    from higgs_ds.training.engine import Engine
 
-    argv = f"--precision {precision} --lr {LR} --lora_r {LORA_R} --lora_alpha {LORA_ALPHA} --lora_dropout 0"
-    options, given = parse_train_options([*argv.split(), "--grad_accum=1", f"--batch_size={batch_size}"])
-    settings, options = resolve(read_ds_config(options.run.deepspeed), options, given, world_size())
     dtype = torch_dtype(precision)
     base = load_base_in_4bit(folder, dtype, device(), device())[0] if four_bit else load_base(folder, dtype)
     base.to(device())
@@ -138,7 +159,30 @@ def our_engine(folder: Path, precision: str, four_bit: bool, every: int | None, 
     if every:
         checkpoint_layers(base, every)
     meter.weights_are_there()
-    model = DualLossModel(add_lora(base, options.lora, "", dtype))
+    return engine_around(base, *our_options(precision, batch_size))
+
+
+def our_options(precision: str, batch_size: int, dropout: float = 0.0) -> tuple[Any, dict[str, Any]]:
+    """Return the options of a run, and its DeepSpeed settings from ds_configs/zero2.json."""
+    from higgs_ds.common.distributed import world_size
+    from higgs_ds.options.command_line import parse_train_options
+    from higgs_ds.options.ds_config import read_ds_config, resolve
+
+    argv = f"--precision {precision} --lr {LR} --lora_r {LORA_R} --lora_alpha {LORA_ALPHA} --lora_dropout {dropout}"
+    options, given = parse_train_options([*argv.split(), "--grad_accum=1", f"--batch_size={batch_size}"])
+    settings, options = resolve(read_ds_config(options.run.deepspeed), options, given, world_size())
+    return options, settings
+
+
+def engine_around(base: Any, options: Any, settings: dict[str, Any]) -> Any:
+    """Add adapters to a base, and start the engine."""
+    from higgs_ds.adapters.save import trained_parameters
+    from higgs_ds.model.higgs import DualLossModel
+    from higgs_ds.model.lora import add_lora
+    from higgs_ds.model.loss import LossWeights
+    from higgs_ds.training.engine import Engine
+
+    model = DualLossModel(add_lora(base, options.lora, "", torch_dtype(options.model.precision)))
     weights = LossWeights.of(1, 1, NUM_CODEBOOKS, None)
     return Engine(model, trained_parameters(model.adapted), settings, options.optim, 1000, weights)
 
