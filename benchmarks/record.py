@@ -27,18 +27,23 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
 def report(args: argparse.Namespace, name: str, result: dict[str, Any]) -> None:
     """Save and print a result if the options ask for it."""
     if args.save:
-        record = {
-            "date": datetime.date.today().isoformat(),
-            "command": f"python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}",
-            "hardware": hardware(),
-            "versions": {library: version(library) for library in LIBRARIES},
-            "result": result,
-        }
+        record = record_of(result)
         path = RESULTS / f"{record['date']}-{name}.json"
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         print(f"saved: {path.relative_to(RESULTS.parent.parent)}", file=sys.stderr)
     if args.json:
         print(json.dumps(result))
+
+
+def record_of(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a result together with where it comes from."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}",
+        "hardware": hardware(),
+        "versions": {library: version(library) for library in LIBRARIES},
+        "result": result,
+    }
 
 
 def hardware() -> str:
