@@ -23,6 +23,7 @@ BUILT_IN = {
     DEFAULT_BASE: "built in, small: speaks digits, for trying out the trainer",
     RANDOM_BASE: "built in, random weights: generates noise, for trying out the trainer",
 }
+RANDOM_VERSION = "2"  # part of the random base's folder: raise it with every change to what `tiny_random` builds
 WEIGHTS = "model.safetensors"
 PARTS = {
     DEFAULT_BASE: ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS),
@@ -71,7 +72,9 @@ def builtin_base(name: str, cache_dir: Path) -> Path:
     """
     _check_builtin(name)
     if name == RANDOM_BASE:
-        from higgs_ds.bases.tiny_random import random_base
+        if (base := random_base_folder(cache_dir)).is_dir():
+            return base
+        from higgs_ds.bases.tiny_random import random_base  # imports transformers' models, which takes seconds
 
         return random_base(cache_dir)
     home = cache_dir / f"speaking-{_assets_digest()[:12]}"
@@ -81,6 +84,11 @@ def builtin_base(name: str, cache_dir: Path) -> Path:
     if not base.is_dir():
         _copy_in_float32(DEFAULT_BASE, base, codec)
     return base
+
+
+def random_base_folder(cache_dir: Path) -> Path:
+    """Return where the random base is, or would be."""
+    return cache_dir / f"builtin-{RANDOM_VERSION}" / RANDOM_BASE
 
 
 def builtin_config(name: str) -> HiggsAudioV2Config:

@@ -30,10 +30,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from higgs_ds.bases.builtin import random_base_folder
 from higgs_ds.common.files import new_folder, saving
 
-BASE_NAME, CODEC_NAME = "tiny-random-base", "tiny-random-codec"
-VERSION = "2"  # part of the folder's name: raise it with every change to what is built
+CODEC_NAME = "tiny-random-codec"
 # In the order of their ids, which follow those of the text.
 SPECIAL_TOKENS = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
@@ -49,12 +49,11 @@ def random_base(cache_dir: Path) -> Path:
     Raises:
         SaveError: it cannot be written.
     """
-    home = cache_dir / f"builtin-{VERSION}"
-    codec = home / CODEC_NAME
+    base = random_base_folder(cache_dir)
+    codec = base.with_name(CODEC_NAME)
     if not codec.is_dir():
         with saving(codec), new_folder(codec) as folder, _seeded(21):
             save_model(_build_codec(), folder)
-    base = home / BASE_NAME
     if not base.is_dir():
         with saving(base), new_folder(base) as folder, _seeded(20):
             tokenizer = _build_tokenizer()

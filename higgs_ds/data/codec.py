@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 from transformers.utils.logging import disable_progress_bar
 
 from higgs_ds.common.errors import InputError
+from higgs_ds.data.chunked_codec import in_chunks
 from higgs_ds.data.mixed_batch import encode_mixed_batch
 
 disable_progress_bar()  # over the tensors of a model; errors and warnings stay
@@ -28,7 +30,8 @@ class Codec:
     @torch.inference_mode()
     def encode(self, waveform: torch.Tensor) -> torch.Tensor:
         """Return codes (C, F), int64 on the CPU, of a mono waveform (num_samples,) at the codec's sample rate."""
-        return self.model.encode(waveform.to(self.device)[None, None]).audio_codes[0].cpu()
+        with in_chunks(self.model) if self.device.type == "cpu" else contextlib.nullcontext():
+            return self.model.encode(waveform.to(self.device)[None, None]).audio_codes[0].cpu()
 
     @torch.inference_mode()
     def encode_batch(self, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:

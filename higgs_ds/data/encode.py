@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -18,10 +19,12 @@ from tqdm import tqdm
 from higgs_ds.common.errors import InputError
 from higgs_ds.data.audio import AudioError, read_audio
 from higgs_ds.data.code_cache import CachedCodes, CodeCache
-from higgs_ds.data.codec import Codec
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.mel_features import MelFeatureStore
 from higgs_ds.data.survey import ClipToEncode
+
+if TYPE_CHECKING:
+    from higgs_ds.data.codec import Codec  # takes seconds to import, and worker processes import it themselves
 
 WINDOW_CLIPS, WINDOW_BYTES = 4096, 64 << 20  # limits of a window: clips, and bytes of audio embedded in manifests
 BATCH_S = 120.0  # seconds of audio per batch on a GPU
@@ -42,15 +45,21 @@ def encode_clips(
     disable = None if show_progress else True  # None: no bar if stderr is not a terminal
     with tqdm(total=count, desc="encoding", unit="clip", disable=disable, dynamic_ncols=True) as bar:
         if device.type == "cuda":
-            _encode_batched(clips, code_store, Codec(folder, device), num_workers, bar)
+            _encode_batched(clips, code_store, _load_codec(folder, device), num_workers, bar)
         elif workers > 1:
             _encode_in_processes(clips, code_store, folder, workers, bar)
         else:
             with _one_thread():
-                codec = Codec(folder, device)
+                codec = _load_codec(folder, device)
                 for clip in clips:
                     _encode_one(clip, code_store, codec)
                     bar.update()
+
+
+def _load_codec(folder: Path, device: torch.device) -> Codec:
+    from higgs_ds.data.codec import Codec
+
+    return Codec(folder, device)
 
 
 @dataclass(frozen=True)
@@ -166,7 +175,7 @@ def _start_worker(codec_folder: Path, code_store: CodeStore) -> None:
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     global _worker
-    _worker = code_store, Codec(codec_folder, torch.device("cpu"))
+    _worker = code_store, _load_codec(codec_folder, torch.device("cpu"))
 
 
 def _end_with_parent() -> None:

@@ -135,7 +135,7 @@ def test_a_prepared_run_never_loads_the_codec(
         train_manifest=manifest, base_ckpt=str(base), cache_dir=tmp_path / "cache", output_dir=tmp_path / "out"
     )
     main(options.data, options.model, PrepareOptions())
-    monkeypatch.setattr(encode, "Codec", None)
+    monkeypatch.setattr(encode, "_load_codec", None)
     monkeypatch.setattr(survey, "examine", None)
     inputs = _check_and_encode(options, set(), FolderLock())
     batch = inputs.train.batch(range(len(inputs.train)))
@@ -254,7 +254,7 @@ def test_shards_fill_one_cache(bundle: Bundle, manifest: Path, tmp_path: Path, m
     for i in range(3):
         prepared(bundle, manifest, cache, Share(i, 3))
     undivided = prepared(bundle, manifest, tmp_path / "other cache")
-    monkeypatch.setattr(encode, "Codec", None)
+    monkeypatch.setattr(encode, "_load_codec", None)
     monkeypatch.setattr(survey, "examine", None)
     assert prepared(bundle, manifest, cache).digests().tobytes() == undivided.digests().tobytes()
 
