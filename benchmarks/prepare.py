@@ -92,9 +92,10 @@ def write_codec(folder: Path, kind: str) -> None:
     import torch
     from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
-    from higgs_ds.bases.tiny_random import CODEC_NAME, random_base
+    from higgs_ds.bases.builtin import RANDOM_BASE, builtin_base
+    from higgs_ds.bases.tiny_random import CODEC_NAME
 
-    base = random_base(folder / "cache")
+    base = builtin_base(RANDOM_BASE, folder / "cache")
     if kind == BUILTIN:
         (folder / "codec").symlink_to(base.parent / CODEC_NAME)
         return

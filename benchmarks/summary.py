@@ -58,10 +58,10 @@ def gpu() -> Iterator[str]:
     yield "## On a GPU"
     yield ""
     if not any(RESULTS.glob("????-??-??-gpu.json")):
-        yield "Not measured: nothing of this project has run on a GPU yet. `python benchmarks/gpu.py --minutes 8 --save`"
-        yield "measures it, with the released geometry and random weights: speed, share of the matmul peak and memory of a"
-        yield "step against the plan, transformers' Trainer with PEFT at the same setting, encoding, loading and merging, a"
-        yield "trace of a step, and single kernels; it also runs the tests that need a GPU."
+        yield "Not measured: nothing of this project has run on a GPU. `python benchmarks/gpu.py --minutes 8 --save`"
+        yield "measures it, with the released geometry and random weights: speed, share of the matmul peak and memory"
+        yield "of a step against the plan, transformers' Trainer with PEFT at the same setting, encoding, loading and"
+        yield "merging, a trace of a step, and single kernels; it also runs the tests that need a GPU."
         return
     result, source = newest("gpu")
     for name, part in result["parts"].items():

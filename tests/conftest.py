@@ -40,9 +40,9 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base(cache_dir: Path) -> Path:
     """The random base, which is fast to create and whose values the tests rely on."""
-    from higgs_ds.bases.tiny_random import random_base
+    from higgs_ds.bases.builtin import RANDOM_BASE, builtin_base
 
-    return random_base(cache_dir)
+    return builtin_base(RANDOM_BASE, cache_dir)
 
 
 @pytest.fixture(scope="module")

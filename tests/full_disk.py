@@ -23,7 +23,7 @@ from forks import preparing, start, training, wait
 from launcher import RANDOM
 
 from higgs_ds.adapters import merge
-from higgs_ds.bases.tiny_random import random_base
+from higgs_ds.bases.builtin import RANDOM_BASE, builtin_base
 from higgs_ds.checkpoints.folder import read_state
 from higgs_ds.checkpoints.save import publish
 from higgs_ds.options.command_line import parse_generate_options, parse_merge_options
@@ -145,7 +145,7 @@ def main(folder: Path) -> None:
     cache, log = folder / "cache", folder / "undisturbed.log"
     assert wait(start(1, train(folder / "undisturbed", cache, manifest), log), 300) == [0], log.read_text()
     during = during_a_run(folder, cache, manifest)
-    print(json.dumps({"during": during, "start": from_the_start(folder, cache, random_base(cache))}))
+    print(json.dumps({"during": during, "start": from_the_start(folder, cache, builtin_base(RANDOM_BASE, cache))}))
 
 
 if __name__ == "__main__":

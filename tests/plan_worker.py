@@ -22,7 +22,7 @@ import torch  # noqa: E402
 from conftest import speech_batch  # noqa: E402
 
 from higgs_ds.adapters.save import trained_parameters  # noqa: E402
-from higgs_ds.bases.tiny_random import random_base  # noqa: E402
+from higgs_ds.bases.builtin import RANDOM_BASE, builtin_base  # noqa: E402
 from higgs_ds.common import distributed  # noqa: E402
 from higgs_ds.common.process import run_command, run_ranks  # noqa: E402
 from higgs_ds.common.resources import default_cache_dir  # noqa: E402
@@ -87,7 +87,7 @@ def count(argv: list[str]) -> dict[str, int]:
     # Stage 3 must release every gathered weight as soon as its layer is done.
     settings["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
     earlier_packed = all_packed()  # of earlier runs; kept, so that no new storage gets the id of an old one
-    folder = random_base(default_cache_dir())
+    folder = builtin_base(RANDOM_BASE, default_cache_dir())
     here, dtype = torch.device("cpu"), getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[options.model.precision])
     four_bit = options.model.load_in_4bit
     higgs = load_base_in_4bit(folder, dtype, here, here)[0] if four_bit else load_base(folder, dtype)

@@ -72,11 +72,12 @@ def builtin_base(name: str, cache_dir: Path) -> Path:
     """
     _check_builtin(name)
     if name == RANDOM_BASE:
-        if (base := random_base_folder(cache_dir)).is_dir():
-            return base
-        from higgs_ds.bases.tiny_random import random_base  # imports transformers' models, which takes seconds
+        base = cache_dir / f"builtin-{RANDOM_VERSION}" / RANDOM_BASE
+        if not base.is_dir():
+            from higgs_ds.bases.tiny_random import build_random_base  # imports transformers' models, in seconds
 
-        return random_base(cache_dir)
+            build_random_base(base)
+        return base
     home = cache_dir / f"speaking-{_assets_digest()[:12]}"
     codec, base = home / SPEAKING_CODEC, home / DEFAULT_BASE
     if not codec.is_dir():
@@ -84,11 +85,6 @@ def builtin_base(name: str, cache_dir: Path) -> Path:
     if not base.is_dir():
         _copy_in_float32(DEFAULT_BASE, base, codec)
     return base
-
-
-def random_base_folder(cache_dir: Path) -> Path:
-    """Return where the random base is, or would be."""
-    return cache_dir / f"builtin-{RANDOM_VERSION}" / RANDOM_BASE
 
 
 def builtin_config(name: str) -> HiggsAudioV2Config:

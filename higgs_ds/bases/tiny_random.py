@@ -30,7 +30,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from higgs_ds.bases.builtin import random_base_folder
 from higgs_ds.common.files import new_folder, saving
 
 CODEC_NAME = "tiny-random-codec"
@@ -43,13 +42,12 @@ SPECIAL_TOKENS = [
 CODEBOOK_SIZE = 1024
 
 
-def random_base(cache_dir: Path) -> Path:
-    """Return the folder of the random base, built on first use. Several processes may call it at once.
+def build_random_base(base: Path) -> None:
+    """Build the random base and, beside it, its codec, unless they exist. Several processes may call it at once.
 
     Raises:
         SaveError: it cannot be written.
     """
-    base = random_base_folder(cache_dir)
     codec = base.with_name(CODEC_NAME)
     if not codec.is_dir():
         with saving(codec), new_folder(codec) as folder, _seeded(21):
@@ -61,7 +59,6 @@ def random_base(cache_dir: Path) -> Path:
             save_model(model, folder)
             model.generation_config.save_pretrained(folder)
             build_processor(tokenizer, codec).save_pretrained(folder)
-    return base
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:

@@ -21,9 +21,17 @@ from transformers import (
 )
 
 from higgs_ds.bases import builtin
-from higgs_ds.bases.builtin import DEFAULT_BASE, SPEAKING_CODEC, builtin_base, builtin_config, find_base, is_builtin
+from higgs_ds.bases.builtin import (
+    DEFAULT_BASE,
+    RANDOM_BASE,
+    SPEAKING_CODEC,
+    builtin_base,
+    builtin_config,
+    find_base,
+    is_builtin,
+)
 from higgs_ds.bases.bundle import open_bundle
-from higgs_ds.bases.tiny_random import random_base, random_config
+from higgs_ds.bases.tiny_random import random_config
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import sha256_of
 from higgs_ds.data.audio import read_audio
@@ -56,7 +64,7 @@ def test_same_on_every_machine(base: Path, name: str) -> None:
 def test_built_twice_alike(base: Path, tmp_path: Path) -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    again = random_base(tmp_path)
+    again = builtin_base(RANDOM_BASE, tmp_path)
     assert torch.get_rng_state().equal(before)  # building does not change the user's random state
     names = sorted(str(path.relative_to(again.parent)) for path in again.parent.rglob("*") if path.is_file())
     assert "tiny-random-base/model.safetensors" in names

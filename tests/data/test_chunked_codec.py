@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -63,4 +64,4 @@ def test_parts() -> None:
         parts = chunked_codec._parts(length, 8)
         assert parts[0][0] == 0
         assert parts[-1][1] == length
-        assert all(a[1] == b[0] for a, b in zip(parts, parts[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(parts))
