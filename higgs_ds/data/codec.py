@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ disable_progress_bar()  # over the tensors of a model; errors and warnings stay
 
 
 class Codec:
-    """Encodes and decodes clips in float32, as inference does. A clip's codes do not depend on other clips."""
+    """Encodes and decodes clips in float32. A clip's codes do not depend on other clips."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         model = HiggsAudioV2TokenizerModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
@@ -30,19 +31,26 @@ class Codec:
     @torch.inference_mode()
     def encode(self, waveform: torch.Tensor) -> torch.Tensor:
         """Return codes (C, F), int64 on the CPU, of a mono waveform (num_samples,) at the codec's sample rate."""
-        with in_chunks(self.model) if self.device.type == "cpu" else contextlib.nullcontext():
+        with _in_float32(), in_chunks(self.model) if self.device.type == "cpu" else contextlib.nullcontext():
             return self.model.encode(waveform.to(self.device)[None, None]).audio_codes[0].cpu()
 
     @torch.inference_mode()
     def encode_batch(self, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the codes (C, F) of each waveform, which may differ in length, as `encode` does."""
-        codes = encode_mixed_batch(self.model, [waveform.to(self.device) for waveform in waveforms])
+        with _in_float32():
+            codes = encode_mixed_batch(self.model, [waveform.to(self.device) for waveform in waveforms])
         return [clip.cpu() for clip in codes]
 
     @torch.inference_mode()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the waveform (num_samples,), float32 on the CPU, of codes (C, F)."""
-        return self.model.decode(codes.to(self.device)[None]).audio_values[0, 0].float().cpu()
+        with _in_float32():
+            return self.model.decode(codes.to(self.device)[None]).audio_values[0, 0].float().cpu()
+
+
+def _in_float32() -> AbstractContextManager[None]:
+    """Within the block, cuDNN computes convolutions in float32: by default it rounds their inputs to TF32's 10 bits."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def check_codec_tensors(where: str, config: HiggsAudioV2TokenizerConfig, found: Mapping[str, torch.Tensor]) -> None:

@@ -112,3 +112,20 @@ def test_a_norm_over_channels(tmp_path: Path) -> None:
     for mixed, expected in zip(codec.encode_batch(waveforms), alone(codec, waveforms), strict=True):
         assert mixed.equal(expected)
     assert len(torch.cat([codes.flatten() for codes in alone(codec, waveforms)]).unique()) > 20
+
+
+def test_convolutions_in_float32(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default, cuDNN uses TF32; the setting of other models in the process stays."""
+    assert torch.backends.cudnn.allow_tf32
+    seen = []
+    encoder = type(codec.model.acoustic_encoder)
+    original = encoder.forward
+    monkeypatch.setattr(
+        encoder, "forward", lambda *args: seen.append(torch.backends.cudnn.allow_tf32) or original(*args)
+    )
+    codec.encode_batch(clips(2, RATE))
+    monkeypatch.setattr(codec.model, "encode", lambda *args: seen.append(torch.backends.cudnn.allow_tf32) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        codec.encode(clips(1, RATE)[0])
+    assert seen == [False, False]
+    assert torch.backends.cudnn.allow_tf32
