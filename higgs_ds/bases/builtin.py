@@ -74,7 +74,7 @@ def builtin_base(name: str, cache_dir: Path) -> Path:
     if name == RANDOM_BASE:
         base = cache_dir / f"builtin-{RANDOM_VERSION}" / RANDOM_BASE
         if not base.is_dir():
-            from higgs_ds.bases.tiny_random import build_random_base  # imports transformers' models, in seconds
+            from higgs_ds.bases.tiny_random import build_random_base  # its imports take seconds
 
             build_random_base(base)
         return base
