@@ -38,6 +38,10 @@ LISTS: dict[str, tuple[list[dict[str, Any]], list[tuple[str, str | None, str | N
         [{"id": "s_0", "text": WORDS, "audio": "wavs/a.wav", "speaker": "anna", "language": "zh"}],
         [("wavs/a.wav", "anna", "zh")],
     ),
+    "speakers as in Kaldi": (
+        [{"utt_id": "a", "wav_file": "a.wav", "raw_transcript": WORDS, "spk": "s1"}],
+        [("a.wav", "s1", None)],
+    ),
     "datasets": ([{"audio": {"path": "a.wav"}, "text": WORDS, "speaker_id": 12}], [("a.wav", "12", None)]),
     "keys in capitals": ([{"Audio": "a.wav", "Text": WORDS, "Speaker": "anna"}], [("a.wav", "anna", None)]),
 }

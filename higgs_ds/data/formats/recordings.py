@@ -15,12 +15,13 @@ AUDIO_SUFFIXES = (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac")
 # If a file has several of these columns, the one listed first is used.
 AUDIO_COLUMNS = (
     "audio", "wav_filename", "audio_file", "audio_path", "audio_filepath", "file_name", "filename", "wav", "wav_path",
-    "path", "file",
+    "path", "file", "filepath", "file_path", "wav_file",
 )  # fmt: skip
 TEXT_COLUMNS = (
     "transcript", "transcription", "text", "sentence", "text_normalized", "normalized_text", "raw_text",
+    "raw_transcript",
 )  # fmt: skip
-SPEAKER_COLUMNS = ("speaker", "speaker_id", "speaker_name", "client_id")
+SPEAKER_COLUMNS = ("speaker", "speaker_id", "speaker_name", "client_id", "spk", "spk_id")
 LANGUAGE_COLUMNS = ("language", "lang", "locale", "language_id")
 
 
