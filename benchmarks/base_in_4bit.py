@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from random_base import write_base
 from record import parser_of, report
-from sides import child, write_base
+from sides import child
 
 PARTS = ("libraries", "load", "merge", "merge_original", "merge_unverified")
 GEOMETRY = {

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import random_base
 import sides
 from record import parser_of, report
 from sides import OURS, TRAINER
@@ -87,10 +88,12 @@ def _train_ours(args: argparse.Namespace) -> float:
     sampler = WindowSampler(lengths, args.batch_size, 1, 0, 1, seed=0, bucket_size=OptimOptions().bucket_size)
 
     def batches(window: Window) -> list[Any]:
-        return [collate([encoded[i] for i in batch], sides.stream(), sides.PAD_ID) for batch in window.micro_batches]
+        return [
+            collate([encoded[i] for i in batch], sides.stream(), random_base.PAD_ID) for batch in window.micro_batches
+        ]
 
     with tempfile.TemporaryDirectory() as folder:
-        sides.write_base(Path(folder), sides.geometry(args), args.precision)
+        random_base.write_base(Path(folder), sides.geometry(args), args.precision)
         engine = sides.our_engine(Path(folder), args.precision, False, None, args.batch_size, sides.Meter(False, 0))
         started = time.perf_counter()
         for _, micro_batches in prefetched(sampler.windows(0, sampler.num_steps(1)), batches):
@@ -101,7 +104,7 @@ def _train_ours(args: argparse.Namespace) -> float:
 def run_trainer(args: argparse.Namespace) -> float:
     meter = Steps()
     with tempfile.TemporaryDirectory() as folder:
-        sides.write_base(Path(folder) / "base", sides.geometry(args), args.precision)
+        random_base.write_base(Path(folder) / "base", sides.geometry(args), args.precision)
         trainer = sides.native_trainer(
             Path(folder) / "base", Path(folder), args.precision, False, False, meter,
             per_device_train_batch_size=args.batch_size, num_train_epochs=1,

@@ -15,6 +15,7 @@ import copy
 from collections import Counter
 from typing import Any
 
+import random_base
 import sides
 import torch
 from record import parser_of, report
@@ -146,12 +147,12 @@ def small_model(num_layers: int, precision: str, dropout: float) -> nn.Module:
     from higgs_ds.model.quantization import is_quantized_weight
     from higgs_ds.options.train import LoraOptions
 
-    dtype = sides.torch_dtype("fp32" if precision == "fp32" else "bf16")
+    dtype = random_base.torch_dtype("fp32" if precision == "fp32" else "bf16")
     config = HiggsAudioV2Config.from_dict(
         {
             "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": num_layers, "num_attention_heads": 4,
             "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 2000,
-        } | sides.FIXED
+        } | random_base.FIXED
     )  # fmt: skip
     higgs = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True).to(dtype).requires_grad_(False)
     if precision == "nf4":
@@ -172,8 +173,8 @@ def layer_operations(precision: str, dropout: float) -> dict[str, Counter[str]]:
 
     from higgs_ds.data.collate import collate
 
-    batch = collate(samples({"length": 128, "batch": 2}), sides.stream(), sides.PAD_ID).tensors(CPU)
-    parts = 1 + sides.NUM_CODEBOOKS
+    batch = collate(samples({"length": 128, "batch": 2}), sides.stream(), random_base.PAD_ID).tensors(CPU)
+    parts = 1 + random_base.NUM_CODEBOOKS
 
     def calls(num_layers: int, device: torch.device, backward: bool) -> Counter[str]:
         model = small_model(num_layers, precision, dropout)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, parser_of, record_of
+from record import RESULTS, parser_of, record_of, shown
 
 PARTS_SCRIPT = Path(__file__).with_name("gpu_parts.py")
 POLL_S = 0.5
@@ -153,13 +153,9 @@ def _take_rows(path: Path, entry: dict[str, Any]) -> bool:
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     new = [json.loads(line) for line in lines[len(entry["rows"]) :]]
     for row in new:
-        print("  " + ", ".join(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
+        print("  " + ", ".join(f"{key} {shown(value)}" for key, value in row.items()), flush=True)
     entry["rows"] += new
     return bool(new)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

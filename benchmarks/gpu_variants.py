@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import random_base
 import sides
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ def measure(out: Output, values: dict[str, Any], length: int, device: torch.devi
                 continue
             row = {"variant": group.__name__[1:], "of": name}
             try:
-                seconds = timed(make(), device, REPEATS, warmup=2)
+                seconds = timed(make(), REPEATS, warmup=2)
             except (RuntimeError, ImportError) as error:  # torch's errors for kernels that a device lacks
                 out.row(**row, unavailable=str(error).splitlines()[0][:120])
                 continue
@@ -42,7 +43,7 @@ def _head_loss(values: dict[str, Any], length: int, device: torch.device) -> Ite
     """The loss of the audio head for all positions, with chunks of several sizes."""
     from higgs_ds.model import head_loss
 
-    parts, classes = sides.NUM_CODEBOOKS, sides.CODEBOOK_SIZE
+    parts, classes = random_base.NUM_CODEBOOKS, random_base.CODEBOOK_SIZE
     default = head_loss.LOGITS_AT_ONCE
 
     def make(logits: int) -> Work:
@@ -122,7 +123,7 @@ def _layer_parts(values: dict[str, Any], device: torch.device) -> tuple[nn.Modul
 
     from higgs_ds.model.routed_layers import LeanMLP, LeanNorm
 
-    config = HiggsAudioV2Config.from_dict(values | sides.FIXED)
+    config = HiggsAudioV2Config.from_dict(values | random_base.FIXED)
     ffn, norm = HiggsAudioV2MLP(config), HiggsAudioV2RMSNorm(config.hidden_size)
     ffn.__class__, norm.__class__ = LeanMLP, LeanNorm
     return tuple(part.to(device, torch.bfloat16).requires_grad_(False) for part in (ffn, norm))  # type: ignore[return-value]

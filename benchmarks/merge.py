@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from base_in_4bit import GEOMETRY, SHARD_BYTES, peak_gib, write_adapter
+from random_base import write_base
 from record import parser_of, report
-from sides import child, write_base
+from sides import child
 
 OURS, UNVERIFIED, DEQUANTIZED, PEFT = "ours", "ours_unverified", "ours_dequantized", "peft"
 PARTS = (OURS, UNVERIFIED, DEQUANTIZED, PEFT)

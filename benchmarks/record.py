@@ -46,6 +46,11 @@ def record_of(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def shown(value: Any) -> str:
+    """Return a figure for a table, with four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def hardware() -> str:
     """Return the processor, its cores and memory, and the GPU if there is one."""
     import torch

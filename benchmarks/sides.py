@@ -17,14 +17,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from random_base import (
+    AUDIO,
+    AUDIO_BOS,
+    AUDIO_DELAY,
+    AUDIO_EOS,
+    CODEBOOK_SIZE,
+    NUM_CODEBOOKS,
+    PAD_ID,
+    TURN_END,
+    torch_dtype,
+)
+
 LORA_R, LORA_ALPHA, LR = 16, 32, 1e-4
 OURS, TRAINER = "ours", "trainer"
-NUM_CODEBOOKS, CODEBOOK_SIZE, PAD_ID = 8, 1026, 1
-AUDIO_BOS, AUDIO_DELAY, AUDIO, AUDIO_EOS, TURN_END = 13, 14, 16, 12, 9  # any ids work
-FIXED = {
-    "num_codebooks": NUM_CODEBOOKS, "codebook_size": CODEBOOK_SIZE, "audio_token_id": AUDIO,
-    "audio_delay_token_id": AUDIO_DELAY, "audio_bos_token_id": AUDIO_BOS, "pad_token_id": PAD_ID,
-}  # fmt: skip
 
 
 def add_geometry(parser: argparse.ArgumentParser) -> None:
@@ -41,52 +47,6 @@ def geometry(args: argparse.Namespace) -> dict[str, Any]:
         "num_hidden_layers": args.layers, "num_attention_heads": args.hidden // 64,
         "num_key_value_heads": max(1, args.hidden // 192), "head_dim": 64, "vocab_size": args.vocab,
     }  # fmt: skip
-
-
-def write_base(folder: Path, values: dict[str, Any], precision: str, shard_bytes: int = 2**30) -> dict[str, Any]:
-    """Write a native base with random weights, one shard at a time, drawn on the GPU if there is one.
-
-    `values` may be a complete config.json. Returns the size of the base in GiB and the number of its files.
-    """
-    import torch
-    from accelerate import init_empty_weights
-    from safetensors.torch import save_file
-    from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
-
-    config = HiggsAudioV2Config.from_dict(values | FIXED)
-    dtype = torch_dtype(precision)
-    with init_empty_weights():
-        model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
-    config.architectures, config.dtype = [type(model).__name__], dtype
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    shards: list[list[str]] = [[]]
-    for name in shapes:
-        if shards[-1] and dtype.itemsize * sum(shapes[n].numel() for n in [*shards[-1], name]) > shard_bytes:
-            shards.append([])
-        shards[-1].append(name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    draw = torch.Generator(device).manual_seed(0)
-
-    def weight(shape: torch.Size) -> torch.Tensor:
-        if len(shape) == 1:
-            return torch.ones(shape, dtype=dtype)
-        return torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02, generator=draw).cpu()
-
-    files = {f"model-{i + 1:05d}.safetensors": names for i, names in enumerate(shards)}
-    for file, names in files.items():
-        save_file({name: weight(shapes[name]) for name in names}, folder / file, {"format": "pt"})
-    places = {name: file for file, names in files.items() for name in names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    total_bytes = dtype.itemsize * sum(shape.numel() for shape in shapes.values())
-    return {"base_gib": total_bytes / 2**30, "shards": len(shards)}
-
-
-def torch_dtype(precision: str) -> Any:
-    import torch
-
-    return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def speech(num_text: int, num_frames: int, seed: int) -> Any:
@@ -111,36 +71,6 @@ def stream() -> Any:
     from higgs_ds.data.delay_pattern import AudioStream
 
     return AudioStream(NUM_CODEBOOKS, CODEBOOK_SIZE - 2, CODEBOOK_SIZE - 1)
-
-
-def random_model(values: dict[str, Any], precision: str, four_bit: bool, device: Any) -> Any:
-    """Return a frozen base with random weights, each drawn on its device; `values` as for `write_base`."""
-    import torch
-    from accelerate import init_empty_weights
-    from torch import nn
-    from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
-
-    from higgs_ds.model import nf4
-    from higgs_ds.model.quantization import is_quantized_weight
-
-    dtype, draw = torch_dtype(precision), torch.Generator(device).manual_seed(0)
-    config = HiggsAudioV2Config.from_dict(values | FIXED)
-    config.dtype = dtype
-    with init_empty_weights():
-        model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    if four_bit:
-        nf4.replace_linears(model, dtype)
-    for name, shape in shapes.items():
-        layer, _, leaf = name.rpartition(".")
-        weight = torch.ones(shape, dtype=dtype, device=device)
-        if len(shape) > 1:
-            weight.normal_(std=0.02, generator=draw)
-        if four_bit and is_quantized_weight(name):
-            nf4.fill(model.get_submodule(layer), nf4.quantize(weight, dtype))
-        else:
-            setattr(model.get_submodule(layer), leaf, nn.Parameter(weight))
-    return model.requires_grad_(False).to(device)  # moves the buffers
 
 
 def our_engine(folder: Path, precision: str, four_bit: bool, every: int | None, batch_size: int, meter: Meter) -> Any:
@@ -301,10 +231,10 @@ class Meter:
             self.profile.start()
 
     def step_begins(self) -> None:
-        self.begun = _now()
+        self.begun = now()
 
     def step_ends(self) -> None:
-        self.seconds.append(_now() - self.begun)
+        self.seconds.append(now() - self.begun)
 
     def read(self) -> dict[str, float]:
         """Return what was measured: `step_s`, the median step time, and `peak_mib`."""
@@ -323,7 +253,8 @@ class Meter:
         return result
 
 
-def _now() -> float:
+def now() -> float:
+    """Return the time in seconds after the GPU, if there is one, has done what it was given."""
     import torch
 
     if torch.cuda.is_available():
@@ -348,7 +279,7 @@ def matmul_peak(precision: str, size: int) -> float:
     a, b = (torch.randn(size, size, device=device).to(torch_dtype(precision)) for _ in range(2))
     best = math.inf
     for _ in range(10):
-        started = _now()
+        started = now()
         a @ b.T
-        best = min(best, _now() - started)
+        best = min(best, now() - started)
     return 2 * size**3 / best

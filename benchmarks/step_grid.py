@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import random_base
 import sides
 from record import parser_of, report
 from sides import OURS, TRAINER
@@ -67,7 +68,7 @@ def measure(args: argparse.Namespace, values: dict[str, Any]) -> list[dict[str, 
     for vocab, precision in itertools.product(vocabs, args.precisions):
         base_values = values | {"vocab_size": vocab}
         with tempfile.TemporaryDirectory() as folder:
-            sides.write_base(Path(folder), base_values, PRECISIONS[precision][0])
+            random_base.write_base(Path(folder), base_values, PRECISIONS[precision][0])
             for length, batch, checkpointing, ranks, side in itertools.product(
                 args.lengths, args.batches, args.checkpointing, args.ranks, (OURS, TRAINER) if args.trainer else (OURS,)
             ):
@@ -128,7 +129,7 @@ def run_cell(args: argparse.Namespace) -> dict[str, float]:
 
 
 def samples(cell: dict[str, Any]) -> list[Any]:
-    frames = cell["length"] - NUM_TEXT - 3 - (sides.NUM_CODEBOOKS + 1)
+    frames = cell["length"] - NUM_TEXT - 3 - (random_base.NUM_CODEBOOKS + 1)
     return [sides.speech(NUM_TEXT, frames, seed) for seed in range(cell["batch"])]
 
 
@@ -139,7 +140,7 @@ def _train_ours(args: argparse.Namespace, meter: sides.Meter) -> None:
     precision, four_bit = PRECISIONS[cell["precision"]]
     every = 1 if cell["checkpointing"] == "every_layer" else None
     engine = sides.our_engine(args.folder, precision, four_bit, every, cell["batch"], meter)
-    batch = collate(samples(cell), sides.stream(), sides.PAD_ID)
+    batch = collate(samples(cell), sides.stream(), random_base.PAD_ID)
     for _ in range(args.warmup + args.steps):
         meter.step_begins()
         engine.train_step([batch])
@@ -172,7 +173,7 @@ def operations(values: dict[str, Any], length: int, batch: int) -> float:
     lora = sum(sides.LORA_R * (a + b) for a, b in shapes)
     attention = length / 2 * 2 * heads * dim  # per position: half of the keys, for scores and values
     decoder = layers * (2 * 2 * frozen + 3 * 2 * lora + 3 * 2 * attention)
-    codes = sides.NUM_CODEBOOKS * sides.CODEBOOK_SIZE
+    codes = random_base.NUM_CODEBOOKS * random_base.CODEBOOK_SIZE
     targets = 3 * values["vocab_size"] + (length - NUM_TEXT - 4) * codes  # the first row of codes has no targets
     first_inputs = sum(hidden * (out + sides.LORA_R) for _, out in shapes[:3])  # layer 0's input needs no gradient
     return batch * (length * (decoder - 2 * first_inputs) + 2 * 2 * hidden * targets)

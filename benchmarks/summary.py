@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from record import RESULTS
+from record import RESULTS, shown
 
 DOCS = RESULTS.parent.parent / "docs"
 PAGE, PICTURE = DOCS / "benchmarks.md", DOCS / "benchmarks.svg"
@@ -68,12 +68,8 @@ def gpu() -> Iterator[str]:
         why = f" ({part['why']})" if "why" in part else ""
         yield f"### {name.capitalize()}: {part['state']}{why}"
         for columns, rows in itertools.groupby(part["rows"], key=lambda row: tuple(row)):
-            yield from table(columns, [[_shown(value) for value in row.values()] for row in rows])
+            yield from table(columns, [[shown(value) for value in row.values()] for row in rows])
     yield source
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def operations() -> Iterator[str]:

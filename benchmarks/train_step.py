@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import random_base
 import sides
 from record import parser_of, report
 from sides import OURS, TRAINER
@@ -104,19 +105,19 @@ def _train_ours(args: argparse.Namespace, meter: sides.Meter) -> None:
     from higgs_ds.data.collate import collate
 
     with tempfile.TemporaryDirectory() as folder:
-        sides.write_base(Path(folder), sides.geometry(args), args.precision)
+        random_base.write_base(Path(folder), sides.geometry(args), args.precision)
         every = 1 if args.checkpointing else None
         engine = sides.our_engine(Path(folder), args.precision, args.load_in_4bit, every, BATCH_SIZE, meter)
         for _ in range(args.warmup + args.steps):
             meter.step_begins()
-            engine.train_step([collate(samples(), sides.stream(), sides.PAD_ID)])
+            engine.train_step([collate(samples(), sides.stream(), random_base.PAD_ID)])
             meter.step_ends()
 
 
 def run_trainer(args: argparse.Namespace) -> dict[str, float]:
     meter = sides.Meter(args.memory, args.warmup)
     with tempfile.TemporaryDirectory() as folder:
-        sides.write_base(Path(folder) / "base", sides.geometry(args), args.precision)
+        random_base.write_base(Path(folder) / "base", sides.geometry(args), args.precision)
         max_steps = args.warmup + args.steps
         trainer = sides.native_trainer(
             Path(folder) / "base", Path(folder), args.precision, args.load_in_4bit, args.checkpointing, meter,

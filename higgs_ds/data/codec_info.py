@@ -18,6 +18,7 @@ CODEC_SUBFOLDER = "audio_tokenizer"  # of a model folder that contains its codec
 ORIGINAL_CODEC = "bosonai/higgs-audio-v2-tokenizer"  # that bases in the original layout were released with
 PROCESSOR_CONFIG = "processor_config.json"  # of transformers' processor; names the codec
 MODEL_TYPE = "higgs_audio_v2_tokenizer"
+SEMANTIC_PADDING = 160  # samples that the codec adds at both ends for its semantic branch
 
 
 def is_original_codec(config: Mapping[str, Any]) -> bool:
@@ -77,9 +78,9 @@ class CodecInfo:
     def num_frames(self, num_samples: int) -> int:
         """Return the number of code frames of a clip of `num_samples` samples.
 
-        The semantic branch determines it: resampling, padding by 160 at both ends, convolutions, every n-th frame.
+        The semantic branch determines it: resampling, padding at both ends, convolutions, every n-th frame.
         """
-        length = -(-num_samples * self.semantic_sample_rate // self.sample_rate) + 2 * 160
+        length = -(-num_samples * self.semantic_sample_rate // self.sample_rate) + 2 * SEMANTIC_PADDING
         for kernel, stride in self.semantic_convolutions:
             length = max(0, (length - kernel) // stride + 1)
         return -(-length // self.semantic_hop)

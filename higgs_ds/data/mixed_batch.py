@@ -17,8 +17,9 @@ import torchaudio
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import HiggsAudioV2TokenizerModel
+from transformers.audio_utils import conv1d_output_length
 
-SEMANTIC_PADDING = 160  # samples that the codec adds at both ends for its semantic branch
+from higgs_ds.data.codec_info import SEMANTIC_PADDING
 
 
 def encode_mixed_batch(model: HiggsAudioV2TokenizerModel, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -51,7 +52,7 @@ def _semantic_frames(
     every = config.semantic_downsample_factor
     features = torch.stack(hidden, dim=1).mean(dim=1)[:, ::every]
     for layer in tower.feature_extractor.conv_layers:
-        lengths = [_output_length(layer.conv, length) for length in lengths]
+        lengths = [conv1d_output_length(layer.conv, length) for length in lengths]
     lengths = [math.ceil(length / every) for length in lengths]
     with _zeros_after_clips(model.encoder_semantic, lengths) as num_frames:
         return model.encoder_semantic(features.transpose(1, 2)), num_frames
@@ -69,7 +70,7 @@ def _acoustic_frames(
     for i, (clip, wanted) in enumerate(zip(waveforms, num_frames, strict=True)):
         length = len(clip)
         for conv in _convolutions(encoder):
-            length = _output_length(conv, length)
+            length = conv1d_output_length(conv, length)
         if length != wanted:
             padded[i] = nn.functional.pad(clip, (model.pad, model.pad))
     with _zeros_after_clips(encoder, [len(clip) for clip in padded]):
@@ -78,12 +79,6 @@ def _acoustic_frames(
 
 def _convolutions(module: nn.Module) -> Iterable[nn.Conv1d]:
     return (part for part in module.modules() if isinstance(part, nn.Conv1d))
-
-
-def _output_length(conv: nn.Conv1d, length: int) -> int:
-    """The formula of torch.nn.Conv1d's documentation."""
-    extent = conv.dilation[0] * (conv.kernel_size[0] - 1) + 1
-    return (length + 2 * int(conv.padding[0]) - extent) // conv.stride[0] + 1
 
 
 @contextlib.contextmanager
@@ -97,7 +92,7 @@ def _zeros_after_clips(module: nn.Module, lengths: list[int]) -> Iterator[list[i
     def zero(conv: Any, inputs: tuple[torch.Tensor]) -> None:
         for i, length in enumerate(lengths):
             inputs[0][i, :, length : length + conv.padding[0]] = 0
-            lengths[i] = _output_length(conv, length)
+            lengths[i] = conv1d_output_length(conv, length)
 
     lengths = list(lengths)
     hooks = [conv.register_forward_pre_hook(zero) for conv in _convolutions(module)]
@@ -134,7 +129,7 @@ def _norm_of_each_clip(layer: nn.Module, lengths: Sequence[int]) -> Iterator[Non
         yield
         return
     assert isinstance(conv, nn.Conv1d)
-    layer.layer_norm = _NormOfEachClip(norm, [_output_length(conv, length) for length in lengths])
+    layer.layer_norm = _NormOfEachClip(norm, [conv1d_output_length(conv, length) for length in lengths])
     try:
         yield
     finally:

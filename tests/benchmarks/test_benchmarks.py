@@ -41,6 +41,7 @@ class TorchsCount(TorchDispatchMode):
 def test_operations_against_torchs_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """The counts of matmuls are equal; attention is left out, as torch counts its full square and its recomputation."""
     monkeypatch.syspath_prepend(BENCHMARKS)
+    import random_base
     import sides
     import step_grid
 
@@ -55,7 +56,7 @@ def test_operations_against_torchs_count(monkeypatch: pytest.MonkeyPatch) -> Non
     lora = LoraOptions(lora_r=sides.LORA_R, lora_dropout=0)
     model = DualLossModel(add_lora(higgs, lora, "", torch.float32)).train()
     samples = step_grid.samples({"length": length, "batch": batch_size})
-    batch = collate(samples, sides.stream(), sides.PAD_ID).tensors(torch.device("cpu"))
+    batch = collate(samples, sides.stream(), random_base.PAD_ID).tensors(torch.device("cpu"))
     with TorchsCount() as counted:
         model(**batch, target_weights=torch.ones(9))[0].backward()
     matmuls = sum(count for op, count in counted.counts.items() if "attention" not in op)

@@ -99,7 +99,7 @@ def test_a_part_names_what_it_leaves_out(gpu: Any, tmp_path: Path) -> None:
 
 
 def test_trace_is_summarized(gpu: Any) -> None:
-    from gpu_parts import summarize_trace
+    from gpu_steps import summarize_trace
 
     spans = [(0, 1_000_000, "a"), (500_000, 800_000, "b"), (3_000_000, 4_000_000, "a")]
     total, gap, *kernels = summarize_trace(spans)
