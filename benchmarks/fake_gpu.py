@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import random_base
 import sides
@@ -25,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from higgs_ds.model import fused_lora
 from higgs_ds.model.offload import HostModule
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -82,6 +85,14 @@ class FusedAttention(TorchFunctionMode):
         return fused(query, key, value, kwargs.get("attn_mask"), True, is_causal=kwargs.get("is_causal", False))[0]
 
 
+@contextlib.contextmanager
+def _without_gpu() -> Iterator[None]:
+    """Within the block, nothing asks for a real GPU: the state of its random generator is that of the CPU's."""
+    state = {"_generator_state": lambda _: torch.get_rng_state(), "_set_generator_state": lambda *_: None}
+    with FusedAttention(), mock.patch.multiple(fused_lora, **state):
+        yield
+
+
 def _is_float32_product(inputs: list[torch.Tensor]) -> bool:
     """A sum over a dimension of 1 is left out: rotary embeddings multiply positions and frequencies in this way."""
     return any(tensor.dtype == torch.float32 and tensor.shape[-1] > 1 for tensor in inputs[:1])
@@ -101,7 +112,7 @@ def operations(
         _fake(model, device)
         arguments = {name: torch.empty(t.shape, dtype=t.dtype, device=device) for name, t in batch.items()}
         weights = torch.ones(num_parts, device=device)
-        with Operations() as recorded, FusedAttention() if device == GPU else contextlib.nullcontext():
+        with Operations() as recorded, _without_gpu() if device == GPU else contextlib.nullcontext():
             loss = model(**arguments, target_weights=weights)[0]
             if backward:
                 loss.backward()

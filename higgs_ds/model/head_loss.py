@@ -138,16 +138,19 @@ def _full_softmax_loss(
         needs_grad: whether the gradients of the rows and of the head are needed.
     """
     logits = F.linear(rows, head).float().view(len(rows), len(target_weights), -1)
-    sums = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(dim=0)
-    is_target = targets != IGNORE_INDEX
-    hits = (logits.gather(2, targets.clamp(min=0)[..., None])[..., 0] >= logits.amax(dim=2)) & is_target
-    log_totals = logits.logsumexp(dim=2) if needs_grad[1] else None
+    is_target, at = targets != IGNORE_INDEX, targets.clamp(min=0)[..., None]
+    highest = logits.amax(dim=2, keepdim=True)
+    at_target = logits.gather(2, at)
+    hits = (at_target >= highest)[..., 0] & is_target
+    exps = logits.sub_(highest).exp_()
+    total = exps.sum(dim=2, keepdim=True)
+    log_totals = (total.log() + highest)[..., 0]
+    sums = ((log_totals - at_target[..., 0]) * is_target).sum(dim=0)
     if not needs_grad[0]:
         return _ChunkLoss(sums, hits, None, log_totals)
     # The gradient of a cross entropy by its logits: the probabilities, minus 1 at the target.
-    logit_gradient = logits.softmax(dim=-1)
-    logit_gradient.scatter_add_(2, targets.clamp(min=0)[..., None], -torch.ones_like(logit_gradient[..., :1]))
-    logit_gradient *= (target_weights * is_target)[..., None]
+    weights = (target_weights * is_target)[..., None]
+    logit_gradient = exps.mul_(weights / total).scatter_add_(2, at, -weights)
     return _ChunkLoss(sums, hits, logit_gradient.flatten(1).to(head.dtype) @ head, log_totals)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bitsandbytes import matmul_4bit
@@ -50,6 +50,10 @@ class NF4Linear(Linear4bit):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = _FourBitMatmul.apply(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dequantized(self) -> torch.Tensor:
+        """Return the weight (out, in) that the layer computes with."""
+        return dequantize(cast(Params4bit, self.weight))
 
 
 class _FourBitMatmul(torch.autograd.Function):

@@ -6,19 +6,23 @@ Here all layers share the order in which the batch is packed (`data.collate.Batc
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
+    HiggsAudioV2Attention,
     HiggsAudioV2DecoderLayer,
     HiggsAudioV2MLP,
     HiggsAudioV2RMSNorm,
+    eager_attention_forward,
 )
 
+from higgs_ds.model.fused_lora import Recipe, fused_ffn, fused_linears
 from higgs_ds.model.head_loss import head_loss
+from higgs_ds.model.lean_ops import Permute, RMSNorm, Rotate, rms_norm
 from higgs_ds.model.part_modules import AudioAttentionLayer
 
 
@@ -45,11 +49,11 @@ class Routing:
 
     def to_sequences(self, x: torch.Tensor) -> torch.Tensor:
         """Reorder places (N, H) to positions (B, T, H)."""
-        return _Permute.apply(x, self.places.flatten(), self.positions).view(*self.places.shape, -1)
+        return Permute.apply(x, self.places.flatten(), self.positions).view(*self.places.shape, -1)
 
     def to_places(self, x: torch.Tensor) -> torch.Tensor:
         """Reorder positions (B, T, H) to places (N, H)."""
-        return _Permute.apply(x.flatten(0, 1), self.positions, self.places.flatten())
+        return Permute.apply(x.flatten(0, 1), self.positions, self.places.flatten())
 
     def to_audio_rows(self, audio: torch.Tensor) -> torch.Tensor:
         """Reorder audio places (A, H) to the audio of each sample (B, S, H), padded with zeros at the end."""
@@ -68,64 +72,50 @@ class Routing:
         return replace(self, audio_rotations=(cos[0][columns], sin[0][columns]))
 
 
-class _Permute(torch.autograd.Function):
-    """Reorder rows. The backward pass gathers by the inverse order, where torch would scatter-add into zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        ctx.inverse = inverse
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradients[0].index_select(0, ctx.inverse), None, None
-
-
-class _Recompute(torch.autograd.Function):
-    """Recompute a cheap function of tensors in the backward pass; only its inputs are kept.
-
-    Other tensors that the function uses get no gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-        ctx.function = function
-        ctx.save_for_backward(*inputs)
-        return function(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
-        with torch.enable_grad():
-            inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
-            output = ctx.function(*inputs)
-        input_gradients = iter(
-            torch.autograd.grad(output, [tensor for tensor in inputs if tensor.requires_grad], gradients)
-        )
-        return None, *(next(input_gradients) if need else None for need in needed)
-
-
 class LeanNorm(HiggsAudioV2RMSNorm):
     """A norm that keeps only its input for the backward pass; transformers' norm also keeps float32 copies."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Recompute.apply(self._normalize, x, self.weight)
+    def forward(self, x: torch.Tensor, with_recipe: bool = False) -> Any:
+        """Return the normed rows; `with_recipe`, also how to compute them again."""
+        normed = RMSNorm.apply(x, self.weight, self.variance_epsilon)
+        if not with_recipe:
+            return normed
+        # A copy of the weight, because ZeRO-3 takes its values away after this call.
+        return normed, Recipe(self.compute, (x.detach(), self.weight.detach().clone()))
 
-    def _normalize(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The steps of transformers' norm (Zhang and Sennrich 2019, arXiv 1910.07467); the weight may be trained."""
-        x_float32 = x.float()
-        scaled = x_float32 * torch.rsqrt(x_float32.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return weight * scaled.to(x.dtype)
+    def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Compute `forward` with another tensor as its weight."""
+        return rms_norm(x, weight, self.variance_epsilon)
+
+
+class LeanAttention(HiggsAudioV2Attention):
+    """transformers' attention, without a cache and with fused projections."""
+
+    def forward(
+        self, x: torch.Tensor, rotations: tuple[torch.Tensor, torch.Tensor], recipe: Recipe | None = None
+    ) -> torch.Tensor:
+        """Return the outputs (B, T, H) of the attention over x (B, T, H).
+
+        Args:
+            rotations: cosines and sines (B or 1, T, D).
+            recipe: how to compute `x` again.
+        """
+        projected = fused_linears([self.q_proj, self.k_proj, self.v_proj], x, recipe)
+        query, key, value = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
+        cos, sin = (rotation.unsqueeze(2) for rotation in rotations)
+        query, key = Rotate.apply(query, cos, sin), Rotate.apply(key, cos, sin)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        by_head = (heads.transpose(1, 2) for heads in (query, key, value))
+        attended, _ = attend(self, *by_head, None, dropout=dropout, scaling=self.scaling)
+        return fused_linears([self.o_proj], attended.flatten(2).contiguous())[0]
 
 
 class LeanMLP(HiggsAudioV2MLP):
-    """An FFN that recomputes the output of its activation function, which is cheap, instead of keeping it."""
+    """A fused FFN, for x (N, H)."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(_Recompute.apply(self._activate_and_gate, self.gate_proj(x), self.up_proj(x)))
-
-    def _activate_and_gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return self.act_fn(gate) * up
+    def forward(self, x: torch.Tensor, recipe: Recipe | None = None) -> torch.Tensor:
+        return fused_ffn((self.gate_proj, self.up_proj, self.down_proj), self.act_fn, x, recipe)
 
 
 class RoutedLayer(HiggsAudioV2DecoderLayer):
@@ -135,23 +125,39 @@ class RoutedLayer(HiggsAudioV2DecoderLayer):
         self, hidden: torch.Tensor, routing: Routing, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         text, audio = hidden[: routing.num_text], hidden[routing.num_text :]
-        normed = torch.cat([self.input_layernorm(text), self.audio_input_layernorm(audio)])
-        return self.attend_and_feed(hidden, normed, routing, position_embeddings)
+        normed, recipe = _normed_sequences(routing, text, audio, self.input_layernorm, self.audio_input_layernorm)
+        return self.attend_and_feed(hidden, normed, recipe, routing, position_embeddings)
 
     def attend_and_feed(
         self,
         hidden: torch.Tensor,
         normed: torch.Tensor,
+        recipe: Recipe,
         routing: Routing,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """Apply what follows the first norms: the attention over all positions, and the two FFNs."""
-        attended, _ = self.self_attn(routing.to_sequences(normed), position_embeddings=position_embeddings)
-        hidden = hidden + routing.to_places(attended)
+        hidden = hidden + routing.to_places(self.self_attn(normed, position_embeddings, recipe))
         text, audio = hidden[: routing.num_text], hidden[routing.num_text :]
-        text = text + self.mlp(self.post_attention_layernorm(text))
-        audio = audio + self.audio_mlp(self.audio_post_attention_layernorm(audio))
+        text = text + self.mlp(*self.post_attention_layernorm(text, with_recipe=True))
+        audio = audio + self.audio_mlp(*self.audio_post_attention_layernorm(audio, with_recipe=True))
         return torch.cat([text, audio])
+
+
+def _normed_sequences(
+    routing: Routing, text: torch.Tensor, audio: torch.Tensor, text_norm: LeanNorm, audio_norm: LeanNorm
+) -> tuple[torch.Tensor, Recipe]:
+    """Return the normed positions (B, T, H), and how to compute them again."""
+    normed_text, text_recipe = text_norm(text, with_recipe=True)
+    normed_audio, audio_recipe = audio_norm(audio, with_recipe=True)
+    num_text_inputs = len(text_recipe.inputs)
+
+    def compute(*inputs: torch.Tensor) -> torch.Tensor:
+        text, audio = inputs[:num_text_inputs], inputs[num_text_inputs:]
+        return routing.to_sequences(torch.cat([text_recipe.function(*text), audio_recipe.function(*audio)]))
+
+    recipe = Recipe(compute, (*text_recipe.inputs, *audio_recipe.inputs))
+    return routing.to_sequences(torch.cat([normed_text, normed_audio])), recipe
 
 
 class RoutedAudioAttentionLayer(AudioAttentionLayer, RoutedLayer):
@@ -160,12 +166,14 @@ class RoutedAudioAttentionLayer(AudioAttentionLayer, RoutedLayer):
     def forward(  # type: ignore[override]
         self, hidden: torch.Tensor, routing: Routing, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
+        assert routing.audio_rotations is not None
         text, audio = hidden[: routing.num_text], hidden[routing.num_text :]
         rows = routing.to_audio_rows(self.audio_input_layernorm(audio))
-        attended, _ = self.audio_attn(rows, routing.audio_rotations)
-        audio = audio + routing.to_audio_places(attended)
-        normed = torch.cat([self.input_layernorm(text), self.audio_post_audio_attn_layer_norm(audio)])
-        return self.attend_and_feed(torch.cat([text, audio]), normed, routing, position_embeddings)
+        audio = audio + routing.to_audio_places(self.audio_attn(rows, routing.audio_rotations))
+        normed, recipe = _normed_sequences(
+            routing, text, audio, self.input_layernorm, self.audio_post_audio_attn_layer_norm
+        )
+        return self.attend_and_feed(torch.cat([text, audio]), normed, recipe, routing, position_embeddings)
 
 
 # Classes of the decoder's modules in training. They are subclasses: a loaded module is converted by changing its class,
@@ -173,6 +181,7 @@ class RoutedAudioAttentionLayer(AudioAttentionLayer, RoutedLayer):
 TRAINING_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     HiggsAudioV2DecoderLayer: RoutedLayer,
     AudioAttentionLayer: RoutedAudioAttentionLayer,
+    HiggsAudioV2Attention: LeanAttention,
     HiggsAudioV2MLP: LeanMLP,
     HiggsAudioV2RMSNorm: LeanNorm,
 }
@@ -195,5 +204,6 @@ class LossHead(nn.Linear):
 GENERATION_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     RoutedLayer: HiggsAudioV2DecoderLayer,
     RoutedAudioAttentionLayer: AudioAttentionLayer,
+    LeanAttention: HiggsAudioV2Attention,
     LossHead: nn.Linear,
 }

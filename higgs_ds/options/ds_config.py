@@ -36,6 +36,7 @@ FIXED_SETTINGS = {
     ("optimizer", "params", "betas"): [0.9, 0.999],
     ("optimizer", "params", "eps"): 1e-8,
 }
+DEEPSPEED_BUCKET_SIZE = 500_000_000  # elements, where a file does not say
 # DeepSpeed allocates the whole reduce bucket, 1 GB with its default of 5e8 elements. An adapter needs far less.
 AUTO_ZERO_SETTINGS = {
     "allgather_bucket_size": 5_000_000,
@@ -245,3 +246,20 @@ def resolve(
         settings.pop("data_types", None)  # float32 accumulates in float32 anyway; stage 0 supports no other type
     settings.setdefault("steps_per_print", 1_000_000_000)
     return settings, options
+
+
+def fit_buckets(settings: dict[str, Any], num_trained: int, ranks: int) -> dict[str, Any]:
+    """Return DeepSpeed settings without buckets, or parts of buckets, that nothing would ever be in.
+
+    DeepSpeed allocates the buckets in which it sums gradients over ranks at full size. A bucket holds at most all
+    gradients, and a single rank needs none.
+
+    Args:
+        num_trained: number of elements of all trained weights.
+    """
+    zero = dict(settings["zero_optimization"])
+    bucket = zero.get("reduce_bucket_size", DEEPSPEED_BUCKET_SIZE)
+    zero["reduce_bucket_size"] = max(1, min(bucket, num_trained))
+    if ranks == 1 and zero["stage"] in (1, 2):
+        zero |= {"overlap_comm": False, "contiguous_gradients": False}
+    return settings | {"zero_optimization": zero}

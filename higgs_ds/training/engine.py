@@ -27,6 +27,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
+    set_z3_leaf_module,
 )
 from torch import nn
 from transformers import get_scheduler
@@ -36,6 +37,8 @@ from higgs_ds.common.run_files import MOMENTS
 from higgs_ds.data.collate import Batch
 from higgs_ds.model.loss import LossWeights, StepResult, target_weights
 from higgs_ds.model.nf4 import move_statistics
+from higgs_ds.model.routed_layers import LeanAttention, LeanMLP
+from higgs_ds.options.ds_config import fit_buckets
 from higgs_ds.options.train import OptimOptions
 from higgs_ds.training.optimizers import float_moments, make_optimizer, start_moments
 
@@ -65,6 +68,7 @@ class Engine:
         _disable_compiled_collectives()
         optimizer = make_optimizer(options, trained.values())
         self.scheduler = make_schedule(options, optimizer, total_steps)
+        settings = fit_buckets(settings, sum(parameter.numel() for parameter in trained.values()), world_size())
         if settings["zero_optimization"]["stage"] == 3:
             _partition_over_ranks(model, settings, self.device)
         self.engine, *_ = deepspeed.initialize(
@@ -282,6 +286,9 @@ def _partition_over_ranks(model: nn.Module, settings: dict[str, Any], device: to
     `deepspeed.initialize` would first put the whole model on every GPU, which stage 3 is chosen to avoid. Every rank
     must hold the same values: DeepSpeed broadcasts rank 0's only if it moves the model itself.
     """
+    for module in model.modules():
+        if isinstance(module, (LeanAttention, LeanMLP)):
+            set_z3_leaf_module(module, True)  # gathered as a whole, because it uses its submodules' weights itself
     deepspeed.init_distributed(auto_mpi_discovery=False)
     deepspeed.zero.Init(module=model, config_dict_or_path=settings)
     for buffer in model.buffers():

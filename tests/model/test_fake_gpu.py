@@ -117,20 +117,25 @@ def test_finds_what_is_planted(
     error: type[Exception],
 ) -> None:  # fmt: skip
     original = LeanMLP.forward
-    monkeypatch.setattr(LeanMLP, "forward", lambda ffn, x: planted(ffn, original(ffn, x)))
+    monkeypatch.setattr(LeanMLP, "forward", lambda ffn, *inputs: planted(ffn, original(ffn, *inputs)))
     with pytest.raises(error):
         check(forward("released_flags", "bf16"), "bf16", [])
 
 
 def test_products_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four linear layers of attention and three of each FFN; each with two factors of its adapter.
+    """Four linear layers of attention and three of each FFN, in six groups with the same input.
 
-    Backward, each gives the gradient of its input, and each factor that of its weight.
+    Forward, each has a product with its weight; the first factors of a group's adapters share one; the product with
+    each second factor adds to the output. Backward, the gradients of a group's inputs are added up, those of its first
+    factors share a product, and so do the inputs of its second factors.
     """
     monkeypatch.syspath_prepend(PROJECT / "benchmarks")
     import fake_gpu
 
     calls = fake_gpu.layer_operations("bf16", 0.0)
-    assert calls["forward"]["aten.mm.default"] == 10 + 20
-    assert calls["backward"]["aten.mm.default"] == 10 + 20 + 20
-    assert fake_gpu.layer_operations("nf4", 0.0)["forward"]["aten.mm.default"] == 20
+    assert (calls["forward"]["aten.mm.default"], calls["forward"]["aten.addmm_.default"]) == (10 + 6, 10)
+    backward = calls["backward"]
+    assert (backward["aten.mm.default"], backward["aten.addmm_.default"]) == (6 + 10 + 6 + 6 + 10, 4 + 6)
+    four_bit = fake_gpu.layer_operations("nf4", 0.0)["forward"]
+    assert four_bit["bitsandbytes.dequantize_4bit.default"] == 10
+    assert all(four_bit[name] == calls["forward"][name] for name in ("aten.mm.default", "aten.addmm_.default"))

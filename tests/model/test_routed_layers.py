@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,15 +29,16 @@ CPU = torch.device("cpu")
 DECODED = ("text_ids", "codes", "positions", "places", "audio_rows", "audio_at")
 
 
-def adapted(base: Path, dtype: torch.dtype, recompute: bool) -> PeftModel:
+def adapted(base: Path, dtype: torch.dtype, recompute: bool, dropout: float = 0.1, at_start: bool = False) -> PeftModel:
+    """Return a model with adapters; `at_start`, they do not change its outputs."""
     higgs = load_base(base, dtype)
     if recompute:
         higgs.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.manual_seed(0)
-    model = add_lora(higgs, LoraOptions(lora_dropout=0.1), "base", dtype)
+    model = add_lora(higgs, LoraOptions(lora_dropout=dropout), "base", dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name and not at_start:
                 parameter.normal_(std=0.05)
     return model.train()
 
@@ -62,29 +64,49 @@ BATCHES = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", BATCHES)
+def test_layers_are_bit_identical(base: Path, kind: str, dtype: torch.dtype) -> None:
+    """Hidden states in training, with dropout, where adapters start: their products add zeros."""
+    batch = batch_of(*BATCHES[kind])
+    expected, found = hidden_states(base, batch, dtype, False, at_start=True)
+    assert found.equal(expected)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", BATCHES)
-def test_layers_are_bit_identical(base: Path, kind: str, dtype: torch.dtype, recompute: bool) -> None:
-    """Hidden states in training, with dropout, and the adapters' gradients."""
+def test_layers_equal_peft(base: Path, kind: str, dtype: torch.dtype, recompute: bool) -> None:
+    """Hidden states of adapters without dropout, and the adapters' gradients."""
     batch = batch_of(*BATCHES[kind])
-    tensors = batch.tensors(CPU)
-    native, routed = adapted(base, dtype, recompute), DualLossModel(adapted(base, dtype, recompute))
-    higgs = native.get_base_model()
-    torch.manual_seed(3)
-    expected = higgs.model(**native_inputs(batch, higgs.config.audio_token_id), use_cache=False).last_hidden_state
-    torch.manual_seed(3)
-    places = routed.decode(*(tensors[name] for name in DECODED))
-    found = routed.higgs.model.norm(places)[batch.places]
-    assert found.equal(expected)
+    models: list[torch.nn.Module] = []
+    expected, found = hidden_states(base, batch, dtype, recompute, dropout=0.0, models=models)
+    tolerance = 1e-6 if dtype == torch.float32 else 0.02
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
     direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(4)).to(dtype)
     (expected * direction).sum().backward()
     (found * direction).sum().backward()
-    gradients = {name: p.grad for name, p in routed.adapted.named_parameters() if p.requires_grad}
-    tolerance = 1e-6 if dtype == torch.float32 else 0.02
+    native, adapted_model = models
+    gradients = {name: p.grad for name, p in adapted_model.named_parameters() if p.requires_grad}
     for name, parameter in native.named_parameters():
         if parameter.requires_grad:
             assert (gradients[name] - parameter.grad).abs().max() <= tolerance * parameter.grad.abs().max(), name
+
+
+def hidden_states(
+    base: Path, batch: Batch, dtype: torch.dtype, recompute: bool, models: list[torch.nn.Module] | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return those of transformers' model with PEFT, and of this project's; `models` gets the adapted models."""
+    native = adapted(base, dtype, recompute, **options)
+    routed = DualLossModel(adapted(base, dtype, recompute, **options))
+    higgs, tensors = native.get_base_model(), batch.tensors(CPU)
+    inputs = native_inputs(batch, higgs.config.audio_token_id)
+    expected = higgs.model(**inputs, use_cache=False).last_hidden_state
+    found = routed.higgs.model.norm(routed.decode(*(tensors[name] for name in DECODED)))[batch.places]
+    if models is not None:
+        models += [native, routed.adapted]
+    return expected, found
 
 
 def test_a_norm_that_is_trained_gets_its_gradient(base: Path) -> None:

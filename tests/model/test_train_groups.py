@@ -79,7 +79,8 @@ def test_one_group_alone(base: Path, group: str) -> None:
     assert found[group,].keys() == of_group.keys()
     assert all(gradient.any() for gradient in of_group.values())
     for name, gradient in of_group.items():
-        torch.testing.assert_close(found[group,][name], gradient, rtol=1e-5, atol=1e-7)
+        # Frozen projections are fused, so that sums are rounded in another order.
+        assert (found[group,][name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
 def test_bf16_follows_float32(base: Path) -> None:

@@ -1,0 +1,101 @@
+"""Operations of a decoder layer that keep only their inputs for the backward pass, with gradients in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import rotate_half
+
+
+class Permute(torch.autograd.Function):
+    """Reorder rows. The backward pass gathers by the inverse order, where torch would scatter-add into zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.inverse = inverse
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradients[0].index_select(0, ctx.inverse), None, None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Compute the root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467) of rows in transformers' steps."""
+    x_float32 = x.float()
+    return weight * (x_float32 * _inverse_rms(x_float32, eps)).to(x.dtype)
+
+
+def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+class RMSNorm(torch.autograd.Function):
+    """`rms_norm` of x (..., H), computed in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return rms_norm(x, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        gradient = gradients[0].float()
+        scale = _inverse_rms(x.float(), ctx.eps)
+        normed = x * scale
+        weight_gradient = None
+        if ctx.needs_input_grad[1]:
+            weight_gradient = (gradient * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        of_normed = gradient * weight
+        mean = (of_normed * normed).mean(-1, keepdim=True)
+        return of_normed.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype), weight_gradient, None
+
+
+class Rotate(torch.autograd.Function):
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) of x (B, T, heads, D) in transformers' steps.
+
+    Cosines and sines are (B or 1, T, 1, D).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.rotation = cos, sin
+        return (x * cos).add_(rotate_half(x).mul_(sin))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,), (cos, sin) = gradients, ctx.rotation
+        return (gradient * cos).sub_(rotate_half(gradient * sin)), None, None
+
+
+class GatedActivation(torch.autograd.Function):
+    """activation(gate) * up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, activation: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(gate, up)
+        return activation(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        return None, *gate_gradients(ctx.activation, gate, up, gradients[0])
+
+
+def gate_gradients(
+    activation: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of gate and up from that of activation(gate) * up."""
+    with torch.enable_grad():
+        activation_input = gate.detach().requires_grad_()
+        activated = activation(activation_input)
+    up_gradient = activated.detach() * gradient
+    (gate_gradient,) = torch.autograd.grad(activated, activation_input, gradient * up)
+    return gate_gradient, up_gradient
