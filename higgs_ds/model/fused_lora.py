@@ -20,6 +20,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from higgs_ds.model.gathering import with_gathered
 from higgs_ds.model.lean_ops import GatedActivation, gate_gradients
 
 
@@ -47,7 +48,11 @@ def fused_linears(
     if not all(_is_plain(layer) for layer in layers):
         return tuple(layer(x) for layer in layers)
     group = _Group([_Target(layer) for layer in layers])
-    return _FusedLinears.apply(group, recipe or _keep(x), x, *_adapters(group.adapted))
+
+    def apply(x: torch.Tensor) -> Any:
+        return _FusedLinears.apply(group, recipe or _keep(x), x, *_adapters(group.adapted))
+
+    return with_gathered(_modules(group.targets), apply, x)
 
 
 def fused_ffn(
@@ -65,9 +70,13 @@ def fused_ffn(
     """
     if not all(_is_plain(layer) for layer in layers):
         return layers[2](GatedActivation.apply(activation, *fused_linears(layers[:2], x, recipe)))
-    *inner, down = (_Target(layer) for layer in layers)
-    groups = _Group(inner), _Group([down])
-    return _FusedFFN.apply(*groups, activation, recipe or _keep(x), x, *_adapters([*inner, down]))
+    targets = [_Target(layer) for layer in layers]
+    groups = _Group(targets[:2]), _Group(targets[2:])
+
+    def apply(x: torch.Tensor) -> Any:
+        return _FusedFFN.apply(*groups, activation, recipe or _keep(x), x, *_adapters(targets))
+
+    return with_gathered(_modules(targets), apply, x)
 
 
 def _keep(x: torch.Tensor) -> Recipe:
@@ -95,9 +104,11 @@ class _Target:
     def __init__(self, layer: nn.Module) -> None:
         self.base: Any = layer
         self.adapter: tuple[nn.Parameter, ...] = ()  # A (r, in), B (out, r)
+        self.modules: list[Any] = [layer]
         self.scaling = self.dropout = 0.0
         if isinstance(layer, LoraLayer):
             self.base, (name,) = layer.get_base_layer(), layer.active_adapters
+            self.modules = [self.base, layer.lora_A[name], layer.lora_B[name]]
             self.adapter = layer.lora_A[name].weight, layer.lora_B[name].weight
             dropout = layer.lora_dropout[name]
             if isinstance(dropout, nn.Dropout) and dropout.training:
@@ -205,6 +216,10 @@ def _inner_gradient(target: _Target, gradient: torch.Tensor) -> torch.Tensor:
 def _b_gradient(target: _Target, gradient: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
     """Return the gradient of B, (out, r). A product with fewer rows than columns is faster."""
     return (inner.t() @ gradient).mul_(target.scaling).t()
+
+
+def _modules(targets: Iterable[_Target]) -> list[Any]:
+    return [module for target in targets for module in target.modules]
 
 
 def _adapters(targets: Iterable[_Target]) -> list[nn.Parameter]:

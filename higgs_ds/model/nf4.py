@@ -7,6 +7,7 @@ are computed from them directly.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -47,7 +48,10 @@ class NF4Linear(Linear4bit):
     weight, so that after a forward pass each rank would hold all weights.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, function: Callable[[torch.Tensor], Any] | None = None) -> Any:
+        """Return the layer's outputs, or `function(x)` (see `model.gathering`)."""
+        if function is not None:
+            return function(x)
         y = _FourBitMatmul.apply(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

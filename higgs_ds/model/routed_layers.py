@@ -21,6 +21,7 @@ from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
 )
 
 from higgs_ds.model.fused_lora import Recipe, fused_ffn, fused_linears
+from higgs_ds.model.gathering import GatheringLinear
 from higgs_ds.model.head_loss import head_loss
 from higgs_ds.model.lean_ops import Permute, RMSNorm, Rotate, rms_norm
 from higgs_ds.model.part_modules import AudioAttentionLayer
@@ -184,6 +185,7 @@ TRAINING_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     HiggsAudioV2Attention: LeanAttention,
     HiggsAudioV2MLP: LeanMLP,
     HiggsAudioV2RMSNorm: LeanNorm,
+    nn.Linear: GatheringLinear,
 }
 
 

@@ -27,7 +27,6 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
-    set_z3_leaf_module,
 )
 from torch import nn
 from transformers import get_scheduler
@@ -37,7 +36,6 @@ from higgs_ds.common.run_files import MOMENTS
 from higgs_ds.data.collate import Batch
 from higgs_ds.model.loss import LossWeights, StepResult, target_weights
 from higgs_ds.model.nf4 import move_statistics
-from higgs_ds.model.routed_layers import LeanAttention, LeanMLP
 from higgs_ds.options.ds_config import fit_buckets
 from higgs_ds.options.train import OptimOptions
 from higgs_ds.training.optimizers import float_moments, make_optimizer, start_moments
@@ -286,9 +284,6 @@ def _partition_over_ranks(model: nn.Module, settings: dict[str, Any], device: to
     `deepspeed.initialize` would first put the whole model on every GPU, which stage 3 is chosen to avoid. Every rank
     must hold the same values: DeepSpeed broadcasts rank 0's only if it moves the model itself.
     """
-    for module in model.modules():
-        if isinstance(module, (LeanAttention, LeanMLP)):
-            set_z3_leaf_module(module, True)  # gathered as a whole, because it uses its submodules' weights itself
     deepspeed.init_distributed(auto_mpi_discovery=False)
     deepspeed.zero.Init(module=model, config_dict_or_path=settings)
     for buffer in model.buffers():
