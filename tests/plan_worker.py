@@ -135,8 +135,10 @@ def whole_after_forward(engine: Engine, batch: Batch, earlier: list[torch.Tensor
 
 
 def all_packed() -> list[torch.Tensor]:
+    """Return all packed weights; the states of random generators are bytes, too."""
     gc.collect()
-    return [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.dtype == torch.uint8]
+    found = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.dtype == torch.uint8]
+    return [tensor for tensor in found if tensor.shape != torch.get_rng_state().shape]
 
 
 def main() -> None:

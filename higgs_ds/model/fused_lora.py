@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ from higgs_ds.model.lean_ops import GatedActivation, gate_gradients
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to compute a tensor again in the backward pass. Only the inputs are kept; they get no gradient from this."""
+    """How to compute a tensor again in the backward pass. The inputs get no gradient from this.
+
+    Only `inputs` may be tensors of the pass: autograd keeps them as other tensors that it saves, and frees them.
+    """
 
     function: Callable[..., torch.Tensor]
     inputs: tuple[torch.Tensor, ...]
@@ -80,7 +84,11 @@ def fused_ffn(
 
 
 def _keep(x: torch.Tensor) -> Recipe:
-    return Recipe(lambda kept: kept, (x.detach(),))
+    return Recipe(_itself, (x.detach(),))
+
+
+def _itself(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -157,13 +165,19 @@ class _Group:
         return torch.cat([target.adapter[0] for target in self.adapted])
 
     def gradients(
-        self, gradients: Sequence[torch.Tensor], rows: torch.Tensor | None, needs_rows: bool
+        self,
+        gradients: Sequence[torch.Tensor],
+        compute_rows: Callable[[], torch.Tensor],
+        is_kept: bool,
+        needs_rows: bool,
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Return the gradient of the inputs, if it is needed, and those of A and B of each adapter.
 
         Args:
             gradients: of the outputs of each target.
-            rows: the inputs, needed if there are adapters.
+            compute_rows: returns the inputs, which are needed if there are adapters.
+            is_kept: whether the inputs must not be overwritten.
+            needs_rows: whether the gradient of the inputs is needed.
         """
         rows_gradient = None
         for target, gradient in zip(self.targets, gradients if needs_rows else (), strict=needs_rows):
@@ -172,10 +186,12 @@ class _Group:
             else:
                 rows_gradient.addmm_(gradient, target.weight())
         of_adapted = [gradient for gradient, target in zip(gradients, self.targets, strict=True) if target.adapter]
-        if rows is None or not self.adapted:
+        if not self.adapted:
             return rows_gradient, []
-        add = self._add_with_dropout if self.has_dropout else self._add_without_dropout
-        return rows_gradient, add(of_adapted, rows, rows_gradient)
+        rows = compute_rows()
+        if self.has_dropout:
+            return rows_gradient, self._add_with_dropout(of_adapted, rows, is_kept, rows_gradient)
+        return rows_gradient, self._add_without_dropout(of_adapted, rows, rows_gradient)
 
     def _add_without_dropout(
         self, gradients: list[torch.Tensor], rows: torch.Tensor, rows_gradient: torch.Tensor | None
@@ -190,14 +206,14 @@ class _Group:
         return [gradient for pair in zip(a_gradients, b_gradients, strict=True) for gradient in pair]
 
     def _add_with_dropout(
-        self, gradients: list[torch.Tensor], rows: torch.Tensor, rows_gradient: torch.Tensor | None
+        self, gradients: list[torch.Tensor], rows: torch.Tensor, is_kept: bool, rows_gradient: torch.Tensor | None
     ) -> list[torch.Tensor]:
         adapter_gradients = []
         with _generator_at(self.generator_state, rows.device):
             drawn = [_drawn(rows, target.dropout) for target in self.adapted]
         for target, gradient in zip(self.adapted, gradients, strict=True):
             at = drawn.pop(0)
-            dropped = _drop_(rows.clone(), at)
+            dropped = _drop_(rows.clone() if drawn or is_kept else rows, at)
             inner_gradient = _inner_gradient(target, gradient)
             adapter_gradients += [
                 inner_gradient.t() @ dropped,
@@ -237,13 +253,18 @@ class _FusedLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        kept = ctx.saved_tensors  # recomputed layers allow only one access
-        rows = ctx.function(*kept).flatten(0, -2) if kept else None
+        kept = ctx.saved_tensors
         flat_gradients = [gradient.flatten(0, -2) for gradient in gradients]
-        x_gradient, adapter_gradients = ctx.group.gradients(flat_gradients, rows, ctx.needs_input_grad[2])
+        x_gradient, adapter_gradients = ctx.group.gradients(
+            flat_gradients, lambda: ctx.function(*kept).flatten(0, -2), ctx.function is _itself, ctx.needs_input_grad[2]
+        )
         if x_gradient is not None:
             x_gradient = x_gradient.unflatten(0, gradients[0].shape[:-1])
         return None, None, x_gradient, *adapter_gradients
+
+
+def _gated(activation: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return activation(gate).mul_(up)
 
 
 class _FusedFFN(torch.autograd.Function):
@@ -260,18 +281,18 @@ class _FusedFFN(torch.autograd.Function):
         gate, up = inner.outputs(x)
         ctx.inner, ctx.outer, ctx.activation, ctx.function = inner, outer, activation, recipe.function
         ctx.save_for_backward(gate, up, *(recipe.inputs if inner.adapted else ()))
-        return outer.outputs(activation(gate).mul_(up))[0]
+        return outer.outputs(_gated(activation, gate, up))[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up, *recipe_inputs = ctx.saved_tensors
-        gated = ctx.activation(gate).mul_(up) if ctx.outer.adapted else None
-        gated_gradient, down_gradients = ctx.outer.gradients(gradients, gated, needs_rows=True)
-        del gated
+        compute_gated = partial(_gated, ctx.activation, gate, up)
+        gated_gradient, down_gradients = ctx.outer.gradients(gradients, compute_gated, is_kept=False, needs_rows=True)
         inner_gradients = gate_gradients(ctx.activation, gate, up, gated_gradient)
-        del gated_gradient
-        x = ctx.function(*recipe_inputs) if recipe_inputs else None
-        x_gradient, adapter_gradients = ctx.inner.gradients(inner_gradients, x, ctx.needs_input_grad[4])
+        del gate, up, compute_gated, gated_gradient  # of a recomputed layer, nothing else holds them
+        x_gradient, adapter_gradients = ctx.inner.gradients(
+            inner_gradients, lambda: ctx.function(*recipe_inputs), ctx.function is _itself, ctx.needs_input_grad[4]
+        )
         return None, None, None, None, x_gradient, *adapter_gradients, *down_gradients
 
 

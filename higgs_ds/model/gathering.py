@@ -17,9 +17,7 @@ class GatheringLinear(nn.Linear):
         return super().forward(x) if function is None else function(x)
 
 
-def with_gathered(
-    modules: Iterable[nn.Module], function: Callable[[torch.Tensor], Any], x: torch.Tensor
-) -> Any:
+def with_gathered(modules: Iterable[nn.Module], function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Any:
     """Return function(x), with the weights of all modules gathered in its forward and in its backward pass.
 
     Under ZeRO-3, each module is called around the next, so that DeepSpeed's hooks gather and release its weights.

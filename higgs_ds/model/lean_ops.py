@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.activations import SiLUActivation
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import rotate_half
 
 
@@ -63,12 +64,12 @@ class Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.rotation = cos, sin
+        ctx.save_for_backward(cos, sin)
         return (x * cos).add_(rotate_half(x).mul_(sin))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (gradient,), (cos, sin) = gradients, ctx.rotation
+        (gradient,), (cos, sin) = gradients, ctx.saved_tensors
         return (gradient * cos).sub_(rotate_half(gradient * sin)), None, None
 
 
@@ -81,21 +82,23 @@ class GatedActivation(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.activation = activation
         ctx.save_for_backward(gate, up)
-        return activation(gate) * up
+        return activation(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
-        return None, *gate_gradients(ctx.activation, gate, up, gradients[0])
+        return None, *gate_gradients(ctx.activation, gate, up, gradients[0].clone())
 
 
 def gate_gradients(
     activation: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor, gradient: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of gate and up from that of activation(gate) * up."""
+    """Return the gradients of gate and up from that of activation(gate) * up, which is overwritten."""
+    up_gradient = activation(gate).mul_(gradient)
+    gradient *= up
+    if isinstance(activation, SiLUActivation):
+        return torch.ops.aten.silu_backward.grad_input(gradient, gate, grad_input=gradient), up_gradient
     with torch.enable_grad():
         activation_input = gate.detach().requires_grad_()
         activated = activation(activation_input)
-    up_gradient = activated.detach() * gradient
-    (gate_gradient,) = torch.autograd.grad(activated, activation_input, gradient * up)
-    return gate_gradient, up_gradient
+    return torch.autograd.grad(activated, activation_input, gradient)[0], up_gradient

@@ -6,7 +6,9 @@ Here all layers share the order in which the batch is packed (`data.collate.Batc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,14 +153,22 @@ def _normed_sequences(
     """Return the normed positions (B, T, H), and how to compute them again."""
     normed_text, text_recipe = text_norm(text, with_recipe=True)
     normed_audio, audio_recipe = audio_norm(audio, with_recipe=True)
-    num_text_inputs = len(text_recipe.inputs)
-
-    def compute(*inputs: torch.Tensor) -> torch.Tensor:
-        text, audio = inputs[:num_text_inputs], inputs[num_text_inputs:]
-        return routing.to_sequences(torch.cat([text_recipe.function(*text), audio_recipe.function(*audio)]))
-
+    compute = partial(_compute_sequences, routing, text_norm.compute, audio_norm.compute)
     recipe = Recipe(compute, (*text_recipe.inputs, *audio_recipe.inputs))
     return routing.to_sequences(torch.cat([normed_text, normed_audio])), recipe
+
+
+def _compute_sequences(
+    routing: Routing,
+    text_norm: Callable[..., torch.Tensor],
+    audio_norm: Callable[..., torch.Tensor],
+    text: torch.Tensor,
+    text_weight: torch.Tensor,
+    audio: torch.Tensor,
+    audio_weight: torch.Tensor,
+) -> torch.Tensor:
+    normed = torch.cat([text_norm(text, text_weight), audio_norm(audio, audio_weight)])
+    return routing.to_sequences(normed)
 
 
 class RoutedAudioAttentionLayer(AudioAttentionLayer, RoutedLayer):

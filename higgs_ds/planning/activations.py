@@ -136,7 +136,7 @@ def _model(config: HiggsAudioV2Config, settings: PassSettings) -> DualLossModel:
         if isinstance(module, nn.Linear):
             four_bit = settings.four_bit and is_quantized_weight(f"{name}.weight")
             if four_bit or settings.keeps_inputs:
-                higgs.set_submodule(name, _CountedLinear(module, four_bit))
+                higgs.set_submodule(name, (_FourBitLinear if four_bit else _InputKeepingLinear)(module))
     if settings.recompute_every is not None:
         checkpoint_layers(higgs, settings.recompute_every)
     if parts_of(config).audio_tower is not None:
@@ -249,21 +249,34 @@ AttentionInterface.register(ATTENTION, _attention)
 
 
 class _CountedLinear(nn.Linear):
-    """A linear layer that allocates like a frozen 4-bit layer (`four_bit`), otherwise like a layer under ZeRO-3."""
+    """A frozen linear layer without values."""
 
-    def __init__(self, linear: nn.Linear, four_bit: bool) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, META, linear.weight.dtype)
         self.requires_grad_(False)
-        self.four_bit = four_bit
+
+
+class _InputKeepingLinear(_CountedLinear):
+    """A linear layer that allocates like one under ZeRO-3."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.four_bit:
-            return _InputKeepingLinear.apply(x, self.weight)
-        result = _DequantizingLinear.apply(x, self.weight)
-        return result.clone()  # PEFT clones the result
+        return _InputKeepingProduct.apply(x, self.weight)
 
 
-class _InputKeepingLinear(torch.autograd.Function):
+class _FourBitLinear(_CountedLinear):
+    """A linear layer that allocates like one of 4 bits."""
+
+    def dequantized(self) -> torch.Tensor:
+        scales = torch.empty(self.weight.numel() // BLOCK_SIZE, device=META)
+        result = torch.empty_like(self.weight)
+        del scales  # they must be counted until here
+        return result
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _DequantizingProduct.apply(x, self).clone()  # PEFT clones the result
+
+
+class _InputKeepingProduct(torch.autograd.Function):
     """x W^T that keeps x, like DeepSpeed's linear function under ZeRO-3."""
 
     @staticmethod
@@ -278,24 +291,17 @@ class _InputKeepingLinear(torch.autograd.Function):
         return input_gradient, torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
 
-class _DequantizingLinear(torch.autograd.Function):
+class _DequantizingProduct(torch.autograd.Function):
     """x W^T with a W that is dequantized in the forward and again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.weight = weight
-        return x.matmul(_dequantize(weight).t())
+    def forward(ctx: Any, x: torch.Tensor, layer: _FourBitLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return x.matmul(layer.dequantized().t())
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grads[0].matmul(_dequantize(ctx.weight)), None
-
-
-def _dequantize(weight: torch.Tensor) -> torch.Tensor:
-    scales = torch.empty(weight.numel() // BLOCK_SIZE, device=META)
-    result = torch.empty_like(weight)
-    del scales  # they must be counted until here
-    return result
+        return grads[0].matmul(ctx.layer.dequantized()), None
 
 
 class _AttachToTrained(torch.autograd.Function):
@@ -310,12 +316,8 @@ class _AttachToTrained(torch.autograd.Function):
         return None, None
 
 
-class _FusedDropout(nn.Module):
+class _FusedDropout(nn.Dropout):
     """Dropout that allocates as on a GPU."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.native_dropout(x, self.p, self.training)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from higgs_ds.options.ds_config import fit_buckets
 from higgs_ds.planning.weights import GROUPS, NESTED_BLOCK_SIZE, Setting, Weight
 
 FULL_PRECISION_STATE_BELOW = 4096  # elements: bitsandbytes keeps smaller states in float32
@@ -97,7 +98,8 @@ def gathered_bytes(setting: Setting, weights: list[Weight]) -> int:
 
 def with_training_state(setting: Setting, partial_plan: Plan, trained: list[Weight]) -> Plan:
     """Add trained weights, gradients, optimizer state and buckets, as DeepSpeed's optimizer of the stage holds them."""
-    return {0: _stage0, 1: _stage1, 2: _stage2, 3: _stage3}[setting.stage](setting, partial_plan, trained)
+    fitted = replace(setting, ds_settings=fit_buckets(setting.ds_settings, _numel(trained), setting.ranks))
+    return {0: _stage0, 1: _stage1, 2: _stage2, 3: _stage3}[setting.stage](fitted, partial_plan, trained)
 
 
 def _stage0(setting: Setting, partial_plan: Plan, trained: list[Weight]) -> Plan:

@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
 
 from higgs_ds.model import fused_lora
 from higgs_ds.model.fused_lora import Recipe, fused_ffn, fused_linears
 from higgs_ds.model.nf4 import fill, quantize, replace_linears
 
 WIDTH, INNER, ROWS = 48, 72, 41
+SILU = ACT2FN["silu"]
 
 
 class Block(nn.Module):
@@ -56,19 +57,21 @@ def block(bias: bool = False, dtype: torch.dtype = torch.float32, four_bit: bool
     return adapted.train()
 
 
-def outputs(model: nn.Module, x: torch.Tensor, fused: bool, recipe: Recipe | None = None) -> tuple[torch.Tensor, ...]:
+def outputs(
+    model: nn.Module, x: torch.Tensor, fused: bool, recipe: Recipe | None = None, activation: Any = SILU
+) -> tuple[torch.Tensor, ...]:
     attention, ffn = model.base_model.model.self_attn, model.base_model.model.mlp
     shared = attention.q_proj, attention.k_proj, attention.v_proj
     inner = ffn.gate_proj, ffn.up_proj, ffn.down_proj
     if fused:
-        return *fused_linears(shared, x, recipe), fused_ffn(inner, F.silu, x, recipe)
-    return *(layer(x) for layer in shared), ffn.down_proj(F.silu(ffn.gate_proj(x)) * ffn.up_proj(x))
+        return *fused_linears(shared, x, recipe), fused_ffn(inner, activation, x, recipe)
+    return *(layer(x) for layer in shared), ffn.down_proj(activation(ffn.gate_proj(x)) * ffn.up_proj(x))
 
 
-def results(model: nn.Module, x: torch.Tensor, fused: bool) -> dict[str, torch.Tensor]:
+def results(model: nn.Module, x: torch.Tensor, fused: bool, activation: Any = SILU) -> dict[str, torch.Tensor]:
     """Return outputs and gradients by name, with random gradients of the outputs."""
     x = x.detach().requires_grad_()
-    found = outputs(model, x, fused)
+    found = outputs(model, x, fused, activation=activation)
     draw = torch.Generator().manual_seed(2)
     loss = sum((output.float() * torch.randn(output.shape, generator=draw)).sum() for output in found)
     loss.backward()
@@ -111,6 +114,13 @@ def test_equals_peft(setting: str, shape: tuple[int, ...]) -> None:
         assert [output.shape for output in outputs(model, x, True)] == [o.shape for o in outputs(model, x, False)]
         return
     check_close(results(copy.deepcopy(model), x, True), results(model, x, False), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["gelu", "tanh"])
+def test_other_activations(name: str) -> None:
+    model, x = block(), torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
+    expected = results(copy.deepcopy(model), x, False, ACT2FN[name])
+    check_close(results(model, x, True, ACT2FN[name]), expected, 1e-6)
 
 
 def test_sequences_equal_peft() -> None:
