@@ -15,7 +15,7 @@ from gpu_rows import Output, timed
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-CHUNK_BITS = (18, 20, 22, 24)  # logits in memory at the same time, as powers of two
+CHUNK_BITS = (20, 21, 22, 23, 24, 25)  # logits in memory at the same time, as powers of two
 REPEATS = 5
 Work = Callable[[], Any]
 
@@ -44,7 +44,6 @@ def _head_loss(values: dict[str, Any], length: int, device: torch.device) -> Ite
     from higgs_ds.model import head_loss
 
     parts, classes = random_base.NUM_CODEBOOKS, random_base.CODEBOOK_SIZE
-    default = head_loss.LOGITS_AT_ONCE
 
     def make(logits: int) -> Work:
         hidden = _random(length, values["hidden_size"], device=device, grad=True)
@@ -53,16 +52,13 @@ def _head_loss(values: dict[str, Any], length: int, device: torch.device) -> Ite
         weights = torch.full((parts,), 1 / length, device=device)
 
         def work() -> None:
-            head_loss.LOGITS_AT_ONCE = logits
-            try:
-                head_loss.head_loss(hidden, head, targets, weights)[0].backward()
-            finally:
-                head_loss.LOGITS_AT_ONCE = default
+            chunks = head_loss.Chunks(logits, head_loss.GPU_CHUNKS.classes)
+            head_loss.head_loss(hidden, head, targets, weights, chunks)[0].backward()
 
         return work
 
     for bits in CHUNK_BITS:
-        note = ", the default" if 2**bits == default else ""
+        note = ", the default" if 2**bits == head_loss.GPU_CHUNKS.logits else ""
         yield f"2**{bits} logits at once{note}", lambda bits=bits: make(2**bits)  # type: ignore[misc]
 
 

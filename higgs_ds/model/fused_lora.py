@@ -162,7 +162,7 @@ class _Group:
         return [len(target.adapter[0]) for target in self.adapted]
 
     def _stacked(self) -> torch.Tensor:
-        return torch.cat([target.adapter[0] for target in self.adapted])
+        return _cat([target.adapter[0] for target in self.adapted], dim=0)
 
     def gradients(
         self,
@@ -197,7 +197,7 @@ class _Group:
         self, gradients: list[torch.Tensor], rows: torch.Tensor, rows_gradient: torch.Tensor | None
     ) -> list[torch.Tensor]:
         stacked, ranks = self._stacked(), self._ranks()
-        inner_gradients = torch.cat([*map(_inner_gradient, self.adapted, gradients)], dim=1)
+        inner_gradients = _cat([*map(_inner_gradient, self.adapted, gradients)], dim=1)
         a_gradients = (inner_gradients.t() @ rows).split(ranks)
         inners = (rows @ stacked.t()).split(ranks, dim=1)
         if rows_gradient is not None:
@@ -222,6 +222,10 @@ class _Group:
             if rows_gradient is not None:
                 rows_gradient += _drop_(torch.mm(inner_gradient, target.adapter[0], out=dropped), at)
         return adapter_gradients
+
+
+def _cat(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def _inner_gradient(target: _Target, gradient: torch.Tensor) -> torch.Tensor:

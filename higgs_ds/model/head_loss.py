@@ -10,12 +10,29 @@ import torch.nn.functional as F
 
 from higgs_ds.model.labels import IGNORE_INDEX
 
-LOGITS_AT_ONCE = 2**20  # logits in memory at the same time, 4 MiB in float32
-CLASSES_AT_ONCE = 2**13  # rows of a text head's weight that a processor's cache may hold
+
+@dataclass(frozen=True)
+class Chunks:
+    """How much is computed at once.
+
+    logits: number of logits in memory at the same time.
+    classes: number of rows of a text head's weight.
+    """
+
+    logits: int
+    classes: int
+
+
+CPU_CHUNKS = Chunks(2**20, 2**11)  # 4 MiB each, at a width of 512, as caches hold little more
+GPU_CHUNKS = Chunks(2**23, 2**17)  # 32 MiB of logits: smaller products would take less time than their launch
 
 
 def head_loss(
-    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    target_weights: torch.Tensor,
+    chunks: Chunks | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the cross entropy of a head in chunks, so that the logits of all rows are never in memory together.
 
@@ -29,37 +46,54 @@ def head_loss(
         head: (P x S, H), for P parts of S classes each.
         targets: (K, P), -100 where there is no target.
         target_weights: float32 (P,), weight of one target of each part.
+        chunks: by default, those for the device.
 
     Returns:
         The weighted loss, a float32 scalar; the detached sums of each part, float32 (P,); and whether each target had
         the highest logit of its part, bool (K, P).
     """
-    return _HeadLoss.apply(hidden, head, targets, target_weights)
+    if chunks is None:
+        chunks = CPU_CHUNKS if hidden.device.type == "cpu" else GPU_CHUNKS
+    return _HeadLoss.apply(hidden, head, targets, target_weights, chunks)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        targets: torch.Tensor,
+        target_weights: torch.Tensor,
+        chunks: Chunks,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        num_parts = targets.shape[1]
+        num_rows, num_parts = targets.shape
+        num_classes = len(head) // num_parts
         sums = torch.zeros(num_parts, device=hidden.device)
         hits = torch.zeros_like(targets, dtype=torch.bool)
         log_totals = torch.zeros(targets.shape, device=hidden.device)
-        gradient = torch.empty_like(hidden)
-        chunk_loss, classes = (
-            (_online_softmax_loss, CLASSES_AT_ONCE) if num_parts == 1 else (_full_softmax_loss, len(head))
-        )
-        step = max(1, LOGITS_AT_ONCE // min(len(head), classes))
-        for start in range(0, len(hidden), step):
-            rows, chunk_targets = hidden[start : start + step], targets[start : start + step]
-            chunk = chunk_loss(rows, head, chunk_targets, target_weights, ctx.needs_input_grad[:2])
-            sums += chunk.sums
-            hits[start : start + step] = chunk.hits
-            if chunk.gradient is not None:
-                gradient[start : start + step] = chunk.gradient
-            if chunk.log_totals is not None:
-                log_totals[start : start + step] = chunk.log_totals
+        gradient = torch.zeros(hidden.shape, device=hidden.device)
+        # Parts in turn, because a processor reorders a weight once for all rows that it is multiplied with.
+        rows_at_once = max(1, chunks.logits // min(num_classes, chunks.classes))
+        parts_at_once = max(1, chunks.logits // (num_classes * max(1, min(num_rows, rows_at_once))))
+        for part in range(0, num_parts, parts_at_once):
+            parts = slice(part, part + parts_at_once)
+            part_head = head[part * num_classes : (part + parts_at_once) * num_classes]
+            for start in range(0, num_rows, rows_at_once):
+                rows = slice(start, start + rows_at_once)
+                of_chunk = hidden[rows], part_head, targets[rows, parts], target_weights[parts]
+                if num_parts == 1:
+                    chunk = _online_softmax_loss(*of_chunk, ctx.needs_input_grad[:2], chunks.classes)
+                else:
+                    chunk = _full_softmax_loss(*of_chunk, ctx.needs_input_grad[:2])
+                sums[parts] += chunk.sums
+                hits[rows, parts] = chunk.hits
+                if chunk.gradient is not None:
+                    gradient[rows] += chunk.gradient
+                if chunk.log_totals is not None:
+                    log_totals[rows, parts] = chunk.log_totals
+        gradient = gradient.to(hidden.dtype)
+        ctx.chunks = chunks
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(gradient, hidden, head, targets, target_weights, log_totals)
         else:
@@ -68,18 +102,26 @@ class _HeadLoss(torch.autograd.Function):
         return (sums * target_weights).sum(), sums, hits
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(
+        ctx: Any, *gradients: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
         gradient, *for_head = ctx.saved_tensors
         hidden_gradient = gradient * gradients[0] if ctx.needs_input_grad[0] else None
         if not for_head:
-            return hidden_gradient, None, None, None
+            return hidden_gradient, None, None, None, None
         hidden, head, targets, target_weights, log_totals = for_head
         weights = target_weights * gradients[0] * (targets != IGNORE_INDEX)
-        return hidden_gradient, _head_gradient(hidden, head, targets, weights, log_totals), None, None
+        head_gradient = _head_gradient(hidden, head, targets, weights, log_totals, ctx.chunks)
+        return hidden_gradient, head_gradient, None, None, None
 
 
 def _head_gradient(
-    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, log_totals: torch.Tensor
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    log_totals: torch.Tensor,
+    chunks: Chunks,
 ) -> torch.Tensor:
     """Return the gradient of a head (P x S, H), in chunks of rows and classes, summed in float32.
 
@@ -90,13 +132,13 @@ def _head_gradient(
     gradient = torch.empty_like(head)
     num_classes = len(head) // targets.shape[1]
     for part, part_targets in enumerate(targets.unbind(1)):
-        for first in range(0, num_classes, CLASSES_AT_ONCE):
+        for first in range(0, num_classes, chunks.classes):
             class_slice = slice(
-                part * num_classes + first, part * num_classes + min(first + CLASSES_AT_ONCE, num_classes)
+                part * num_classes + first, part * num_classes + min(first + chunks.classes, num_classes)
             )
             head_chunk = head[class_slice]
             class_sums = torch.zeros(head_chunk.shape, device=head.device)
-            step = max(1, LOGITS_AT_ONCE // len(head_chunk))
+            step = max(1, chunks.logits // len(head_chunk))
             for start in range(0, len(hidden), step):
                 row_slice = slice(start, start + step)
                 rows, local_targets = hidden[row_slice], part_targets[row_slice] - first
@@ -160,6 +202,7 @@ def _online_softmax_loss(
     targets: torch.Tensor,
     target_weights: torch.Tensor,
     needs_grad: tuple[bool, bool],
+    classes_at_once: int,
 ) -> _ChunkLoss:
     """Compute the same for a head with one part, in chunks of classes, with an online softmax.
 
@@ -171,8 +214,8 @@ def _online_softmax_loss(
     total = torch.zeros(shape, device=rows.device)
     at_target = torch.zeros(shape, device=rows.device)
     mean_row = torch.zeros(rows.shape, device=rows.device)
-    for first in range(0, len(head), CLASSES_AT_ONCE):
-        head_chunk = head[first : first + CLASSES_AT_ONCE]
+    for first in range(0, len(head), classes_at_once):
+        head_chunk = head[first : first + classes_at_once]
         logits = F.linear(rows, head_chunk).float()
         new_highest = torch.maximum(highest, logits.amax(dim=1, keepdim=True))
         local_targets = (targets - first).clamp(0, len(head_chunk) - 1)[:, None]

@@ -23,30 +23,23 @@ class Permute(torch.autograd.Function):
         return gradients[0].index_select(0, ctx.inverse), None, None
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Compute the root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467) of rows in transformers' steps."""
-    x_float32 = x.float()
-    return weight * (x_float32 * _inverse_rms(x_float32, eps)).to(x.dtype)
-
-
-def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
-    return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-
-
 class RMSNorm(torch.autograd.Function):
-    """`rms_norm` of x (..., H), computed in float32."""
+    """The root mean square norm of x (..., H) in transformers' steps (Zhang and Sennrich 2019, arXiv 1910.07467).
+
+    Returns the normed rows, and the inverse root mean square of each row (..., 1) in float32, for `scaled`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return rms_norm(x, weight, eps)
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.mark_non_differentiable(scale)
+        return scaled(x, weight, scale), scale
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        x, weight = ctx.saved_tensors
+        x, weight, scale = ctx.saved_tensors
         gradient = gradients[0].float()
-        scale = _inverse_rms(x.float(), ctx.eps)
         normed = x * scale
         weight_gradient = None
         if ctx.needs_input_grad[1]:
@@ -54,6 +47,11 @@ class RMSNorm(torch.autograd.Function):
         of_normed = gradient * weight
         mean = (of_normed * normed).mean(-1, keepdim=True)
         return of_normed.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype), weight_gradient, None
+
+
+def scaled(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return rows (..., H), scaled by float32 (..., 1) and multiplied by a weight (H)."""
+    return weight * (x * scale).to(x.dtype)
 
 
 class Rotate(torch.autograd.Function):

@@ -6,7 +6,6 @@ Here all layers share the order in which the batch is packed (`data.collate.Batc
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,8 +23,8 @@ from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
 
 from higgs_ds.model.fused_lora import Recipe, fused_ffn, fused_linears
 from higgs_ds.model.gathering import GatheringLinear
-from higgs_ds.model.head_loss import head_loss
-from higgs_ds.model.lean_ops import Permute, RMSNorm, Rotate, rms_norm
+from higgs_ds.model.head_loss import Chunks, head_loss
+from higgs_ds.model.lean_ops import Permute, RMSNorm, Rotate, scaled
 from higgs_ds.model.part_modules import AudioAttentionLayer
 
 
@@ -80,15 +79,11 @@ class LeanNorm(HiggsAudioV2RMSNorm):
 
     def forward(self, x: torch.Tensor, with_recipe: bool = False) -> Any:
         """Return the normed rows; `with_recipe`, also how to compute them again."""
-        normed = RMSNorm.apply(x, self.weight, self.variance_epsilon)
+        normed, scale = RMSNorm.apply(x, self.weight, self.variance_epsilon)
         if not with_recipe:
             return normed
         # A copy of the weight, because ZeRO-3 takes its values away after this call.
-        return normed, Recipe(self.compute, (x.detach(), self.weight.detach().clone()))
-
-    def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Compute `forward` with another tensor as its weight."""
-        return rms_norm(x, weight, self.variance_epsilon)
+        return normed, Recipe(scaled, (x.detach(), self.weight.detach().clone(), scale))
 
 
 class LeanAttention(HiggsAudioV2Attention):
@@ -153,22 +148,13 @@ def _normed_sequences(
     """Return the normed positions (B, T, H), and how to compute them again."""
     normed_text, text_recipe = text_norm(text, with_recipe=True)
     normed_audio, audio_recipe = audio_norm(audio, with_recipe=True)
-    compute = partial(_compute_sequences, routing, text_norm.compute, audio_norm.compute)
-    recipe = Recipe(compute, (*text_recipe.inputs, *audio_recipe.inputs))
+    recipe = Recipe(partial(_compute_sequences, routing), (*text_recipe.inputs, *audio_recipe.inputs))
     return routing.to_sequences(torch.cat([normed_text, normed_audio])), recipe
 
 
-def _compute_sequences(
-    routing: Routing,
-    text_norm: Callable[..., torch.Tensor],
-    audio_norm: Callable[..., torch.Tensor],
-    text: torch.Tensor,
-    text_weight: torch.Tensor,
-    audio: torch.Tensor,
-    audio_weight: torch.Tensor,
-) -> torch.Tensor:
-    normed = torch.cat([text_norm(text, text_weight), audio_norm(audio, audio_weight)])
-    return routing.to_sequences(normed)
+def _compute_sequences(routing: Routing, *inputs: torch.Tensor) -> torch.Tensor:
+    """Compute normed positions from the inputs of the two norms' recipes."""
+    return routing.to_sequences(torch.cat([scaled(*inputs[:3]), scaled(*inputs[3:])]))
 
 
 class RoutedAudioAttentionLayer(AudioAttentionLayer, RoutedLayer):
@@ -205,11 +191,13 @@ class LossHead(nn.Linear):
     The loss is computed here because ZeRO-3 gathers a head's weight only around calls of its module.
     """
 
+    chunks: Chunks | None = None  # those for the device
+
     def forward(  # type: ignore[override]
         self, hidden: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return `head_loss` of hidden states (K, H) and targets (K, P)."""
-        return head_loss(hidden, self.weight, targets, target_weights)
+        return head_loss(hidden, self.weight, targets, target_weights, self.chunks)
 
 
 # Classes that the modules are changed back to for generation.

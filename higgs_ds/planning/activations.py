@@ -22,10 +22,12 @@ from transformers import AttentionInterface, HiggsAudioV2Config
 
 from higgs_ds.model.config import config_of, parts_of
 from higgs_ds.model.full import group_of, make_trainable
+from higgs_ds.model.head_loss import CPU_CHUNKS, GPU_CHUNKS
 from higgs_ds.model.higgs import DualLossModel, checkpoint_layers
 from higgs_ds.model.loading import empty_model
 from higgs_ds.model.parts import NO_PARTS, Parts
 from higgs_ds.model.quantization import BLOCK_SIZE, is_quantized_weight
+from higgs_ds.model.routed_layers import LossHead
 from higgs_ds.options.fields import EMBEDDINGS, FULL
 from higgs_ds.options.train import LoraOptions, TuneOptions
 
@@ -40,7 +42,8 @@ class PassSettings:
     """Everything that the memory of a pass depends on, apart from the base's configuration.
 
     recompute_every: every N-th layer keeps only its input.
-    on_gpu: dropout keeps a mask of one byte per element; on a CPU, an element of the activations' dtype.
+    on_gpu: heads compute larger chunks; PEFT's dropout keeps a mask of one byte per element, where a CPU's keeps an
+        element of the activations' dtype.
     keeps_inputs: linear layers keep their inputs although they are frozen, as under ZeRO-3.
     """
 
@@ -154,7 +157,11 @@ def _model(config: HiggsAudioV2Config, settings: PassSettings) -> DualLossModel:
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # gradients are planned separately
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    return DualLossModel(adapted).train()
+    model = DualLossModel(adapted).train()
+    for module in model.modules():
+        if isinstance(module, LossHead):
+            module.chunks = GPU_CHUNKS if settings.on_gpu else CPU_CHUNKS
+    return model
 
 
 def _batch(config: HiggsAudioV2Config, settings: PassSettings) -> dict[str, torch.Tensor]:

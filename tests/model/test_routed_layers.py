@@ -138,13 +138,12 @@ def test_offloaded_checkpoints(base: Path) -> None:
     assert all(one.equal(other) for one, other in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("classes_at_once", [head_loss.CLASSES_AT_ONCE, 40, 7, 1])
-@pytest.mark.parametrize("at_once", [head_loss.LOGITS_AT_ONCE, 8 * 40 * 3, 1])
+@pytest.mark.parametrize("classes_at_once", [2**13, 40, 7, 1])
+@pytest.mark.parametrize("at_once", [2**20, 11 * 40 * 3, 8 * 40, 40 * 3, 1])
 @pytest.mark.parametrize("num_parts", [8, 1])
-def test_head_loss(monkeypatch: pytest.MonkeyPatch, num_parts: int, at_once: int, classes_at_once: int) -> None:
-    """Equals torch's cross entropy and its gradients, in one chunk, in chunks of a few or one row or class."""
-    monkeypatch.setattr(head_loss, "LOGITS_AT_ONCE", at_once)
-    monkeypatch.setattr(head_loss, "CLASSES_AT_ONCE", classes_at_once)
+def test_head_loss(num_parts: int, at_once: int, classes_at_once: int) -> None:
+    """Equals torch's cross entropy and its gradients, in one chunk, in chunks of a few or one part, row or class."""
+    chunks = head_loss.Chunks(at_once, classes_at_once)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(11, 16, generator=draw, requires_grad=True)
     head = (2 * torch.randn(num_parts * 40, 16, generator=draw)).requires_grad_()
@@ -152,9 +151,9 @@ def test_head_loss(monkeypatch: pytest.MonkeyPatch, num_parts: int, at_once: int
     targets[:5] = (hidden[:5] @ head.T).detach().view(5, num_parts, 40).argmax(dim=2)
     targets[torch.rand(11, num_parts, generator=draw) < 0.3] = IGNORE_INDEX
     weights = torch.rand(num_parts, generator=draw)
-    weighted, sums, hits = head_loss.head_loss(hidden, head, targets, weights)
+    weighted, sums, hits = head_loss.head_loss(hidden, head, targets, weights, chunks)
     gradients = torch.autograd.grad(3 * weighted, (hidden, head))
-    frozen, *_ = head_loss.head_loss(hidden, head.detach(), targets, weights)
+    frozen, *_ = head_loss.head_loss(hidden, head.detach(), targets, weights, chunks)
     logits = (hidden @ head.T).view(11, num_parts, 40)
     expected = torch.stack([F.cross_entropy(logits[:, k], targets[:, k], reduction="sum") for k in range(num_parts)])
     expected_gradients = torch.autograd.grad(3 * (expected * weights).sum(), (hidden, head))
@@ -167,7 +166,7 @@ def test_head_loss(monkeypatch: pytest.MonkeyPatch, num_parts: int, at_once: int
     torch.testing.assert_close(gradients[1], expected_gradients[1], rtol=1e-5, atol=5e-5)
     assert torch.autograd.grad(3 * frozen, hidden)[0].equal(gradients[0])
     with torch.no_grad():
-        assert head_loss.head_loss(hidden, head, targets, weights)[1].equal(sums)
+        assert head_loss.head_loss(hidden, head, targets, weights, chunks)[1].equal(sums)
 
 
 def test_head_loss_of_no_rows() -> None:

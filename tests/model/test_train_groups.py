@@ -12,7 +12,7 @@ from test_routed_layers import BATCHES, CPU, batch_of
 
 from higgs_ds.common.errors import InputError
 from higgs_ds.data.collate import Batch
-from higgs_ds.model import head_loss as loss
+from higgs_ds.model import head_loss
 from higgs_ds.model.config import read_config, tower_geometry, with_parts
 from higgs_ds.model.full import describe, group_of, make_trainable, unfreeze_groups
 from higgs_ds.model.higgs import DualLossModel, checkpoint_layers
@@ -45,8 +45,7 @@ def test_gradients_of_every_weight(
 ) -> None:
     """Also with heads in chunks of a few rows and classes."""
     if chunks:
-        monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 1000)
-        monkeypatch.setattr(loss, "CLASSES_AT_ONCE", 100)
+        monkeypatch.setattr(head_loss, "CPU_CHUNKS", head_loss.Chunks(1000, 100))
     batch = batch_of(*BATCHES[kind])
     native = load_base(base, torch.float32).requires_grad_().train()
     expected = plain_loss(native, batch)
