@@ -96,7 +96,7 @@ def base(out: Output, size: Size, folder: Path) -> None:
 
 
 def trainer(out: Output, size: Size, folder: Path) -> None:
-    """Take the same steps here and with transformers' Trainer and PEFT: no dropout, nothing recomputed."""
+    """Take the same steps here and with transformers' Trainer and PEFT: nothing recomputed."""
     if not (folder / "base" / "config.json").is_file():
         random_base.write_base(folder / "base", size.values, "bf16")
     rows = {}

@@ -15,8 +15,6 @@ import step_grid
 import torch
 from gpu_rows import GIB, Output, Size, timed
 
-DROPOUT = 0.05
-
 
 class Trained:
     """A random base with adapters and its engine, which takes steps on batches of any shape."""
@@ -26,7 +24,7 @@ class Trained:
         kind, four_bit = step_grid.PRECISIONS[precision]
         self.kind, self.four_bit = kind, four_bit
         self.base = random_base.random_model(size.values, kind, four_bit, size.device)
-        self.options, self.settings = sides.our_options(kind, 1, DROPOUT)
+        self.options, self.settings = sides.our_options(kind, 1)
         self.engine = sides.engine_around(self.base, self.options, self.settings)
         self.peak = sides.matmul_peak(kind, size.matmul)
 

@@ -1,6 +1,6 @@
 """Both sides of a comparison: this project's engine, and what a user would write with transformers' Trainer and PEFT.
 
-Both get the same random weights, LoRA (rank 16 on all targets, no dropout), samples, precision and batches.
+Both get the same random weights, LoRA (rank 16 on all targets, dropout 0.05), samples, precision and batches.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from random_base import (
     torch_dtype,
 )
 
-LORA_R, LORA_ALPHA, LR = 16, 32, 1e-4
+LORA_R, LORA_ALPHA, LORA_DROPOUT, LR = 16, 32, 0.05, 1e-4
 OURS, TRAINER = "ours", "trainer"
 
 
@@ -92,13 +92,14 @@ def our_engine(folder: Path, precision: str, four_bit: bool, every: int | None, 
     return engine_around(base, *our_options(precision, batch_size))
 
 
-def our_options(precision: str, batch_size: int, dropout: float = 0.0) -> tuple[Any, dict[str, Any]]:
+def our_options(precision: str, batch_size: int) -> tuple[Any, dict[str, Any]]:
     """Return the options of a run, and its DeepSpeed settings from ds_configs/zero2.json."""
     from higgs_ds.common.distributed import world_size
     from higgs_ds.options.command_line import parse_train_options
     from higgs_ds.options.ds_config import read_ds_config, resolve
 
-    argv = f"--precision {precision} --lr {LR} --lora_r {LORA_R} --lora_alpha {LORA_ALPHA} --lora_dropout {dropout}"
+    argv = f"--precision {precision} --lr {LR} --lora_r {LORA_R} --lora_alpha {LORA_ALPHA}"
+    argv += f" --lora_dropout {LORA_DROPOUT}"
     options, given = parse_train_options([*argv.split(), "--grad_accum=1", f"--batch_size={batch_size}"])
     settings, options = resolve(read_ds_config(options.run.deepspeed), options, given, world_size())
     return options, settings
@@ -149,7 +150,8 @@ def native_trainer(
     touch(model)
     meter.weights_are_there()
     targets = discover_targets(model, LORA_TARGET_GROUPS)
-    model = get_peft_model(model, LoraConfig(r=LORA_R, lora_alpha=LORA_ALPHA, target_modules=targets))
+    lora = LoraConfig(r=LORA_R, lora_alpha=LORA_ALPHA, lora_dropout=LORA_DROPOUT, target_modules=targets)
+    model = get_peft_model(model, lora)
     model.enable_input_require_grads()
 
     class Tick(TrainerCallback):

@@ -267,10 +267,6 @@ class _FusedLinears(torch.autograd.Function):
         return None, None, x_gradient, *adapter_gradients
 
 
-def _gated(activation: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return activation(gate).mul_(up)
-
-
 class _FusedFFN(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -285,15 +281,16 @@ class _FusedFFN(torch.autograd.Function):
         gate, up = inner.outputs(x)
         ctx.inner, ctx.outer, ctx.activation, ctx.function = inner, outer, activation, recipe.function
         ctx.save_for_backward(gate, up, *(recipe.inputs if inner.adapted else ()))
-        return outer.outputs(_gated(activation, gate, up))[0]
+        return outer.outputs(activation(gate).mul_(up))[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up, *recipe_inputs = ctx.saved_tensors
-        compute_gated = partial(_gated, ctx.activation, gate, up)
+        activated = ctx.activation(gate)
+        compute_gated = partial(torch.mul, activated, up)
         gated_gradient, down_gradients = ctx.outer.gradients(gradients, compute_gated, is_kept=False, needs_rows=True)
-        inner_gradients = gate_gradients(ctx.activation, gate, up, gated_gradient)
-        del gate, up, compute_gated, gated_gradient  # of a recomputed layer, nothing else holds them
+        inner_gradients = gate_gradients(ctx.activation, gate, up, activated, gated_gradient)
+        del gate, up, activated, compute_gated, gated_gradient  # of a recomputed layer, nothing else holds them
         x_gradient, adapter_gradients = ctx.inner.gradients(
             inner_gradients, lambda: ctx.function(*recipe_inputs), ctx.function is _itself, ctx.needs_input_grad[4]
         )

@@ -216,7 +216,8 @@ def _online_softmax_loss(
     mean_row = torch.zeros(rows.shape, device=rows.device)
     for first in range(0, len(head), classes_at_once):
         head_chunk = head[first : first + classes_at_once]
-        logits = F.linear(rows, head_chunk).float()
+        # In this order, because a processor would first reorder the second factor.
+        logits = (head_chunk @ rows.t()).t().float()
         new_highest = torch.maximum(highest, logits.amax(dim=1, keepdim=True))
         local_targets = (targets - first).clamp(0, len(head_chunk) - 1)[:, None]
         in_chunk = (targets >= first) & (targets < first + len(head_chunk))

@@ -85,18 +85,25 @@ class GatedActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
-        return None, *gate_gradients(ctx.activation, gate, up, gradients[0].clone())
+        return None, *gate_gradients(ctx.activation, gate, up, ctx.activation(gate), gradients[0].clone())
 
 
 def gate_gradients(
-    activation: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor, gradient: torch.Tensor
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activated: torch.Tensor,
+    gradient: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of gate and up from that of activation(gate) * up, which is overwritten."""
-    up_gradient = activation(gate).mul_(gradient)
+    """Return the gradients of gate and up from that of activation(gate) * up.
+
+    `activated`, which is activation(gate), and `gradient` are overwritten.
+    """
+    up_gradient = activated.mul_(gradient)
     gradient *= up
     if isinstance(activation, SiLUActivation):
         return torch.ops.aten.silu_backward.grad_input(gradient, gate, grad_input=gradient), up_gradient
     with torch.enable_grad():
         activation_input = gate.detach().requires_grad_()
-        activated = activation(activation_input)
-    return torch.autograd.grad(activated, activation_input, gradient)[0], up_gradient
+        again = activation(activation_input)
+    return torch.autograd.grad(again, activation_input, gradient)[0], up_gradient
