@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import random_base
@@ -131,11 +132,13 @@ def _there_and_back(function: Callable[..., torch.Tensor], *inputs: torch.Tensor
 
 def _elementwise(values: dict[str, Any], length: int, device: torch.device) -> Iterator[tuple[str, Callable[[], Work]]]:
     """The norm, and the activation with its gate: here, and in liger-kernel if it is installed."""
+    from higgs_ds.model.lean_ops import GatedActivation
+
     ffn, norm = _layer_parts(values, device)
     x = _random(length, values["hidden_size"], device=device, grad=True)
     gate, up = (_random(length, values["intermediate_size"], device=device, grad=True) for _ in range(2))
     yield "norm, here", lambda: _there_and_back(norm, x)
-    yield "SwiGLU, here", lambda: _there_and_back(ffn._activate_and_gate, gate, up)  # type: ignore[arg-type]
+    yield "SwiGLU, here", lambda: _there_and_back(partial(GatedActivation.apply, ffn.act_fn), gate, up)
     if importlib.util.find_spec("liger_kernel") is None:
         return
 

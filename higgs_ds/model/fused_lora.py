@@ -71,16 +71,17 @@ def fused_ffn(
 
     Args:
         layers: gate, up and down, and otherwise as for `fused_linears`.
+        recipe: its function returns rows (N, in).
     """
     if not all(_is_plain(layer) for layer in layers):
         return layers[2](GatedActivation.apply(activation, *fused_linears(layers[:2], x, recipe)))
     targets = [_Target(layer) for layer in layers]
     groups = _Group(targets[:2]), _Group(targets[2:])
 
-    def apply(x: torch.Tensor) -> Any:
-        return _FusedFFN.apply(*groups, activation, recipe or _keep(x), x, *_adapters(targets))
+    def apply(rows: torch.Tensor) -> Any:
+        return _FusedFFN.apply(*groups, activation, recipe or _keep(rows), rows, *_adapters(targets))
 
-    return with_gathered(_modules(targets), apply, x)
+    return with_gathered(_modules(targets), apply, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 def _keep(x: torch.Tensor) -> Recipe:
@@ -155,7 +156,7 @@ class _Group:
     def _inner(self, rows: torch.Tensor) -> Iterable[torch.Tensor]:
         """Return d(x) A^T (N, r) of each adapter; without dropout, all from one product."""
         if self.has_dropout:
-            return (_drop_(rows.clone(), _drawn(rows, t.dropout)) @ t.adapter[0].t() for t in self.adapted)
+            return (_drop_(_copy(rows), _drawn(rows, t.dropout)) @ t.adapter[0].t() for t in self.adapted)
         return (rows @ self._stacked().t()).split(self._ranks(), dim=1) if self.adapted else ()
 
     def _ranks(self) -> list[int]:
@@ -213,7 +214,7 @@ class _Group:
             drawn = [_drawn(rows, target.dropout) for target in self.adapted]
         for target, gradient in zip(self.adapted, gradients, strict=True):
             at = drawn.pop(0)
-            dropped = _drop_(rows.clone() if drawn or is_kept else rows, at)
+            dropped = _drop_(_copy(rows) if drawn or is_kept else rows, at)
             inner_gradient = _inner_gradient(target, gradient)
             adapter_gradients += [
                 inner_gradient.t() @ dropped,
@@ -306,6 +307,10 @@ def _drawn(rows: torch.Tensor, share: float) -> torch.Tensor:
     numel = rows.numel()
     draws = round(math.log1p(-share) / math.log1p(-1 / numel)) if numel > 1 else numel
     return torch.randint(max(numel, 1), (draws,), device=rows.device)
+
+
+def _copy(rows: torch.Tensor) -> torch.Tensor:
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def _drop_(rows: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:

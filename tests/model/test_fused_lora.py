@@ -130,6 +130,8 @@ def test_sequences_equal_peft() -> None:
     x = torch.randn(3, 7, WIDTH)
     for fused, layer in zip(fused_linears(layers, x), layers, strict=True):
         torch.testing.assert_close(fused, layer(x), rtol=1e-6, atol=1e-6)
+    *_, ffn = outputs(model, x, True)
+    torch.testing.assert_close(ffn, outputs(model, x, False)[-1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("setting", ["all", "4 bits"])
