@@ -103,7 +103,8 @@ def step() -> Iterator[str]:
         for suffix, activations in RECOMPUTED.items():
             label = f"{kind}, activations {activations}"
             if f"speed_ratio{suffix}" in values:
-                each = (f"{values[f'{side}_tokens_per_s{suffix}']:,.3g}" for side in SIDES)
+                speeds_of_sides = [values[f"{side}_tokens_per_s{suffix}"] for side in SIDES]
+                each = (f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}" for speed in speeds_of_sides)
                 speeds.append([label, *each, f"{values[f'speed_ratio{suffix}']:.2f}"])
             if f"memory_ratio{suffix}" in values:
                 each = (f"{values[f'{side}_peak_mib{suffix}']:,.0f} MiB" for side in SIDES)
