@@ -23,6 +23,7 @@ class TrainerState:
     validation_due: bool = False  # whether a signal came before the validation of this step was done
     val_losses: dict[str, float] = field(default_factory=dict)  # loss of each validation so far, by its step
     stopped_early: bool = False  # whether validation losses have ended the run before its last step
+    warmup_steps: int | None = None  # of the learning rate; kept by a run that is made longer
     scheduler: dict[str, Any] = field(default_factory=dict)
     meters: list[dict[str, Any]] = field(default_factory=list)  # each rank's, of the steps since the last log line
 
@@ -57,7 +58,10 @@ def check_same_run(saved: TrainerState, fresh: TrainerState, folder: Path) -> No
         for name in sorted(names)
         if saved.settings.get(name) != fresh.settings.get(name)
     ]
-    if saved.total_steps != fresh.total_steps:
-        problems.append(f"{folder}: was trained for {saved.total_steps} steps, but this run has {fresh.total_steps}")
+    if saved.total_steps > fresh.total_steps:
+        problems.append(
+            f"{folder}: is of a run of {saved.total_steps} steps, but this one has {fresh.total_steps}; --epochs and "
+            "--max_steps can make a run longer, not shorter"
+        )
     if problems:
         raise InputError([*problems, "--resume needs the same settings; start a new run in another --output_dir"])

@@ -52,12 +52,14 @@ class Engine:
         options: OptimOptions,
         total_steps: int,
         weights: LossWeights,
+        warmup_steps: int | None = None,
     ) -> None:
         """Start DeepSpeed around `model`.
 
         Args:
             trained: the parameters to train, by the names under which they are gathered.
             settings: the DeepSpeed configuration, without any "auto".
+            warmup_steps: by default, --warmup_ratio of `total_steps`.
         """
         self.trained = trained
         self.weights = weights
@@ -65,7 +67,7 @@ class Engine:
         _quiet_deepspeed()
         _disable_compiled_collectives()
         optimizer = make_optimizer(options, trained.values())
-        self.scheduler = make_schedule(options, optimizer, total_steps)
+        self.scheduler = make_schedule(options, optimizer, total_steps, warmup_steps)
         settings = fit_buckets(settings, sum(parameter.numel() for parameter in trained.values()), world_size())
         if settings["zero_optimization"]["stage"] == 3:
             _partition_over_ranks(model, settings, self.device)
@@ -154,8 +156,10 @@ class Engine:
         return float(self.scheduler.get_last_lr()[0])
 
     def restore_schedule(self, state: dict[str, Any]) -> None:
-        """Restore the learning rate schedule from its `state_dict`."""
+        """Restore the position in the learning rate schedule, which may have more steps now, from its `state_dict`."""
         self.scheduler.load_state_dict(state)
+        schedules = zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+        self.scheduler._last_lr = [lr * factor(self.scheduler.last_epoch) for lr, factor in schedules]
         for group, lr in zip(self._inner.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
 
@@ -263,8 +267,12 @@ class Engine:
         return next(master for p, master in zip(low, masters, strict=True) if p is parameter)
 
 
-def make_schedule(options: OptimOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
+def make_schedule(
+    options: OptimOptions, optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int | None = None
+) -> Any:
     """Return transformers' learning rate schedule over `total_steps` optimizer steps."""
+    if warmup_steps is None:
+        warmup_steps = int(options.warmup_ratio * total_steps)
     specific = {
         "cosine_with_restarts": {"num_cycles": options.lr_cycles},
         "warmup_stable_decay": {"num_decay_steps": math.ceil(options.lr_decay_ratio * total_steps)},
@@ -272,7 +280,7 @@ def make_schedule(options: OptimOptions, optimizer: torch.optim.Optimizer, total
     return get_scheduler(
         options.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=int(options.warmup_ratio * total_steps),
+        num_warmup_steps=warmup_steps,
         num_training_steps=total_steps,
         scheduler_specific_kwargs=specific.get(options.lr_scheduler_type),
     )

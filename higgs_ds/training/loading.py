@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 
 from higgs_ds.adapters.save import AdapterFormat, trained_parameters
+from higgs_ds.checkpoints.folder import read_state
 from higgs_ds.checkpoints.save import load_into_engine, load_masters_into, publish
 from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.checkpoints.trained_weights import FullFormat
@@ -73,10 +74,11 @@ def load_run(inputs: Inputs) -> Run:
         optim.text_loss_weight, optim.audio_loss_weight, bundle.stream.num_codebooks, optim.codebook_weights
     )
     dual = DualLossModel(model, options.model.offload_checkpoints)
-    engine = Engine(dual, trained, inputs.ds_settings, optim, state.total_steps, weights)
+    engine = Engine(dual, trained, inputs.ds_settings, optim, state.total_steps, weights, state.warmup_steps)
     torch.manual_seed(optim.seed + 1 + distributed.rank())  # different dropout on every rank
     if resume_from is not None:
         load_into_engine(resume_from, engine, state)
+        _announce_change(read_state(resume_from), state, engine.lr, optim.lr_scheduler_type)
     distributed.on_main(lambda: _write_run_files(inputs, state))
     form = _output_format(inputs, model, quantization)
     reporter = Reporter(inputs.output_dir, not options.run.no_report)
@@ -84,6 +86,18 @@ def load_run(inputs: Inputs) -> Run:
         options, inputs.output_dir, bundle, inputs.train, inputs.val, sampler, engine, form, state, inputs.lock,
         reporter,
     )  # fmt: skip
+
+
+def _announce_change(saved: TrainerState, state: TrainerState, lr: float, schedule: str) -> None:
+    """Print how a run was made longer, and what that means for its learning rate."""
+    if state.total_steps == saved.total_steps:
+        return
+    (planned,) = set(saved.scheduler["_last_lr"])
+    goes_on = "goes on as before" if lr == planned else f"was to be {planned:.4g}"
+    say(
+        f"the run is made longer, from {saved.total_steps} to {state.total_steps} steps; the learning rate "
+        f"({schedule}) of step {state.step + 1} is {lr:.4g}, and {goes_on}"
+    )
 
 
 def _output_format(

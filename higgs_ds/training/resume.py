@@ -72,15 +72,21 @@ def _find_resumable(options: TrainOptions, output_dir: Path) -> Path | None:
 
 
 def initial_state(inputs: Inputs, sampler: WindowSampler) -> TrainerState:
-    """Return the state at the start: of step 0, or of the checkpoint, which must belong to the same run."""
+    """Return the state at the start: of step 0, or of the checkpoint, which must belong to the same run.
+
+    That run may have had fewer steps. Its warm-up stays as it was.
+    """
     optim = inputs.options.optim
     total_steps = optim.max_steps or sampler.num_steps(optim.epochs)
     fresh = TrainerState(total_steps, _training_settings(inputs, sampler))
-    if inputs.resume_from is None:
-        return fresh
-    saved = read_state(inputs.resume_from)
-    check_same_run(saved, fresh, inputs.resume_from)
-    return saved
+    if inputs.resume_from is not None:
+        saved = read_state(inputs.resume_from)
+        check_same_run(saved, fresh, inputs.resume_from)
+        fresh = saved
+    if fresh.warmup_steps is None:
+        fresh.warmup_steps = int(optim.warmup_ratio * fresh.total_steps)
+    fresh.total_steps = total_steps
+    return fresh
 
 
 def _training_settings(inputs: Inputs, sampler: WindowSampler) -> dict[str, Any]:

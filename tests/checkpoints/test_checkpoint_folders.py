@@ -86,9 +86,9 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
     saved = TrainerState(total_steps=10, settings={"lr": 1e-4, "seed": 1})
     check_same_run(saved, TrainerState(10, {"lr": 1e-4, "seed": 1}), tmp_path)
     with pytest.raises(InputError) as caught:
-        check_same_run(saved, TrainerState(20, {"lr": 2e-4, "seed": 1}), tmp_path)
+        check_same_run(saved, TrainerState(5, {"lr": 2e-4, "seed": 1}), tmp_path)
     assert f"{tmp_path}: was trained with lr 0.0001, but this run has 0.0002" in caught.value.problems
-    assert f"{tmp_path}: was trained for 10 steps, but this run has 20" in caught.value.problems
+    assert any(problem.startswith(f"{tmp_path}: is of a run of 10 steps, but") for problem in caught.value.problems)
     assert len(caught.value.problems) == 3
 
 
