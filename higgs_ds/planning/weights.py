@@ -14,6 +14,7 @@ from higgs_ds.model.full import make_trainable
 from higgs_ds.model.loading import empty_model
 from higgs_ds.model.parts import Parts
 from higgs_ds.model.quantization import BLOCK_SIZE, is_quantized_weight
+from higgs_ds.options.ds_config import DEEPSPEED_BUCKET_SIZE
 from higgs_ds.options.train import TrainOptions
 
 DEFAULT_LENGTH = 2048  # positions per sample, if no option limits the length
@@ -23,7 +24,7 @@ NESTED_BLOCK_SIZE = 256  # scales of a 4-bit weight that share a second scale; a
 CODE_TABLES_BYTES = 4 * (16 + 256)
 # DeepSpeed's defaults, in elements, for settings that a file does not have.
 ZERO_DEFAULTS = {
-    "reduce_bucket_size": 500_000_000,
+    "reduce_bucket_size": DEEPSPEED_BUCKET_SIZE,
     "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_param_persistence_threshold": 100_000,
     "stage3_max_reuse_distance": 1_000_000_000,
