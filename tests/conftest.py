@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,25 @@ def processor_in(folder: Path) -> Any:
 
     with contextlib.chdir(folder):
         return AutoProcessor.from_pretrained(".")
+
+
+def kept_bytes(run: Callable[[], Any], outside: Iterable[Any]) -> int:
+    """Return the bytes that autograd keeps for the backward pass of `run`, without those of the tensors `outside`."""
+    import torch
+
+    known = {tensor.untyped_storage()._cdata for tensor in outside}
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = run()
+    del found
+    return sum(sizes.values())
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from conftest import kept_bytes
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -134,24 +134,25 @@ def test_sequences_equal_peft() -> None:
     torch.testing.assert_close(ffn, outputs(model, x, False)[-1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("setting", ["all", "4 bits"])
-def test_bf16_is_closer_to_float32_than_peft(setting: str) -> None:
-    """PEFT rounds the adapter's output three times before it is added."""
+def bf16_results(**options: Any) -> tuple[nn.Module, torch.Tensor, list[dict[str, torch.Tensor]]]:
+    """Return a model in bf16, an input, and the results: fused, and of PEFT."""
     x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1)).bfloat16()
-    model = block(**SETTINGS[setting], dtype=torch.bfloat16)
-    fused, plain = (results(copy.deepcopy(model), x, kind) for kind in (True, False))
-    exact = block(**SETTINGS[setting])
-    with torch.no_grad():
-        for parameter, rounded in zip(exact.parameters(), model.parameters(), strict=True):
-            if rounded.is_floating_point():
-                parameter.copy_(rounded)
-    if setting == "4 bits":  # its base is quantized from other values
-        check_close(fused, plain, 0.03)
-        return
-    expected = results(exact, x.float(), False)
+    model = block(dtype=torch.bfloat16, **options)
+    return model, x, [results(copy.deepcopy(model), x, fused) for fused in (True, False)]
+
+
+def test_4_bits_in_bf16_equal_peft() -> None:
+    _, _, (fused, plain) = bf16_results(four_bit=True)
+    check_close(fused, plain, 0.03)
+
+
+def test_bf16_is_closer_to_float32_than_peft() -> None:
+    """PEFT rounds the adapter's output three times before it is added."""
+    model, x, both = bf16_results()
+    expected = results(model.float(), x.float(), False)
     errors = [
-        sum(((kind[name] - tensor).norm() / tensor.norm()).item() for name, tensor in expected.items())
-        for kind in (fused, plain)
+        sum(((found[name] - tensor).norm() / tensor.norm()).item() for name, tensor in expected.items())
+        for found in both
     ]
     assert errors[0] < errors[1]
 
@@ -256,23 +257,6 @@ def test_recomputation_draws_the_same() -> None:
     assert all(one.equal(other) for one, other in zip(*gradients, strict=True))
 
 
-def kept_bytes(run: Callable[[], Any], *outside: torch.Tensor) -> int:
-    """Return the bytes that autograd keeps, without those of `outside`."""
-    known = {tensor.untyped_storage()._cdata for tensor in outside}
-    sizes: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            sizes[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        found = run()
-    del found
-    return sum(sizes.values())
-
-
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_only_gate_and_up_are_kept(share: float) -> None:
     """An input that can be computed again is not kept, and neither are masks."""
@@ -280,8 +264,8 @@ def test_only_gate_and_up_are_kept(share: float) -> None:
     parameters = [source, *model.parameters()]
     recipe = Recipe(lambda kept: kept * 2, (source.detach(),))
     doubled = source * 2
-    assert kept_bytes(lambda: outputs(model, doubled, True, recipe), *parameters) == 2 * 4 * ROWS * INNER
-    assert kept_bytes(lambda: outputs(model, doubled, True), *parameters) == 4 * ROWS * (2 * INNER + WIDTH)
+    assert kept_bytes(lambda: outputs(model, doubled, True, recipe), parameters) == 2 * 4 * ROWS * INNER
+    assert kept_bytes(lambda: outputs(model, doubled, True), parameters) == 4 * ROWS * (2 * INNER + WIDTH)
 
 
 @pytest.mark.parametrize("setting", LIKE_PEFT)

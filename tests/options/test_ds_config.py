@@ -10,7 +10,14 @@ import pytest
 from conftest import PROJECT
 
 from higgs_ds.common.errors import InputError
-from higgs_ds.options.ds_config import AUTO_ZERO_SETTINGS, KNOWN_KEYS, read_ds_config, resolve
+from higgs_ds.options.ds_config import (
+    AUTO_ZERO_SETTINGS,
+    DEEPSPEED_BUCKET_SIZE,
+    KNOWN_KEYS,
+    fit_buckets,
+    read_ds_config,
+    resolve,
+)
 from higgs_ds.options.train import TrainOptions
 
 SHIPPED = sorted((PROJECT / "ds_configs").glob("*.json"))
@@ -159,3 +166,20 @@ def test_invalid_json_and_missing_file(tmp_path: Path) -> None:
     assert problems_of(path)[0].startswith(f"{path}:3: not JSON: ")
     path.write_text("[" * 100_000)
     assert "nested too deeply" in problems_of(path)[0]
+
+
+def test_deepspeeds_default_bucket() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    assert DeepSpeedZeroConfig().reduce_bucket_size == DEEPSPEED_BUCKET_SIZE
+
+
+@pytest.mark.parametrize(("given", "trained", "expected"), [(100, 40, 40), (100, 400, 100), (None, 40, 40)])
+def test_buckets_fit_what_is_trained(given: int | None, trained: int, expected: int) -> None:
+    zero: dict[str, Any] = {"stage": 2, "overlap_comm": True}
+    if given is not None:
+        zero["reduce_bucket_size"] = given
+    several = fit_buckets({"zero_optimization": zero}, trained, 2)["zero_optimization"]
+    assert several == {"stage": 2, "overlap_comm": True, "reduce_bucket_size": expected}
+    alone = fit_buckets({"zero_optimization": zero}, trained, 1)["zero_optimization"]
+    assert alone == several | {"overlap_comm": False, "contiguous_gradients": False}

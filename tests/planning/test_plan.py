@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, speech_batch
+from conftest import PROJECT, kept_bytes, speech_batch
 from transformers import HiggsAudioV2Config
 
 from higgs_ds.common.errors import InputError
@@ -103,21 +103,10 @@ def settings_of(kind: str, recompute: int | None, length: int) -> PassSettings:
 def test_activations_against_a_real_forward(kind: str, recompute: int | None, length: int) -> None:
     settings = settings_of(kind, recompute, length)
     model, batch = real_model(settings), real_batch(settings)
-    outside = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), *batch.values()]}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in outside:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss, *_ = model(**batch)
-    del loss
+    kept = kept_bytes(lambda: model(**batch), [*model.parameters(), *model.buffers(), *batch.values()])
     planned = measure_pass(config_with(settings), settings)
-    print(planned.activations + planned.logits, sum(kept.values()))
-    assert planned.activations + planned.logits == pytest.approx(sum(kept.values()), rel=TOLERANCE)
+    print(planned.activations + planned.logits, kept)
+    assert planned.activations + planned.logits == pytest.approx(kept, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("recompute", [None, 1, 2])
