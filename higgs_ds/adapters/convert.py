@@ -24,6 +24,7 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import check_folders, new_folder, saving, write_json
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.common.run_files import ADAPTER_FOLDER
+from higgs_ds.model.fully_trained import is_own_weight
 from higgs_ds.model.layouts import MODEL_TYPES, original_name, read_json_config
 from higgs_ds.options.commands import ConvertOptions
 from higgs_ds.options.fields import NATIVE, ORIGINAL
@@ -85,6 +86,10 @@ def convert_adapter(source: Path, target: Path, to: str) -> None:
     renamed = {f"{PEFT_PREFIX}{rename(name.removeprefix(PEFT_PREFIX))}": t for name, t in tensors.items()}
     layers = {layer: str(rename(f"{layer}.weight")).removesuffix(".weight") for layer in adapter.layers.values()}
     config |= _of_renamed_layers(config, layers)
+    if adapter.full:
+        own = [name if to == NATIVE else original_name(name) for name in adapter.full_weights if is_own_weight(name)]
+        modules = [str(name).removesuffix(".weight") for name in own]
+        config["modules_to_save"] = sorted([*adapter.full.parts.modules, *modules])
     with safe_open(source / ADAPTER_WEIGHTS, framework="pt") as file:
         metadata = file.metadata() or {}
     # The record of the base's quantization stays unchanged: it uses native weight names in both layouts.

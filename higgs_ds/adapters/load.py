@@ -18,6 +18,7 @@ from higgs_ds.adapters.save import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DIGEST_KEY, 
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.resources import command
 from higgs_ds.common.run_files import ADAPTER_FOLDER, TRAINED_FOLDER
+from higgs_ds.model.fully_trained import NOTHING_FULLY_TRAINED, FullyTrained, is_own_weight
 from higgs_ds.model.layouts import native_name
 from higgs_ds.model.parts import NO_PARTS, Parts
 from higgs_ds.model.quantization import BaseQuantization, is_quantized_weight
@@ -43,14 +44,14 @@ class Adapter:
     """An adapter's factors by the name of the weight that they adapt, and how its base was quantized, if it was.
 
     `scaling`: the factor of each product B A; `layers`: the layer's name in the adapter's file. By the same names.
-    `full_parts`: optional parts that were fully trained; `full_weights`: their weights, by their names in the base.
+    `full`: what was fully trained beside it; `full_weights`: these weights, by their names in the base.
     """
 
     factors: dict[str, Factors]
     scaling: dict[str, float]
     layers: dict[str, str]
     quantization: BaseQuantization | None
-    full_parts: Parts = NO_PARTS
+    full: FullyTrained = NOTHING_FULLY_TRAINED
     full_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     in_original_names: bool = False  # whether its file uses the layer names of the original layout
 
@@ -124,7 +125,26 @@ class _AdapterFiles:
 
     def pairs(self) -> tuple[dict[str, Factors], list[str]]:
         """Return the factors by the names of their layers in the file, and the names of tensors without a pair."""
-        return _pair_factors({name: t for name, t in self.tensors.items() if not self.full_parts.has(name)})
+        full = self.full_names()
+        return _pair_factors({name: tensor for name, tensor in self.tensors.items() if name not in full})
+
+    def full_names(self) -> set[str]:
+        """Return the names of the tensors that are whole weights."""
+        return {name for name in self.tensors if self.full_parts.has(name) or is_own_weight(name_in_base(name))}
+
+    def saved_modules(self) -> list[str]:
+        """Return the values of `modules_to_save` that PEFT fills from these tensors, if every whole weight has one."""
+        modules = [name.removeprefix(PEFT_PREFIX).removesuffix(".weight") for name in self.full_names()]
+        saved = [value for value in self.written.get("modules_to_save") or [] if isinstance(value, str)]
+        of_parts = self.full_parts.modules
+
+        def is_filled(value: str) -> bool:
+            return value in of_parts or any(module.endswith(value) for module in modules)
+
+        def is_saved(module: str) -> bool:
+            return self.full_parts.has(module) or module.endswith(tuple(saved))
+
+        return list(filter(is_filled, saved)) if all(map(is_saved, modules)) else of_parts
 
     def in_original_names(self) -> bool:
         return any(not _is_native(name) for name in self.tensors)
@@ -149,13 +169,14 @@ def read_adapter(folder: Path) -> Adapter:
     factors, _ = files.pairs()
     values = LoraValues.of(files.written)
     layers = {str(name_in_base(f"{layer}.weight")): layer for layer in factors}
+    full_weights = {str(name_in_base(name)): files.tensors[name] for name in sorted(files.full_names())}
     return Adapter(
         factors={name: factors[layer] for name, layer in layers.items()},
         scaling={name: values.scaling(layer) for name, layer in layers.items()},
         layers=layers,
         quantization=files.quantization,
-        full_parts=files.full_parts,
-        full_weights={str(name_in_base(n)): t for n, t in files.tensors.items() if files.full_parts.has(n)},
+        full=FullyTrained.of(full_weights, files.full_parts),
+        full_weights=full_weights,
         in_original_names=files.in_original_names(),
     )
 
@@ -205,7 +226,7 @@ def _pair_factors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Factors],
 def _problems_of(files: _AdapterFiles) -> list[str]:
     """Return why an adapter cannot be used, whatever its base."""
     factors, unpaired = files.pairs()
-    problems = find_problems(files.written, files.full_parts.modules)
+    problems = find_problems(files.written, files.saved_modules())
     unknown = [name for name in files.tensors if name_in_base(name) is None]
     problems += [f"{name} is not a tensor of a Higgs Audio v2 model" for name in unknown]
     problems += [f"{name} {_why_unpaired(name)}" for name in unpaired]
@@ -267,6 +288,11 @@ def check_fit(adapter: Adapter, shapes: dict[str, tuple[int, ...]], adapter_fold
             )
         elif factors.bias is not None and name.removesuffix("weight") + "bias" not in shapes:
             problems.append(f"{adapter_folder}: has a bias for {name}, but the base's layer has none")
+    problems += [
+        f"{adapter_folder}: holds {name} as {tuple(tensor.shape)}, but in the base it is {shapes[name]}"
+        for name, tensor in adapter.full_weights.items()
+        if name in shapes and tuple(tensor.shape) != shapes[name]
+    ]
     if problems:
         raise InputError(problems)
 

@@ -88,7 +88,7 @@ def merge(
     """
     base_folder = native_folder(base_folder, "--base_model_path", default_cache_dir())
     adapter = read_adapter(adapter_folder)
-    config = with_parts(read_config(base_folder, "--base_model_path"), adapter.full_parts)
+    config = with_parts(read_config(base_folder, "--base_model_path"), adapter.full.parts)
     check_layout(parts_of(config), export_layout)
     if merge_base is None:
         merge_base = MERGE_ORIGINAL if adapter.quantization is None else MERGE_DEQUANTIZED

@@ -15,7 +15,8 @@ from torch import nn
 
 from higgs_ds.common.errors import NotFiniteError, SaveError
 from higgs_ds.common.files import write_json, write_text
-from higgs_ds.model.parts import NO_PARTS, Parts
+from higgs_ds.model.fully_trained import NOTHING_FULLY_TRAINED, FullyTrained
+from higgs_ds.model.parts import Parts
 from higgs_ds.model.quantization import BaseQuantization
 
 if TYPE_CHECKING:
@@ -38,19 +39,23 @@ def _name_in_file(name: str) -> str:
 class AdapterFormat:
     """What an adapter's files record besides its tensors: PEFT's configuration, and how its base was quantized.
 
-    `full_parts`: optional parts of the model that were fully trained; their parameters are among the tensors.
+    `full`: what was fully trained beside it; these weights are among the tensors.
     """
 
     config: LoraConfig
     quantization: BaseQuantization | None = None
-    full_parts: Parts = NO_PARTS
+    full: FullyTrained = NOTHING_FULLY_TRAINED
+
+    @property
+    def full_parts(self) -> Parts:
+        return self.full.parts
 
     def metadata(self, tensors: dict[str, torch.Tensor], written_config: dict[str, Any]) -> dict[str, str]:
         """Return the header of the tensor file."""
         quantization = self.quantization.to_json() if self.quantization else None
         metadata = {"format": "pt", DIGEST_KEY: digest(tensors, written_config, quantization)}
         metadata |= {QUANTIZATION_KEY: quantization} if quantization else {}
-        return metadata | ({PARTS_KEY: self.full_parts.to_json()} if self.full_parts else {})
+        return metadata | ({PARTS_KEY: self.full.parts.to_json()} if self.full.parts else {})
 
 
 def digest(tensors: dict[str, torch.Tensor], config: dict[str, Any], quantization: str | None) -> str:
@@ -84,7 +89,7 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], form: AdapterF
     form.config.save_pretrained(folder)
     written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     written |= {"inference_mode": True, "target_modules": sorted(written["target_modules"])}
-    written |= {"modules_to_save": form.full_parts.modules} if form.full_parts else {}
+    written |= {"modules_to_save": form.full.modules} if form.full else {}
     write_json(folder / ADAPTER_CONFIG, dict(sorted(written.items())))
     in_order = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     save_file(in_order, folder / ADAPTER_WEIGHTS, form.metadata(tensors, written))
@@ -128,7 +133,7 @@ def _card(form: AdapterFormat) -> str:
     config = form.config
     base = config.base_model_name_or_path
     on = f"`{base}`" + (", with its decoder quantized to 4 bits (NF4)" if form.quantization else "")
-    full_parts = f"\nFully trained, and stored with the adapter: {form.full_parts}.\n" if form.full_parts else ""
+    full = f"\nFully trained, and stored with the adapter: {form.full}.\n" if form.full else ""
     return f"""---
 library_name: peft
 base_model: {json.dumps(base)}
@@ -138,7 +143,7 @@ tags: [lora, text-to-speech, higgs-audio-v2]
 # LoRA adapter for Higgs Audio v2
 
 Trained with higgs_ds on {on}: rank {config.r}, alpha {config.lora_alpha}, float32.
-{full_parts}
+{full}
 {how_to_use_adapter("BASE")}
 """
 

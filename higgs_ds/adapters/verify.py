@@ -51,7 +51,7 @@ class Agreement:
 
 def compare_merged(base_folder: Path, merged_folder: Path, adapter: Adapter, base: BaseWeights) -> Agreement:
     """Compare both models' text and audio logits, in float32, for a random sequence of text and frames."""
-    config = with_parts(read_config(base_folder), adapter.full_parts)
+    config = with_parts(read_config(base_folder), adapter.full.parts)
     expected = _probe_logits(config, AdaptedWeightFiles(base_folder, adapter, base))
     found = _probe_logits(read_config(merged_folder), Files(merged_folder))
     difference = found - expected

@@ -106,7 +106,7 @@ def describe_adapter(folder: Path) -> FoundAdapter:
         tensors=len(weight_shapes([folder / ADAPTER_WEIGHTS])),
         size_mib=stat.st_size / 2**20,
         base_in_4bit=adapter.quantization is not None,
-        in_full=str(adapter.full_parts),
+        in_full=str(adapter.full),
         of_step=step,
         changed=time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime)),
     )
@@ -211,7 +211,7 @@ def validate_checkpoint(options: InspectOptions) -> None:
 
 
 def _describe_adapter(adapter: Adapter) -> str:
-    return f"{len(adapter.factors)} layers adapted, fully trained parts: {adapter.full_parts}, all finite"
+    return f"{len(adapter.factors)} layers adapted, fully trained beside them: {adapter.full}, all finite"
 
 
 def _describe_weights(checkpoint: Path) -> str:

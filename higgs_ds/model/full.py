@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from higgs_ds.common.errors import InputError
-from higgs_ds.model.lora import GROUP_OF_MODULE, add_lora
+from higgs_ds.model.fully_trained import NOTHING_FULLY_TRAINED, FullyTrained
+from higgs_ds.model.lora import GROUP_OF_MODULE, add_lora, unfreeze
 from higgs_ds.model.lora import describe as describe_lora
 from higgs_ds.model.parts import ATTENTION_MODULES, NO_PARTS, TOWER_MODULES, Parts
 from higgs_ds.options.fields import EMBEDDINGS, FULL, HEADS
@@ -54,13 +54,7 @@ def unfreeze_groups(model: nn.Module, groups: Sequence[str], full_parts: Parts =
     Raises:
         InputError: two names share one weight, and only one of them is in `groups`.
     """
-    trained_by_weight: dict[int, set[bool]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        trained = group_of(name) in groups or full_parts.has(name)
-        trained_by_weight.setdefault(id(parameter), set()).add(trained)
-        parameter.requires_grad_(trained)
-    if any(len(trained) > 1 for trained in trained_by_weight.values()):
-        raise InputError("--train_groups: the base shares one weight between two groups; give both groups or neither")
+    unfreeze(model, lambda name: group_of(name) in groups or full_parts.has(name), "--train_groups")
     return model
 
 
@@ -82,20 +76,23 @@ def make_trainable(
     return add_lora(model, lora, base_name, dtype, full_parts)
 
 
-def describe(model: nn.Module, tune: TuneOptions, base_parameters: int, full_parts: Parts = NO_PARTS) -> str:
+def describe(
+    model: nn.Module, tune: TuneOptions, base_parameters: int, full: FullyTrained = NOTHING_FULLY_TRAINED
+) -> str:
     """Describe what is trained, in one line.
 
     Args:
-        base_parameters: number of parameters of the base, without those of `full_parts`.
+        base_parameters: number of parameters of the base, without those of `full.parts`.
+        full: optional parts that are trained, and what is fully trained beside adapters.
     """
     if isinstance(model, PeftModel):
-        return describe_lora(model, base_parameters, full_parts)
+        return describe_lora(model, base_parameters, full)
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            counts[group_of(name) or str(Parts(audio_tower=full_parts.audio_tower))] += parameter.numel()
+            counts[group_of(name) or str(Parts(audio_tower=full.parts.audio_tower))] += parameter.numel()
     trained = counts.total()
-    total = base_parameters + sum(p.numel() for name, p in model.named_parameters() if full_parts.has(name))
+    total = base_parameters + sum(p.numel() for name, p in model.named_parameters() if full.parts.has(name))
     by_group = ", ".join(f"{group} {count:,}" for group, count in counts.items())
-    full = f"; optional parts: {full_parts}" if full_parts else ""
-    return f"full fine-tuning: {trained:,} of {total:,} parameters ({trained / total:.2%}): {by_group}{full}"
+    parts = f"; optional parts: {full.parts}" if full.parts else ""
+    return f"full fine-tuning: {trained:,} of {total:,} parameters ({trained / total:.2%}): {by_group}{parts}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from higgs_ds.common.errors import InputError
+from higgs_ds.model.fully_trained import FullyTrained
 from higgs_ds.model.parts import NO_PARTS, TOWER_MODULES, Parts
 from higgs_ds.options.train import LoraOptions
 
@@ -77,7 +78,7 @@ def add_lora(
 ) -> PeftModel:
     """Wrap a frozen model with adapters of `dtype`. Their second factor starts at 0, so the outputs do not change.
 
-    The modules of `full_parts` get no adapters; their own parameters are unfrozen.
+    The modules of `full_parts` and of --also_train get no adapters; their own parameters are unfrozen.
 
     No task type is given, because PEFT would then pass `labels` to a forward that has none. The adapters are not upcast
     to float32 (PEFT's default), because the engine keeps float32 master weights for them.
@@ -96,20 +97,37 @@ def add_lora(
         lora_bias=options.lora_bias,
     )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    for name, parameter in adapted.named_parameters():
-        if full_parts.has(name):
-            parameter.requires_grad_()
+    unfreeze(adapted.get_base_model(), FullyTrained(full_parts, options.also_train).has, "--also_train")
+    for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)  # PEFT uses float32 next to 4-bit weights
     config.base_model_name_or_path = base_name  # PEFT records the folder, for a hub id a local path
     return adapted
 
 
-def describe(model: PeftModel, base_parameters: int, full_parts: Parts = NO_PARTS) -> str:
+def unfreeze(model: nn.Module, is_trained: Callable[[str], bool], asked_by: str) -> None:
+    """Unfreeze the weights of a model for whose names `is_trained` is true.
+
+    Raises:
+        InputError: two names share one weight, and only one of them is trained; names the option `asked_by`.
+    """
+    trained_by_weight: dict[int, set[bool]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        trained = is_trained(name)
+        trained_by_weight.setdefault(id(parameter), set()).add(trained)
+        if trained:
+            parameter.requires_grad_()
+    if any(len(trained) > 1 for trained in trained_by_weight.values()):
+        raise InputError(f"{asked_by}: the base shares one weight between two groups; give both groups or neither")
+
+
+def describe(model: PeftModel, base_parameters: int, full: FullyTrained) -> str:
     """Describe what is trained, in one line: adapted modules, trained parameters and their share of all parameters."""
+    own = FullyTrained(groups=full.groups)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = trained + base_parameters
+    added = trained - sum(p.numel() for name, p in model.get_base_model().named_parameters() if own.has(name))
+    total = added + base_parameters
     modules = sum(1 for name, _ in model.named_modules() if name.endswith(".lora_A.default"))
     targets = ", ".join(sorted(model.peft_config["default"].target_modules))
-    full = f"; fully fine-tuned: {full_parts}" if full_parts else ""
-    return f"LoRA on {modules} modules, {trained:,} of {total:,} parameters ({trained / total:.2%}): {targets}{full}"
+    beside = f"; fully fine-tuned: {full}" if full else ""
+    return f"LoRA on {modules} modules, {trained:,} of {total:,} parameters ({trained / total:.2%}): {targets}{beside}"

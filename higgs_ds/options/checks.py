@@ -26,8 +26,16 @@ def _check_finetune_options(options: TrainOptions) -> list[str]:
     """Return the problems of options that contradict --finetune."""
     groups = options.tune.train_groups
     if not options.is_full_finetuning:
-        unused = groups != TRAIN_GROUPS
-        return ["--train_groups: only applies to --finetune full; use --lora_targets for adapters"] if unused else []
+        problems = []
+        if groups != TRAIN_GROUPS:
+            problems.append(
+                "--train_groups: only applies to --finetune full; use --lora_targets, and --also_train, for adapters"
+            )
+        if options.model.offload_embeddings and EMBEDDINGS in options.lora.also_train:
+            problems.append(
+                "--also_train embeddings: trained embeddings cannot be in host memory; remove --offload_embeddings"
+            )
+        return problems
     problems = []
     if options.model.load_in_4bit:
         problems.append(

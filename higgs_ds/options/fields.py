@@ -11,6 +11,7 @@ FINETUNE = FULL, LORA, QLORA = ("full", "lora", "qlora")
 LORA_TARGET_GROUPS = ("attention", "text_mlp", "audio_mlp")
 EMBEDDINGS, HEADS = "embeddings", "heads"
 TRAIN_GROUPS = (*LORA_TARGET_GROUPS, EMBEDDINGS, HEADS)
+ALSO_TRAIN = (EMBEDDINGS, HEADS)
 ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 LAYOUTS = NATIVE, ORIGINAL = ("native", "original")

@@ -9,6 +9,7 @@ from typing import Any
 
 from higgs_ds.common.resources import DEFAULT_DS_CONFIG
 from higgs_ds.options.fields import (
+    ALSO_TRAIN,
     ATTENTION,
     BOTH_LAYOUTS,
     EXPORT_HELP,
@@ -157,6 +158,13 @@ class LoraOptions:
         False, "DoRA: also train the row norms of each weight; slower, and not supported at ZeRO stage 3"
     )
     lora_bias: bool = option(False, "add a bias to the adapters; only for a base model whose linear layers have a bias")
+    also_train: tuple[str, ...] = option(
+        (),
+        "fully fine-tune the embeddings or heads, of text and of codes, beside the adapters, and store them together; "
+        "for a new language",
+        ALSO_TRAIN,
+        "GROUP",
+    )
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def card_facts(run_folder: Path, base: str, full_parts: Parts, options: TrainOpt
         if value != defaults[name] and name not in _MACHINE_OPTIONS
     }
     summary = (run_folder / SUMMARY_FILE).read_text(encoding="utf-8")
-    trained = [*options.tune.train_groups] if options.is_full_finetuning else []
+    trained = [*(options.tune.train_groups if options.is_full_finetuning else options.lora.also_train)]
     trained += [str(full_parts)] if full_parts else []
     return {
         "base": base if is_hub_id(base) else Path(base).name,

@@ -84,7 +84,7 @@ def open_generation_model(
 def load_generation_model(speaker: GenerationModel, device: torch.device) -> Any:
     """Load the model with its adapter on a device, ready to generate with transformers and PEFT."""
     bundle, adapter = speaker.bundle, speaker.adapter
-    to_add = adapter.full_parts.without(parts_of(bundle.config)) if adapter else NO_PARTS
+    to_add = adapter.full.parts.without(parts_of(bundle.config)) if adapter else NO_PARTS
     model = load_for_generation(bundle.folder, adapter.quantization if adapter else None, device, to_add)
     if to_add:
         model.make_parts(to_add)

@@ -106,7 +106,7 @@ def _output_format(
     """Return what a checkpoint records beside the trained tensors."""
     bundle, tune = inputs.bundle, inputs.options.tune
     if isinstance(model, PeftModel):
-        return AdapterFormat(model.peft_config["default"], quantization, inputs.full_parts)
+        return AdapterFormat(model.peft_config["default"], quantization, inputs.fully_trained)
     return FullFormat(tune.train_groups, bundle.name, bundle.identity, inputs.full_parts)
 
 
@@ -137,7 +137,8 @@ def _check_and_announce(inputs: Inputs, sampler: WindowSampler, state: TrainerSt
     check_room(inputs.output_dir, state, options.run, trained_bytes, base_bytes, options.is_full_finetuning)
     if not options.run.quiet:
         base_parameters = num_parameters(inputs.bundle.folder, inputs.full_parts)
-        say(overview(inputs, sampler, state, describe(shapes, options.tune, base_parameters, inputs.full_parts)))
+        trained = describe(shapes, options.tune, base_parameters, inputs.fully_trained)
+        say(overview(inputs, sampler, state, trained))
     if options.is_full_finetuning and options.run.merge_adapter_with_base:
         warn("warning: --merge_adapter_with_base: --finetune full leaves nothing to merge; final_model/ is complete")
     on_cpu = distributed.device().type == "cpu"

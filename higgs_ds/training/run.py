@@ -14,6 +14,7 @@ from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.model.config import fully_trained_parts
+from higgs_ds.model.fully_trained import FullyTrained
 from higgs_ds.model.parts import Parts
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.reporting.report_page import Reporter
@@ -56,6 +57,11 @@ class Inputs:
     def full_parts(self) -> Parts:
         """Optional parts of the model that are fully fine-tuned."""
         return fully_trained_parts(self.options.model, self.bundle.config)
+
+    @property
+    def fully_trained(self) -> FullyTrained:
+        """What is fully fine-tuned beside adapters; with --finetune full, only the optional parts."""
+        return FullyTrained(self.full_parts, self.options.lora.also_train)
 
     @property
     def zero_stage(self) -> int:

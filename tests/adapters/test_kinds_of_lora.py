@@ -154,6 +154,10 @@ MERGED: dict[str, dict[str, Any]] = {
     "random": {"init_lora_weights": False},
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "MiCA": {"init_lora_weights": "mica"},
+    "a whole head": {"modules_to_save": ["audio_lm_head"]},
+    "whole heads and embeddings": {
+        "modules_to_save": ["lm_head", "embed_tokens", "embed_audio_tokens.embed_audio_tokens"]
+    },
 }
 
 
@@ -289,8 +293,8 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "all biases": ({"bias": "all"}, [f"bias is 'all', {UNMERGEABLE}", unpaired(f"{Q}.base_layer.bias")]),
     "biases": ({"bias": "lora_only"}, [f"bias is 'lora_only', {UNMERGEABLE}", unpaired(f"{Q}.base_layer.bias")]),
     "a whole module": (
-        {"modules_to_save": ["audio_lm_head"]},
-        [f"modules_to_save is ['audio_lm_head'], {UNMERGEABLE}", unpaired("audio_lm_head.weight")],
+        {"modules_to_save": ["model.norm"]},
+        [f"modules_to_save is ['model.norm'], {UNMERGEABLE}", unpaired("model.norm.weight")],
     ),
     "an embedding": (
         {"target_modules": ["q_proj", "embed_tokens"]},

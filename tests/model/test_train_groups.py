@@ -182,7 +182,7 @@ def test_load_in_4bit_equals_qlora() -> None:
         ("--finetune full --offload_embeddings --train_groups attention heads", []),
         (
             "--train_groups attention",
-            ["--train_groups: only applies to --finetune full; use --lora_targets for adapters"],
+            ["--train_groups: only applies to --finetune full; use --lora_targets, and --also_train, for adapters"],
         ),
         ("--finetune full --merge_adapter_with_base --push_to_hub --hub_repo_id a/b --upload_merged_model", []),
     ],

@@ -26,7 +26,7 @@ from higgs_ds.model.part_modules import model_class
 from higgs_ds.model.parts import Parts
 from higgs_ds.options.checks import check_options
 from higgs_ds.options.command_line import parse_train_options
-from higgs_ds.options.fields import FULL
+from higgs_ds.options.fields import ALSO_TRAIN, FULL
 from higgs_ds.options.train import LoraOptions, TuneOptions
 from higgs_ds.planning import dry_run
 from higgs_ds.planning.activations import PassSettings, measure_pass
@@ -87,7 +87,7 @@ def settings_of(kind: str, recompute: int | None, length: int) -> PassSettings:
         dtype=torch.bfloat16 if kind in ("bf16", "nf4") else torch.float32,
         four_bit=kind == "nf4",
         recompute_every=recompute,
-        lora=LoraOptions(lora_r=4),
+        lora=LoraOptions(lora_r=4, also_train=ALSO_TRAIN if kind == "also" else ()),
         batch_size=2,
         length=length,
         on_gpu=False,
@@ -99,7 +99,7 @@ def settings_of(kind: str, recompute: int | None, length: int) -> PassSettings:
 
 @pytest.mark.parametrize("length", [30, 90])
 @pytest.mark.parametrize("recompute", [None, 1, 2])
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "parts", "full", "full parts"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "parts", "also", "full", "full parts"])
 def test_activations_against_a_real_forward(kind: str, recompute: int | None, length: int) -> None:
     settings = settings_of(kind, recompute, length)
     model, batch = real_model(settings), real_batch(settings)
@@ -110,7 +110,7 @@ def test_activations_against_a_real_forward(kind: str, recompute: int | None, le
 
 
 @pytest.mark.parametrize("recompute", [None, 1, 2])
-@pytest.mark.parametrize("kind", ["fp32", "full"])
+@pytest.mark.parametrize("kind", ["fp32", "also", "full"])
 def test_peak_against_torchs_allocator(kind: str, recompute: int | None) -> None:
     settings = settings_of(kind, recompute, 90)
     model, batch = real_model(settings), real_batch(settings)

@@ -39,6 +39,8 @@ SETTINGS = [
     (2, 3, "--finetune full"),
     (2, 3, "--finetune full --precision fp32 --train_groups text_mlp heads"),
     (2, 3, "--load_in_4bit --lora_targets attention audio_mlp"),
+    (2, 2, "--also_train heads --lora_r 8"),
+    (2, 3, "--also_train embeddings heads --load_in_4bit"),
 ]
 
 

@@ -127,13 +127,13 @@ def test_plain_peft_and_the_merged_model_agree(runs: Path, tmp_path: Path) -> No
     """PEFT's own loader on the extended model; the merged model, converted to the original layout and back."""
     folder = runs / "one" / "lora_adapters"
     adapter = read_adapter(folder)
-    model = load_base(runs / "base", torch.float32, adapter.full_parts)
-    model.make_parts(adapter.full_parts)
+    model = load_base(runs / "base", torch.float32, adapter.full.parts)
+    model.make_parts(adapter.full.parts)
     loaded = PeftModel.from_pretrained(model, folder).eval().get_base_model()
     merged_folder = runs / "one" / "merged_model"
     assert json.loads((merged_folder / "config.json").read_text())["use_audio_out_self_attention"] is True
     merged = load_base(native_folder(merged_folder, "--base_ckpt", tmp_path), torch.float32).eval()
-    assert parts_of(merged.config) == adapter.full_parts
+    assert parts_of(merged.config) == adapter.full.parts
     assert (logits(loaded, runs) - logits(merged, runs)).abs().max() < 1e-4
 
 
@@ -159,7 +159,7 @@ def test_adapter_in_original_names(runs: Path, tmp_path: Path) -> None:
     convert(ConvertOptions(runs / "one" / "lora_adapters", tmp_path / "original", "original"))
     renamed, native = read_adapter(tmp_path / "original"), read_adapter(runs / "one" / "lora_adapters")
     assert renamed.in_original_names
-    assert renamed.full_parts == native.full_parts
+    assert renamed.full == native.full
     assert renamed.full_weights.keys() == native.full_weights.keys()
     assert all(tensor.equal(renamed.full_weights[name]) for name, tensor in native.full_weights.items())
 
