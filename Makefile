@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
 HELD_OUT := --test_manifest samples/digits_held_out.jsonl --recognizer pocketsphinx
 
-.PHONY: demo check test chaos misuses lint types format install clean
+.PHONY: demo check test test-newest chaos misuses lint types format install clean
 
 # In float32, because bf16 matmuls take thirty times as long on a CPU without bf16 instructions.
 demo: install ## train the built-in base on a voice that is new to it, and print what changed in numbers
@@ -31,6 +31,10 @@ check: lint types ## lint, types, and the tests that start no processes: for eve
 # Files run in the order of pyproject.toml, so that no process is left with a long file at the end.
 test: install ## run all tests; those that need a GPU or a missing system package are skipped and listed by name
 	$(PYTEST) -ra --durations 40
+
+NEWEST := .venv-newest/bin
+test-newest: $(NEWEST)/.installed ## the quick tests on the newest torch and transformers, in an environment of their own
+	$(NEWEST)/python -m pytest -n 2 --dist loadfile -q -m "not slow"
 
 KILLS ?= 100
 SEED ?= 1
@@ -62,5 +66,13 @@ $(BIN)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
+# The same packages, but for those that requirements-newest.txt names.
+$(NEWEST)/.installed: requirements.txt requirements-newest.txt requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	grep -v -E '^(torch|transformers)==' requirements.txt | \
+	  $(NEWEST)/python -m pip install --quiet -r /dev/stdin -r requirements-newest.txt -r requirements-dev.txt
+	$(NEWEST)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
 clean:
-	rm -rf .venv outputs *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-newest outputs *.egg-info .pytest_cache .ruff_cache .mypy_cache

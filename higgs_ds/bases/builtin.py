@@ -23,7 +23,7 @@ BUILT_IN = {
     DEFAULT_BASE: "built in, small: speaks digits, for trying out the trainer",
     RANDOM_BASE: "built in, random weights: generates noise, for trying out the trainer",
 }
-RANDOM_VERSION = "2"  # part of the random base's folder: raise it with every change to what `tiny_random` builds
+RANDOM_VERSION = "3"  # part of the random base's folder: raise it with every change to what `tiny_random` builds
 WEIGHTS = "model.safetensors"
 PARTS = {
     DEFAULT_BASE: ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS),

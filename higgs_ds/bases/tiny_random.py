@@ -213,7 +213,8 @@ def codec_config(latent: int, encoder: int, decoder: int, semantic: int) -> Higg
 def _build_codec() -> HiggsAudioV2TokenizerModel:
     config = codec_config(latent=16, encoder=4, decoder=64, semantic=16)
     model = HiggsAudioV2TokenizerModel(config).eval()
-    with torch.no_grad():
+    # Making it draws random numbers, whose count differs between versions of transformers.
+    with torch.no_grad(), _seeded(22):
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 and not name.endswith("alpha"):
                 parameter.copy_(_uniform(parameter.shape, math.sqrt(1 / parameter[0].numel())))

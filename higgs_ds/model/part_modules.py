@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from higgs_ds.common.tensor_files import read_tensor, weight_locations
 from higgs_ds.model.config import ExtendedConfig, parts_of, with_parts
 from higgs_ds.model.parts import Parts
 
+# transformers 5.24 renamed the argument.
+_CACHE = "cache" if "cache" in inspect.signature(HiggsAudioV2Attention.forward).parameters else "past_key_values"
 _ENCODER_PREFIXES = ("model.encoder.", "encoder.")  # in a Whisper checkpoint, with and without its text head
 
 
@@ -81,7 +84,6 @@ class AudioAttentionLayer(HiggsAudioV2DecoderLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         audio_token_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """The forward of transformers' layer for a single sequence (1, T, H), as generation calls it."""
@@ -95,18 +97,17 @@ class AudioAttentionLayer(HiggsAudioV2DecoderLayer):
         normed[~is_audio] = self.input_layernorm(hidden_states[~is_audio])
         if audio.shape[1]:
             # Keys and values of audio positions have their own cache, because there are fewer of them.
-            cache = None if past_key_values is None else vars(past_key_values).setdefault("of_audio", DynamicCache())
+            whole = kwargs.get(_CACHE)
+            of_audio = None if whole is None else vars(whole).setdefault("of_audio", DynamicCache())
             rotations = [rotation[is_audio][None] for rotation in position_embeddings]
             attended, _ = self.audio_attn(
-                self.audio_input_layernorm(audio), (rotations[0], rotations[1]), past_key_values=cache
+                self.audio_input_layernorm(audio), (rotations[0], rotations[1]), **{_CACHE: of_audio}
             )
             audio = audio + attended
             hidden_states = hidden_states.clone()
             hidden_states[is_audio] = audio[0]
             normed[is_audio] = self.audio_post_audio_attn_layer_norm(audio)[0]
-        attended, _ = self.self_attn(
-            normed, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
-        )
+        attended, _ = self.self_attn(normed, position_embeddings, attention_mask, **kwargs)
         hidden_states = hidden_states + attended
         text, audio = hidden_states[~is_audio], hidden_states[is_audio]
         result = torch.empty_like(hidden_states)
