@@ -160,6 +160,11 @@ train: --config is a folder        | 2   | empty      | train --config {here}/em
 train: --config is deep            | 2   | deep.json  | train --config {here}/deep.json
 train: --config is no text         | 2   | bytes.json | train --config {here}/bytes.json
 train: the adapter as base         | 2   | adapter    | train --base_ckpt {adapter} --output_dir {here}/new
+train: --init_from is the base     | 2   | --init_from | train --init_from {stock_base} --output_dir {here}/new --base_ckpt {stock_base}
+train: --init_from is a file       | 2   | file       | train --init_from {here}/file --output_dir {here}/new --base_ckpt {stock_base}
+train: --init_from is a link to itself | 2 | itself   | train --init_from {here}/itself --output_dir {here}/new --base_ckpt {stock_base}
+train: --init_from is the own output | 2 | run        | train --init_from {run}/lora_adapters --output_dir {run} --base_ckpt {stock_base}
+train: output of --init_from is a link to itself | 2 3 | itself | train --init_from {adapter} --output_dir {here}/itself --base_ckpt {stock_base}
 train: manifest is an empty folder | 2   | empty      | train --train_manifest {here}/empty --output_dir {here}/new --base_ckpt {stock_base}
 train: manifest is a link to itself | 2  | itself     | train --train_manifest {here}/itself --output_dir {here}/new --base_ckpt {stock_base}
 prepare: manifest is a link to nothing | 2 | nowhere  | prepare --train_manifest {here}/nowhere --base_ckpt {stock_base}

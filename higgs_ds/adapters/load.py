@@ -14,7 +14,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from higgs_ds.adapters.lora_config import LoraValues, find_problems
-from higgs_ds.adapters.save import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DIGEST_KEY, PARTS_KEY, QUANTIZATION_KEY, digest
+from higgs_ds.adapters.origin import Record, origins_from_json
+from higgs_ds.adapters.save import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_KEY,
+    DIGEST_KEY,
+    ORIGINS_KEY,
+    PARTS_KEY,
+    QUANTIZATION_KEY,
+    digest,
+)
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.resources import command
 from higgs_ds.common.run_files import ADAPTER_FOLDER, TRAINED_FOLDER
@@ -54,6 +64,18 @@ class Adapter:
     full: FullyTrained = NOTHING_FULLY_TRAINED
     full_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     in_original_names: bool = False  # whether its file uses the layer names of the original layout
+    values: LoraValues = field(default_factory=LoraValues)
+    record: Record = field(default_factory=Record)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return all tensors by PEFT's names for them in a file, in the native layout."""
+        tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in self.full_weights.items()}
+        for name, factors in self.factors.items():
+            layer = f"{PEFT_PREFIX}{name.removesuffix('.weight')}"
+            tensors |= {f"{layer}{_LORA_A}": factors.a, f"{layer}{_LORA_B}": factors.b}
+            optional = {suffix: getattr(factors, part) for suffix, part in _OTHER_PARTS.items()}
+            tensors |= {f"{layer}{suffix}": tensor for suffix, tensor in optional.items() if tensor is not None}
+        return tensors
 
     def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Return a weight (out, in) with its adapter, float32: W + scaling x B A (Hu et al. 2021, arXiv 2106.09685).
@@ -122,6 +144,7 @@ class _AdapterFiles:
     written: dict[str, Any]  # adapter_config.json
     quantization: BaseQuantization | None
     full_parts: Parts
+    record: Record
 
     def pairs(self) -> tuple[dict[str, Factors], list[str]]:
         """Return the factors by the names of their layers in the file, and the names of tensors without a pair."""
@@ -178,6 +201,8 @@ def read_adapter(folder: Path) -> Adapter:
         full=FullyTrained.of(full_weights, files.full_parts),
         full_weights=full_weights,
         in_original_names=files.in_original_names(),
+        values=values,
+        record=files.record,
     )
 
 
@@ -187,9 +212,20 @@ def _read_files(folder: Path) -> _AdapterFiles:
         metadata = file.metadata() or {}
     record, parts = metadata.get(QUANTIZATION_KEY), metadata.get(PARTS_KEY)
     written = _read_config(folder)
-    _check_digest(folder, tensors, metadata, written)
     quantization = BaseQuantization.from_json(record) if record else None
-    return _AdapterFiles(tensors, written, quantization, Parts.from_json(parts) if parts else NO_PARTS)
+    return _AdapterFiles(
+        tensors,
+        written,
+        quantization,
+        Parts.from_json(parts) if parts else NO_PARTS,
+        Record(
+            sha256=_check_digest(folder, tensors, metadata, written),
+            is_ours=DIGEST_KEY in metadata,
+            base=str(written.get("base_model_name_or_path") or "") or None,
+            base_weights=metadata.get(BASE_KEY),
+            origins=origins_from_json(metadata.get(ORIGINS_KEY, "[]")),
+        ),
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -201,13 +237,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _check_digest(
     folder: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], written: dict[str, Any]
-) -> None:
-    """Raise InputError if the files do not match the digest that they record. An adapter without a digest passes."""
-    if DIGEST_KEY in metadata and metadata[DIGEST_KEY] != digest(tensors, written, metadata.get(QUANTIZATION_KEY)):
+) -> str:
+    """Return the files' digest. Raises InputError if they record another one; an adapter without a record passes."""
+    found = digest(tensors, written, metadata.get(QUANTIZATION_KEY))
+    if metadata.get(DIGEST_KEY, found) != found:
         raise InputError(
             f"{folder}: {ADAPTER_WEIGHTS} or {ADAPTER_CONFIG} has changed since it was written: it is damaged, half "
             "copied or edited; copy both files again from the training output"
         )
+    return found
 
 
 def _pair_factors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Factors], list[str]]:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from higgs_ds.adapters.origin import Origin, describe_origins, origins_to_json
 from higgs_ds.common.errors import NotFiniteError, SaveError
 from higgs_ds.common.files import write_json, write_text
 from higgs_ds.model.fully_trained import NOTHING_FULLY_TRAINED, FullyTrained
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 QUANTIZATION_KEY, DIGEST_KEY, PARTS_KEY = "base_quantization", "sha256", "parts_in_full"
+BASE_KEY, ORIGINS_KEY = "base_weights", "started_from"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
@@ -40,11 +42,14 @@ class AdapterFormat:
     """What an adapter's files record besides its tensors: PEFT's configuration, and how its base was quantized.
 
     `full`: what was fully trained beside it; these weights are among the tensors.
+    `base_weights`: `Bundle.weights_digest` of the base; `origins`: see `Origin`.
     """
 
     config: LoraConfig
     quantization: BaseQuantization | None = None
     full: FullyTrained = NOTHING_FULLY_TRAINED
+    base_weights: str | None = None
+    origins: tuple[Origin, ...] = ()
 
     @property
     def full_parts(self) -> Parts:
@@ -55,6 +60,8 @@ class AdapterFormat:
         quantization = self.quantization.to_json() if self.quantization else None
         metadata = {"format": "pt", DIGEST_KEY: digest(tensors, written_config, quantization)}
         metadata |= {QUANTIZATION_KEY: quantization} if quantization else {}
+        metadata |= {BASE_KEY: self.base_weights} if self.base_weights else {}
+        metadata |= {ORIGINS_KEY: origins_to_json(self.origins)} if self.origins else {}
         return metadata | ({PARTS_KEY: self.full.parts.to_json()} if self.full.parts else {})
 
 
@@ -134,6 +141,7 @@ def _card(form: AdapterFormat) -> str:
     base = config.base_model_name_or_path
     on = f"`{base}`" + (", with its decoder quantized to 4 bits (NF4)" if form.quantization else "")
     full = f"\nFully trained, and stored with the adapter: {form.full}.\n" if form.full else ""
+    started = f"\n{describe_origins(form.origins)}\n" if form.origins else ""
     return f"""---
 library_name: peft
 base_model: {json.dumps(base)}
@@ -143,7 +151,7 @@ tags: [lora, text-to-speech, higgs-audio-v2]
 # LoRA adapter for Higgs Audio v2
 
 Trained with higgs_ds on {on}: rank {config.r}, alpha {config.lora_alpha}, float32.
-{full}
+{full}{started}
 {how_to_use_adapter("BASE")}
 """
 

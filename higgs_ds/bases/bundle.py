@@ -18,7 +18,7 @@ from higgs_ds.common import distributed
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import sha256_of
 from higgs_ds.common.hub import resolve_folder
-from higgs_ds.common.tensor_files import weight_files, weight_shapes
+from higgs_ds.common.tensor_files import sampled_digest, weight_files, weight_shapes
 from higgs_ds.data.code_cache import CodeCache
 from higgs_ds.data.codec_info import CodecInfo, codec_digest, find_codec, read_codec_info
 from higgs_ds.data.coder import Coder
@@ -80,6 +80,11 @@ class Bundle:
     def identity(self) -> str:
         """See `base_identity`."""
         return base_identity(self.folder)
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """See `sampled_digest`. Unlike `identity`, it also tells a base from the models that are merged from it."""
+        return sampled_digest(weight_files(self.folder))
 
     @property
     def pad_id(self) -> int:

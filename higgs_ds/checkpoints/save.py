@@ -110,12 +110,11 @@ def publish(checkpoint: Path, output_dir: Path, state: TrainerState, keep: int |
             remove_folder(folder)
 
 
-def load_masters_into(folder: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Copy a checkpoint's master weights into a model's trained parameters, before an engine is built from it."""
-    tensors = masters_in(folder)
+def load_masters_into(masters: Mapping[str, torch.Tensor], parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Copy master weights into a model's trained parameters, before an engine is built from it."""
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(masters[name])
 
 
 def load_into_engine(folder: Path, engine: TrainedState, state: TrainerState) -> None:

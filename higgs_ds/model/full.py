@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from peft import PeftModel
 from torch import nn
 
 from higgs_ds.model.fully_trained import NOTHING_FULLY_TRAINED, FullyTrained
-from higgs_ds.model.lora import GROUP_OF_MODULE, add_lora, unfreeze
+from higgs_ds.model.lora import GROUP_OF_MODULE, AdaptedLayer, add_lora, unfreeze
 from higgs_ds.model.lora import describe as describe_lora
 from higgs_ds.model.parts import ATTENTION_MODULES, NO_PARTS, TOWER_MODULES, Parts
 from higgs_ds.options.fields import EMBEDDINGS, FULL, HEADS
@@ -65,15 +65,16 @@ def make_trainable(
     base_name: str,
     dtype: torch.dtype,
     full_parts: Parts = NO_PARTS,
+    adapted: Collection[AdaptedLayer] = (),
 ) -> nn.Module:
-    """Prepare a frozen model for --finetune: unfreeze its own weights, or wrap it with adapters.
+    """Prepare a frozen model for --finetune: unfreeze its own weights, or wrap it with adapters (see `add_lora`).
 
     Raises:
         InputError: the model does not have the weights or layers that are to be trained.
     """
     if tune.finetune == FULL:
         return unfreeze_groups(model, tune.train_groups, full_parts)
-    return add_lora(model, lora, base_name, dtype, full_parts)
+    return add_lora(model, lora, base_name, dtype, full_parts, adapted)
 
 
 def describe(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -59,6 +61,54 @@ def discover_targets(model: nn.Module, groups: Sequence[str], excluded: Parts = 
     return sorted(found)
 
 
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """A layer with an adapter: its name in a native model, the adapter's rank, and the numerator of its scaling."""
+
+    name: str
+    rank: int
+    alpha: float
+
+
+def group_of_layer(name: str) -> str | None:
+    """Return the --lora_targets group of a layer; None if it is not a linear layer of the decoder."""
+    match = _LAYER_LINEAR.match(name)
+    return GROUP_OF_MODULE.get(match[3]) if match else None
+
+
+def in_every_layer(adapted: Iterable[AdaptedLayer], num_layers: int) -> tuple[AdaptedLayer, ...]:
+    """Return adapters that are alike in each of `num_layers` decoder layers; of different ranks, the largest is used.
+
+    All names must be of the decoder's linear layers.
+    """
+    largest = {_in_layer(layer.name): layer for layer in sorted(adapted, key=lambda layer: layer.rank)}
+    return tuple(
+        replace(layer, name=f"model.layers.{number}.{name}")
+        for number in range(num_layers)
+        for name, layer in largest.items()
+    )
+
+
+def _in_layer(name: str) -> str:
+    match = _LAYER_LINEAR.match(name)
+    assert match
+    return match[2]
+
+
+def _targets(model: nn.Module, options: LoraOptions, adapted: Collection[AdaptedLayer]) -> dict[str, Any]:
+    """Return the values of PEFT's configuration for these layers: short ones if all decoder layers are alike."""
+    num_layers = len({match[1] for name, _ in model.named_modules() if (match := _LAYER_LINEAR.match(name))})
+    if set(adapted) == set(in_every_layer(adapted, num_layers)):
+        named = {_in_layer(layer.name): (re.escape(_in_layer(layer.name)), layer) for layer in adapted}
+    else:
+        named = {layer.name: (f"^{re.escape(layer.name)}", layer) for layer in adapted}
+    return {
+        "target_modules": sorted(named),
+        "rank_pattern": {key: layer.rank for key, layer in named.values() if layer.rank != options.lora_r},
+        "alpha_pattern": {key: layer.alpha for key, layer in named.values() if layer.alpha != options.lora_alpha},
+    }
+
+
 def check_biases(config: PreTrainedConfig, options: LoraOptions) -> None:
     """Raise InputError if adapters are to have biases, but the layers have no bias to merge them into."""
     groups_without_bias = [
@@ -74,35 +124,45 @@ def check_biases(config: PreTrainedConfig, options: LoraOptions) -> None:
 
 
 def add_lora(
-    model: nn.Module, options: LoraOptions, base_name: str, dtype: torch.dtype, full_parts: Parts = NO_PARTS
+    model: nn.Module,
+    options: LoraOptions,
+    base_name: str,
+    dtype: torch.dtype,
+    full_parts: Parts = NO_PARTS,
+    adapted: Collection[AdaptedLayer] = (),
 ) -> PeftModel:
     """Wrap a frozen model with adapters of `dtype`. Their second factor starts at 0, so the outputs do not change.
 
-    The modules of `full_parts` and of --also_train get no adapters; their own parameters are unfrozen.
+    The modules of `full_parts` and of --also_train get no adapters; their own parameters are unfrozen. If layers are
+    given as `adapted`, these get adapters, instead of --lora_targets.
 
     No task type is given, because PEFT would then pass `labels` to a forward that has none. The adapters are not upcast
     to float32 (PEFT's default), because the engine keeps float32 master weights for them.
     """
     # Layers of the tower have the same names as those of the decoder.
     has_tower = any(module in name.split(".") for name, _ in model.named_modules() for module in TOWER_MODULES)
+    if adapted:
+        targets = _targets(model, options, adapted)
+    else:
+        targets = {"target_modules": discover_targets(model, options.lora_targets, full_parts)}
     config = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=discover_targets(model, options.lora_targets, full_parts),
         exclude_modules=rf".*\b({'|'.join(TOWER_MODULES)})\b.*" if has_tower else None,
         bias="none",
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
         lora_bias=options.lora_bias,
+        **targets,
     )
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    unfreeze(adapted.get_base_model(), FullyTrained(full_parts, options.also_train).has, "--also_train")
-    for parameter in adapted.parameters():
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    unfreeze(model, FullyTrained(full_parts, options.also_train).has, "--also_train")
+    for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)  # PEFT uses float32 next to 4-bit weights
     config.base_model_name_or_path = base_name  # PEFT records the folder, for a hub id a local path
-    return adapted
+    return peft_model
 
 
 def unfreeze(model: nn.Module, is_trained: Callable[[str], bool], asked_by: str) -> None:
@@ -127,7 +187,7 @@ def describe(model: PeftModel, base_parameters: int, full: FullyTrained) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     added = trained - sum(p.numel() for name, p in model.get_base_model().named_parameters() if own.has(name))
     total = added + base_parameters
-    modules = sum(1 for name, _ in model.named_modules() if name.endswith(".lora_A.default"))
-    targets = ", ".join(sorted(model.peft_config["default"].target_modules))
-    beside = f"; fully fine-tuned: {full}" if full else ""
-    return f"LoRA on {modules} modules, {trained:,} of {total:,} parameters ({trained / total:.2%}): {targets}{beside}"
+    modules = [name for name, _ in model.get_base_model().named_modules() if name.endswith(".lora_A.default")]
+    targets = ", ".join(sorted({_in_layer(name.removesuffix(".lora_A.default")) for name in modules}))
+    targets += f"; fully fine-tuned: {full}" if full else ""
+    return f"LoRA on {len(modules)} modules, {trained:,} of {total:,} parameters ({trained / total:.2%}): {targets}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from higgs_ds.common.resources import command
 from higgs_ds.options.fields import EMBEDDINGS, RESUME_AUTO, TRAIN_GROUPS
 from higgs_ds.options.train import DataOptions, TrainOptions
 
@@ -45,8 +46,13 @@ def _check_finetune_options(options: TrainOptions) -> list[str]:
     problems += [
         f"--{lora_field.name}: only applies to adapters, and --finetune full trains none; remove the option"
         for lora_field in dataclasses.fields(options.lora)
-        if getattr(options.lora, lora_field.name) != lora_field.default
+        if lora_field.name != "init_from" and getattr(options.lora, lora_field.name) != lora_field.default
     ]
+    if options.lora.init_from is not None:
+        problems.append(
+            f"--init_from: --finetune full trains no adapters; merge the adapter ({command('merge')}), and give the "
+            "merged model as --base_ckpt"
+        )
     if not groups:
         problems.append(f"--train_groups: nothing would be trained; name one or more of {', '.join(TRAIN_GROUPS)}")
     if options.model.offload_embeddings and EMBEDDINGS in groups:

@@ -165,6 +165,12 @@ class LoraOptions:
         ALSO_TRAIN,
         "GROUP",
     )
+    init_from: Path | None = option(
+        None,
+        "start from this adapter, of this trainer or of PEFT: its folder, or a run or checkpoint that contains one; "
+        "rank, alpha, layers and scaling are the adapter's",
+        metavar="ADAPTER",
+    )
 
 
 @dataclass(frozen=True)

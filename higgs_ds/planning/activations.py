@@ -25,6 +25,7 @@ from higgs_ds.model.full import group_of, make_trainable
 from higgs_ds.model.head_loss import CPU_CHUNKS, GPU_CHUNKS
 from higgs_ds.model.higgs import DualLossModel, checkpoint_layers
 from higgs_ds.model.loading import empty_model
+from higgs_ds.model.lora import AdaptedLayer, in_every_layer
 from higgs_ds.model.parts import NO_PARTS, Parts
 from higgs_ds.model.quantization import BLOCK_SIZE, is_quantized_weight
 from higgs_ds.model.routed_layers import LossHead
@@ -45,6 +46,7 @@ class PassSettings:
     on_gpu: heads compute larger chunks; PEFT's dropout keeps a mask of one byte per element, where a CPU's keeps an
         element of the activations' dtype.
     keeps_inputs: linear layers keep their inputs although they are frozen, as under ZeRO-3.
+    adapted: see `planning.weights.Setting`.
     """
 
     dtype: torch.dtype
@@ -57,6 +59,7 @@ class PassSettings:
     keeps_inputs: bool
     full_parts: Parts = NO_PARTS
     tune: TuneOptions = field(default_factory=TuneOptions)
+    adapted: tuple[AdaptedLayer, ...] = ()
 
     @property
     def text_positions(self) -> int:
@@ -144,7 +147,9 @@ def _model(config: HiggsAudioV2Config, settings: PassSettings) -> DualLossModel:
         checkpoint_layers(higgs, settings.recompute_every)
     if parts_of(config).audio_tower is not None:
         higgs.model.audio_tower.config._attn_implementation = ATTENTION
-    adapted = make_trainable(higgs, settings.tune, settings.lora, "", settings.dtype, settings.full_parts).to(META)
+    layers = in_every_layer(settings.adapted, config.num_hidden_layers)
+    adapted = make_trainable(higgs, settings.tune, settings.lora, "", settings.dtype, settings.full_parts, layers)
+    adapted.to(META)
     trained = torch.empty((), device=META, requires_grad=True)
     for module in adapted.modules():
         if isinstance(module, nn.Embedding) and module.weight.requires_grad:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from transformers import HiggsAudioV2Config
 
-from higgs_ds.bases.builtin import builtin_config, which_builtin
+from higgs_ds.adapters.starting_point import check_geometry, starting_point
+from higgs_ds.bases.builtin import DEFAULT_BASE, builtin_config, which_builtin
 from higgs_ds.common import distributed
-from higgs_ds.common.errors import InputError
+from higgs_ds.common.errors import InputError, collect_problems
 from higgs_ds.common.hub import resolve_config_folder
 from higgs_ds.common.resources import DEFAULT_DS_CONFIG
 from higgs_ds.model.config import parts_of, parts_to_add, read_config, with_parts
@@ -62,20 +63,21 @@ def main(options: TrainOptions, given: set[str]) -> None:
 def make_setting(options: TrainOptions, given: set[str]) -> Setting:
     """Return the setting to plan. Raises InputError with all problems of options, DeepSpeed file and base at once."""
     problems = check_options(options)
+    start, options = collect_problems(problems, lambda: starting_point(options, given)) or (None, options)
     ranks = options.run.plan_ranks or distributed.world_size()
-    settings, config = None, None
+    settings = None
     try:
         settings, options = ds_config.resolve(ds_config.read_ds_config(options.run.deepspeed), options, given, ranks)
         problems += unsupported(options, settings, on_gpu=True)
     except InputError as error:
         problems += error.problems
-    try:
-        config = _base_config(options)
-    except InputError as error:
-        problems += error.problems
+    config = collect_problems(problems, lambda: _base_config(options))
+    if start is not None and config is not None:
+        base = options.model.base_ckpt or DEFAULT_BASE
+        collect_problems(problems, lambda: check_geometry(start, options, config, base))
     if problems or settings is None or config is None:
         raise InputError(problems)
-    return Setting(config, options, settings, ranks)
+    return Setting(config, options, settings, ranks, adapted=start.adapted if start else ())
 
 
 def _base_config(options: TrainOptions) -> HiggsAudioV2Config:
@@ -128,7 +130,7 @@ def describe(setting: Setting, planned: Plan) -> list[str]:
         f"{four_bit}{options.model.precision}",
         f"full fine-tuning: {', '.join(tune.train_groups)}; optimizer {optim.optim}"
         if options.is_full_finetuning
-        else f"LoRA: rank {lora.lora_r} on {', '.join(lora.lora_targets)}; optimizer {optim.optim}",
+        else f"LoRA: rank {_ranks(setting)} on {', '.join(lora.lora_targets)}; optimizer {optim.optim}",
         f"ZeRO stage {setting.stage}, {''.join(offloaded)}on {setting.ranks} GPU{'s' if setting.ranks > 1 else ''}",
         f"batch: {size} x {length} positions{guess}, activations {recompute}",
         f"assumed to be speech: {text} positions of each sample are text, all others audio",
@@ -140,6 +142,13 @@ def describe(setting: Setting, planned: Plan) -> list[str]:
         host_rows = [*planned.host.items(), ("total", sum(planned.host.values()))]
         lines += ["", "host memory per rank, after loading", *_table(host_rows)]
     return lines
+
+
+def _ranks(setting: Setting) -> str:
+    """Describe the rank of the adapters, or the ranks of those that the run starts from."""
+    ranks = {layer.rank for layer in setting.adapted} or {setting.options.lora.lora_r}
+    several = f"{min(ranks)} to {max(ranks)}" if len(ranks) > 1 else f"{max(ranks)}"
+    return several + (f" (as {setting.options.lora.init_from})" if setting.adapted else "")
 
 
 def _pass_bytes(planned: Plan) -> int:
@@ -199,7 +208,7 @@ def _changes(setting: Setting, given: set[str]) -> Iterator[Change]:
     candidates: list[dict[str, Any]] = [
         {"activation_checkpointing": "every_layer"},
         smaller,
-        {"load_in_4bit": True},
+        *([] if setting.adapted else [{"load_in_4bit": True}]),  # the adapter belongs to the base as it is
         {"offload_embeddings": True},
         {"optim": "adamw_8bit"},
     ]

@@ -39,6 +39,7 @@ def plan(setting: Setting) -> Plan:
             length=length,
             on_gpu=setting.on_gpu,
             keeps_inputs=setting.stage == 3,
+            adapted=setting.adapted,
         ),
     )
     checkpoints, checkpoint_on_device = _offloaded_checkpoints(setting, size * length)

@@ -12,6 +12,7 @@ from transformers import HiggsAudioV2Config
 from higgs_ds.model.config import config_of, fully_trained_parts
 from higgs_ds.model.full import make_trainable
 from higgs_ds.model.loading import empty_model
+from higgs_ds.model.lora import AdaptedLayer, in_every_layer
 from higgs_ds.model.parts import Parts
 from higgs_ds.model.quantization import BLOCK_SIZE, is_quantized_weight
 from higgs_ds.options.ds_config import DEEPSPEED_BUCKET_SIZE
@@ -61,13 +62,18 @@ class Weight:
 
 @dataclass(frozen=True)
 class Setting:
-    """What to plan for: a base, options and matching DeepSpeed settings, the number of ranks, and GPUs or CPUs."""
+    """What to plan for: a base, options and matching DeepSpeed settings, the number of ranks, and GPUs or CPUs.
+
+    `adapted`: the layers of the adapter that a run starts from. If decoder layers differ, all are planned alike, with
+    the largest rank of each of their linear layers.
+    """
 
     config: HiggsAudioV2Config
     options: TrainOptions
     ds_settings: dict[str, Any]
     ranks: int
     on_gpu: bool = True
+    adapted: tuple[AdaptedLayer, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,7 +116,8 @@ def model_weights(setting: Setting) -> list[Weight]:
     values = setting.config.to_dict()
     model = empty_model(config_of(values | {"num_hidden_layers": 1}), setting.dtype)
     options = setting.options
-    ready = make_trainable(model, options.tune, options.lora, "", setting.dtype, setting.full_parts)
+    adapted = in_every_layer(setting.adapted, 1)
+    ready = make_trainable(model, options.tune, options.lora, "", setting.dtype, setting.full_parts, adapted)
     found = []
     for name, parameter in ready.named_parameters():
         plain_name = name.removeprefix("base_model.model.").replace(".base_layer", "")

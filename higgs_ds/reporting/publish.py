@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from huggingface_hub import HfApi, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
 
+from higgs_ds.adapters.origin import Origin, describe_origins
 from higgs_ds.adapters.save import how_to_use_adapter
 from higgs_ds.common.errors import InputError, PublishError
 from higgs_ds.common.files import saving, write_text
@@ -24,7 +26,7 @@ CARD = "README.md"
 _MACHINE_OPTIONS = {
     "train_manifest", "val_manifest", "skip_bad", "cache_dir", "output_dir", "deepspeed", "resume", "base_ckpt",
     "codec_ckpt", "whisper_ckpt", "push_to_hub", "hub_repo_id", "hub_private", "upload_merged_model", "report_to",
-    "quiet", "no_report", "num_workers",
+    "quiet", "no_report", "num_workers", "init_from",
 }  # fmt: skip
 NOT_UPLOADED = ["**/.*"]
 
@@ -105,7 +107,7 @@ def write_card(folder: Path, kind: str, facts: dict[str, Any]) -> None:
 
 # {title}
 
-Trained with higgs_ds from `{base}`{facts["fully_trained"]}.
+Trained with higgs_ds from `{base}`{facts["fully_trained"]}.{facts["origins"]}
 
 ## How to use it
 
@@ -150,7 +152,9 @@ def _without_folders(summary: str) -> str:
     return summary
 
 
-def card_facts(run_folder: Path, base: str, full_parts: Parts, options: TrainOptions) -> dict[str, Any]:
+def card_facts(
+    run_folder: Path, base: str, full_parts: Parts, options: TrainOptions, origins: Sequence[Origin] = ()
+) -> dict[str, Any]:
     """Return what a card says about a run. Of the base's path, only the folder's name is kept; others are left out."""
     last = last_values(read_metrics(run_folder))
     shown = [f"{kind}/{name}" for kind in ("train", "val") for name in ("loss", "text_loss", "audio_loss")]
@@ -168,6 +172,7 @@ def card_facts(run_folder: Path, base: str, full_parts: Parts, options: TrainOpt
     return {
         "base": base if is_hub_id(base) else Path(base).name,
         "fully_trained": f"; fully fine-tuned: {', '.join(trained)}" if trained else "",
+        "origins": f" {describe_origins(origins)}" if origins else "",
         "layout": options.run.export_layout,
         "settings": changed,
         "data": _without_folders(summary),

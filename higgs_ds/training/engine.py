@@ -195,11 +195,17 @@ class Engine:
         """
         for flat in self._flat_masters():
             start_moments(self._inner, flat, step)
+        self.set_masters(masters)
         with self._float_moments():
             for name, parameter in self.trained.items():
-                self._set_tensor(parameter, masters[name], None)
                 for moment in MOMENTS:
                     self._set_tensor(parameter, moments[moment][name], moment)
+
+    @torch.no_grad()
+    def set_masters(self, masters: Mapping[str, torch.Tensor]) -> None:
+        """Set, on every rank, the float32 master weights of which the model's own copies already hold the values."""
+        for name, parameter in self.trained.items():
+            self._set_tensor(parameter, masters[name], None)
 
     @contextlib.contextmanager
     def _float_moments(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from higgs_ds.adapters.merge import MergeReport, merge
+from higgs_ds.adapters.save import AdapterFormat
 from higgs_ds.checkpoints.complete import complete_model
 from higgs_ds.checkpoints.folder import checkpoint_folder
 from higgs_ds.common import distributed
@@ -123,7 +124,8 @@ def _given_codec(run: Run) -> Path | None:
 
 def _write_card(run: Run, folder: str, kind: str) -> None:
     """Write a model card, which describes the whole run."""
-    facts = card_facts(run.output_dir, run.bundle.name, run.form.full_parts, run.options)
+    origins = run.form.origins if isinstance(run.form, AdapterFormat) else ()
+    facts = card_facts(run.output_dir, run.bundle.name, run.form.full_parts, run.options, origins)
     write_card(run.output_dir / folder, kind, facts)
 
 

@@ -8,8 +8,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from higgs_ds.adapters.load import name_in_base
 from higgs_ds.adapters.save import AdapterFormat, trained_parameters
-from higgs_ds.checkpoints.folder import read_state
+from higgs_ds.adapters.starting_point import StartingPoint, compare_quantization
+from higgs_ds.checkpoints.folder import masters_in, read_state
 from higgs_ds.checkpoints.save import load_into_engine, load_masters_into, publish
 from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.checkpoints.trained_weights import FullFormat
@@ -20,6 +22,7 @@ from higgs_ds.common.run_files import DROPPED_FILE, SETTINGS_FILE, SUMMARY_FILE
 from higgs_ds.common.tensor_files import weight_files
 from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.model.full import describe, make_trainable
+from higgs_ds.model.fully_trained import is_own_weight
 from higgs_ds.model.higgs import DualLossModel, checkpoint_layers, offload_embeddings
 from higgs_ds.model.loading import empty_model, load_base, load_base_in_4bit, num_parameters
 from higgs_ds.model.loss import LossWeights
@@ -42,7 +45,8 @@ def _resolve_activation_checkpointing(inputs: Inputs) -> Inputs:
     choice, here = "none", distributed.device()
     if here.type == "cuda":
         longest = inputs.options.replace(max_seq_len=inputs.longest)
-        setting = Setting(inputs.bundle.config, longest, inputs.ds_settings, distributed.world_size())
+        ranks = distributed.world_size()
+        setting = Setting(inputs.bundle.config, longest, inputs.ds_settings, ranks, adapted=inputs.adapted)
         decided = with_checkpointing(setting, torch.cuda.get_device_properties(here).total_memory)
         choice = distributed.broadcast_object(decided.options.model.activation_checkpointing)
     say(f"--activation_checkpointing auto: {choice}")
@@ -68,8 +72,9 @@ def load_run(inputs: Inputs) -> Run:
     distributed.run_on_all_ranks(lambda: _check_and_announce(inputs, sampler, state))
     model, quantization = distributed.run_on_all_ranks(lambda: _model_to_train(inputs))
     trained = trained_parameters(model)
-    if resume_from is not None:
-        load_masters_into(resume_from, trained)
+    masters = masters_in(resume_from) if resume_from else _masters_to_start_from(inputs.start, trained)
+    if masters:
+        load_masters_into(masters, trained)
     weights = LossWeights.of(
         optim.text_loss_weight, optim.audio_loss_weight, bundle.stream.num_codebooks, optim.codebook_weights
     )
@@ -78,6 +83,9 @@ def load_run(inputs: Inputs) -> Run:
     torch.manual_seed(optim.seed + 1 + distributed.rank())  # different dropout on every rank
     if resume_from is not None:
         load_into_engine(resume_from, engine, state)
+    elif masters:
+        engine.set_masters(masters)
+    if resume_from is not None:
         _announce_change(read_state(resume_from), state, engine.lr, optim.lr_scheduler_type)
     distributed.on_main(lambda: _write_run_files(inputs, state))
     form = _output_format(inputs, model, quantization)
@@ -86,6 +94,14 @@ def load_run(inputs: Inputs) -> Run:
         options, inputs.output_dir, bundle, inputs.train, inputs.val, sampler, engine, form, state, inputs.lock,
         reporter,
     )  # fmt: skip
+
+
+def _masters_to_start_from(start: StartingPoint | None, trained: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Return the values of --init_from; heads and embeddings that only --also_train names keep those of the base."""
+    if start is None:
+        return {}
+    of_base = {name: p.detach().float() for name, p in trained.items() if is_own_weight(name_in_base(name))}
+    return of_base | start.adapter.tensors()
 
 
 def _announce_change(saved: TrainerState, state: TrainerState, lr: float, schedule: str) -> None:
@@ -106,7 +122,8 @@ def _output_format(
     """Return what a checkpoint records beside the trained tensors."""
     bundle, tune = inputs.bundle, inputs.options.tune
     if isinstance(model, PeftModel):
-        return AdapterFormat(model.peft_config["default"], quantization, inputs.fully_trained)
+        config, origins = model.peft_config["default"], inputs.start.origins if inputs.start else ()
+        return AdapterFormat(config, quantization, inputs.fully_trained, bundle.weights_digest, origins)
     return FullFormat(tune.train_groups, bundle.name, bundle.identity, inputs.full_parts)
 
 
@@ -129,7 +146,7 @@ def _check_and_announce(inputs: Inputs, sampler: WindowSampler, state: TrainerSt
     """
     options = inputs.options
     empty = empty_model(inputs.bundle.config, torch.float32)
-    shapes = make_trainable(empty, options.tune, options.lora, "", torch.float32, inputs.full_parts)
+    shapes = make_trainable(empty, options.tune, options.lora, "", torch.float32, inputs.full_parts, inputs.adapted)
     trained_bytes = 4 * sum(parameter.numel() for parameter in trained_parameters(shapes).values())
     base_bytes = sum(path.stat().st_size for path in weight_files(inputs.bundle.folder))
     if not distributed.is_main():
@@ -155,6 +172,10 @@ def _model_to_train(inputs: Inputs) -> tuple[nn.Module, BaseQuantization | None]
         # Stage 3 moves the weights to the GPUs itself, a share to each rank.
         keep_on = torch.device("cpu") if inputs.zero_stage == 3 else here
         model, quantization = load_base_in_4bit(bundle.folder, dtype, here, keep_on, bundle.added)
+        if inputs.start is not None and inputs.resume_from is None:
+            warning = compare_quantization(inputs.start, quantization)
+            if warning:
+                warn(warning)
     else:
         model = load_base(bundle.folder, dtype, bundle.added)
     torch.manual_seed(options.optim.seed)  # the same initial values on every rank
@@ -166,4 +187,5 @@ def _model_to_train(inputs: Inputs) -> tuple[nn.Module, BaseQuantization | None]
     every = recompute_every(options.model)
     if every is not None:
         checkpoint_layers(model, every)
-    return make_trainable(model, options.tune, options.lora, bundle.name, dtype, inputs.full_parts), quantization
+    full_parts, adapted = inputs.full_parts, inputs.adapted
+    return make_trainable(model, options.tune, options.lora, bundle.name, dtype, full_parts, adapted), quantization

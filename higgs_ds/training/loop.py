@@ -61,7 +61,10 @@ def train(run: Run) -> None:
     log, writer = _open_log(run), SampleWriter(run)
     with contextlib.closing(log), StopSignals() as signals:
         if state.validation_due:
-            _validate(run, log, signals)
+            with meter.paused():
+                _validate(run, log, signals)
+            if state.validation_due:  # the signal came again
+                raise _stopped_error(run, signals.stop_reason())
         state.stopped_early = _is_out_of_patience(run)
         windows = run.sampler.windows(state.step, state.step if state.stopped_early else state.total_steps)
         for window, batches in prefetched(windows, lambda window: run.train.batches(window.micro_batches)):
@@ -121,7 +124,8 @@ def _validate(run: Run, log: MetricsLog, signals: StopSignals) -> None:
     values = validate(run.engine, run.val, run.options.optim.batch_size, signals)
     if values is not None:
         log.write(state.step, state.epoch, values)
-        state.val_losses[str(state.step)] = values["val/loss"]
+        if state.step:  # there is no checkpoint of step 0 to keep or to return to
+            state.val_losses[str(state.step)] = values["val/loss"]
         state.validation_due = False
 
 
@@ -171,10 +175,11 @@ def _record_skipped_step(run: Run, meter: Meter, window: Window, result: StepRes
     raise error
 
 
-def _stopped_error(run: Run, signal_name: str) -> StoppedError:
+def _stopped_error(run: Run, signal_name: str | None) -> StoppedError:
+    saved = f"a checkpoint is saved in {run.output_dir}. Resume with --resume auto"
     error = StoppedError(
-        f"stopped by {signal_name} at step {run.state.step} of {run.state.total_steps}; a checkpoint is saved in "
-        f"{run.output_dir}. Resume with --resume auto"
+        f"stopped by {signal_name} at step {run.state.step} of {run.state.total_steps}; "
+        f"{saved if run.state.step else 'nothing was trained yet'}"
     )
     error.on_all_ranks = True
     return error

@@ -31,6 +31,7 @@ def overview(inputs: Inputs, sampler: WindowSampler, state: TrainerState, adapte
         "base": _base(inputs),
         "model": describe_model(inputs.bundle.config),
         "trained": adapters,
+        "start": _start(inputs),
         "data": _data(inputs, sampler),
         "left out": _left_out(inputs),
         "steps": _steps(inputs, sampler, state),
@@ -54,6 +55,14 @@ def _base(inputs: Inputs) -> str:
     four_bit = "NF4 and " if options.load_in_4bit else ""
     added = f"; added: {bundle.added}" if bundle.added else ""
     return f"{bundle.name}{description}, in the {bundle.layout} layout, loaded in {four_bit}{options.precision}{added}"
+
+
+def _start(inputs: Inputs) -> str:
+    """Describe the adapter of --init_from; of a resumed run, the row of the checkpoint does."""
+    if inputs.start is None or inputs.resume_from is not None:
+        return ""
+    lora = inputs.options.lora
+    return f"{inputs.start.folder}: rank {lora.lora_r}, alpha {lora.lora_alpha}, {inputs.start.comparison}"
 
 
 def _data(inputs: Inputs, sampler: WindowSampler) -> str:
@@ -88,7 +97,8 @@ def _memory(inputs: Inputs) -> str:
     device = distributed.device()
     on_gpu = device.type == "cuda"
     longest = inputs.options.replace(max_seq_len=inputs.longest)
-    planned = plan(Setting(inputs.bundle.config, longest, inputs.ds_settings, distributed.world_size(), on_gpu))
+    ranks = distributed.world_size()
+    planned = plan(Setting(inputs.bundle.config, longest, inputs.ds_settings, ranks, on_gpu, inputs.adapted))
     weights = sum(planned.weights.values()) + planned.quantization
     parts = {
         "weights": weights,

@@ -35,7 +35,7 @@ FREE_ON_RESUME = (
     "batch_size", "grad_accum", "epochs", "max_steps",
     "train_manifest", "val_manifest", "val_split", "split_by", "format", "reference", "normalize_text",
     "allow_text_targets", "max_clip_s", "max_seq_len", "skip_bad", "num_workers", "base_ckpt", "base_revision",
-    "codec_ckpt", "dry_run", "device_memory_gib", "plan_ranks",
+    "codec_ckpt", "dry_run", "device_memory_gib", "plan_ranks", "init_from",
 )  # fmt: skip
 
 
@@ -78,7 +78,9 @@ def initial_state(inputs: Inputs, sampler: WindowSampler) -> TrainerState:
     """
     optim = inputs.options.optim
     total_steps = optim.max_steps or sampler.num_steps(optim.epochs)
-    fresh = TrainerState(total_steps, _training_settings(inputs, sampler))
+    # A run that starts from an adapter validates first, to show that it stands where the adapter stood.
+    due = inputs.start is not None and len(inputs.val) > 0
+    fresh = TrainerState(total_steps, _training_settings(inputs, sampler), validation_due=due)
     if inputs.resume_from is not None:
         saved = read_state(inputs.resume_from)
         check_same_run(saved, fresh, inputs.resume_from)
@@ -100,4 +102,5 @@ def _training_settings(inputs: Inputs, sampler: WindowSampler) -> dict[str, Any]
         "micro_batches_per_step" if sampler.max_tokens else "samples_per_step": sampler.window_size,
         "training_data": inputs.train.digest(),
         "base": inputs.bundle.identity,
+        "init_from": f"SHA-256 {inputs.start.origins[0].sha256}" if inputs.start else None,
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from higgs_ds.adapters.save import AdapterFormat
+from higgs_ds.adapters.starting_point import StartingPoint
 from higgs_ds.bases.bundle import Bundle
 from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.checkpoints.trained_weights import FullFormat
@@ -15,6 +16,7 @@ from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.model.config import fully_trained_parts
 from higgs_ds.model.fully_trained import FullyTrained
+from higgs_ds.model.lora import AdaptedLayer
 from higgs_ds.model.parts import Parts
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.reporting.report_page import Reporter
@@ -52,6 +54,12 @@ class Inputs:
     summary: str  # of the data, several lines
     resume_from: Path | None
     lock: FolderLock  # of the output folder
+    start: StartingPoint | None = None
+
+    @property
+    def adapted(self) -> tuple[AdaptedLayer, ...]:
+        """The layers of the adapter that the run starts from; empty if there is none."""
+        return self.start.adapted if self.start else ()
 
     @property
     def full_parts(self) -> Parts:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from higgs_ds.adapters.starting_point import StartingPoint, check_geometry, compare_bases, starting_point
 from higgs_ds.bases.bundle import Bundle, open_for_training
 from higgs_ds.bases.model_folder import check_layout
 from higgs_ds.common import distributed
@@ -54,10 +56,13 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
     cache_dir = options.data.cache_dir or default_cache_dir()
     problems += check_folders(output_dir=output_dir)
     no_scratch = scratch_problems(options.data, cache_dir)
+    resume_from = collect_problems(problems, lambda: _open_output(options, output_dir, lock))
+    found = collect_problems(problems, lambda: starting_point(options, given, output_dir, resume_from))
+    start, options = found or (None, options)
     resolved = collect_problems(problems, lambda: _resolve_ds_config(options, given))
     no_cache = any(distributed.gather_objects(bool(no_scratch)))
     bundle = None if no_cache else collect_problems(problems, lambda: _open_base(options, cache_dir))
-    resume_from = collect_problems(problems, lambda: _open_output(options, output_dir, lock))
+    start = collect_problems(problems, lambda: _compare_with_base(start, options, bundle))
     collect_problems(problems, lambda: distributed.on_main(lambda: check_login(options.run)))
     distributed.raise_problems(problems + no_scratch if no_scratch else [])
     if not all(distributed.gather_objects(bundle is not None)):
@@ -82,7 +87,7 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
         advice = "or put references there (--reference system, for recordings)"
         distributed.raise_problems([f"--whisper_conditioning: {nothing}, {advice}"])
     train, val, too_long = _select(options, indexes, preparation.coder)
-    return Inputs(options, settings, output_dir, bundle, train, val, too_long, summary, resume_from, lock)
+    return Inputs(options, settings, output_dir, bundle, train, val, too_long, summary, resume_from, lock, start)
 
 
 def _summary(preparation: Preparation, checked: list[CheckedManifest]) -> str:
@@ -113,6 +118,15 @@ def _open_base(options: TrainOptions, cache_dir: Path) -> Bundle:
             f"--codebook_weights: {len(weights)} given, the base has {bundle.config.num_codebooks} codebooks"
         )
     return bundle
+
+
+def _compare_with_base(
+    start: StartingPoint | None, options: TrainOptions, bundle: Bundle | None
+) -> StartingPoint | None:
+    if start is None or bundle is None:
+        return None
+    check_geometry(start, options, bundle.config, bundle.name)
+    return replace(start, comparison=compare_bases(start, bundle))
 
 
 def _open_output(options: TrainOptions, output_dir: Path, lock: FolderLock) -> Path | None:

@@ -19,7 +19,14 @@ from safetensors.torch import save_file
 from higgs_ds.adapters.load import read_adapter
 from higgs_ds.adapters.save import ADAPTER_WEIGHTS
 from higgs_ds.bases.bundle import open_bundle
-from higgs_ds.checkpoints.folder import MANIFEST_FILE, OPTIMIZER_FILE, RNG_FILE, manifest_of, newest_complete
+from higgs_ds.checkpoints.folder import (
+    MANIFEST_FILE,
+    OPTIMIZER_FILE,
+    RNG_FILE,
+    manifest_of,
+    masters_in,
+    newest_complete,
+)
 from higgs_ds.checkpoints.save import load_masters_into
 from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.common.errors import InputError
@@ -157,7 +164,7 @@ def test_checkpoint(tmp_path: Path, bad_bytes: bytes, name: str) -> None:
     assert name in skipped
     if name.endswith(ADAPTER_WEIGHTS):
         with pytest.raises(Exception, match="header"):
-            load_masters_into(folder, {"a": torch.nn.Parameter(torch.zeros(1))})
+            load_masters_into(masters_in(folder), {"a": torch.nn.Parameter(torch.zeros(1))})
 
 
 @pytest.mark.usefixtures("lone_rank")
