@@ -74,6 +74,16 @@ def merge(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     return exit_code_of(lambda: main(options))
 
 
+def blend(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Blend LoRA adapters into one: the weighted sum of their changes."""
+    options = command_line.parse_blend_options(argv, prog)
+    quiet_libraries()
+    with quick_imports():
+        from higgs_ds.adapters.blend import main
+
+    return exit_code_of(lambda: main(options))
+
+
 def export(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Write a checkpoint of full fine-tuning as a complete model."""
     options = command_line.parse_export_options(argv, prog)
@@ -127,7 +137,7 @@ def validate_checkpoint_dir(argv: Sequence[str] | None = None, prog: str | None 
 COMMANDS: dict[str, Callable[[Sequence[str] | None, str | None], int]] = {
     command.__name__: command
     for command in (
-        train, prepare, merge, generate, evaluate, export, convert,
+        train, prepare, merge, blend, generate, evaluate, export, convert,
         find_lora_adapters, validate_adapter, validate_checkpoint_dir,
     )
 }  # fmt: skip

@@ -64,6 +64,7 @@ class Adapter:
     full: FullyTrained = NOTHING_FULLY_TRAINED
     full_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     in_original_names: bool = False  # whether its file uses the layer names of the original layout
+    strength: float = 1.0  # a factor of its whole change, which `scaling` includes
     values: LoraValues = field(default_factory=LoraValues)
     record: Record = field(default_factory=Record)
 
@@ -173,12 +174,15 @@ class _AdapterFiles:
         return any(not _is_native(name) for name in self.tensors)
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path, strength: float = 1.0) -> Adapter:
     """Read a LoRA adapter.
+
+    Args:
+        strength: what --lora_scale says: a finite factor of the adapter's change of the weights.
 
     Raises:
         InputError: the folder is not a LoRA adapter, or is damaged or of a kind that cannot be merged; the message
-            says what to give instead.
+            says what to give instead. Or its change cannot be multiplied by `strength`.
     """
     if not (folder / ADAPTER_CONFIG).is_file():
         raise InputError(_describe_non_adapter(folder))
@@ -186,7 +190,7 @@ def read_adapter(folder: Path) -> Adapter:
         files = _read_files(folder)
     except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise InputError(f"{folder}: its adapter cannot be read: {error}") from error
-    problems = _problems_of(files)
+    problems = _problems_of(files) + ([] if strength == 1 else _why_not_scalable(files, strength))
     if problems:
         raise InputError([f"{folder}: {problem}" for problem in problems])
     factors, _ = files.pairs()
@@ -195,12 +199,13 @@ def read_adapter(folder: Path) -> Adapter:
     full_weights = {str(name_in_base(name)): files.tensors[name] for name in sorted(files.full_names())}
     return Adapter(
         factors={name: factors[layer] for name, layer in layers.items()},
-        scaling={name: values.scaling(layer) for name, layer in layers.items()},
+        scaling={name: strength * values.scaling(layer) for name, layer in layers.items()},
         layers=layers,
         quantization=files.quantization,
         full=FullyTrained.of(full_weights, files.full_parts),
         full_weights=full_weights,
         in_original_names=files.in_original_names(),
+        strength=strength,
         values=values,
         record=files.record,
     )
@@ -272,6 +277,18 @@ def _problems_of(files: _AdapterFiles) -> list[str]:
     if not factors:
         problems.append(f"{ADAPTER_WEIGHTS} holds no LoRA tensors")
     return problems or _contradictions(LoraValues.of(files.written), factors)
+
+
+def _why_not_scalable(files: _AdapterFiles, strength: float) -> list[str]:
+    given, problems = f"--lora_scale {strength:g}", []
+    if files.written.get("use_dora"):
+        problems.append(
+            f"{given}: use_dora is True, and DoRA, which also sets the norms of rows, has no strength but 1"
+        )
+    full = FullyTrained.of([str(name_in_base(name)) for name in files.full_names()], files.full_parts)
+    if full:
+        problems.append(f"{given}: {full} was fully trained with the adapter, and has no strength but 1")
+    return problems
 
 
 def _why_unpaired(name: str) -> str:

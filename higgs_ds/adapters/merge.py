@@ -12,11 +12,11 @@ from higgs_ds.adapters.verify import Agreement, compare_merged, compare_with_pef
 from higgs_ds.bases.builtin import find_base
 from higgs_ds.bases.conversion import native_folder
 from higgs_ds.bases.model_folder import add_parts, check_layout, model_folder, named_codec, write_shard
-from higgs_ds.common.errors import SaveError
+from higgs_ds.common.errors import InputError, SaveError
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.common.tensor_files import weight_files, weight_shapes
 from higgs_ds.model.config import parts_of, read_config, with_parts
-from higgs_ds.options.commands import MergeOptions
+from higgs_ds.options.commands import MergeOptions, check_lora_scale
 from higgs_ds.options.fields import MERGE_DEQUANTIZED, MERGE_ORIGINAL, NATIVE
 
 LARGEST_DIFFERENCE = 0.1  # relative, root mean square, of the logits; rounding weights to bf16 causes about 0.01
@@ -27,6 +27,7 @@ class MergeReport:
     """What a merge was made from. `differing`: weights that quantize differently here than in training."""
 
     merge_base: str
+    strength: float = 1.0
     quantized: int = 0
     differing: list[str] = field(default_factory=list)
     agreement: Agreement | None = None
@@ -34,6 +35,8 @@ class MergeReport:
     def lines(self) -> list[str]:
         """Return the lines to print for the user."""
         lines = [f"Merged into: the {self.merge_base} weights" if self.quantized else "Merged into: the base's weights"]
+        if self.strength != 1:
+            lines.append(f"Strength: the adapter's change times {self.strength:g} (--lora_scale)")
         if self.differing:
             lines.append(
                 f"warning: {len(self.differing)} of {self.quantized} weights quantize differently here than in "
@@ -47,6 +50,9 @@ class MergeReport:
 
 def main(options: MergeOptions) -> None:
     """Merge as the options say, and print a report and the output folder."""
+    problems = check_lora_scale(options.lora_scale, options.lora_adapter_path)
+    if problems:
+        raise InputError(problems)
     base = find_base(options.base_model_path, "--base_model_path", default_cache_dir())
     report = merge(
         base,
@@ -56,6 +62,7 @@ def main(options: MergeOptions) -> None:
         verify=not options.no_verify,
         export_layout=options.export_layout,
         codec_folder=named_codec(base, options.codec_ckpt),
+        strength=options.lora_scale,
     )
     print("\n".join([*report.lines(), f"Merged model: {options.output_path}"]))
 
@@ -69,6 +76,7 @@ def merge(
     export_layout: str = NATIVE,
     overwrite: bool = False,
     codec_folder: Path | None = None,
+    strength: float = 1.0,
 ) -> MergeReport:
     """Write the merged model, with tokenizer, template, codec reference and generation settings, to a new folder.
 
@@ -81,13 +89,14 @@ def merge(
             weights of one layer of each kind with PEFT's.
         export_layout: "native", "original", or "both", each in a folder of its own below `output_folder`.
         codec_folder: the native codec to store with the model; None for the one that the base names.
+        strength: a factor of the adapter's change of the weights.
 
     Raises:
         InputError: a folder is not what it should be, they do not fit together, or the output already exists.
         SaveError: writing or the comparison fails. Nothing is left on disk, and a folder to overwrite is unchanged.
     """
     base_folder = native_folder(base_folder, "--base_model_path", default_cache_dir())
-    adapter = read_adapter(adapter_folder)
+    adapter = read_adapter(adapter_folder, strength)
     config = with_parts(read_config(base_folder, "--base_model_path"), adapter.full.parts)
     check_layout(parts_of(config), export_layout)
     if merge_base is None:
@@ -107,7 +116,7 @@ def merge(
             write_shard(shard, native / shard.name, changed, lambda name, old: _merged_value(name, old, adapter, base))
         if added:
             add_parts(native, shards, added, config)
-        report = MergeReport(merge_base, base.quantized, base.differing)
+        report = MergeReport(merge_base, strength, base.quantized, base.differing)
         if verify:
             report.agreement = _verify(base_folder, native, adapter, merge_base)
             compare_with_peft(

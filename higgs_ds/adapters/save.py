@@ -138,10 +138,20 @@ def verify_adapter(folder: Path, tensors: dict[str, torch.Tensor], must_have_mov
 
 def _card(form: AdapterFormat) -> str:
     config = form.config
-    base = config.base_model_name_or_path
-    on = f"`{base}`" + (", with its decoder quantized to 4 bits (NF4)" if form.quantization else "")
     full = f"\nFully trained, and stored with the adapter: {form.full}.\n" if form.full else ""
     started = f"\n{describe_origins(form.origins)}\n" if form.origins else ""
+    on = base_in_card(config.base_model_name_or_path, form.quantization)
+    made = f"Trained with higgs_ds on {on}: rank {config.r}, alpha {config.lora_alpha}, float32.\n{full}{started}"
+    return adapter_card(config.base_model_name_or_path, made)
+
+
+def base_in_card(base: str | None, quantization: BaseQuantization | None) -> str:
+    """Return how a card names the base of an adapter."""
+    return f"`{base}`" + (", with its decoder quantized to 4 bits (NF4)" if quantization else "")
+
+
+def adapter_card(base: str | None, how_it_was_made: str) -> str:
+    """Return the card of an adapter; `how_it_was_made` ends with a line feed."""
     return f"""---
 library_name: peft
 base_model: {json.dumps(base)}
@@ -150,8 +160,7 @@ tags: [lora, text-to-speech, higgs-audio-v2]
 
 # LoRA adapter for Higgs Audio v2
 
-Trained with higgs_ds on {on}: rank {config.r}, alpha {config.lora_alpha}, float32.
-{full}{started}
+{how_it_was_made}
 {how_to_use_adapter("BASE")}
 """
 

@@ -156,7 +156,7 @@ def compare_with_peft(
     Raises:
         SaveError: a merged weight differs by more than rounding, or PEFT cannot load the adapter.
     """
-    source, merged = Files(base_folder), Files(merged_folder)
+    source, merged, strength = Files(base_folder), Files(merged_folder), adapter.strength
     for name in _layers_to_compare(adapter):
         layer = adapter.layers[name]
         linear = _base_linear(source, name, base)
@@ -165,7 +165,7 @@ def compare_with_peft(
         step = max(1, ROWS_AT_ONCE // linear.in_features)
         for start in range(0, linear.out_features, step):
             rows = slice(start, min(start + step, linear.out_features))
-            for leaf, expected in _rows_merged_by_peft(linear, rows, layer, tensors, adapter_folder).items():
+            for leaf, expected in _rows_merged_by_peft(linear, rows, layer, tensors, adapter_folder, strength).items():
                 sums[leaf].add(expected, merged, rows)
         for found in sums.values():
             if not found.relative <= found.rounding:
@@ -208,7 +208,12 @@ def _tensors_of_layer(adapter_folder: Path, layer: str) -> dict[str, torch.Tenso
 
 
 def _rows_merged_by_peft(
-    linear: nn.Linear, rows: slice, layer: str, tensors: dict[str, torch.Tensor], adapter_folder: Path
+    linear: nn.Linear,
+    rows: slice,
+    layer: str,
+    tensors: dict[str, torch.Tensor],
+    adapter_folder: Path,
+    strength: float,
 ) -> dict[str, torch.Tensor]:
     """Return rows of a layer's weight and bias, merged by PEFT alone.
 
@@ -223,7 +228,7 @@ def _rows_merged_by_peft(
         SaveError: PEFT does not adapt this layer, or cannot load its tensors.
     """
     from peft import LoraConfig, LoraModel, inject_adapter_in_model, set_peft_model_state_dict
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.lora import LoraLayer
 
     part = _linear(linear.weight[rows].clone(), None if linear.bias is None else linear.bias[rows].clone())
     model = _model_of_one(layer, part)
@@ -241,7 +246,8 @@ def _rows_merged_by_peft(
     if missing or result.unexpected_keys:
         raise SaveError(f"{adapter_folder}: PEFT misses {missing} in {layer} and ignores {result.unexpected_keys}")
     adapted = model.get_submodule(layer)
-    assert isinstance(adapted, BaseTunerLayer)
+    assert isinstance(adapted, LoraLayer)
+    adapted.scale_layer(strength)
     adapted.merge()
     return part.state_dict()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from higgs_ds.common.errors import InputError
 from higgs_ds.options.commands import (
+    BlendOptions,
     ConvertOptions,
     EvaluateOptions,
     ExportOptions,
@@ -105,6 +106,19 @@ def parse_merge_options(argv: Sequence[str] | None = None, prog: str | None = No
         "on its own.",
     )
     return parser.parse_group(MergeOptions, argv)
+
+
+def parse_blend_options(argv: Sequence[str] | None = None, prog: str | None = None) -> BlendOptions:
+    """Parse the options of launch/blend.py."""
+    parser = Parser(
+        **_usage(
+            "launch/blend.py",
+            "python launch/blend.py ADAPTER=WEIGHT [ADAPTER=WEIGHT ...] --output_path DIR [options]",
+            prog,
+        ),
+        description="Make one LoRA adapter whose change of each weight is the weighted sum of other adapters' changes.",
+    )
+    return parser.parse_group(BlendOptions, argv)
 
 
 def parse_export_options(argv: Sequence[str] | None = None, prog: str | None = None) -> ExportOptions:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from higgs_ds.options.fields import (
     MERGE_ORIGINAL,
     NATIVE,
     REQUIRED,
+    SCALE_HELP,
     option,
 )
 
@@ -35,6 +38,7 @@ class MergeOptions:
     base_model_path: str = option(REQUIRED, "base model, a folder or a hub id", metavar="BASE")
     lora_adapter_path: Path = option(REQUIRED, "adapter to merge: lora_adapters/, not a checkpoint-N/", metavar="DIR")
     output_path: Path = option(REQUIRED, "new folder for the merged model", metavar="DIR")
+    lora_scale: float = option(1.0, SCALE_HELP)
     merge_base: str | None = option(
         None,
         "weights to merge into: dequantized (those of the 4-bit base, which a QLoRA adapter was trained on) or "
@@ -49,6 +53,33 @@ class MergeOptions:
     )
     no_verify: bool = option(
         False, "do not compare the logits of the merged model with those of the adapter on its base model"
+    )
+
+
+@dataclass(frozen=True)
+class BlendOptions:
+    """Blending"""
+
+    parts: tuple[str, ...] = option(
+        REQUIRED,
+        "adapters to blend and their weights, such as anna/lora_adapters=0.7 ben/lora_adapters=0.3; weights may be "
+        "negative, and need not add up to 1",
+        metavar="ADAPTER=WEIGHT",
+        positional=True,
+    )
+    output_path: Path = option(REQUIRED, "new folder for the blended adapter", metavar="DIR")
+    rank: int | None = option(
+        None,
+        "largest rank of a layer: larger ones are cut by truncated SVD, and the error is printed (default: the sum "
+        "of the adapters' ranks, which is exact)",
+    )
+    to: str | None = option(
+        None, "layout to write, native or original (default: that of the adapters; native if they differ)", LAYOUTS
+    )
+    base_model_path: str | None = option(
+        None,
+        "name of the base model, if the adapters name it differently or not at all; only recorded, not opened",
+        metavar="BASE",
     )
 
 
@@ -101,6 +132,7 @@ class GenerateOptions:
         metavar="BASE",
     )
     lora_adapter_path: Path | None = option(None, "LoRA adapter to use with the base model", metavar="DIR")
+    lora_scale: float = option(1.0, SCALE_HELP)
     codec_ckpt: str | None = option(None, "audio codec, a folder or a hub id (default: named by the base model)")
     output: Path = option(Path("speech.wav"), "WAV file to write", metavar="FILE")
     ref_audio: Path | None = option(None, "reference clip of the voice to clone", metavar="FILE")
@@ -128,6 +160,7 @@ class EvaluateOptions:
         metavar="BASE",
     )
     lora_adapter_path: Path | None = option(None, "LoRA adapter to use with the base model", metavar="DIR")
+    lora_scale: float = option(1.0, SCALE_HELP)
     codec_ckpt: str | None = option(None, "audio codec, a folder or a hub id (default: named by the base model)")
     output_dir: Path = option(Path("evaluation"), "folder for the measures and the WAV files", metavar="DIR")
     num_samples: int | None = option(None, "use only the first N samples (default: all)")
@@ -145,6 +178,31 @@ class EvaluateOptions:
     cache_dir: Path | None = option(
         None, "cache folder for encoded audio (default: $HIGGS_DS_CACHE, or ~/.cache/higgs_ds)", metavar="DIR"
     )
+
+
+def check_lora_scale(lora_scale: float, lora_adapter_path: Path | None) -> list[str]:
+    """Return the problems of --lora_scale; empty if there are none."""
+    if not math.isfinite(lora_scale):
+        return [f"--lora_scale {lora_scale}: must be a finite number, for instance 0.5"]
+    if lora_scale != 1 and lora_adapter_path is None:
+        return [f"--lora_scale {lora_scale}: needs --lora_adapter_path, the adapter whose change it multiplies"]
+    return []
+
+
+def parse_parts(parts: Sequence[str]) -> tuple[list[tuple[Path, float]], list[str]]:
+    """Parse ADAPTER=WEIGHT, where a folder's name may contain "=", into pairs. Return them, and the problems."""
+    parsed, problems = [], []
+    for part in parts:
+        folder, _, weight = part.rpartition("=")
+        try:
+            number = float(weight) if folder else math.nan
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number):
+            parsed.append((Path(folder), number))
+        else:
+            problems.append(f"{part}: must be ADAPTER=WEIGHT, a folder and a finite number, as in voice_a=0.7")
+    return parsed, problems
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -22,12 +22,23 @@ TENSORBOARD, WANDB = "tensorboard", "wandb"
 REQUIRED = dataclasses.MISSING  # the default of an option that must be given
 
 
-def option(default: Any, help_text: str, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
-    """Declare a dataclass field that is also a command line option of the same name."""
-    return field(default=default, metadata={"help": help_text, "choices": choices, "metavar": metavar})
+def option(
+    default: Any,
+    help_text: str,
+    choices: tuple[str, ...] | None = None,
+    metavar: str | None = None,
+    positional: bool = False,
+) -> Any:
+    """Declare a dataclass field that is also a command line option of the same name, or arguments without a name."""
+    metadata = {"help": help_text, "choices": choices, "metavar": metavar, "positional": positional}
+    return field(default=default, metadata=metadata)
 
 
 EXPORT_HELP = (
     "layout of the merged or complete model: native (read by transformers), original (read by boson_multimodal), or "
     "both (a folder of each)"
+)
+SCALE_HELP = (
+    "strength of the adapter: its change of each weight is multiplied by X; 1 is as trained, 0 the base, and values "
+    "above 1 or below 0 are possible"
 )

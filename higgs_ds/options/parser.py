@@ -35,6 +35,9 @@ def add_options(parser: Parser, group_class: type) -> None:
             kwargs.update(type=value_type, choices=meta["choices"], metavar=metavar)
             if many:
                 kwargs["nargs"] = "+"
+            if meta["positional"]:
+                group.add_argument(option_field.name, **kwargs)
+                continue
             if default is REQUIRED:
                 kwargs["required"] = True
             elif default is not None:

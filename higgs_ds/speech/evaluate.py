@@ -20,7 +20,7 @@ from higgs_ds.data.audio import write_audio
 from higgs_ds.data.codec import Codec
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.preparation import Preparation, scratch_problems
-from higgs_ds.options.commands import EvaluateOptions
+from higgs_ds.options.commands import EvaluateOptions, check_lora_scale
 from higgs_ds.options.train import DataOptions
 from higgs_ds.speech.generate import generation_settings, load_generation_model, open_generation_model, speak
 from higgs_ds.speech.measures import agreement, median_pitch_hz, mel_distance_db, word_errors, words_of
@@ -73,7 +73,7 @@ def _evaluate(options: EvaluateOptions, lock: FolderLock) -> None:
         problems,
         lambda: distributed.run_on_all_ranks(
             lambda: open_generation_model(
-                options.base_model_path, options.lora_adapter_path, options.codec_ckpt, cache_dir
+                options.base_model_path, options.lora_adapter_path, options.codec_ckpt, cache_dir, options.lora_scale
             )
         ),
     )
@@ -109,7 +109,8 @@ def _evaluate(options: EvaluateOptions, lock: FolderLock) -> None:
         sounds = _decode_and_write(codec, codes, prompt, options.output_dir, number)
         items.append((number, _measure(prompt, codes, speech.stopped, sounds, codec.sample_rate, recognize)))
     gathered = dict(pair for of_rank in distributed.gather_objects(items) for pair in of_rank)
-    results = summary([gathered[number] for number in sorted(gathered)])
+    used = {} if options.lora_adapter_path is None else {"lora_scale": options.lora_scale}
+    results = used | summary([gathered[number] for number in sorted(gathered)])
     distributed.on_main(lambda: _write_results(options.output_dir, results))
     say(table(results, earlier))
     say(f"evaluation: {options.output_dir / RESULTS_FILE}")
@@ -129,7 +130,7 @@ def _option_problems(options: EvaluateOptions) -> list[str]:
         problems.append(f"--num_samples {options.num_samples}: must be 1 or more")
     if options.temperature < 0:
         problems.append(f"--temperature {options.temperature}: must be 0 or above")
-    return problems
+    return problems + check_lora_scale(options.lora_scale, options.lora_adapter_path)
 
 
 def _decode_and_write(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 
 from higgs_ds.adapters.convert import adapter_in_native_names
 from higgs_ds.adapters.load import Adapter, read_adapter
@@ -25,7 +26,7 @@ from higgs_ds.data.sample import ASSISTANT, SYSTEM, USER, AudioClip, Message
 from higgs_ds.model.config import parts_of
 from higgs_ds.model.loading import load_for_generation
 from higgs_ds.model.parts import NO_PARTS
-from higgs_ds.options.commands import GenerateOptions
+from higgs_ds.options.commands import GenerateOptions, check_lora_scale
 
 MAX_REFERENCE_S = 60.0  # longer references are refused before they are decoded
 
@@ -69,12 +70,15 @@ def main(options: GenerateOptions) -> None:
 
 
 def open_generation_model(
-    base_name: str | None, adapter_folder: Path | None, codec_name: str | None, cache_dir: Path
+    base_name: str | None, adapter_folder: Path | None, codec_name: str | None, cache_dir: Path, strength: float = 1.0
 ) -> GenerationModel:
-    """Open the named model, by default the adapter's base or a built-in one, and the adapter. Raises InputError."""
+    """Open the named model, by default the adapter's base or a built-in one, and the adapter. Raises InputError.
+
+    `strength`: a factor of the adapter's change of the weights.
+    """
     adapter = None
     if adapter_folder is not None:
-        adapter = read_adapter(adapter_folder)
+        adapter = read_adapter(adapter_folder, strength)
         base_name = base_name or PeftConfig.from_pretrained(adapter_folder).base_model_name_or_path
     elif base_name and (Path(base_name) / ADAPTER_CONFIG).is_file():
         raise InputError(f"--base_model_path {base_name}: is an adapter; give it as --lora_adapter_path")
@@ -91,6 +95,9 @@ def load_generation_model(speaker: GenerationModel, device: torch.device) -> Any
     if adapter is not None and speaker.adapter_folder is not None:
         with adapter_in_native_names(speaker.adapter_folder, adapter) as folder:
             model = PeftModel.from_pretrained(model, folder)
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.scale_layer(adapter.strength)
     return model.eval()
 
 
@@ -140,9 +147,14 @@ def _check(options: GenerateOptions) -> GenerationModel:
     reason = why_not_writable(options.output.parent)
     if reason or options.output.is_dir():
         problems.append(f"--output {options.output}: cannot be written to: {reason or 'is a folder'}")
+    problems += check_lora_scale(options.lora_scale, options.lora_adapter_path)
     try:
         speaker = open_generation_model(
-            options.base_model_path, options.lora_adapter_path, options.codec_ckpt, default_cache_dir()
+            options.base_model_path,
+            options.lora_adapter_path,
+            options.codec_ckpt,
+            default_cache_dir(),
+            options.lora_scale,
         )
     except InputError as error:
         problems += error.problems
