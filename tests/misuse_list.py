@@ -125,6 +125,12 @@ merge: a file as adapter           | 2   | file       | merge --base_model_path 
 merge: a file as base              | 2   | file       | merge --base_model_path {here}/file --lora_adapter_path {adapter} --output_path {here}/merged
 merge: an empty folder as base     | 2   | empty      | merge --base_model_path {here}/empty --lora_adapter_path {adapter} --output_path {here}/merged
 merge: the codec is the base       | 2   | codec      | merge --base_model_path {base} --lora_adapter_path {adapter} --codec_ckpt {base} --output_path {here}/merged
+blend: output is an adapter        | 2   | adapter    | blend {adapter}=0.5 {adapter}=0.5 --output_path {adapter}
+blend: output inside an adapter    | 0 2 |            | blend {adapter}=0.5 --output_path {adapter}/blend
+blend: output is a file            | 2   | file       | blend {adapter}=0.5 --output_path {here}/file
+blend: output is a link to nothing | 2 3 | nowhere    | blend {adapter}=0.5 --output_path {here}/nowhere
+blend: a run, a file and nothing   | 2   | run, file, 3 problems | blend {run}=0.5 {here}/file=0.5 {here}/none=1 --output_path {here}/new
+blend: no weight                   | 2   | ADAPTER=WEIGHT | blend {adapter} --output_path {here}/new
 convert: output is the input       | 2   | base       | convert --input_path {base} --output_path {base} --to original
 convert: output inside the input   | 0 2 |            | convert --input_path {base} --output_path {base}/original --to original
 convert: output is a file          | 2   | file       | convert --input_path {base} --output_path {here}/file --to original
@@ -751,6 +757,7 @@ EVALUATE = "evaluate --test_manifest {clips} --base_model_path {stock_base} --nu
 add_other_lock("merge: the lock of a live process", MERGE, ".new.lock", lambda path: write_lock(path, owner()), BAD_INPUT, "--output_path")
 add_other_lock("merge: the lock of a dead process", MERGE, ".new.lock", lambda path: write_lock(path, dead()), OK, "taken over")
 add_other_lock("merge: the lock is a folder", MERGE, ".new.lock", lambda path: path.mkdir(), REFUSED, ".new.lock")
+add_other_lock("blend: the lock of a live process", "blend {adapter}=0.5 --output_path {here}/new", ".new.lock", lambda path: write_lock(path, owner()), BAD_INPUT, "--output_path")
 add_other_lock("convert: the lock is a FIFO", CONVERT, ".new.lock", os.mkfifo, (*EITHER, SAVE_FAILED))
 add_other_lock("convert: the lock of a live process", CONVERT, ".new.lock", lambda path: write_lock(path, owner()), BAD_INPUT, "--output_path")
 add_other_lock("export: the lock of a live process", "export --checkpoint_path {full}/checkpoint-3 --output_path {here}/new", ".new.lock", lambda path: write_lock(path, owner()), BAD_INPUT, "--output_path")

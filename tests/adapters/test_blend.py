@@ -106,8 +106,8 @@ BLENDS = {
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """To 1e-5 of the largest value: hidden states and logits reach about 10."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
+    """Float32's own error is about 4e-6 here, with values of up to 4."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", BLENDS)

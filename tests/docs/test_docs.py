@@ -10,6 +10,7 @@ from conftest import PROJECT
 
 from higgs_ds.options.command_line import Parser, add_options
 from higgs_ds.options.commands import (
+    BlendOptions,
     ConvertOptions,
     EvaluateOptions,
     ExportOptions,
@@ -41,7 +42,7 @@ def known_options() -> set[str]:
     for group in (*vars(TrainOptions()).values(), PrepareOptions()):
         add_options(parser, type(group))
     names = {f"--{name}" for name in parser.names()}
-    for group_class in (MergeOptions, ExportOptions, ConvertOptions, EvaluateOptions, GenerateOptions):
+    for group_class in (MergeOptions, BlendOptions, ExportOptions, ConvertOptions, EvaluateOptions, GenerateOptions):
         group_parser = Parser()
         add_options(group_parser, group_class)
         names |= {f"--{name}" for name in group_parser.names()}

@@ -89,6 +89,9 @@ def commands(made: Path, base: Path) -> dict[str, tuple[str, str, list[str]]]:
             ".adapter.lock", "--output_path adapter",
             f"convert --input_path {adapter} --output_path adapter --to original",
         ),
+        "blend": (
+            ".blend.lock", "--output_path blend", f"blend {adapter}=0.5 {adapter}=0.5 --output_path blend",
+        ),
         "prepare": (
             ".bad.txt.lock", "--skip_bad bad.txt",
             f"prepare --base_ckpt {base} --train_manifest {made}/one_missing.jsonl --skip_bad bad.txt "
@@ -98,7 +101,7 @@ def commands(made: Path, base: Path) -> dict[str, tuple[str, str, list[str]]]:
     return {kind: (lock, named, line.split()) for kind, (lock, named, line) in lines.items()}
 
 
-KINDS = ["train", "evaluate", "merge", "export", "convert of a base", "convert of an adapter", "prepare"]
+KINDS = ["train", "evaluate", "merge", "export", "convert of a base", "convert of an adapter", "blend", "prepare"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -47,7 +47,7 @@ def test_check_of_data(base: Path, cache_dir: Path) -> None:
     assert imported_by("prepare", *options) == set()
 
 
-@pytest.mark.parametrize("command", ["find_lora_adapters", "validate_adapter", "convert"])
+@pytest.mark.parametrize("command", ["find_lora_adapters", "validate_adapter", "convert", "blend"])
 def test_commands_for_adapters(command: str, tmp_path: Path) -> None:
     name = "base_model.model.model.layers.0.self_attn.q_proj"
     LoraConfig(r=2, target_modules=["self_attn.q_proj"], base_model_name_or_path="x").save_pretrained(tmp_path / "old")
@@ -56,4 +56,6 @@ def test_commands_for_adapters(command: str, tmp_path: Path) -> None:
     options: tuple[object, ...] = (tmp_path / "old",)
     if command == "convert":
         options = ("--input_path", *options, "--output_path", tmp_path / "new", "--to", "original")
+    if command == "blend":
+        options = (f"{tmp_path / 'old'}=0.5", "--output_path", tmp_path / "new", "--rank", "1")
     assert imported_by(command, *options) == {"torch"}
