@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,10 +76,9 @@ class Blend:
     def how_it_was_made(self) -> list[str]:
         """Return the parts, the ranks and the error, as lines."""
         ranks = sorted({len(factors.a) for factors in self.factors.values()})
+        rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         lines = [f"Sum of changes: {' + '.join(part.name for part in self.parts)}"]
-        lines.append(
-            f"Rank: {' to '.join(map(str, dict.fromkeys([ranks[0], ranks[-1]])))}, in {len(self.factors)} layers"
-        )
+        lines.append(f"Rank: {rank}, in {len(self.factors)} layers")
         if not self.losses:
             return [*lines, "Error: none but rounding to float32"]
         worst = max(self.losses, key=lambda name: self.losses[name].relative)
@@ -158,41 +157,50 @@ def _why_not_together(parts: list[Part], base: str | None) -> list[str]:
     Args:
         base: the base's name, if it is not to be taken from the adapters.
     """
-    problems = []
-    if base is None:
-        named = {part.folder: part.config.get("base_model_name_or_path") for part in parts}
-        problems += [
-            f"{folder}: names no base model; name it with --base_model_path"
-            for folder, name in named.items()
-            if not name
-        ]
-        if len({name for name in named.values() if name}) > 1:
-            problems.append(
-                f"the adapters belong to different base models: {_listed(named.items())}. If these are the same model, "
-                "name it with --base_model_path"
-            )
-    bits = {part.folder: "of the base" if part.adapter.quantization is None else "in 4 bits" for part in parts}
-    if len(set(bits.values())) > 1:
-        problems.append(
-            f"the adapters were trained on different weights: {_listed(bits.items())}. Merge one of those in 4 bits "
-            f"into the base ({command('merge')}, with its weight as --lora_scale), and use the others on the result"
-        )
-    records = [part.adapter.quantization for part in parts if part.adapter.quantization]
-    if any((r.compute_dtype, r.digests) != (records[0].compute_dtype, records[0].digests) for r in records):
-        problems.append("the adapters were trained on bases that were quantized to different 4-bit weights")
     shapes: dict[str, dict[Path, tuple[int, int]]] = {}
     for part in parts:
         for name, factors in part.adapter.factors.items():
             shapes.setdefault(name, {})[part.folder] = (factors.b.shape[0], factors.a.shape[1])
-    return problems + [
-        f"{name} has different shapes: {_listed(of_layer.items())}"
-        for name, of_layer in shapes.items()
-        if len(set(of_layer.values())) > 1
+    return (
+        (_different_bases(parts) if base is None else [])
+        + _different_quantization(parts)
+        + [
+            f"{name} has different shapes: {_listed(of_layer)}"
+            for name, of_layer in shapes.items()
+            if len(set(of_layer.values())) > 1
+        ]
+    )
+
+
+def _different_bases(parts: list[Part]) -> list[str]:
+    named = {part.folder: part.config.get("base_model_name_or_path") for part in parts}
+    problems = [
+        f"{folder}: names no base model; name it with --base_model_path" for folder, name in named.items() if not name
     ]
+    if len({name for name in named.values() if name}) > 1:
+        problems.append(
+            f"the adapters belong to different base models: {_listed(named)}. If these are the same model, name it "
+            "with --base_model_path"
+        )
+    return problems
 
 
-def _listed(items: Iterable[tuple[Path, object]]) -> str:
-    return ", ".join(f"{folder}: {value}" for folder, value in items)
+def _different_quantization(parts: list[Part]) -> list[str]:
+    problems = []
+    bits = {part.folder: "of the base" if part.adapter.quantization is None else "in 4 bits" for part in parts}
+    if len(set(bits.values())) > 1:
+        problems.append(
+            f"the adapters were trained on different weights: {_listed(bits)}. Merge one of those in 4 bits into the "
+            f"base ({command('merge')}, with its weight as --lora_scale), and use the others on the result"
+        )
+    records = [part.adapter.quantization for part in parts if part.adapter.quantization]
+    if any((r.compute_dtype, r.digests) != (records[0].compute_dtype, records[0].digests) for r in records):
+        problems.append("the adapters were trained on bases that were quantized to different 4-bit weights")
+    return problems
+
+
+def _listed(values: Mapping[Path, object]) -> str:
+    return ", ".join(f"{folder}: {value}" for folder, value in values.items())
 
 
 def _sum(parts: list[Part], options: BlendOptions) -> Blend:
