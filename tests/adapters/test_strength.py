@@ -144,6 +144,7 @@ def test_what_has_no_strength(tiny: Path, tmp_path: Path) -> None:
         assert str(caught.value) == f"{adapter}: --lora_scale 0.5: {reason}"
 
 
+@pytest.mark.slow
 def test_refused(tiny: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the other problems, before anything is loaded."""
     assert generate(["--text", "", "--base_model_path", str(tiny), "--lora_scale", "0.5"]) == 2
