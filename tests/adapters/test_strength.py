@@ -134,8 +134,10 @@ def test_what_has_no_strength(tiny: Path, tmp_path: Path) -> None:
     """DoRA's norms and fully trained parts; at 1 they are as before."""
     dora = saved(adapted(tiny, use_dora=True), tmp_path / "dora")
     full = with_a_full_part(tiny, tmp_path / "full")
+    heads = saved(adapted(tiny, modules_to_save=["audio_lm_head", "text_lm_head"]), tmp_path / "heads")
     for adapter, reason in (
         (dora, "use_dora is True, and DoRA, which also sets the norms of rows, has no strength but 1"),
+        (heads, "heads was fully trained with the adapter, and has no strength but 1"),
         (full, "audio self-attention was fully trained with the adapter, and has no strength but 1"),
     ):
         read_adapter(adapter, 1.0)
