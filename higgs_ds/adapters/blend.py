@@ -17,12 +17,14 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from higgs_ds.adapters.load import PEFT_PREFIX, Adapter, Factors, read_adapter
+from higgs_ds.adapters.files import PEFT_PREFIX, Factors
+from higgs_ds.adapters.load import Adapter, read_adapter
 from higgs_ds.adapters.low_rank import Loss, total, truncate, weighted_sum
 from higgs_ds.adapters.save import (
     ADAPTER_CARD,
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    BASE_KEY,
     DIGEST_KEY,
     QUANTIZATION_KEY,
     adapter_card,
@@ -162,7 +164,8 @@ def _why_not_together(parts: list[Part], base: str | None) -> list[str]:
         for name, factors in part.adapter.factors.items():
             shapes.setdefault(name, {})[part.folder] = (factors.b.shape[0], factors.a.shape[1])
     return (
-        (_different_bases(parts) if base is None else [])
+        _different_weights(parts)
+        + (_different_names(parts) if base is None else [])
         + _different_quantization(parts)
         + [
             f"{name} has different shapes: {_listed(of_layer)}"
@@ -172,7 +175,18 @@ def _why_not_together(parts: list[Part], base: str | None) -> list[str]:
     )
 
 
-def _different_bases(parts: list[Part]) -> list[str]:
+def _different_weights(parts: list[Part]) -> list[str]:
+    recorded = {part.folder: part.adapter.record.base_weights for part in parts}
+    if len({weights for weights in recorded.values() if weights}) < 2:
+        return []
+    known = {folder: weights[:12] for folder, weights in recorded.items() if weights}
+    return [f"the adapters were trained on bases with different weights (digests {_listed(known)})"]
+
+
+def _different_names(parts: list[Part]) -> list[str]:
+    """Return that the names of bases differ, or are missing, unless it is known that the bases are the same."""
+    if len({part.adapter.record.base_weights or part.folder for part in parts}) == 1:
+        return []
     named = {part.folder: part.config.get("base_model_name_or_path") for part in parts}
     problems = [
         f"{folder}: names no base model; name it with --base_model_path" for folder, name in named.items() if not name
@@ -231,6 +245,8 @@ def _write(made: Blend, target: Path) -> None:
     record = quantization.to_json() if quantization else None
     metadata = {"format": "pt", DIGEST_KEY: digest(tensors, config, record)}
     metadata |= {QUANTIZATION_KEY: record} if record else {}
+    weights, *others = {part.adapter.record.base_weights for part in made.parts}
+    metadata |= {BASE_KEY: weights} if weights and not others else {}
     lines = "\n".join(f"- {line}" for line in made.how_it_was_made())
     card = f"Blended with higgs_ds from adapters for {base_in_card(made.base, quantization)}, float32:\n\n{lines}\n"
     with saving(target), new_folder(target) as folder:

@@ -14,7 +14,8 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from higgs_ds.adapters.load import PEFT_PREFIX, Adapter, name_in_base, read_adapter
+from higgs_ds.adapters.files import PEFT_PREFIX, name_in_base
+from higgs_ds.adapters.load import Adapter, read_adapter
 from higgs_ds.adapters.lora_config import LoraValues
 from higgs_ds.adapters.save import ADAPTER_CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS, DIGEST_KEY, QUANTIZATION_KEY, digest
 from higgs_ds.bases.builtin import find_base

@@ -2,51 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
-from higgs_ds.adapters.lora_config import LoraValues, find_problems
-from higgs_ds.adapters.origin import Record, origins_from_json
-from higgs_ds.adapters.save import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    BASE_KEY,
-    DIGEST_KEY,
-    ORIGINS_KEY,
-    PARTS_KEY,
-    QUANTIZATION_KEY,
-    digest,
+from higgs_ds.adapters.files import (
+    LORA_A,
+    LORA_B,
+    OTHER_FACTORS,
+    PEFT_PREFIX,
+    Factors,
+    name_in_base,
+    problems_of,
+    read_files,
+    why_not_scalable,
 )
+from higgs_ds.adapters.lora_config import LoraValues
+from higgs_ds.adapters.origin import Record
 from higgs_ds.common.errors import InputError
-from higgs_ds.common.resources import command
-from higgs_ds.common.run_files import ADAPTER_FOLDER, TRAINED_FOLDER
-from higgs_ds.model.fully_trained import NOTHING_FULLY_TRAINED, FullyTrained, is_own_weight
-from higgs_ds.model.layouts import native_name
-from higgs_ds.model.parts import NO_PARTS, Parts
+from higgs_ds.model.fully_trained import NOTHING_FULLY_TRAINED, FullyTrained
 from higgs_ds.model.quantization import BaseQuantization, is_quantized_weight
-
-PEFT_PREFIX = "base_model.model."
-_LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
-_OTHER_PARTS = {".lora_B.bias": "bias", ".lora_magnitude_vector": "magnitude"}
-_NATIVE_PREFIXES = ("model.", "text_lm_head.", "audio_lm_head.")
-
-
-@dataclass
-class Factors:
-    """The adapter of one linear layer: A (r, in), B (out, r); optional: B's bias (out,) and DoRA's row norms (out,)."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    bias: torch.Tensor | None = None
-    magnitude: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +50,8 @@ class Adapter:
         tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in self.full_weights.items()}
         for name, factors in self.factors.items():
             layer = f"{PEFT_PREFIX}{name.removesuffix('.weight')}"
-            tensors |= {f"{layer}{_LORA_A}": factors.a, f"{layer}{_LORA_B}": factors.b}
-            optional = {suffix: getattr(factors, part) for suffix, part in _OTHER_PARTS.items()}
+            tensors |= {f"{layer}{LORA_A}": factors.a, f"{layer}{LORA_B}": factors.b}
+            optional = {suffix: getattr(factors, part) for suffix, part in OTHER_FACTORS.items()}
             tensors |= {f"{layer}{suffix}": tensor for suffix, tensor in optional.items() if tensor is not None}
         return tensors
 
@@ -137,43 +114,6 @@ class BaseWeights:
         return nf4.dequantize(quantized).cpu().float()
 
 
-@dataclass(frozen=True)
-class _AdapterFiles:
-    """What the two files of an adapter hold."""
-
-    tensors: dict[str, torch.Tensor]
-    written: dict[str, Any]  # adapter_config.json
-    quantization: BaseQuantization | None
-    full_parts: Parts
-    record: Record
-
-    def pairs(self) -> tuple[dict[str, Factors], list[str]]:
-        """Return the factors by the names of their layers in the file, and the names of tensors without a pair."""
-        full = self.full_names()
-        return _pair_factors({name: tensor for name, tensor in self.tensors.items() if name not in full})
-
-    def full_names(self) -> set[str]:
-        """Return the names of the tensors that are whole weights."""
-        return {name for name in self.tensors if self.full_parts.has(name) or is_own_weight(name_in_base(name))}
-
-    def saved_modules(self) -> list[str]:
-        """Return the values of `modules_to_save` that PEFT fills from these tensors, if every whole weight has one."""
-        modules = [name.removeprefix(PEFT_PREFIX).removesuffix(".weight") for name in self.full_names()]
-        saved = [value for value in self.written.get("modules_to_save") or [] if isinstance(value, str)]
-        of_parts = self.full_parts.modules
-
-        def is_filled(value: str) -> bool:
-            return value in of_parts or any(module.endswith(value) for module in modules)
-
-        def is_saved(module: str) -> bool:
-            return self.full_parts.has(module) or module.endswith(tuple(saved))
-
-        return list(filter(is_filled, saved)) if all(map(is_saved, modules)) else of_parts
-
-    def in_original_names(self) -> bool:
-        return any(not _is_native(name) for name in self.tensors)
-
-
 def read_adapter(folder: Path, strength: float = 1.0) -> Adapter:
     """Read a LoRA adapter.
 
@@ -184,13 +124,8 @@ def read_adapter(folder: Path, strength: float = 1.0) -> Adapter:
         InputError: the folder is not a LoRA adapter, or is damaged or of a kind that cannot be merged; the message
             says what to give instead. Or its change cannot be multiplied by `strength`.
     """
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise InputError(_describe_non_adapter(folder))
-    try:
-        files = _read_files(folder)
-    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
-        raise InputError(f"{folder}: its adapter cannot be read: {error}") from error
-    problems = _problems_of(files) + ([] if strength == 1 else _why_not_scalable(files, strength))
+    files = read_files(folder)
+    problems = problems_of(files) + ([] if strength == 1 else why_not_scalable(files, strength))
     if problems:
         raise InputError([f"{folder}: {problem}" for problem in problems])
     factors, _ = files.pairs()
@@ -209,125 +144,6 @@ def read_adapter(folder: Path, strength: float = 1.0) -> Adapter:
         values=values,
         record=files.record,
     )
-
-
-def _read_files(folder: Path) -> _AdapterFiles:
-    tensors = load_file(folder / ADAPTER_WEIGHTS)
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        metadata = file.metadata() or {}
-    record, parts = metadata.get(QUANTIZATION_KEY), metadata.get(PARTS_KEY)
-    written = _read_config(folder)
-    quantization = BaseQuantization.from_json(record) if record else None
-    return _AdapterFiles(
-        tensors,
-        written,
-        quantization,
-        Parts.from_json(parts) if parts else NO_PARTS,
-        Record(
-            sha256=_check_digest(folder, tensors, metadata, written),
-            is_ours=DIGEST_KEY in metadata,
-            base=str(written.get("base_model_name_or_path") or "") or None,
-            base_weights=metadata.get(BASE_KEY),
-            origins=origins_from_json(metadata.get(ORIGINS_KEY, "[]")),
-        ),
-    )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    if not isinstance(written, dict):
-        raise ValueError(f"{ADAPTER_CONFIG} is not a JSON object")
-    return written
-
-
-def _check_digest(
-    folder: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], written: dict[str, Any]
-) -> str:
-    """Return the files' digest. Raises InputError if they record another one; an adapter without a record passes."""
-    found = digest(tensors, written, metadata.get(QUANTIZATION_KEY))
-    if metadata.get(DIGEST_KEY, found) != found:
-        raise InputError(
-            f"{folder}: {ADAPTER_WEIGHTS} or {ADAPTER_CONFIG} has changed since it was written: it is damaged, half "
-            "copied or edited; copy both files again from the training output"
-        )
-    return found
-
-
-def _pair_factors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Factors], list[str]]:
-    """Return the factors by the names of their layers in the file, and the names of tensors without factors."""
-    rest = dict(tensors)
-    factors = {}
-    for name in sorted(tensors):
-        layer = name.removesuffix(_LORA_A)
-        if layer == name or layer + _LORA_B not in rest:
-            continue
-        parts = {part: rest.pop(layer + suffix, None) for suffix, part in _OTHER_PARTS.items()}
-        factors[layer.removeprefix(PEFT_PREFIX)] = Factors(rest.pop(name), rest.pop(layer + _LORA_B), **parts)
-    return factors, sorted(rest)
-
-
-def _problems_of(files: _AdapterFiles) -> list[str]:
-    """Return why an adapter cannot be used, whatever its base."""
-    factors, unpaired = files.pairs()
-    problems = find_problems(files.written, files.saved_modules())
-    unknown = [name for name in files.tensors if name_in_base(name) is None]
-    problems += [f"{name} is not a tensor of a Higgs Audio v2 model" for name in unknown]
-    problems += [f"{name} {_why_unpaired(name)}" for name in unpaired]
-    problems += [f"{name} holds NaN or infinity" for name, t in files.tensors.items() if not t.isfinite().all()]
-    if not factors:
-        problems.append(f"{ADAPTER_WEIGHTS} holds no LoRA tensors")
-    return problems or _contradictions(LoraValues.of(files.written), factors)
-
-
-def _why_not_scalable(files: _AdapterFiles, strength: float) -> list[str]:
-    given, problems = f"--lora_scale {strength:g}", []
-    if files.written.get("use_dora"):
-        problems.append(
-            f"{given}: use_dora is True, and DoRA, which also sets the norms of rows, has no strength but 1"
-        )
-    full = FullyTrained.of([str(name_in_base(name)) for name in files.full_names()], files.full_parts)
-    if full:
-        problems.append(f"{given}: {full} was fully trained with the adapter, and has no strength but 1")
-    return problems
-
-
-def _why_unpaired(name: str) -> str:
-    if ".lora_embedding_" in name:
-        return "is LoRA on an embedding, which cannot be merged here; leave embeddings out of target_modules"
-    return "does not belong to a LoRA pair"
-
-
-def _contradictions(values: LoraValues, factors: dict[str, Factors]) -> list[str]:
-    """Return where the tensors are not those of the configuration, which PEFT then loads in part or not at all."""
-    problems = []
-    for layer, of_layer in factors.items():
-        if len(of_layer.a) != values.rank(layer):
-            problems.append(f"{layer} has rank {len(of_layer.a)}, but rank {values.rank(layer)} in {ADAPTER_CONFIG}")
-        for key, is_used, tensor in (
-            ("use_dora", values.use_dora, of_layer.magnitude),
-            ("lora_bias", values.lora_bias, of_layer.bias),
-        ):
-            if is_used != (tensor is not None):
-                has = "has no" if is_used else "has a"
-                problems.append(f"{layer} {has} tensor for {key}, which is {is_used} in {ADAPTER_CONFIG}")
-    return problems
-
-
-def _is_native(name: str) -> bool:
-    return name.removeprefix(PEFT_PREFIX).startswith(_NATIVE_PREFIXES)
-
-
-def name_in_base(name: str) -> str | None:
-    """Return the native base's name of a tensor in an adapter's file, which may use the names of either layout.
-
-    None if neither layout has such a name.
-    """
-    if _is_native(name):
-        return name.removeprefix(PEFT_PREFIX)
-    try:
-        return native_name(name.removeprefix(PEFT_PREFIX))
-    except KeyError:
-        return None
 
 
 def check_fit(adapter: Adapter, shapes: dict[str, tuple[int, ...]], adapter_folder: Path, base_folder: Path) -> None:
@@ -350,20 +166,3 @@ def check_fit(adapter: Adapter, shapes: dict[str, tuple[int, ...]], adapter_fold
     ]
     if problems:
         raise InputError(problems)
-
-
-def _describe_non_adapter(folder: Path) -> str:
-    nearby = sorted({path.parent for parent in (folder, folder.parent) for path in _adapters_below(parent)})
-    where = "; adapters nearby: " + ", ".join(map(str, nearby)) if nearby else ""
-    if (folder / TRAINED_FOLDER).is_dir():
-        return f"{folder}: is a checkpoint of full fine-tuning, not an adapter; {command('export')} makes a model of it"
-    if folder.name.startswith("checkpoint-"):
-        return (
-            f"{folder}: is a checkpoint directory, for resuming training (--resume), not an adapter; give the adapter "
-            f"directory, {folder / ADAPTER_FOLDER}{where}"
-        )
-    return f"{folder}: is not an adapter: it holds no {ADAPTER_CONFIG}{where}"
-
-
-def _adapters_below(folder: Path) -> Iterable[Path]:
-    return [*folder.glob(ADAPTER_CONFIG), *folder.glob(f"*/{ADAPTER_CONFIG}")]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from higgs_ds.adapters.load import Factors
+from higgs_ds.adapters.files import Factors
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import HiggsAudioV2Config
 
-from higgs_ds.adapters.load import PEFT_PREFIX, Adapter, BaseWeights
+from higgs_ds.adapters.files import PEFT_PREFIX
+from higgs_ds.adapters.load import Adapter, BaseWeights
 from higgs_ds.adapters.save import ADAPTER_WEIGHTS
 from higgs_ds.common.errors import SaveError
 from higgs_ds.common.files import release_freed_memory

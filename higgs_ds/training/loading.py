@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from higgs_ds.adapters.load import name_in_base
+from higgs_ds.adapters.files import name_in_base
 from higgs_ds.adapters.save import AdapterFormat, trained_parameters
 from higgs_ds.adapters.starting_point import StartingPoint, compare_quantization
 from higgs_ds.checkpoints.folder import masters_in, read_state

@@ -265,6 +265,23 @@ def test_bases(tiny: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     assert json.loads((made / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
 
 
+def of_base(base: Path, folder: Path, weights: str) -> Path:
+    """An adapter that records the digest of its base's weights."""
+    model = adapted(base)
+    tensors = {n.replace(".default", ""): p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    write_adapter(folder, tensors, AdapterFormat(model.peft_config["default"], base_weights=weights), False)
+    return folder
+
+
+def test_recorded_weights_decide_before_names(tiny: Path, tmp_path: Path) -> None:
+    one, same = (of_base(tiny, tmp_path / name, "5" * 64) for name in ("one", "same"))
+    moved, other = renamed_base(same, tmp_path / "moved", "elsewhere"), of_base(tiny, tmp_path / "other", "7" * 64)
+    made = blended(tmp_path / "made", [(one, 0.5), (moved, 0.5)])
+    assert read_adapter(made).record.base_weights == "5" * 64
+    with pytest.raises(InputError, match="trained on bases with different weights"):
+        blended(tmp_path / "out", [(one, 0.5), (other, 0.5)], base_model_path="some/base")
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_refused(
     tiny: Path,

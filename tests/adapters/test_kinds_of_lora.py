@@ -450,7 +450,7 @@ def test_converted_configuration_finds_the_same_layers(tiny: Path, tmp_path: Pat
 
 def test_self_check_sees_a_changed_base(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the refusal, PiSSA and OLoRA pass the comparison of the logits, but not that with PEFT."""
-    monkeypatch.setattr("higgs_ds.adapters.load.find_problems", lambda *_: [])
+    monkeypatch.setattr("higgs_ds.adapters.files.find_problems", lambda *_: [])
     for initialization in ("pissa", "olora"):
         adapter = saved(changing_base(tiny, initialization), tmp_path / initialization)
         with pytest.raises(SaveError, match=f"{Q}.weight differs from what PEFT makes of"):
