@@ -6,6 +6,7 @@ import dataclasses
 
 from higgs_ds.common.resources import command
 from higgs_ds.options.fields import EMBEDDINGS, RESUME_AUTO, TRAIN_GROUPS
+from higgs_ds.options.learning_rates import check_learning_rates
 from higgs_ds.options.train import DataOptions, TrainOptions
 
 
@@ -66,7 +67,7 @@ def _check_finetune_options(options: TrainOptions) -> list[str]:
 def check_options(options: TrainOptions) -> list[str]:
     """Return the problems of all training options; empty if there are none."""
     flat = options.flat()
-    problems = check_data_options(options.data) + _check_finetune_options(options)
+    problems = check_data_options(options.data) + _check_finetune_options(options) + check_learning_rates(options)
 
     def expect(name: str, holds: bool, allowed: str) -> None:
         if not holds:

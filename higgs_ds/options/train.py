@@ -193,6 +193,15 @@ class OptimOptions:
         OPTIMIZERS,
     )  # fmt: skip
     lr: float = option(2e-4, "peak learning rate of AdamW; fully fine-tuned weights usually need a much lower one")
+    group_lr: tuple[str, ...] | None = option(
+        None,
+        "peak learning rates of groups, those of --lora_targets or --train_groups, audio_self_attention or "
+        "whisper_conditioning; the others have --lr",
+        metavar="GROUP=LR",
+    )
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: the learning rate of the adapters' B factors is this many times that of their A factors"
+    )
     lr_scheduler_type: str = option(
         "cosine", "learning rate schedule after the warm-up; warmup_stable_decay decays only at the end of training",
         ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "warmup_stable_decay"),

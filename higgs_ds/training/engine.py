@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,15 +28,16 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import nn
-from transformers import get_scheduler
 
 from higgs_ds.common.distributed import device, rank, sum_over_ranks, world_size
 from higgs_ds.common.run_files import MOMENTS
 from higgs_ds.data.collate import Batch
 from higgs_ds.model.loss import LossWeights, StepResult, target_weights
 from higgs_ds.model.nf4 import move_statistics
+from higgs_ds.model.parts import NO_PARTS, Parts
 from higgs_ds.options.ds_config import fit_buckets
 from higgs_ds.options.train import OptimOptions
+from higgs_ds.training.learning_rates import current_rates, make_schedule, parameter_groups
 from higgs_ds.training.optimizers import float_moments, make_optimizer, start_moments
 
 
@@ -53,6 +53,7 @@ class Engine:
         total_steps: int,
         weights: LossWeights,
         warmup_steps: int | None = None,
+        full_parts: Parts = NO_PARTS,
     ) -> None:
         """Start DeepSpeed around `model`.
 
@@ -60,13 +61,15 @@ class Engine:
             trained: the parameters to train, by the names under which they are gathered.
             settings: the DeepSpeed configuration, without any "auto".
             warmup_steps: by default, --warmup_ratio of `total_steps`.
+            full_parts: optional parts of the model that are among the parameters to train.
         """
         self.trained = trained
         self.weights = weights
+        self.lr = options.lr
         self.device = device()
         _quiet_deepspeed()
         _disable_compiled_collectives()
-        optimizer = make_optimizer(options, trained.values())
+        optimizer = make_optimizer(options, parameter_groups(options, trained, full_parts))
         self.scheduler = make_schedule(options, optimizer, total_steps, warmup_steps)
         settings = fit_buckets(settings, sum(parameter.numel() for parameter in trained.values()), world_size())
         if settings["zero_optimization"]["stage"] == 3:
@@ -151,9 +154,9 @@ class Engine:
             yield model
 
     @property
-    def lr(self) -> float:
-        """The learning rate of the next step."""
-        return float(self.scheduler.get_last_lr()[0])
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rates of the next step, by their names in the log: `lr`, and those of groups with another."""
+        return current_rates(self.scheduler, self.lr)
 
     def restore_schedule(self, state: dict[str, Any]) -> None:
         """Restore the position in the learning rate schedule, which may have more steps now, from its `state_dict`."""
@@ -271,25 +274,6 @@ class Engine:
         low = [p for group in wrapper.fp16_groups for p in group]
         masters = [p for group in wrapper.fp32_groups for p in group]
         return next(master for p, master in zip(low, masters, strict=True) if p is parameter)
-
-
-def make_schedule(
-    options: OptimOptions, optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int | None = None
-) -> Any:
-    """Return transformers' learning rate schedule over `total_steps` optimizer steps."""
-    if warmup_steps is None:
-        warmup_steps = int(options.warmup_ratio * total_steps)
-    specific = {
-        "cosine_with_restarts": {"num_cycles": options.lr_cycles},
-        "warmup_stable_decay": {"num_decay_steps": math.ceil(options.lr_decay_ratio * total_steps)},
-    }
-    return get_scheduler(
-        options.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=warmup_steps,
-        num_training_steps=total_steps,
-        scheduler_specific_kwargs=specific.get(options.lr_scheduler_type),
-    )
 
 
 def _partition_over_ranks(model: nn.Module, settings: dict[str, Any], device: torch.device) -> None:

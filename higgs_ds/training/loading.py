@@ -79,14 +79,15 @@ def load_run(inputs: Inputs) -> Run:
         optim.text_loss_weight, optim.audio_loss_weight, bundle.stream.num_codebooks, optim.codebook_weights
     )
     dual = DualLossModel(model, options.model.offload_checkpoints)
-    engine = Engine(dual, trained, inputs.ds_settings, optim, state.total_steps, weights, state.warmup_steps)
+    engine = Engine(
+        dual, trained, inputs.ds_settings, optim, state.total_steps, weights, state.warmup_steps, inputs.full_parts
+    )
     torch.manual_seed(optim.seed + 1 + distributed.rank())  # different dropout on every rank
     if resume_from is not None:
         load_into_engine(resume_from, engine, state)
+        _announce_change(read_state(resume_from), state, engine.scheduler.get_last_lr(), optim.lr_scheduler_type)
     elif masters:
         engine.set_masters(masters)
-    if resume_from is not None:
-        _announce_change(read_state(resume_from), state, engine.lr, optim.lr_scheduler_type)
     distributed.on_main(lambda: _write_run_files(inputs, state))
     form = _output_format(inputs, model, quantization)
     reporter = Reporter(inputs.output_dir, not options.run.no_report)
@@ -104,15 +105,15 @@ def _masters_to_start_from(start: StartingPoint | None, trained: dict[str, nn.Pa
     return of_base | start.adapter.tensors()
 
 
-def _announce_change(saved: TrainerState, state: TrainerState, lr: float, schedule: str) -> None:
+def _announce_change(saved: TrainerState, state: TrainerState, rates: list[float], schedule: str) -> None:
     """Print how a run was made longer, and what that means for its learning rate."""
     if state.total_steps == saved.total_steps:
         return
-    (planned,) = set(saved.scheduler["_last_lr"])
-    goes_on = "goes on as before" if lr == planned else f"was to be {planned:.4g}"
+    lr, planned = (", ".join(f"{rate:.4g}" for rate in values) for values in (rates, saved.scheduler["_last_lr"]))
+    goes_on = "goes on as before" if rates == saved.scheduler["_last_lr"] else f"was to be {planned}"
     say(
         f"the run is made longer, from {saved.total_steps} to {state.total_steps} steps; the learning rate "
-        f"({schedule}) of step {state.step + 1} is {lr:.4g}, and {goes_on}"
+        f"({schedule}) of step {state.step + 1} is {lr}, and {goes_on}"
     )
 
 

@@ -68,7 +68,7 @@ def train(run: Run) -> None:
         state.stopped_early = _is_out_of_patience(run)
         windows = run.sampler.windows(state.step, state.step if state.stopped_early else state.total_steps)
         for window, batches in prefetched(windows, lambda window: run.train.batches(window.micro_batches)):
-            lr = engine.lr
+            rates = engine.learning_rates
             result = engine.train_step(batches)
             if not result.applied:
                 _record_skipped_step(run, meter, window, result)
@@ -76,11 +76,11 @@ def train(run: Run) -> None:
             if state.step == 0:
                 _check_first_losses(run, result)
             state.step, state.epoch = state.step + 1, window.epoch
-            state.has_learned |= lr > 0 and result.applied
+            state.has_learned |= rates["lr"] > 0 and result.applied
             log.advance()
             last = state.step == state.total_steps
             if last or state.step % options.run.log_steps == 0:
-                _log(run, log, meter, lr)
+                _log(run, log, meter, rates)
             with meter.paused():
                 if len(run.val) and (last or state.step % options.run.val_steps == 0):
                     _validate(run, log, signals)
@@ -89,7 +89,7 @@ def train(run: Run) -> None:
                     _write_samples(run, log, writer)
                 stopped_by, state.stopped_early = signals.stop_reason(), _is_out_of_patience(run)
                 if state.stopped_early and meter.steps:
-                    _log(run, log, meter, lr)
+                    _log(run, log, meter, rates)
                 last |= state.stopped_early
                 if last or stopped_by or state.step % options.run.save_steps == 0 or _is_best_step(run):
                     _save(run, meter)
@@ -110,9 +110,9 @@ def _open_log(run: Run) -> MetricsLog:
     return MetricsLog(run.output_dir, state.step, state.total_steps, state.validation_due, seconds_left(), trackers)
 
 
-def _log(run: Run, log: MetricsLog, meter: Meter, lr: float) -> None:
+def _log(run: Run, log: MetricsLog, meter: Meter, rates: dict[str, float]) -> None:
     run.lock.check()
-    values = meter.read() | {"lr": lr, "grad_norm": run.engine.grad_norm}
+    values = meter.read() | rates | {"grad_norm": run.engine.grad_norm}
     log.write(run.state.step, run.state.epoch, values | run.state.skips())
     meter.reset()
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 from bitsandbytes.optim import AdamW8bit, PagedAdamW, PagedAdamW8bit
 from bitsandbytes.optim.optimizer import Optimizer2State
-from torch import nn
 
 from higgs_ds.common.run_files import MOMENTS
 from higgs_ds.options.train import OptimOptions
@@ -18,10 +18,10 @@ _BITSANDBYTES = {"adamw_8bit": AdamW8bit, "paged_adamw": PagedAdamW, "paged_adam
 _STATE_BLOCK = 256  # values per scale in bitsandbytes' 8-bit state
 
 
-def make_optimizer(options: OptimOptions, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the AdamW variant that --optim names."""
+def make_optimizer(options: OptimOptions, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return the AdamW variant that --optim names, for parameter groups with a learning rate each."""
     kind = _BITSANDBYTES.get(options.optim, torch.optim.AdamW)
-    return kind(parameters, lr=options.lr, weight_decay=options.weight_decay)
+    return kind(groups, lr=options.lr, weight_decay=options.weight_decay)
 
 
 def start_moments(optimizer: torch.optim.Optimizer, master: torch.Tensor, step: int) -> None:

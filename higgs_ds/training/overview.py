@@ -12,6 +12,7 @@ from higgs_ds.common import distributed
 from higgs_ds.common.run_files import DROPPED_FILE
 from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.model.higgs import describe_model
+from higgs_ds.options.train import OptimOptions
 from higgs_ds.planning.plan import plan
 from higgs_ds.planning.weights import Setting
 from higgs_ds.training.preflight import GIB, seconds_left
@@ -88,8 +89,14 @@ def _steps(inputs: Inputs, sampler: WindowSampler, state: TrainerState) -> str:
     return (
         f"{state.total_steps:,} ({sampler.num_steps(1):,} in the first epoch) of {sampler.window_size} "
         f"{'micro-batches' if sampler.max_tokens else 'samples'} each ({micro_batch} per rank x {optim.grad_accum} "
-        f"accumulated x {ranks} rank{'s' if ranks > 1 else ''}); learning rate {optim.lr:g}, {optim.lr_scheduler_type}"
+        f"accumulated x {ranks} rank{'s' if ranks > 1 else ''}); learning rate {_learning_rates(optim)}"
     )
+
+
+def _learning_rates(optim: OptimOptions) -> str:
+    ratio = optim.loraplus_lr_ratio
+    factors = "" if ratio is None else f" (B factors: {ratio:g} times as high)"
+    return ", ".join([f"{optim.lr:g}", *(optim.group_lr or ())]) + f"{factors}, {optim.lr_scheduler_type}"
 
 
 def _memory(inputs: Inputs) -> str:

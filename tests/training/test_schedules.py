@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from higgs_ds.options.train import OptimOptions
-from higgs_ds.training.engine import make_schedule
+from higgs_ds.training.learning_rates import make_schedule
 
 STEPS, WARM_UP = 20, 4
 
