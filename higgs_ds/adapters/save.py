@@ -42,7 +42,8 @@ class AdapterFormat:
     """What an adapter's files record besides its tensors: PEFT's configuration, and how its base was quantized.
 
     `full`: what was fully trained beside it; these weights are among the tensors.
-    `base_weights`: `Bundle.weights_digest` of the base; `origins`: see `Origin`.
+    `base_weights`: `Bundle.weights_digest` of the base; `origins`: see `Origin`; `averaged`: whether the tensors are
+    averages over the steps (--ema_decay).
     """
 
     config: LoraConfig
@@ -50,6 +51,7 @@ class AdapterFormat:
     full: FullyTrained = NOTHING_FULLY_TRAINED
     base_weights: str | None = None
     origins: tuple[Origin, ...] = ()
+    averaged: bool = False
 
     @property
     def full_parts(self) -> Parts:
@@ -141,8 +143,9 @@ def _card(form: AdapterFormat) -> str:
     full = f"\nFully trained, and stored with the adapter: {form.full}.\n" if form.full else ""
     started = f"\n{describe_origins(form.origins)}\n" if form.origins else ""
     on = base_in_card(config.base_model_name_or_path, form.quantization)
-    made = f"Trained with higgs_ds on {on}: rank {config.r}, alpha {config.lora_alpha}, float32.\n{full}{started}"
-    return adapter_card(config.base_model_name_or_path, made)
+    averaged = "\nThe weights are an exponential moving average over the steps.\n" if form.averaged else ""
+    made = f"Trained with higgs_ds on {on}: rank {config.r}, alpha {config.lora_alpha}, float32.\n"
+    return adapter_card(config.base_model_name_or_path, made + averaged + full + started)
 
 
 def base_in_card(base: str | None, quantization: BaseQuantization | None) -> str:

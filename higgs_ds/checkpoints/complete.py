@@ -25,8 +25,9 @@ def main(options: ExportOptions) -> None:
     folder = find_base(base, "--base_model_path", default_cache_dir())
     codec_folder = named_codec(folder, options.codec_ckpt)
     complete_model(
-        options.checkpoint_path, folder, options.output_path, options.export_layout, codec_folder=codec_folder
-    )
+        options.checkpoint_path, folder, options.output_path, options.export_layout, codec_folder=codec_folder,
+        averaged=options.ema,
+    )  # fmt: skip
     print(f"Complete model: {options.output_path}")
 
 
@@ -37,6 +38,7 @@ def complete_model(
     export_layout: str = NATIVE,
     overwrite: bool = False,
     codec_folder: Path | None = None,
+    averaged: bool = False,
 ) -> None:
     """Write the model of a checkpoint to a folder: a copy of the base with the trained weights.
 
@@ -46,13 +48,14 @@ def complete_model(
     Args:
         export_layout: "native", "original", or "both", each in a folder of its own below `output_folder`.
         codec_folder: the native codec to store with the model; None for the one that the base names.
+        averaged: whether to take the averages of the trained weights (--ema_decay) instead of the weights.
 
     Raises:
         InputError: the checkpoint is damaged or of another kind, the base is not the one that was trained, or the
             output already exists.
         SaveError: writing fails. Nothing is left on disk, and a folder to overwrite is unchanged.
     """
-    weights, form = read_trained(checkpoint)
+    weights, form = read_trained(checkpoint, averaged)
     reason = why_incomplete(checkpoint)
     if reason:
         raise InputError(f"{checkpoint}: is not a complete checkpoint: {reason}")

@@ -18,7 +18,13 @@ from higgs_ds.adapters.save import ADAPTER_WEIGHTS
 from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import sha256_of
-from higgs_ds.common.run_files import ADAPTER_FOLDER, STATE_FILE, TRAINED_FOLDER
+from higgs_ds.common.run_files import (
+    ADAPTER_FOLDER,
+    AVERAGED_ADAPTER_FOLDER,
+    AVERAGED_TRAINED_FOLDER,
+    STATE_FILE,
+    TRAINED_FOLDER,
+)
 from higgs_ds.common.tensor_files import StoredTensors, shard_files, weight_shapes
 
 MANIFEST_FILE = "manifest.json"
@@ -112,11 +118,20 @@ def read_state(folder: Path) -> TrainerState:
     return state
 
 
-def masters_in(folder: Path) -> Mapping[str, torch.Tensor]:
-    """Return the float32 master weights in a checkpoint, by name: those of adapters, or of fully fine-tuned weights."""
-    if (folder / TRAINED_FOLDER).is_dir():
-        return StoredTensors(shard_files(folder / TRAINED_FOLDER))
-    return StoredTensors([folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS])
+def adapter_folder(checkpoint: Path, averaged: bool = False) -> Path:
+    """Return the folder of the adapter in a checkpoint, or of the adapter of averaged weights (--ema_decay)."""
+    return checkpoint / (AVERAGED_ADAPTER_FOLDER if averaged else ADAPTER_FOLDER)
+
+
+def trained_folder(checkpoint: Path, averaged: bool = False) -> Path:
+    """Return the folder of the fully fine-tuned weights in a checkpoint, or of their averages (--ema_decay)."""
+    return checkpoint / (AVERAGED_TRAINED_FOLDER if averaged else TRAINED_FOLDER)
+
+
+def masters_in(folder: Path, averaged: bool = False) -> Mapping[str, torch.Tensor]:
+    """Return the float32 master weights in a checkpoint, adapters or fully fine-tuned, or their averages, by name."""
+    full = trained_folder(folder, averaged)
+    return StoredTensors(shard_files(full) if full.is_dir() else [adapter_folder(folder, averaged) / ADAPTER_WEIGHTS])
 
 
 def moments_in(folder: Path, moment: str) -> Mapping[str, torch.Tensor]:

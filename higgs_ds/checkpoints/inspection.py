@@ -19,10 +19,12 @@ from higgs_ds.checkpoints.folder import (
     OPTIMIZER_FILE,
     OPTIMIZER_STEM,
     RNG_FILE,
+    adapter_folder,
     find_checkpoints,
     masters_in,
     read_state,
     step_of,
+    trained_folder,
     why_incomplete,
 )
 from higgs_ds.checkpoints.state import TrainerState
@@ -198,10 +200,9 @@ def validate_checkpoint(options: InspectOptions) -> None:
     report.add("files", f"missing {', '.join(missing)}" if missing else None, f"all {len(files)} exist")
     reason = why_incomplete(folder)
     report.add("as written", reason, "every file has the size and SHA-256 of its manifest")
-    if is_full:
-        report.add_result_of("weights", lambda: _describe_weights(folder))
-    else:
-        report.add_result_of("adapter", lambda: _describe_adapter(read_adapter(folder / ADAPTER_FOLDER)))
+    _check_weights(report, folder, is_full)
+    if _has_averages(folder):
+        _check_weights(report, folder, is_full, averaged=True)
     if reason is None:
         report.add_result_of("optimizer", lambda: _describe_moments(folder))
         report.add("state", None, _describe_state(read_state(folder)))
@@ -210,12 +211,30 @@ def validate_checkpoint(options: InspectOptions) -> None:
         print(f"to resume from it: --resume {folder}")
 
 
+def _check_weights(report: Report, checkpoint: Path, is_full: bool, averaged: bool = False) -> None:
+    what, adapter = "averaged " if averaged else "", adapter_folder(checkpoint, averaged)
+    if is_full:
+        report.add_result_of(f"{what}weights", lambda: _describe_weights(checkpoint, averaged))
+    else:
+        report.add_result_of(f"{what}adapter", lambda: _describe_adapter(read_adapter(adapter)))
+
+
 def _describe_adapter(adapter: Adapter) -> str:
     return f"{len(adapter.factors)} layers adapted, fully trained beside them: {adapter.full}, all finite"
 
 
-def _describe_weights(checkpoint: Path) -> str:
-    weights, form = read_trained(checkpoint)
+def _has_averages(checkpoint: Path) -> bool:
+    """Whether a checkpoint has averaged weights (--ema_decay), or should have."""
+    if adapter_folder(checkpoint, averaged=True).is_dir() or trained_folder(checkpoint, averaged=True).is_dir():
+        return True
+    try:
+        return read_state(checkpoint).settings.get("ema_decay") is not None
+    except InputError:  # which is reported by another check
+        return False
+
+
+def _describe_weights(checkpoint: Path, averaged: bool) -> str:
+    weights, form = read_trained(checkpoint, averaged)
     broken = [name for name in weights if not weights[name].isfinite().all()]
     if broken:
         raise InputError(f"{broken[0]} holds NaN or infinity")

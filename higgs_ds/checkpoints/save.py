@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,25 +17,30 @@ from higgs_ds.checkpoints.folder import (
     MANIFEST_FILE,
     OPTIMIZER_STEM,
     RNG_FILE,
+    adapter_folder,
     checkpoint_folder,
     checkpoints_to_delete,
     manifest_of,
     masters_in,
     moments_in,
+    trained_folder,
 )
 from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.checkpoints.trained_weights import FullFormat, write_trained
 from higgs_ds.common.distributed import gather_objects, on_main_consuming, rank
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import remove_folder, replaced_folder, saving, write_json
-from higgs_ds.common.run_files import ADAPTER_FOLDER, MOMENTS, STATE_FILE, TRAINED_FOLDER
+from higgs_ds.common.run_files import ADAPTER_FOLDER, AVERAGE, AVERAGED_ADAPTER_FOLDER, MOMENTS, STATE_FILE
 from higgs_ds.common.tensor_files import write_shards
 
 
 class TrainedState(Protocol):
-    """What a checkpoint saves and restores: master weights, Adam's moments, the schedule; see `Engine`."""
+    """What a checkpoint saves and restores: master weights, their averages, Adam's moments, the schedule: `Engine`."""
 
     scheduler: Any
+
+    @property
+    def keeps_average(self) -> bool: ...
 
     @property
     def master_bytes(self) -> dict[str, int]: ...
@@ -77,12 +83,14 @@ def save_checkpoint(
 
     def write(tensors: Iterator[torch.Tensor]) -> None:
         with saving(target), replaced_folder(target) as folder:
-            masters = islice(tensors, len(sizes))
-            if isinstance(form, FullFormat):
-                write_trained(folder / TRAINED_FOLDER, sizes, masters, form)
-            else:
-                named = dict(zip(sizes, masters, strict=True))
-                write_adapter(folder / ADAPTER_FOLDER, named, form, state.has_learned)
+            for averaged in [False, True] if engine.keeps_average else [False]:
+                weights = islice(tensors, len(sizes))
+                if isinstance(form, FullFormat):
+                    write_trained(trained_folder(folder, averaged), sizes, weights, form)
+                else:
+                    named = dict(zip(sizes, weights, strict=True))
+                    written_as = replace(form, averaged=averaged)
+                    write_adapter(adapter_folder(folder, averaged), named, written_as, state.has_learned)
             of_moments = {f"{moment}.{name}": size for moment in MOMENTS for name, size in sizes.items()}
             write_shards(of_moments, tensors, folder, OPTIMIZER_STEM)
             by_rank = {f"{r}.{kind}": tensor for r, states in enumerate(rng_states) for kind, tensor in states.items()}
@@ -91,18 +99,20 @@ def save_checkpoint(
             write_json(folder / MANIFEST_FILE, manifest_of(folder))
         publish(target, output_dir, state, keep)
 
-    on_main_consuming(engine.gather(None, *MOMENTS), write)
+    averages = (AVERAGE,) if engine.keeps_average else ()
+    on_main_consuming(engine.gather(None, *averages, *MOMENTS), write)
 
 
 def publish(checkpoint: Path, output_dir: Path, state: TrainerState, keep: int | None) -> None:
-    """Update the adapter and state beside the checkpoints from one of them, and delete those that are not kept.
+    """Update adapters and state beside the checkpoints from one of them, and delete those that are not kept.
 
     Raises:
         SaveError: writing or deleting fails.
     """
-    if (checkpoint / ADAPTER_FOLDER).is_dir():
-        with saving(output_dir / ADAPTER_FOLDER), replaced_folder(output_dir / ADAPTER_FOLDER) as folder:
-            shutil.copytree(checkpoint / ADAPTER_FOLDER, folder, dirs_exist_ok=True)
+    for name in (ADAPTER_FOLDER, AVERAGED_ADAPTER_FOLDER):
+        if (checkpoint / name).is_dir():
+            with saving(output_dir / name), replaced_folder(output_dir / name) as folder:
+                shutil.copytree(checkpoint / name, folder, dirs_exist_ok=True)
     with saving(output_dir / STATE_FILE):
         write_json(output_dir / STATE_FILE, state.to_json())
     for folder in checkpoints_to_delete(output_dir, state, keep) if keep is not None else ():
@@ -118,11 +128,13 @@ def load_masters_into(masters: Mapping[str, torch.Tensor], parameters: dict[str,
 
 
 def load_into_engine(folder: Path, engine: TrainedState, state: TrainerState) -> None:
-    """Restore master weights, moments, schedule and random state of a checkpoint. Every rank must call this."""
+    """Restore weights, averages, moments, schedule and random state of a checkpoint. Every rank must call this."""
     moments = {moment: moments_in(folder, moment) for moment in MOMENTS}
-    missing = [name for name in masters_in(folder) if not all(name in moments[moment] for moment in MOMENTS)]
+    if engine.keeps_average:
+        moments[AVERAGE] = masters_in(folder, averaged=True)
+    missing = [name for name in masters_in(folder) if not all(name in tensors for tensors in moments.values())]
     if missing:
-        raise InputError(f"{folder}: its optimizer has no moments of {len(missing)} tensors, for instance {missing[0]}")
+        raise InputError(f"{folder}: its optimizer has no state of {len(missing)} tensors, for instance {missing[0]}")
     engine.restore(masters_in(folder), moments, state.step - len(state.skipped))
     engine.restore_schedule(state.scheduler)
     states = load_file(folder / RNG_FILE)

@@ -13,7 +13,7 @@ import torch
 from higgs_ds.adapters.save import check_finite
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import write_json
-from higgs_ds.common.run_files import TRAINED_FOLDER
+from higgs_ds.common.run_files import AVERAGED_TRAINED_FOLDER, TRAINED_FOLDER
 from higgs_ds.common.tensor_files import StoredTensors, shard_files, write_shards
 from higgs_ds.model.parts import NO_PARTS, Parts
 
@@ -74,13 +74,17 @@ def write_trained(folder: Path, sizes: Mapping[str, int], tensors: Iterator[torc
     write_json(folder / FACTS_FILE, form.to_json())
 
 
-def read_trained(checkpoint: Path) -> tuple[StoredTensors, FullFormat]:
-    """Return the master weights in a checkpoint, and what is recorded with them.
+def read_trained(checkpoint: Path, averaged: bool = False) -> tuple[StoredTensors, FullFormat]:
+    """Return the master weights in a checkpoint, or their averages, and what is recorded with them.
 
     Raises:
-        InputError: the checkpoint has no master weights of full fine-tuning, or they are damaged.
+        InputError: the checkpoint has no such weights of full fine-tuning, or they are damaged.
     """
     folder = checkpoint / TRAINED_FOLDER
+    if averaged and folder.is_dir():
+        folder = checkpoint / AVERAGED_TRAINED_FOLDER
+        if not folder.is_dir():
+            raise InputError(f"{checkpoint}: holds no averaged weights: its run had no --ema_decay")
     if not folder.is_dir():
         raise InputError(
             f"{checkpoint}: holds no {TRAINED_FOLDER}/; give a checkpoint-N/ of a run with --finetune full"

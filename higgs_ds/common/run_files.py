@@ -5,8 +5,9 @@ from __future__ import annotations
 SETTINGS_FILE, SUMMARY_FILE, DROPPED_FILE = "settings.json", "data_summary.txt", "dropped_samples.txt"
 METRICS_FILE, STATE_FILE = "metrics.jsonl", "trainer_state.json"
 SAMPLES_FOLDER, PROMPTS_FILE, REFERENCE_FOLDER = "samples", "prompts.json", "reference"
-ADAPTER_FOLDER = "lora_adapters"
+ADAPTER_FOLDER, AVERAGED_ADAPTER_FOLDER = "lora_adapters", "lora_adapters_ema"
 FINAL_MODEL, ADAPTER_COPY, MERGED_MODEL = "final_model", "adapter", "merged_model"
 # Inside a checkpoint.
-TRAINED_FOLDER = "trained_weights"
+TRAINED_FOLDER, AVERAGED_TRAINED_FOLDER = "trained_weights", "trained_weights_ema"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state of each parameter, besides its step count
+AVERAGE = "average"  # of each trained parameter over the steps (--ema_decay), in the same state

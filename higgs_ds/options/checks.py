@@ -103,6 +103,7 @@ def check_options(options: TrainOptions) -> list[str]:
             "--offload_checkpoints: --activation_checkpointing none recomputes no layers; use every_layer, a number N, "
             "or auto"
         )
+    expect("ema_decay", flat["ema_decay"] is None or 0 < flat["ema_decay"] < 1, "above 0 and below 1")
     expect("lr", 0 < flat["lr"] < float("inf"), "above 0")
     for name in ("device_memory_gib", "plan_ranks"):
         if flat[name] is not None:

@@ -109,6 +109,7 @@ class ExportOptions:
         "audio codec for the model, a folder or a hub id (default: named by the base model)",
         metavar="CODEC",
     )
+    ema: bool = option(False, "export the averages of the trained weights, which --ema_decay saves beside them")
 
 
 @dataclass(frozen=True)

@@ -220,6 +220,11 @@ class OptimOptions:
     codebook_weights: tuple[float, ...] | None = option(
         None, "weight of each codebook in the audio loss, scaled to a sum of 1 (default: equal weights)"
     )
+    ema_decay: float | None = option(
+        None,
+        "also keep an exponential moving average of the trained weights with this decay, for instance 0.999; it is "
+        "saved beside them, and validated too (default: none)",
+    )
     on_nonfinite: str = option(
         "stop", "at a NaN or infinite loss or gradient: stop, or skip the step (up to 10 steps, or 1 in 100)",
         ("stop", "skip"),

@@ -115,7 +115,7 @@ def describe(setting: Setting, planned: Plan) -> list[str]:
         "weights, 4-bit scales": planned.quantization,
         "trained weights" if options.is_full_finetuning else "LoRA": planned.trained,
         "gradients": planned.gradients,
-        "optimizer state, float32 masters": planned.optimizer,
+        f"optimizer state, {'float32 masters' if optim.ema_decay is None else 'masters, averages'}": planned.optimizer,
         "DeepSpeed buckets": planned.buckets,
         "activations": planned.activations,
         "logits and loss": planned.logits,

@@ -199,7 +199,8 @@ def _buckets(setting: Setting, element_bytes: int, always_one: bool = False) -> 
 
 
 def _state_bytes(setting: Setting, numel: int) -> int:
-    """Bytes of Adam's two moments for a tensor of `numel` elements."""
+    """Bytes of Adam's two moments, and of the float32 average if there is one, for a tensor of `numel` elements."""
+    average = 0 if setting.options.optim.ema_decay is None else 4 * numel
     if not setting.options.optim.optim.endswith("8bit") or numel < FULL_PRECISION_STATE_BELOW:
-        return 8 * numel
-    return 2 * (numel + 4 * math.ceil(numel / NESTED_BLOCK_SIZE))
+        return 8 * numel + average
+    return 2 * (numel + 4 * math.ceil(numel / NESTED_BLOCK_SIZE)) + average

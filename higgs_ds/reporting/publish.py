@@ -80,12 +80,13 @@ def _reason(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def write_card(folder: Path, kind: str, facts: dict[str, Any]) -> None:
+def write_card(folder: Path, kind: str, facts: dict[str, Any], averaged: bool = False) -> None:
     """Write the model card of an adapter or a model: its base, how to use it, losses, data, settings.
 
     Args:
         kind: "adapter", "merged" or "full".
         facts: what `card_facts` returns.
+        averaged: whether the weights are averages over the steps (--ema_decay).
 
     Raises:
         SaveError: the card cannot be written.
@@ -98,6 +99,7 @@ def write_card(folder: Path, kind: str, facts: dict[str, Any]) -> None:
         tags=["higgs-audio-v2", "text-to-speech", *(["lora"] if kind == "adapter" else [])],
     )
     title = "LoRA adapter for Higgs Audio v2" if kind == "adapter" else "Higgs Audio v2, fine-tuned"
+    average = " The weights are an exponential moving average over the steps." if averaged else ""
     losses = "\n".join(f"| {name} | {value} |" for name, value in facts["losses"].items())
     settings = "\n".join(f"    --{name} {value}" for name, value in facts["settings"].items())
     data = "\n".join(f"    {line}" for line in facts["data"].splitlines())
@@ -107,7 +109,7 @@ def write_card(folder: Path, kind: str, facts: dict[str, Any]) -> None:
 
 # {title}
 
-Trained with higgs_ds from `{base}`{facts["fully_trained"]}.{facts["origins"]}
+Trained with higgs_ds from `{base}`{facts["fully_trained"]}.{facts["origins"]}{average}
 
 ## How to use it
 
@@ -157,7 +159,7 @@ def card_facts(
 ) -> dict[str, Any]:
     """Return what a card says about a run. Of the base's path, only the folder's name is kept; others are left out."""
     last = last_values(read_metrics(run_folder))
-    shown = [f"{kind}/{name}" for kind in ("train", "val") for name in ("loss", "text_loss", "audio_loss")]
+    shown = [f"{kind}/{name}" for kind in ("train", "val", "val_ema") for name in ("loss", "text_loss", "audio_loss")]
     shown += ["val/text_accuracy", "val/audio_accuracy", "val/eos_accuracy"]
     losses = {name: f"{last[name]:.4g}" for name in shown if name in last}
     defaults = TrainOptions().flat()

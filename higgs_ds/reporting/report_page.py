@@ -25,6 +25,7 @@ from higgs_ds.common.distributed import on_main
 from higgs_ds.common.files import write_text
 from higgs_ds.common.run_files import (
     ADAPTER_FOLDER,
+    AVERAGED_ADAPTER_FOLDER,
     DROPPED_FILE,
     METRICS_FILE,
     PROMPTS_FILE,
@@ -80,7 +81,7 @@ class Reporter:
             say(f"report: {self.output_dir / REPORT_FILE}")
 
 
-TRAIN_AND_VAL = {"train": "training", "val": "validation"}
+TRAIN_AND_VAL = {"train": "training", "val": "validation", "val_ema": "validation, averaged weights"}
 
 
 def _train_and_val_curve(title: str, name: str) -> Curve:
@@ -91,7 +92,7 @@ def _by_codebook(kind: str, shown: str, num_codebooks: int) -> Curve:
     return Curve(f"audio loss by codebook, {shown}", {f"{kind}/audio_loss/cb{k}": str(k) for k in range(num_codebooks)})
 
 
-def _curves(num_codebooks: int) -> list[Curve]:
+def _curves(num_codebooks: int, groups: Sequence[str]) -> list[Curve]:
     return [
         _train_and_val_curve("loss", "loss"),
         _train_and_val_curve("text loss", "text_loss"),
@@ -100,7 +101,7 @@ def _curves(num_codebooks: int) -> list[Curve]:
         _train_and_val_curve("text accuracy", "text_accuracy"),
         _train_and_val_curve("audio accuracy", "audio_accuracy"),
         _train_and_val_curve("accuracy of the end-of-stream code", "eos_accuracy"),
-        Curve("learning rate", {"lr": ""}),
+        Curve("learning rate", {"lr": "--lr" if groups else ""} | {f"lr/{group}": group for group in groups}),
         Curve("gradient norm", {"grad_norm": ""}, logarithmic=True),
         Curve("tokens per second", {"tokens_per_s": ""}),
         Curve("peak memory, GiB", {"peak_memory_gib": ""}),
@@ -118,7 +119,8 @@ def write_report(output_dir: Path) -> Path:
     state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}
     last = lines[-1] if lines else {"step": 0, "epoch": 0.0}
     num_codebooks = len({key for line in lines for key in line if re.fullmatch(r"train/audio_loss/cb\d+", key)})
-    drawn = [(curve, _points(lines, curve)) for curve in _curves(num_codebooks)]
+    groups = sorted({key.removeprefix("lr/") for line in lines for key in line if key.startswith("lr/")})
+    drawn = [(curve, _points(lines, curve)) for curve in _curves(num_codebooks, groups)]
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         files("higgs_ds.reporting").joinpath("report.html.j2").read_text(encoding="utf-8")
     )
@@ -235,6 +237,7 @@ def _outputs(output_dir: Path, is_full_finetuning: bool) -> list[dict[str, str]]
     known = {
         **({"final_model": "the complete model"} if is_full_finetuning else {}),
         ADAPTER_FOLDER: "the adapter of the last checkpoint",
+        AVERAGED_ADAPTER_FOLDER: "the adapter of the weights averaged over the steps",
         "merged_model": "the base model with the adapter merged into it",
         METRICS_FILE: "all metrics of this page",
         SETTINGS_FILE: "all options, in the format of --config",

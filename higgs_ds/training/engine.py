@@ -30,13 +30,13 @@ from deepspeed.utils import (
 from torch import nn
 
 from higgs_ds.common.distributed import device, rank, sum_over_ranks, world_size
-from higgs_ds.common.run_files import MOMENTS
 from higgs_ds.data.collate import Batch
 from higgs_ds.model.loss import LossWeights, StepResult, target_weights
 from higgs_ds.model.nf4 import move_statistics
 from higgs_ds.model.parts import NO_PARTS, Parts
 from higgs_ds.options.ds_config import fit_buckets
 from higgs_ds.options.train import OptimOptions
+from higgs_ds.training.averages import exchange_averages, start_average, update_averages
 from higgs_ds.training.learning_rates import current_rates, make_schedule, parameter_groups
 from higgs_ds.training.optimizers import float_moments, make_optimizer, start_moments
 
@@ -65,7 +65,8 @@ class Engine:
         """
         self.trained = trained
         self.weights = weights
-        self.lr = options.lr
+        self.lr, self.ema_decay = options.lr, options.ema_decay
+        self.applied_steps = 0
         self.device = device()
         _quiet_deepspeed()
         _disable_compiled_collectives()
@@ -81,6 +82,8 @@ class Engine:
         self._stage0_grad_norm = torch.zeros(())  # DeepSpeed does not keep the norm at stage 0
         if isinstance(self.engine.optimizer, FP16_UnfusedOptimizer):
             self._undo_step_at_start()
+        if self.keeps_average:
+            self._start_state()
 
     @torch.no_grad()
     def _undo_step_at_start(self) -> None:
@@ -119,7 +122,10 @@ class Engine:
             hits.append(micro_hits)
         # DeepSpeed skips a step with such a gradient, and only counts it.
         applied &= self.engine.skipped_steps == skipped_before
-        if not applied:
+        if applied:
+            self.applied_steps += 1
+            self._update_averages()
+        else:
             self.scheduler.step()  # as the engine does after every step that it applies
         return StepResult(torch.stack(sums), counts, torch.stack(hits).sum(0), applied)
 
@@ -146,6 +152,40 @@ class Engine:
             counts += batch.target_counts().to(self.device)
             hits += micro_hits
         return sum_over_ranks(sums), sum_over_ranks(counts), sum_over_ranks(hits)
+
+    @property
+    def keeps_average(self) -> bool:
+        """Whether there is an average of the trained weights over the steps, which `gather` yields as AVERAGE."""
+        return self.ema_decay is not None
+
+    @torch.no_grad()
+    def _update_averages(self) -> None:
+        if self.ema_decay is not None:
+            update_averages(self._inner, self._flat_masters(), self.ema_decay, self.applied_steps)
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within the block, the model computes with the averaged weights. Every rank must enter it, between steps."""
+        self._exchange_weights()
+        yield
+        self._exchange_weights()  # not if an error ends the run: other ranks may not come here
+
+    @torch.no_grad()
+    def _exchange_weights(self) -> None:
+        """Exchange master weights and averages, and copy the masters into the model, as after an optimizer step."""
+        exchange_averages(self._inner, self._flat_masters())
+        wrapper = self.engine.optimizer
+        if self.stage == 3:
+            wrapper._partition_all_parameters()
+            for sub_group in range(len(wrapper.fp16_groups)):
+                wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
+            if wrapper.persistent_parameters:
+                wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+        elif self.stage in (1, 2):
+            wrapper.update_lp_params()
+        elif isinstance(wrapper, FP16_UnfusedOptimizer):
+            for parameter in self.trained.values():
+                parameter.copy_(self._master_of(parameter))
 
     @contextlib.contextmanager
     def generation_mode(self, folder: Path) -> Iterator[nn.Module]:
@@ -178,7 +218,7 @@ class Engine:
 
     @torch.no_grad()
     def gather(self, *moments: str | None) -> Iterator[torch.Tensor]:
-        """Yield float32 master weights (None) or Adam's moments (by name), one whole tensor after another.
+        """Yield float32 master weights (None), Adam's moments or AVERAGE (by name), one whole tensor after another.
 
         Every rank must iterate to the end. The tensors are on the CPU of rank 0, and empty on the other ranks.
         """
@@ -192,23 +232,38 @@ class Engine:
     def restore(
         self, masters: Mapping[str, torch.Tensor], moments: Mapping[str, Mapping[str, torch.Tensor]], step: int
     ) -> None:
-        """Restore, on every rank, the whole master weights and moments that `gather` returned, by parameter name.
+        """Restore, on every rank, the whole tensors that `gather` returned, by parameter name, after `step` steps.
 
         The model's own lower-precision copies must already hold the same values.
         """
-        for flat in self._flat_masters():
-            start_moments(self._inner, flat, step)
+        self.applied_steps = step
+        self._start_state()
         self.set_masters(masters)
         with self._float_moments():
             for name, parameter in self.trained.items():
-                for moment in MOMENTS:
-                    self._set_tensor(parameter, moments[moment][name], moment)
+                for moment, tensors in moments.items():
+                    self._set_tensor(parameter, tensors[name], moment)
+
+    def _start_state(self) -> None:
+        """Create the optimizer state that the first step would create, and averages of the current weights."""
+        for flat in self._flat_masters():
+            start_moments(self._inner, flat, self.applied_steps)
+        self._start_averages()
+
+    def _start_averages(self) -> None:
+        if self.keeps_average:
+            for flat in self._flat_masters():
+                start_average(self._inner, flat)
 
     @torch.no_grad()
     def set_masters(self, masters: Mapping[str, torch.Tensor]) -> None:
-        """Set, on every rank, the float32 master weights of which the model's own copies already hold the values."""
+        """Set, on every rank, the float32 master weights of which the model's own copies already hold the values.
+
+        Averages begin with these values.
+        """
         for name, parameter in self.trained.items():
             self._set_tensor(parameter, masters[name], None)
+        self._start_averages()
 
     @contextlib.contextmanager
     def _float_moments(self) -> Iterator[None]:

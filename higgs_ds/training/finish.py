@@ -14,7 +14,7 @@ from higgs_ds.common.console import say, warn
 from higgs_ds.common.errors import HiggsError, MergeError
 from higgs_ds.common.files import replaced_folder
 from higgs_ds.common.resources import command
-from higgs_ds.common.run_files import ADAPTER_COPY, ADAPTER_FOLDER, FINAL_MODEL, MERGED_MODEL
+from higgs_ds.common.run_files import ADAPTER_COPY, ADAPTER_FOLDER, AVERAGED_ADAPTER_FOLDER, FINAL_MODEL, MERGED_MODEL
 from higgs_ds.reporting.publish import card_facts, upload, write_card
 from higgs_ds.training.run import Run
 
@@ -29,7 +29,7 @@ def finish(run: Run) -> None:
     if run.options.is_full_finetuning:
         make_complete_model(run)
     else:
-        distributed.on_main(lambda: _write_card(run, ADAPTER_FOLDER, "adapter"))
+        distributed.on_main(lambda: _write_adapter_cards(run))
         _report_adapters(run)
         if run.options.run.merge_adapter_with_base:
             merge_into_folders(run)
@@ -52,6 +52,8 @@ def _report_outcome(run: Run) -> None:
 def _report_adapters(run: Run) -> None:
     adapters = run.output_dir / ADAPTER_FOLDER
     say(f"LoRA adapters: {adapters}")
+    if run.engine.keeps_average:
+        say(f"LoRA adapters of the averaged weights: {run.output_dir / AVERAGED_ADAPTER_FOLDER}")
     say(
         f"Merge them: {command('merge')} --base_model_path {run.bundle.name} "
         f"--lora_adapter_path {adapters} --output_path MERGED"
@@ -85,7 +87,8 @@ def make_complete_model(run: Run) -> None:
     distributed.on_main(export)
     run.reporter.write(at_end=True)  # the page now lists final_model/
     say(f"Complete model: {final}")
-    say(f"Export another checkpoint: {export_command}")
+    averages = "; add --ema for its averaged weights" if run.engine.keeps_average else ""
+    say(f"Export another checkpoint: {export_command}{averages}")
 
 
 def merge_into_folders(run: Run) -> None:
@@ -122,11 +125,17 @@ def _given_codec(run: Run) -> Path | None:
     return run.bundle.codec.folder if run.options.model.codec_ckpt else None
 
 
-def _write_card(run: Run, folder: str, kind: str) -> None:
+def _write_card(run: Run, folder: str, kind: str, averaged: bool = False) -> None:
     """Write a model card, which describes the whole run."""
     origins = run.form.origins if isinstance(run.form, AdapterFormat) else ()
     facts = card_facts(run.output_dir, run.bundle.name, run.form.full_parts, run.options, origins)
-    write_card(run.output_dir / folder, kind, facts)
+    write_card(run.output_dir / folder, kind, facts, averaged)
+
+
+def _write_adapter_cards(run: Run) -> None:
+    _write_card(run, ADAPTER_FOLDER, "adapter")
+    if run.engine.keeps_average:
+        _write_card(run, AVERAGED_ADAPTER_FOLDER, "adapter", averaged=True)
 
 
 def publish(run: Run) -> None:

@@ -152,7 +152,8 @@ def _check_and_announce(inputs: Inputs, sampler: WindowSampler, state: TrainerSt
     base_bytes = sum(path.stat().st_size for path in weight_files(inputs.bundle.folder))
     if not distributed.is_main():
         return
-    check_room(inputs.output_dir, state, options.run, trained_bytes, base_bytes, options.is_full_finetuning)
+    averaged = options.optim.ema_decay is not None
+    check_room(inputs.output_dir, state, options.run, trained_bytes, base_bytes, options.is_full_finetuning, averaged)
     if not options.run.quiet:
         base_parameters = num_parameters(inputs.bundle.folder, inputs.full_parts)
         trained = describe(shapes, options.tune, base_parameters, inputs.fully_trained)

@@ -11,7 +11,7 @@ from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 from bitsandbytes.optim import AdamW8bit, PagedAdamW, PagedAdamW8bit
 from bitsandbytes.optim.optimizer import Optimizer2State
 
-from higgs_ds.common.run_files import MOMENTS
+from higgs_ds.common.run_files import AVERAGE, MOMENTS
 from higgs_ds.options.train import OptimOptions
 
 _BITSANDBYTES = {"adamw_8bit": AdamW8bit, "paged_adamw": PagedAdamW, "paged_adamw_8bit": PagedAdamW8bit}
@@ -27,7 +27,13 @@ def make_optimizer(options: OptimOptions, groups: list[dict[str, Any]]) -> torch
 def start_moments(optimizer: torch.optim.Optimizer, master: torch.Tensor, step: int) -> None:
     """Give a parameter the state that its first step would create: zero moments, with a count of `step` steps."""
     if isinstance(optimizer, Optimizer2State):
-        optimizer.init_state(optimizer.param_groups[0], master, 0, 0)
+        # The state is the same in all groups. bitsandbytes looks the parameter up in its group, and ZeRO-3 empties
+        # the groups between steps.
+        group = optimizer.param_groups[0]
+        listed, group["params"] = group["params"], [master]
+        if not optimizer.state[master]:
+            optimizer.init_state(group, master, 0, 0)
+        group["params"] = listed
         optimizer.state[master]["step"] = step
     else:
         zeros = {key: torch.zeros_like(master, memory_format=torch.preserve_format) for key in MOMENTS}
@@ -38,14 +44,16 @@ def start_moments(optimizer: torch.optim.Optimizer, master: torch.Tensor, step: 
 def float_moments(optimizer: torch.optim.Optimizer, masters: Iterable[torch.Tensor]) -> Iterator[None]:
     """Within the block, the state of each of `masters` holds MOMENTS in float32, whichever optimizer it is.
 
-    If they are stored in 8 bits, values that the block changes are quantized to 8 bits again afterwards.
+    If they are stored in 8 bits, values that the block changes are quantized to 8 bits again afterwards. An AVERAGE is
+    in the state too, if there is one.
     """
     if not isinstance(optimizer, Optimizer2State):
         yield
         return
     stored = {master: dict(optimizer.state[master]) for master in masters}
     for master, state in stored.items():
-        optimizer.state[master] = {moment: _dequantize(state, number) for number, moment in enumerate(MOMENTS, start=1)}
+        moments = {moment: _dequantize(state, number) for number, moment in enumerate(MOMENTS, start=1)}
+        optimizer.state[master] = moments | ({AVERAGE: state[AVERAGE]} if AVERAGE in state else {})
     yield
     for master, state in stored.items():
         for number, moment in enumerate(MOMENTS, start=1):

@@ -23,12 +23,14 @@ def check_room(
     trained_bytes: int,
     base_bytes: int,
     is_full_finetuning: bool = False,
+    averaged: bool = False,
 ) -> None:
     """Raise InputError if the disk has less free space than the rest of a run needs.
 
     Args:
         trained_bytes: size of what is trained, in float32: the adapter, or with `is_full_finetuning` the weights.
         base_bytes: size of the base's weights, and so of a merged or complete model's.
+        averaged: whether averages of what is trained are saved beside it.
     """
     saves = sum(
         step == state.total_steps or step % options.save_steps == 0
@@ -37,13 +39,14 @@ def check_room(
     # The checkpoints that are kept, the best one, and a new one, which is saved before an old one is deleted.
     at_once = saves if options.keep_checkpoints is None else min(saves, options.keep_checkpoints + 2)
     takes = {
-        f"{at_once} checkpoints": at_once * 3 * trained_bytes,  # the trained weights and Adam's two moments
+        # The trained weights, Adam's two moments, and averages.
+        f"{at_once} checkpoints": at_once * (4 if averaged else 3) * trained_bytes,
     }
     model_bytes = (1 if options.export_layout == NATIVE else 2) * base_bytes  # others are converted from native
     if is_full_finetuning:
         takes["the complete model"] = model_bytes
     else:
-        takes["adapters"] = 2 * trained_bytes  # the old one and the new one
+        takes["adapters"] = (4 if averaged else 2) * trained_bytes  # the old ones and the new ones
     if options.merge_adapter_with_base and not is_full_finetuning:
         takes |= {"their copies": 4 * trained_bytes, "the merged model": model_bytes}
     needed, free = sum(takes.values()), free_bytes(output_dir)

@@ -21,7 +21,7 @@ from higgs_ds.training.run import Inputs
 
 # What a run first writes under a temporary name, which remains after a kill.
 WRITTEN = re.compile(
-    r"checkpoint-\d+|lora_adapters|final_model|adapter|merged_model|trainer_state\.json|settings\.json|"
+    r"checkpoint-\d+|lora_adapters(?:_ema)?|final_model|adapter|merged_model|trainer_state\.json|settings\.json|"
     r"metrics\.jsonl|dropped_samples\.txt|data_summary\.txt|report\.html"
 )
 # Options that may differ when a run is resumed: they do not change what is trained. Batch size and accumulation may

@@ -14,7 +14,21 @@ from higgs_ds.training.signals import StopSignals
 
 
 def validate(engine: Engine, data: Dataset, micro_batch_size: int, signals: StopSignals) -> dict[str, float] | None:
-    """Return mean losses and accuracies over `data`, or None if a signal interrupts. Every rank must call this."""
+    """Return mean losses and accuracies over `data`, or None if a signal interrupts. Every rank must call this.
+
+    They are named val/..., and those with the averaged weights, if there are any, val_ema/....
+    """
+    values = _validate(engine, data, micro_batch_size, signals, "val")
+    if values is None or not engine.keeps_average:
+        return values
+    with engine.averaged_weights():
+        averaged = _validate(engine, data, micro_batch_size, signals, "val_ema")
+    return None if averaged is None else values | averaged
+
+
+def _validate(
+    engine: Engine, data: Dataset, micro_batch_size: int, signals: StopSignals, kind: str
+) -> dict[str, float] | None:
     shares = share_of_rank(range(len(data)), micro_batch_size, rank(), world_size())
     stopped = False
 
@@ -29,4 +43,4 @@ def validate(engine: Engine, data: Dataset, micro_batch_size: int, signals: Stop
     sums, counts, hits = engine.evaluate(batches())
     if stopped:
         return None
-    return mean_losses(sums, counts, engine.weights).metrics("val") | accuracies(hits, counts, "val")
+    return mean_losses(sums, counts, engine.weights).metrics(kind) | accuracies(hits, counts, kind)
