@@ -10,21 +10,17 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-import torch.nn.functional as F
-from conftest import PROJECT, native_inputs, processor_in, read_metrics, speech_sample, text_sample, write_manifest
+from conftest import PROJECT, processor_in, read_metrics, speech_sample, text_sample, write_manifest
 from launcher import TRAIN, kill_after_step, start_ranks, train_runs
+from plain_training import load, plain_steps, windows_of
 from safetensors.torch import load_file
-from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgs_ds.bases.bundle import open_bundle
 from higgs_ds.checkpoints.complete import main as export
 from higgs_ds.checkpoints.inspection import find_adapters, validate_checkpoint
 from higgs_ds.common.errors import InputError
 from higgs_ds.data.codec import Codec
-from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.formats.reader import read_entries
-from higgs_ds.data.preparation import Preparation
-from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.model.full import group_of
 from higgs_ds.model.layouts import original_name
 from higgs_ds.options.commands import ExportOptions, InspectOptions
@@ -73,10 +69,6 @@ def ds_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         (folder / path.name).write_text(json.dumps(values))
     return folder
-
-
-def load(folder: Path) -> HiggsAudioV2ForConditionalGeneration:
-    return HiggsAudioV2ForConditionalGeneration.from_pretrained(folder, use_text_head=True, dtype=torch.float32).eval()
 
 
 Options = Callable[..., list[str]]
@@ -141,47 +133,13 @@ def assert_close(expected: dict[str, torch.Tensor], found: dict[str, torch.Tenso
         assert (found[name] - tensor).abs().max() <= 1e-5, name
 
 
-def windows_of(float_base: Path, manifest: Path, cache: Path) -> list[list[object]]:
-    """Return the batches of every step of the run "alone"."""
-    bundle = open_bundle(str(float_base), None, None, cache)
-    with Preparation(DataOptions(allow_text_targets=True), bundle.coder(cache), cache) as preparation:
-        checked = preparation.check(manifest)
-        preparation.encode(checked, torch.device("cpu"))
-        assert preparation.coder
-        index = preparation.keep(checked)
-        data = Dataset(index, torch.arange(len(index)).numpy(), preparation.coder)
-        sampler = WindowSampler(
-            lengths=data.lengths, micro_batch_size=1, gradient_accumulation_steps=4, rank=0, world_size=1, seed=42,
-            bucket_size=1024, max_tokens=None,
-        )  # fmt: skip
-        return [[data.batch(i) for i in window.micro_batches] for window in sampler.windows(0, STEPS)]
-
-
 @pytest.mark.usefixtures("lone_rank")
 def test_a_loop_of_plain_torch(runs: Path, float_base: Path, mixed_manifest: Path, cache_dir: Path) -> None:
     """transformers' model, torch's AdamW and cross entropy: within a part, all targets of a step weigh the same."""
     model = load(float_base).train()
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY)
-    losses = []
-    for batches in windows_of(float_base, mixed_manifest, cache_dir):
-        sums, counts = torch.zeros(9), torch.zeros(9)
-        for batch in batches:
-            inputs = native_inputs(batch, model.config.audio_token_id)
-            hidden = model.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-            text, audio = (hidden[batch.positions[at]] for at in (batch.text_places, batch.audio_places))
-            logits = model.audio_lm_head(audio).view(len(audio), 8, model.config.codebook_size)
-            parts = [(model.text_lm_head(text), batch.text_targets)]
-            parts += [(logits[:, k], batch.audio_targets[:, k]) for k in range(8)]
-            sums = sums + torch.stack([F.cross_entropy(*part, reduction="sum") for part in parts])
-            counts += torch.tensor([(targets != -100).sum() for _, targets in parts])
-        means = sums / counts.clamp(min=1)
-        loss = means[0] + means[1:].mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = plain_steps(model, windows_of(float_base, mixed_manifest, cache_dir, STEPS), optimizer, [1.0] * STEPS)
     run = folder_of(runs, "alone")
     assert losses_of(run) == pytest.approx(losses, abs=1e-5)
     expected = {name: parameter.detach() for name, parameter in model.named_parameters()}
