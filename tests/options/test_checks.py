@@ -49,13 +49,39 @@ def test_all_bad_options_are_reported_at_once() -> None:
         "lr": -1.0, "batch_size": 0, "lora_dropout": 1.0, "val_split": -0.1, "max_steps": 0, "warmup_ratio": 2.0,
         "max_seq_len": 0, "max_clip_s": 0.0, "num_workers": 0, "bucket_size": 0, "max_tokens_per_batch": 0,
         "max_grad_norm": float("nan"), "text_loss_weight": 0.0, "audio_loss_weight": 0.0,
-        "codebook_weights": (0.0,) * 8,
+        "codebook_weights": (0.0,) * 8, "ema_decay": 1.0, "loraplus_lr_ratio": 0.5, "group_lr": ("audio_mlp=fast",),
     }  # fmt: skip
     problems = check_options(TrainOptions().replace(**bad))
     for name in bad:
         assert any(f"--{name} " in problem for problem in problems), name
     assert len(problems) == len(bad) - 1  # the two loss weights are one problem
     assert check_options(TrainOptions()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--group_lr attention=1e-4 text_mlp=2e-4", []),
+        ("--group_lr audio_self_attention=1e-5 --audio_self_attention", []),
+        ("--group_lr heads=1e-5 --finetune full", []),
+        ("--group_lr attention", ["attention: must be GROUP=LR with an LR above 0, for instance audio_mlp=1e-4"]),
+        ("--group_lr attention=0 text_mlp=nan audio_mlp=inf", ["tention=0: must", "text_mlp=nan: must", "=inf: must"]),
+        (
+            "--group_lr heads=1 --lora_targets attention",
+            ["heads=1: this run does not train heads; it trains attention"],
+        ),
+        ("--group_lr text_mlp=1 --lora_targets audio_mlp", ["does not train text_mlp; it trains audio_mlp"]),
+        ("--group_lr whisper_conditioning=1e-4", ["this run does not train whisper_conditioning"]),
+        ("--group_lr attention=1e-4 attention=1e-5", ["attention=1e-5: attention is given twice; remove one of them"]),
+        ("--loraplus_lr_ratio 16 --finetune full", ["--loraplus_lr_ratio: only applies to adapters"]),
+        ("--loraplus_lr_ratio inf", ["--loraplus_lr_ratio inf: must be 1 or more"]),
+        ("--ema_decay 0", ["--ema_decay 0.0: must be above 0 and below 1"]),
+    ],
+)
+def test_learning_rates_and_averages(given: str, words: list[str]) -> None:
+    problems = check_options(parse_train_options(given.split())[0])
+    assert len(problems) == len(words)
+    assert all(word in problem for word, problem in zip(words, problems, strict=True)), problems
 
 
 @pytest.mark.parametrize("script", ["train.py", "prepare.py", "merge.py", "generate.py"])

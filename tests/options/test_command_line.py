@@ -17,7 +17,8 @@ from higgs_ds.options.train import TrainOptions
 
 LINE = (
     "--lr 1e-3 --lora_targets attention audio_mlp --codebook_weights 2 1 1 1 1 1 1 1 --merge_adapter_with_base "
-    "--val_manifest v.jsonl --max_steps 5 --activation_checkpointing 3 --base_ckpt some/base"
+    "--val_manifest v.jsonl --max_steps 5 --activation_checkpointing 3 --base_ckpt some/base --group_lr attention=1e-4 "
+    "audio_mlp=2e-4"
 ).split()
 BY_NAME: dict[str, Any] = {
     "lr": "1e-3",  # YAML reads it as a string, because it requires a point in a float
@@ -28,6 +29,7 @@ BY_NAME: dict[str, Any] = {
     "max_steps": 5,
     "activation_checkpointing": "3",
     "base_ckpt": "some/base",
+    "group_lr": ["attention=1e-4", "audio_mlp=2e-4"],
     "dry_run": False,
     "max_seq_len": None,
 }

@@ -34,15 +34,18 @@ def options(base: Path, manifest: Path, ds_json: Path, folder: Path, precision: 
     return (
         f"--base_ckpt {base} --deepspeed {ds_json} --output_dir {folder} --precision {precision} "
         f"--train_manifest {manifest} --lr 1e-3 --allow_text_targets --batch_size 1 --grad_accum 2 "
-        f"--max_steps 5 --log_steps 1 --val_steps 100 --save_steps 1 --lora_targets attention {more}"
+        f"--max_steps 5 --log_steps 1 --val_steps 100 --save_steps 1 --lora_targets attention --ema_decay 0.5 {more}"
     ).split()
 
 
 def learned(run: Path, step: int) -> dict[str, object]:
+    """Return the adapter, its average and Adam's moments."""
     folder = run / f"checkpoint-{step}"
-    return load_file(folder / "lora_adapters" / "adapter_model.safetensors") | load_file(
+    averages = load_file(folder / "lora_adapters_ema" / "adapter_model.safetensors")
+    found = load_file(folder / "lora_adapters" / "adapter_model.safetensors") | load_file(
         folder / "optimizer.safetensors"
     )
+    return found | {f"average.{name}": tensor for name, tensor in averages.items()}
 
 
 def same(one: dict[str, object], other: dict[str, object]) -> bool:

@@ -66,6 +66,15 @@ def test_room_for_full_fine_tuning(tmp_path: Path) -> None:
         check_room(tmp_path, state, options, int(free * 0.2), int(free * 0.5), is_full_finetuning=True)
 
 
+def test_room_for_averages(tmp_path: Path) -> None:
+    """Instead of 3 and 2 times what is trained, checkpoints take 4 times as much, and adapters 4 times."""
+    state, options = TrainerState(10, {}), RunOptions()
+    trained_bytes = shutil.disk_usage(tmp_path).free // 6
+    check_room(tmp_path, state, options, trained_bytes, 0)
+    with pytest.raises(InputError, match="GiB for adapters"):
+        check_room(tmp_path, state, options, trained_bytes, 0, averaged=True)
+
+
 def test_time_limit_of_slurm() -> None:
     assert seconds_left({}) is None
     assert seconds_left({"SLURM_JOB_END_TIME": ""}) is None
