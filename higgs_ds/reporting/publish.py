@@ -164,7 +164,7 @@ def card_facts(
     losses = {name: f"{last[name]:.4g}" for name in shown if name in last}
     defaults = TrainOptions().flat()
     changed = {
-        name: value
+        name: " ".join(map(str, value)) if isinstance(value, tuple) else value
         for name, value in options.flat().items()
         if value != defaults[name] and name not in _MACHINE_OPTIONS
     }

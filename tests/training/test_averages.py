@@ -28,7 +28,7 @@ RAMP = [2 / 11, 3 / 12, 4 / 13, DECAY]  # (1 + step) / (10 + step), up to the de
 ADAPTER, AVERAGED = "lora_adapters/adapter_model.safetensors", "lora_adapters_ema/adapter_model.safetensors"
 # Ranks, DeepSpeed file, options. In float32 they are compared with "alone".
 RUNS = {
-    "alone": (1, "zero0", "--merge_adapter_with_base"),
+    "alone": (1, "zero0", "--merge_adapter_with_base --group_lr audio_mlp=2e-3 text_mlp=2e-3"),
     "stage-0": (2, "zero0", ""),
     "stage-2-offloaded": (2, "zero2_offload", ""),
     "stage-3": (2, "zero3", ""),
@@ -194,7 +194,7 @@ def test_folders_and_commands(runs: Path, small_base: Path, capsys: pytest.Captu
         (run / "lora_adapters_ema" / "README.md").read_text()
     )
     card = (run / "lora_adapters" / "README.md").read_text()
-    assert f"--ema_decay {DECAY}" in card
+    assert f"    --group_lr audio_mlp=2e-3 text_mlp=2e-3\n    --ema_decay {DECAY}\n" in card
     assert "| val_ema/loss |" in card
     assert "exponential moving average" not in card
     # The plain adapter is merged.
