@@ -38,7 +38,7 @@ def parameter_groups(
     """
     rates, groups = group_rates(options.group_lr), dict[str, dict[str, Any]]()
     for tensor_name, parameter in trained.items():
-        group = group_of_trained(tensor_name, full_parts)
+        group = group_of_trained(tensor_name, full_parts) if rates else ""
         names, lr = ([group], rates[group]) if group in rates else ([], options.lr)
         if options.loraplus_lr_ratio is not None and _is_scaled_by_loraplus(tensor_name):
             names, lr = [*names, LORA_B], lr * options.loraplus_lr_ratio

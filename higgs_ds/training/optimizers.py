@@ -25,7 +25,10 @@ def make_optimizer(options: OptimOptions, groups: list[dict[str, Any]]) -> torch
 
 
 def start_moments(optimizer: torch.optim.Optimizer, master: torch.Tensor, step: int) -> None:
-    """Give a parameter the state that its first step would create: zero moments, with a count of `step` steps."""
+    """Give a parameter the state that its first step would create: zero moments, with a count of `step` steps.
+
+    bitsandbytes never frees a paged state, so that one that exists is kept.
+    """
     if isinstance(optimizer, Optimizer2State):
         # The state is the same in all groups. bitsandbytes looks the parameter up in its group, and ZeRO-3 empties
         # the groups between steps.

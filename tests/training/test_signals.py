@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -31,8 +32,14 @@ class CountingEngine:
 
     weights = LossWeights.of(1, 1, 8, None)
 
-    def __init__(self) -> None:
-        self.batches = 0
+    def __init__(self, keeps_average: bool = False) -> None:
+        self.batches, self.keeps_average, self.averaged = 0, keeps_average, 0
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        self.averaged += 1
+        yield
+        self.averaged -= 1
 
     def evaluate(self, batches: Iterable[object]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         self.batches = sum(1 for _ in batches)
@@ -68,10 +75,30 @@ def test_signal_stops_validation_at_the_next_batch(number: int) -> None:
 
 
 def test_validation_without_a_signal_covers_all_samples() -> None:
+    for keeps_average in (False, True):
+        with StopSignals() as signals:
+            values = validate(CountingEngine(keeps_average), Samples(None), 1, signals)
+        assert values is not None
+        assert {key: value for key, value in values.items() if key.endswith("/audio_loss")} == (
+            {"val/audio_loss": 1} | ({"val_ema/audio_loss": 1} if keeps_average else {})
+        )
+
+
+class SignalInTheSecondPass(Samples):
+    def batch(self, indices: list[int]) -> list[int]:
+        self.number = signal.SIGTERM if self.is_second else None
+        self.is_second |= indices == [3]
+        return super().batch(indices)
+
+    is_second = False
+
+
+def test_a_signal_while_averages_are_validated() -> None:
+    """The weights are in place again, and there is no half of a validation."""
+    engine = CountingEngine(keeps_average=True)
     with StopSignals() as signals:
-        values = validate(CountingEngine(), Samples(None), 1, signals)
-    assert values is not None
-    assert values["val/audio_loss"] == 1
+        assert validate(engine, SignalInTheSecondPass(None), 1, signals) is None
+    assert (engine.batches, engine.averaged) == (2, 0)
 
 
 @pytest.mark.parametrize(("due", "left"), [(False, ["train/loss", "val/loss"]), (True, ["train/loss"])])
