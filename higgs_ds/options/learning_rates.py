@@ -13,7 +13,8 @@ AUDIO_SELF_ATTENTION, WHISPER = "audio_self_attention", "whisper_conditioning"
 
 def trained_groups(options: TrainOptions) -> tuple[str, ...]:
     """Return the groups of weights that a run trains, each of which can have a learning rate of its own."""
-    groups = options.tune.train_groups if options.is_full_finetuning else options.lora.lora_targets
+    lora = options.lora
+    groups = options.tune.train_groups if options.is_full_finetuning else (*lora.lora_targets, *lora.also_train)
     return (*groups, *(part for part in (AUDIO_SELF_ATTENTION, WHISPER) if getattr(options.model, part)))
 
 

@@ -195,8 +195,8 @@ class OptimOptions:
     lr: float = option(2e-4, "peak learning rate of AdamW; fully fine-tuned weights usually need a much lower one")
     group_lr: tuple[str, ...] | None = option(
         None,
-        "peak learning rates of groups, those of --lora_targets or --train_groups, audio_self_attention or "
-        "whisper_conditioning; the others have --lr",
+        "peak learning rates of groups, those of --lora_targets, --also_train or --train_groups, audio_self_attention "
+        "or whisper_conditioning; the others have --lr",
         metavar="GROUP=LR",
     )
     loraplus_lr_ratio: float | None = option(

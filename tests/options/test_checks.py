@@ -64,6 +64,7 @@ def test_all_bad_options_are_reported_at_once() -> None:
         ("--group_lr attention=1e-4 text_mlp=2e-4", []),
         ("--group_lr audio_self_attention=1e-5 --audio_self_attention", []),
         ("--group_lr heads=1e-5 --finetune full", []),
+        ("--group_lr heads=1e-5 embeddings=1e-6 --also_train heads embeddings", []),
         ("--group_lr attention", ["attention: must be GROUP=LR with an LR above 0, for instance audio_mlp=1e-4"]),
         ("--group_lr attention=0 text_mlp=nan audio_mlp=inf", ["tention=0: must", "text_mlp=nan: must", "=inf: must"]),
         (

@@ -37,7 +37,7 @@ RUNS = {
     "bf16-stage-1": (2, "zero1", "--precision bf16"),
     "bf16-stage-2": (2, "zero2", "--precision bf16"),
     "bf16-stage-3": (2, "zero3_persistent", "--precision bf16"),
-    "8bit": (2, "zero3", "--optim adamw_8bit"),
+    "8bit": (2, "zero3", "--optim adamw_8bit --also_train heads --group_lr heads=1e-4"),
     "full": (2, "zero3", "--finetune full --train_groups audio_mlp heads"),
 }
 IN_FLOAT32 = [name for name in RUNS if name.startswith("stage")]
