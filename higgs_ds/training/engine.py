@@ -1,4 +1,4 @@
-"""The only module that uses DeepSpeed: start an engine, run an optimizer step, gather and restore the trained state.
+"""The only user of DeepSpeed, beside `deepspeed_start`: start, run an optimizer step, gather and restore trained state.
 
 The float32 master weights of the trained parameters and Adam's moments leave and enter this module as whole tensors by
 name. A checkpoint therefore does not depend on the ZeRO stage or the number of ranks.
@@ -7,7 +7,6 @@ name. A checkpoint therefore does not depend on the ZeRO stage or the number of 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -32,11 +30,11 @@ from torch import nn
 from higgs_ds.common.distributed import device, rank, sum_over_ranks, world_size
 from higgs_ds.data.collate import Batch
 from higgs_ds.model.loss import LossWeights, StepResult, target_weights
-from higgs_ds.model.nf4 import move_statistics
 from higgs_ds.model.parts import NO_PARTS, Parts
 from higgs_ds.options.ds_config import fit_buckets
 from higgs_ds.options.train import OptimOptions
 from higgs_ds.training.averages import exchange_averages, start_average, update_averages
+from higgs_ds.training.deepspeed_start import disable_compiled_collectives, partition_over_ranks, quiet_deepspeed
 from higgs_ds.training.learning_rates import current_rates, make_schedule, parameter_groups
 from higgs_ds.training.optimizers import float_moments, make_optimizer, start_moments
 
@@ -68,13 +66,13 @@ class Engine:
         self.lr, self.ema_decay = options.lr, options.ema_decay
         self.applied_steps = 0
         self.device = device()
-        _quiet_deepspeed()
-        _disable_compiled_collectives()
+        quiet_deepspeed()
+        disable_compiled_collectives()
         optimizer = make_optimizer(options, parameter_groups(options, trained, full_parts))
         self.scheduler = make_schedule(options, optimizer, total_steps, warmup_steps)
         settings = fit_buckets(settings, sum(parameter.numel() for parameter in trained.values()), world_size())
         if settings["zero_optimization"]["stage"] == 3:
-            _partition_over_ranks(model, settings, self.device)
+            partition_over_ranks(model, settings, self.device)
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=self.scheduler, config=settings, dist_init_required=False
         )
@@ -329,31 +327,3 @@ class Engine:
         low = [p for group in wrapper.fp16_groups for p in group]
         masters = [p for group in wrapper.fp32_groups for p in group]
         return next(master for p, master in zip(low, masters, strict=True) if p is parameter)
-
-
-def _partition_over_ranks(model: nn.Module, settings: dict[str, Any], device: torch.device) -> None:
-    """Move a model to its device and partition it over the ranks, one parameter at a time.
-
-    `deepspeed.initialize` would first put the whole model on every GPU, which stage 3 is chosen to avoid. Every rank
-    must hold the same values: DeepSpeed broadcasts rank 0's only if it moves the model itself.
-    """
-    deepspeed.init_distributed(auto_mpi_discovery=False)
-    deepspeed.zero.Init(module=model, config_dict_or_path=settings)
-    for buffer in model.buffers():
-        buffer.data = buffer.data.to(device)
-    move_statistics(model, device)
-
-
-def _quiet_deepspeed() -> None:
-    """Silence DeepSpeed's configuration (level INFO) and the memory lines of its bf16 optimizer, but not warnings."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    bf16_optimizer.see_memory_usage = lambda *_, **__: None
-
-
-def _disable_compiled_collectives() -> None:
-    """Keep DeepSpeed from compiling its shared memory collectives, which CPU ranks do not need.
-
-    Compiling needs g++ and ninja, takes half a minute the first time, and raises an error if they are missing.
-    """
-    # DeepSpeed fills this table on first access, by probing every one of its operators.
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}

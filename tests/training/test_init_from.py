@@ -139,6 +139,14 @@ def test_moments_start_at_zero(runs: Path, name: str) -> None:
     assert changes.median() == pytest.approx(LR, rel=1e-3)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_averages_begin_with_the_adapter(runs: Path, options: Options, tmp_path: Path, stage: int) -> None:
+    train_runs(2, [options(tmp_path / "run", f"--init_from {runs}/first --ema_decay 0.9 {STILL}", stage, 1)])
+    start, averages = adapter_of(runs / "first"), load_file(tmp_path / "run" / "lora_adapters_ema" / ADAPTER_WEIGHTS)
+    for key, tensor in start.items():
+        torch.testing.assert_close(averages[key], tensor, rtol=1e-6, atol=1e-9)
+
+
 def test_resumes_to_the_bit_without_the_adapter(runs: Path) -> None:
     """The checkpoint has everything; step 0's line is neither lost nor doubled."""
     assert losses(runs / "whole") == losses(runs / "resumed")
