@@ -16,7 +16,7 @@ EXIT_MERGE_FAILED = 5
 EXIT_STOPPED = 6
 EXIT_LOST_RANK = 7
 EXIT_PUBLISH_FAILED = 8
-EXIT_INTERRUPTED = 130  # as shells report it: 128 + SIGINT
+EXIT_SIGNAL = 128  # plus the number of the signal that ended the command, as shells report it
 
 
 class HiggsError(Exception):

@@ -6,16 +6,17 @@ import contextlib
 import gc
 import io
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
-from higgs_ds.common import distributed
+from higgs_ds.common import distributed, interrupts
 from higgs_ds.common.errors import (
     EXIT_BUG,
-    EXIT_INTERRUPTED,
     EXIT_OK,
+    EXIT_SIGNAL,
     HiggsError,
     LostRankError,
     exit_code_of,
@@ -36,11 +37,12 @@ def run_command(command: Callable[[], int]) -> NoReturn:
         sys.exit(command())
     sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
     try:
+        interrupts.handle_signals()
         exit_code = command()
-    except KeyboardInterrupt:
-        rank = f"rank {distributed.rank()}: " if distributed.world_size() > 1 else ""
-        print_error(f"{rank}interrupted; what was written before is complete")
-        exit_code = EXIT_INTERRUPTED
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, interrupts.Interrupted) else signal.SIGINT
+        print_error(interrupts.end_of(number))
+        exit_code = EXIT_SIGNAL + number
     except Exception:  # noqa: BLE001 - it is shown with its traceback
         # Shown before this rank closes its connections, so that the cause is printed before the other ranks fail.
         # torch's hook names the rank in every line.
@@ -77,6 +79,7 @@ def run_ranks(main: Callable[[], None], together: bool = True) -> int:
 
 
 def _leave(error: HiggsError) -> int:
+    interrupts.ignore_signals()
     prints, lost = distributed.is_main() or not error.on_all_ranks, isinstance(error, LostRankError)
     if prints:
         print_error(error)
@@ -101,6 +104,7 @@ def exit_process(exit_code: int) -> NoReturn:
     tensor, and aborts the process because the interpreter is gone (seen about once in 50 runs of two ranks). After an
     error, the shutdown could wait for ranks that are gone.
     """
+    interrupts.ignore_signals()
     if exit_code == EXIT_OK and "torch" in sys.modules and distributed.device().type == "cuda":
         distributed.leave_ranks()
         sys.exit(exit_code)
@@ -121,7 +125,8 @@ def quick_imports() -> Iterator[None]:
         return
     gc.disable()
     try:
-        yield
+        with interrupts.importing():
+            yield
     finally:
         gc.freeze()
         gc.enable()

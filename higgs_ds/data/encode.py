@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from higgs_ds.common.errors import InputError
+from higgs_ds.common.interrupts import finishing
 from higgs_ds.data.audio import AudioError, read_audio
 from higgs_ds.data.code_cache import CachedCodes, CodeCache
 from higgs_ds.data.coder import Coder
@@ -140,17 +141,18 @@ def _encode_in_processes(
             while pending:
                 pending = _collect(pending, bar)
         except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
+            with finishing("as soon as the clips in work are stored"):
+                pool.shutdown(cancel_futures=True)
             raise
 
 
 @contextlib.contextmanager
 def _blocked_interrupts() -> Iterator[None]:
-    """Start processes that ignore Ctrl-C, which a terminal sends to all processes: only this one reacts to it.
+    """Start processes that ignore what a terminal sends to all processes: only this one reacts to it.
 
     The mask of signals is inherited. A signal that arrives within the block is delivered after it.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield
     finally:

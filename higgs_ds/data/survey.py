@@ -227,13 +227,16 @@ def _check_in_threads(path: Path, checker: Checker, share: Share, num_threads: i
 
     entries = share.of(read_entries(path, checker.options))
     ahead: deque[Future[list[CheckedEntry]]] = deque()
-    with ThreadPoolExecutor(num_threads) as pool:
+    pool = ThreadPoolExecutor(num_threads)
+    try:
         while chunk := list(islice(entries, CHUNK)):
             ahead.append(pool.submit(check_chunk, chunk))
             if len(ahead) > 2 * num_threads:
                 yield from ahead.popleft().result()
         while ahead:
             yield from ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _stamps(sample: Sample) -> list[tuple[str, tuple[int, int] | None]]:

@@ -10,6 +10,7 @@ from higgs_ds.common.console import set_quiet, warn
 from higgs_ds.common.distributed import sum_over_ranks, world_size
 from higgs_ds.common.errors import NotFiniteError, StoppedError
 from higgs_ds.common.folder_lock import FolderLock
+from higgs_ds.common.interrupts import waiting
 from higgs_ds.data.prefetch import prefetched
 from higgs_ds.data.sampler import Window
 from higgs_ds.model.loss import StepResult, mean_losses
@@ -84,7 +85,7 @@ def train(run: Run) -> None:
             with meter.paused():
                 if len(run.val) and (last or state.step % options.run.val_steps == 0):
                     _validate(run, log, signals)
-                    run.reporter.write()
+                    _draw(run)
                 if writer.is_due(last):
                     _write_samples(run, log, writer)
                 stopped_by, state.stopped_early = signals.stop_reason(), _is_out_of_patience(run)
@@ -93,8 +94,10 @@ def train(run: Run) -> None:
                 last |= state.stopped_early
                 if last or stopped_by or state.step % options.run.save_steps == 0 or _is_best_step(run):
                     _save(run, meter)
+                    stopped_by = stopped_by or signals.stop_reason()
                 if last or stopped_by:
-                    run.reporter.write(at_end=True)
+                    _draw(run, at_end=True)
+                    stopped_by = stopped_by or signals.stop_reason()
             if stopped_by:
                 raise _stopped_error(run, stopped_by)
             if last:
@@ -117,6 +120,7 @@ def _log(run: Run, log: MetricsLog, meter: Meter, rates: dict[str, float]) -> No
     meter.reset()
 
 
+@waiting("at the next batch of this validation, and saves a checkpoint")
 def _validate(run: Run, log: MetricsLog, signals: StopSignals) -> None:
     """Validate and log the result; if a signal interrupts this, the resumed run validates."""
     state = run.state
@@ -129,10 +133,16 @@ def _validate(run: Run, log: MetricsLog, signals: StopSignals) -> None:
         state.validation_due = False
 
 
+@waiting("after the samples, and saves a checkpoint")
 def _write_samples(run: Run, log: MetricsLog, writer: SampleWriter) -> None:
     values = writer.write_samples()
     if values:
         log.write(run.state.step, run.state.epoch, values)
+
+
+@waiting("after the report, with a checkpoint")
+def _draw(run: Run, at_end: bool = False) -> None:
+    run.reporter.write(at_end)
 
 
 def _is_out_of_patience(run: Run) -> bool:
@@ -145,6 +155,7 @@ def _is_best_step(run: Run) -> bool:
     return run.options.run.early_stopping_patience is not None and run.state.best_step == run.state.step
 
 
+@waiting("as soon as this checkpoint is saved")
 def _save(run: Run, meter: Meter) -> None:
     run.lock.check()
     keep = run.options.run.keep_checkpoints

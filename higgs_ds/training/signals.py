@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,70 +13,62 @@ from typing import Any
 
 import psutil
 
-from higgs_ds.common.distributed import is_main, max_over_ranks
+from higgs_ds.common import interrupts
+from higgs_ds.common.distributed import max_over_ranks
 
-# What a cluster's scheduler sends before a time limit or a preemption, Ctrl-C, and the end of a terminal.
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# A shell ignores these for a command in its background, or under nohup, which must stay so.
-_MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
-AGAIN_AFTER_S = 1.0  # a launcher may pass on a Ctrl-C that the terminal has sent to all processes as well
-_NOTE = b"\nCtrl-C: the run ends after this step, and saves a checkpoint; press Ctrl-C again to end it at once\n"
 LAUNCHER_GONE = 1000  # larger than any signal number
 _SCRIPTS, _MODULES = ("deepspeed", "torchrun"), ("deepspeed.launcher.launch", "torch.distributed.run")
 
 
 class StopSignals:
-    """Within the block, signals are only recorded; a second Ctrl-C raises KeyboardInterrupt.
+    """Within the block, signals are only recorded; a second Ctrl-C raises Interrupted.
 
     A handler must not do more: saving needs all ranks, and they do not receive a signal at the same moment, if at all.
-    Outside the main thread, where Python allows no handlers, signals keep their effect.
+    A signal that came too late to be a `stop_reason` raises Interrupted at the end of the block. Outside the main
+    thread, where Python allows no handlers, signals keep their effect.
     """
 
     def __init__(self) -> None:
-        self._received = 0
+        self._received, self._is_reason = 0, False
+        self._block = contextlib.ExitStack()
         self._interrupted_at: float | None = None
         self._previous: dict[int, Any] = {}
         self._launchers = _find_launchers()
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            handled = [number for number in STOP_SIGNALS if not _is_ignored(number)]
+            self._block.enter_context(interrupts.recorded("after this step, and saves a checkpoint"))
+            handled = interrupts.handled_signals()
             self._previous = {number: signal.signal(number, self._record) for number in handled}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._is_reason:
+            interrupts.ignore_signals()
+        self._block.close()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if kind is None and self._received and not self._is_reason:
+            raise interrupts.Interrupted(self._received)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
-        if number == signal.SIGINT:
-            now = time.monotonic()
-            if self._interrupted_at is None:
-                self._interrupted_at = now
-                if is_main():
-                    _write_note()
-            elif now - self._interrupted_at > AGAIN_AFTER_S:
-                raise KeyboardInterrupt
+        self._received, now = self._received or number, time.monotonic()  # deepspeed sends SIGTERM after a Ctrl-C
+        if interrupts.is_again(number, self._interrupted_at, now):
+            raise interrupts.Interrupted(signal.SIGINT)
+        if number == signal.SIGINT and self._interrupted_at is None:
+            self._interrupted_at = now
+            if not interrupts.is_watched():
+                interrupts.print_note()
 
     def stop_reason(self) -> str | None:
         """Return in words what ends the run, if any rank has a reason. Every rank must call this, at the same point."""
         if not self._received and not all(map(_is_running, self._launchers)):
             self._received = LAUNCHER_GONE
         number = max_over_ranks(self._received)
+        self._is_reason |= bool(number)
         if number == LAUNCHER_GONE:
             return "the end of its launcher"
         return signal.Signals(number).name if number else None
-
-
-def _is_ignored(number: int) -> bool:
-    return number in _MAY_BE_IGNORED and signal.getsignal(number) == signal.SIG_IGN
-
-
-def _write_note() -> None:
-    """Write directly: Python's streams must not be entered from a signal handler."""
-    with contextlib.suppress(OSError, ValueError):  # no terminal, or a notebook's output
-        os.write(sys.stderr.fileno(), _NOTE)
 
 
 def _find_launchers() -> list[psutil.Process]:
