@@ -958,7 +958,7 @@ MOMENTS = {
     "while the report is drawn": ("higgs_ds.reporting.report_page:Reporter.write", 1),
 }
 STEPS = ("in a step", "in the last step", "while metrics are written", "in a validation", "while samples are spoken",
-         "while a checkpoint is written", "before a checkpoint gets its name")  # fmt: skip
+         "while a checkpoint is written", "before a checkpoint gets its name", "while the report is drawn")  # fmt: skip
 MORE = {
     "while samples are spoken": ["--sample_steps", "1", "--num_samples", "1"],
     "while the merged model is written": ["--merge_adapter_with_base"],
@@ -971,12 +971,10 @@ def send(number: int) -> Callable[[], None]:
 
 
 def codes_of(number: int, moment: str) -> Codes:
-    """A stop signal ends the steps with code 6; otherwise Ctrl-C is code 130, and the others keep their effect."""
+    """A stop signal ends the steps with code 6; otherwise the code is the shell's for this signal."""
     if number == signal.SIGKILL:
         return (-number,)
-    if moment in STEPS:
-        return (STOPPED,)
-    return (INTERRUPTED,) if number == signal.SIGINT else (-number,)
+    return (STOPPED,) if moment in STEPS else (128 + number,)
 
 
 def add_signal(number: signal.Signals, moment: str) -> None:
@@ -1000,8 +998,7 @@ for sent, sent_at in [
     *itertools.product([signal.SIGUSR1], ["in a step", "while samples are spoken", "while a checkpoint is written"]),
     *itertools.product([signal.SIGHUP], ["in a step", "while the merged model is verified"]),
 ]:  # fmt: skip
-    if (sent, sent_at) != (signal.SIGINT, "while the report is drawn"):
-        add_signal(sent, sent_at)
+    add_signal(sent, sent_at)
 
 
 def add_step(name: str, codes: Codes, *setup: Callable[[], object], resumed: bool = True) -> None:
@@ -1140,7 +1137,7 @@ def add_other_signal(line: str, place: str, sent: signal.Signals, nth: int = 1) 
     def _(t: Try) -> None:
         command, *options = t.options(line)
         cache = t / "cache" if command == "prepare" else None
-        codes = INTERRUPTED if sent == signal.SIGINT else -sent
+        codes = -sent if sent == signal.SIGKILL else 128 + sent
         t.run(command, *options, expected=codes, setup=[t.at(place, send(sent), nth)], cache=cache)
         t.check(not (t / "new").exists(), "a partial result has the final name")
         t.run(command, *options, expected=OK, cache=cache)

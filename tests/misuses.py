@@ -42,6 +42,7 @@ from higgs_ds import cli
 from higgs_ds.checkpoints.folder import why_incomplete
 from higgs_ds.common import errors
 from higgs_ds.common.files import sha256_of
+from higgs_ds.common.interrupts import STOP_SIGNALS
 from higgs_ds.common.process import run_command
 
 Setup = Callable[[], object]  # called in the process of a command, before the command
@@ -53,6 +54,7 @@ MISUSE_LIMIT_S = 240.0  # a safeguard, for all commands of one misuse
 MEMORY_BYTES = 3 << 30  # that a command may take in addition to what its imports have mapped
 TAIL = 1200  # characters of output that are shown of a failure
 DOCUMENTED = {value for name, value in vars(errors).items() if name.startswith("EXIT_")} - {errors.EXIT_BUG}
+DOCUMENTED |= {errors.EXIT_SIGNAL + number for number in STOP_SIGNALS}
 _ERROR = re.compile(r"^(.*: )?error: ", re.MULTILINE)  # argparse begins with the program's name
 _NAMES_SOMETHING = re.compile(r"--\w|/|\w+\.\w+|\w:")
 _LEFT_OVER = re.compile(r"\..+\.tmp(\.old)?|\..*lock(\.takeover)?")

@@ -310,31 +310,34 @@ print(forks.wait(forks.start(2, forks.training(OPTIONS), Path("log")), 200))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("module", "name"),
+    ("module", "name", "number"),
     [
-        ("higgs_ds.data.preparation", "survey"),  # samples are checked
-        ("higgs_ds.data.encode", "_encode_one"),
-        ("higgs_ds.training.loading", "trained_parameters"),  # the model is loaded
-        ("higgs_ds.training.loading", "load_base"),
+        ("higgs_ds.data.preparation", "survey", signal.SIGINT),  # samples are checked
+        ("higgs_ds.data.encode", "_encode_one", signal.SIGINT),
+        ("higgs_ds.training.loading", "trained_parameters", signal.SIGINT),  # the model is loaded
+        ("higgs_ds.training.loading", "load_base", signal.SIGINT),
+        ("higgs_ds.training.loading", "load_base", signal.SIGTERM),
+        ("higgs_ds.data.encode", "_encode_one", signal.SIGHUP),
     ],
-    ids=["checking", "encoding", "table", "loading"],
+    ids=["checking", "encoding", "table", "loading", "terminated", "hang_up"],
 )
-def test_ctrl_c_before_the_first_step_is_one_line_and_leaves_nothing(
-    module: str, name: str, options: list[str], tmp_path: Path
+def test_a_signal_before_the_first_step_is_one_line_and_leaves_nothing(
+    module: str, name: str, number: int, options: list[str], tmp_path: Path
 ) -> None:
     code = f"""
 import {module} as module
 original = module.{name}
 
 def interrupted(*args, **kwargs):
-    send(signal.SIGINT)
+    send({number})
     return original(*args, **kwargs)
 
 module.{name} = interrupted
 run()
 """
     done = run_code(f"OPTIONS = {[*options, '--cache_dir', 'cache']}\n{SIGNALLED}\n{code}", tmp_path)
-    assert (done.returncode, done.stderr) == (130, END)
+    end = END if number == signal.SIGINT else END.replace(";", f" by {signal.Signals(number).name};")
+    assert (done.returncode, done.stderr) == (128 + number, end)
     assert left_over(tmp_path) == []
     assert not (tmp_path / "run").exists()
     assert run_script("train", [*options, "--cache_dir", "cache"], tmp_path).returncode == 0
@@ -382,7 +385,8 @@ def test_ctrl_c_in_a_terminal_ends_encoding_workers_without_tracebacks(moment: s
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, END)
+    note = "\nCtrl-C: the run ends as soon as the clips in work are stored; press Ctrl-C again to end it at once\n"
+    assert (process.returncode, errors) == (130, note + END)
     _, running = psutil.wait_procs(workers, timeout=10)
     assert not running
     assert len(list((tmp_path / "cache").glob("codes/*/*.safetensors"))) < len(clips)
