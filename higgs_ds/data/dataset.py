@@ -13,19 +13,26 @@ import torch
 from higgs_ds.common.errors import InputError
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.collate import Batch, EncodedSample, collate
-from higgs_ds.data.index import Index
+from higgs_ds.data.index import CheckedClip, Index
 from higgs_ds.data.mel_features import MelFeatures
 from higgs_ds.data.prompt import Stretch, prompt_of
+from higgs_ds.data.reference_choice import References
+from higgs_ds.data.references import pair_of, with_reference
 from higgs_ds.data.sample import Sample
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A selection of rows of an index. All their clips are in the cache."""
+    """A selection of rows of an index. All their clips are in the cache.
+
+    `references`: where they are left out or drawn. What samples have then depends on the epoch; without an epoch, it is
+    a fixed choice that leaves none out.
+    """
 
     index: Index
     rows: np.ndarray
     coder: Coder
+    references: References | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -33,26 +40,51 @@ class Dataset:
     @property
     def lengths(self) -> list[int]:
         """Number of tokens of each sample."""
+        return self.lengths_in(None)
+
+    def lengths_in(self, epoch: int | None) -> list[int]:
+        """Return the number of tokens of each sample in an epoch, from 0."""
+        if self.references is not None:
+            return self.references.in_epoch(epoch).lengths.tolist()
         return self.index.num_tokens[self.rows].tolist()
 
-    def batches(self, micro_batches: Sequence[Sequence[int]]) -> list[Batch]:
-        """Return several micro-batches, in page-locked memory if there is a GPU."""
-        batches = [self.batch(indices) for indices in micro_batches]
+    @property
+    def longest(self) -> int:
+        """Upper limit of the tokens of a sample in any epoch; 0 without samples."""
+        lengths = self.index.num_tokens[self.rows] if self.references is None else self.references.longest
+        return int(lengths.max(initial=0))
+
+    def batches(self, micro_batches: Sequence[Sequence[int]], epoch: int | None = None) -> list[Batch]:
+        """Return several micro-batches of an epoch, in page-locked memory if there is a GPU."""
+        batches = [self.batch(indices, epoch) for indices in micro_batches]
         return [batch.pinned() for batch in batches] if torch.cuda.is_available() else batches
 
-    def batch(self, indices: Sequence[int]) -> Batch:
+    def batch(self, indices: Sequence[int], epoch: int | None = None) -> Batch:
         """Return one micro-batch. Without indices, it has no targets."""
         hearing = self.coder.hearing
         num_mel_bins = hearing.num_mel_bins if hearing else None
-        return collate([self.encoded(i) for i in indices], self.coder.stream, self.coder.pad_id, num_mel_bins)
+        return collate([self.encoded(i, epoch) for i in indices], self.coder.stream, self.coder.pad_id, num_mel_bins)
 
     def sample(self, index: int) -> Sample:
         """Return a conversation. The path of each of its clips is just the sample's source."""
-        return self.index.sample(int(self.rows[index]))[0]
+        return self._sample(index, None)[0]
 
-    def encoded(self, index: int) -> EncodedSample:
+    def _sample(self, index: int, epoch: int | None) -> tuple[Sample, list[CheckedClip]]:
+        row = int(self.rows[index])
+        if self.references is None:
+            return self.index.sample(row)
+        chosen = self.references.in_epoch(epoch)
+        sample, clips = self.index.sample(row, without_reference=bool(chosen.left_out[index]))
+        if chosen.rows[index] < 0:
+            return sample, clips
+        other, clips_of_other = self.index.sample(int(chosen.rows[index]))
+        pair = pair_of(other)
+        assert pair is not None
+        return with_reference(sample, pair), [clips_of_other[-1], *clips]
+
+    def encoded(self, index: int, epoch: int | None = None) -> EncodedSample:
         """Return a sample as token ids and codes. Raises InputError if its codes are missing from the cache."""
-        sample, clips = self.index.sample(int(self.rows[index]))
+        sample, clips = self._sample(index, epoch)
         cache, stream, hearing = self.coder.cache, self.coder.stream, self.coder.hearing
         codes: list[torch.Tensor] = []
         stretches: list[list[Stretch]] = []
@@ -83,7 +115,10 @@ class Dataset:
 
     def digest(self) -> str:
         """Return the identity of the data: texts, roles and audio content, independent of the names of files."""
-        return hashlib.sha256(self.index.digests()[self.rows].tobytes()).hexdigest()
+        digest = hashlib.sha256(self.index.digests()[self.rows].tobytes())
+        if self.references is not None:
+            digest.update(self.references.digest())
+        return digest.hexdigest()
 
 
 def _missing_from_cache(sample: Sample, what: str, path: Path) -> InputError:

@@ -1,6 +1,6 @@
 """Checked samples on disk, memory-mapped: even a million samples take only the memory of the pages that are read.
 
-An index is a folder of Arrow files, two for each rank that checked a share of the samples, and `index.json`. Rows are
+An index is a folder of Arrow files, three for each rank that checked a share of the samples, and `index.json`. Rows are
 in manifest order, whatever the number of ranks was.
 """
 
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from higgs_ds.data.code_cache import KEY_BYTES
+from higgs_ds.data.references import Candidate, PlainForm
 from higgs_ds.data.sample import AudioClip, Message, Sample
 
-VERSION = 2  # increment it with every change to the files
+VERSION = 3  # increment it with every change to the files
 ROWS_PER_BATCH = 1024
 DIGEST_BYTES = 16
 DESCRIPTION = "index.json"
@@ -43,13 +44,28 @@ CONTENT = pa.schema(
         ("source", pa.string()),
         ("messages", pa.string()),  # JSON, null for a clip
         ("start_index", pa.int32()),
+        ("plain", pa.string()),  # JSON: start_index, the clips that remain, messages; null if there is no reference
         ("keys", pa.list_(pa.binary(KEY_BYTES))),  # of the clips' codes
         ("paths", pa.list_(pa.string())),  # of the files that the sample was read from, with size and modification time
         ("sizes", pa.list_(pa.int64())),
         ("mtimes", pa.list_(pa.int64())),
     ]
 )
-SCHEMAS = {"facts": FACTS, "content": CONTENT}
+# Columns that are read for all samples at once where references are left out or drawn: see `Candidate`.
+REFERENCES = pa.schema(
+    [
+        ("plain_tokens", pa.int32()),  # of the sample without its reference; 0 if it has none
+        ("pair_tokens", pa.int32()),  # that the sample adds to another as its reference; 0 if it cannot be one
+        ("takes", pa.int8()),
+        ("words", pa.int64()),
+        ("clip", pa.int64()),
+        ("file", pa.int64()),
+        ("start_s", pa.float64()),
+        ("end_s", pa.float64()),
+    ]
+)
+SCHEMAS = {"facts": FACTS, "content": CONTENT, "references": REFERENCES}
+NO_CANDIDATE = Candidate(0, 0, 0, 0, 0.0, 0.0, False)
 
 
 @dataclass(frozen=True)
@@ -70,11 +86,14 @@ class CheckedSample:
     num_tokens: int
     clips: tuple[CheckedClip, ...]
     files: tuple[tuple[str, int, int], ...]  # path, size in bytes, modification time in ns
+    plain: PlainForm | None = None
+    plain_tokens: int = 0
+    candidate: Candidate | None = None
 
     def rows(self) -> dict[str, tuple[Any, ...]]:
         """Return the values for each of the SCHEMAS, in column order."""
         sample = self.sample
-        messages = _messages_to_json(sample.messages)
+        messages = _to_json(sample.messages)
         keys = tuple(clip.key for clip in self.clips)
         num_frames, num_outputs = [clip.num_frames for clip in self.clips], [clip.num_outputs for clip in self.clips]
         identity = repr((messages, sample.start_index, keys)).encode()
@@ -82,10 +101,15 @@ class CheckedSample:
         paths, sizes, mtimes = zip(*self.files, strict=True) if self.files else ((), (), ())
         key_bytes = [bytes.fromhex(key) for key in keys]
         speaker, language = sample.speaker, sample.language
+        c = self.candidate or NO_CANDIDATE
         return {
             "facts": (self.number, self.num_tokens, num_frames, num_outputs, speaker, language, digest),
-            "content": (sample.source, messages, sample.start_index, key_bytes, paths, sizes, mtimes),
-        }
+            "content": (
+                sample.source, messages, sample.start_index, _plain_to_json(self.plain), key_bytes,
+                paths, sizes, mtimes,
+            ),
+            "references": (self.plain_tokens, c.num_tokens, int(c.takes), c.words, c.clip, c.file, c.start_s, c.end_s),
+        }  # fmt: skip
 
 
 class PartWriter:
@@ -120,20 +144,25 @@ class Index:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._facts, self._content = (_mapped(folder, kind) for kind in SCHEMAS)
+        self._facts, self._content, self._references = (_mapped(folder, kind) for kind in SCHEMAS)
         self._order = np.argsort(_numbers(self._facts["number"].combine_chunks()), kind="stable")
         self.num_tokens = _numbers(self._facts["num_tokens"].combine_chunks())[self._order]
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def sample(self, row: int) -> tuple[Sample, list[CheckedClip]]:
+    def sample(self, row: int, without_reference: bool = False) -> tuple[Sample, list[CheckedClip]]:
         """Return a sample and the properties of its clips. The path of each clip is just the sample's source."""
         at = int(self._order[row])
         content, facts = (table.slice(at, 1).to_pylist()[0] for table in (self._content, self._facts))
-        messages = _messages_from_json(content["messages"], AudioClip(Path(content["source"])))
+        messages = _messages_of(json.loads(content["messages"]), AudioClip(Path(content["source"])))
         sample = Sample(messages, content["start_index"], facts["speaker"], content["source"], facts["language"])
-        return sample, _clips_of(content | facts)
+        clips = _clips_of(content | facts)
+        if without_reference and content["plain"] is not None:
+            start_index, kept, values = json.loads(content["plain"])
+            messages = _messages_of(values, AudioClip(Path(content["source"])))
+            return replace(sample, messages=messages, start_index=start_index), [clips[number] for number in kept]
+        return sample, clips
 
     def sources(self, rows: Iterable[int]) -> list[str]:
         return [self._content["source"][int(self._order[row])].as_py() for row in rows]
@@ -155,6 +184,10 @@ class Index:
         renumbered[by_appearance] = np.arange(len(by_appearance))
         strings = [value for value in stored if value is not None]
         return renumbered[in_order], [strings[code] for code in by_appearance]
+
+    def reference_column(self, name: str) -> np.ndarray:
+        """Return a column of REFERENCES, in manifest order."""
+        return _numbers(self._references[name].combine_chunks())[self._order]
 
     def any_heard(self) -> bool:
         """Return whether a Whisper tower encodes any of the clips."""
@@ -240,13 +273,17 @@ def stamp_of(path: str) -> tuple[int, int] | None:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _messages_to_json(messages: Sequence[Message]) -> str:
+def _to_json(messages: Sequence[Message], *before: Any) -> str:
     values = [[m.role, m.recipient, [part if isinstance(part, str) else None for part in m.parts]] for m in messages]
-    return json.dumps(values, ensure_ascii=False)
+    return json.dumps([*before, values] if before else values, ensure_ascii=False)
 
 
-def _messages_from_json(text: str, clip: AudioClip) -> tuple[Message, ...]:
+def _plain_to_json(plain: PlainForm | None) -> str | None:
+    return None if plain is None else _to_json(plain.messages, plain.start_index, plain.clips)
+
+
+def _messages_of(values: list[Any], clip: AudioClip) -> tuple[Message, ...]:
     return tuple(
         Message(role, tuple(clip if part is None else part for part in parts), recipient)
-        for role, recipient, parts in json.loads(text)
+        for role, recipient, parts in values
     )

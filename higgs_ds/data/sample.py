@@ -40,7 +40,8 @@ class Message:
 class Sample:
     """A conversation. Assistant turns from `start_index` on are targets; `source` is FILE:LINE, for error messages.
 
-    `text_files` are the files, other than the manifest, that its text was read from.
+    `text_files` are the files, other than the manifest, that its text was read from. `plain_system` is what its first
+    message is without reference clips, if they leave more than their own lines there (a description, for instance).
     """
 
     messages: tuple[Message, ...]
@@ -49,6 +50,7 @@ class Sample:
     source: str
     language: str | None = None
     text_files: tuple[Path, ...] = ()
+    plain_system: Message | None = None
 
     @property
     def clips(self) -> list[AudioClip]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,11 +16,13 @@ T = TypeVar("T")
 class Window:
     """The samples of one optimizer step: `micro_batches[m]` are this rank's in its m-th forward pass, possibly none.
 
-    Every rank has the same number of micro-batches. `epoch` is the number of epochs that are done after this step.
+    Every rank has the same number of micro-batches. `epoch` is the number of epochs that are done after this step, and
+    `epoch_number` that of the epoch it belongs to, from 0.
     """
 
     epoch: float
     micro_batches: list[list[int]]
+    epoch_number: int
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class WindowSampler:
     padding, and a window has gradient_accumulation_steps x ranks micro-batches and depends only on this product.
     """
 
-    lengths: Sequence[int]  # tokens of each sample
+    lengths: Sequence[int]  # tokens of each sample; only their number matters with `lengths_in`
     micro_batch_size: int
     gradient_accumulation_steps: int
     rank: int
@@ -44,6 +46,7 @@ class WindowSampler:
     seed: int
     bucket_size: int = 1
     max_tokens: int | None = None
+    lengths_in: Callable[[int], Sequence[int]] | None = None  # the same for each epoch, if they differ
 
     @property
     def window_size(self) -> int:
@@ -58,7 +61,7 @@ class WindowSampler:
             epoch_windows = self.micro_batches(epoch)
             for index, window in enumerate(epoch_windows, start=1):
                 if first_step <= step < last_step:
-                    yield Window(epoch + index / len(epoch_windows), window[self.rank :: self.world_size])
+                    yield Window(epoch + index / len(epoch_windows), window[self.rank :: self.world_size], epoch)
                 step += 1
             epoch += 1
 
@@ -71,9 +74,10 @@ class WindowSampler:
     def padding(self) -> float:
         """Return the fraction of positions that are padding, over all micro-batches of the first epoch."""
         used = padded = 0
+        lengths_of = self._lengths(0)
         for window in self.micro_batches(0):
             for indices in filter(None, window):
-                lengths = [self.lengths[i] for i in indices]
+                lengths = [lengths_of[i] for i in indices]
                 used += sum(lengths)
                 padded += len(lengths) * max(lengths)
         return 1 - used / padded if padded else 0.0
@@ -81,38 +85,44 @@ class WindowSampler:
     def micro_batches(self, epoch: int) -> list[list[list[int]]]:
         """Return all ranks' micro-batches of each window of an epoch: a multiple of `world_size`, some may be empty."""
         rng = random.Random(f"{self.seed}:{epoch}")
+        lengths = self._lengths(epoch)
         order = list(range(len(self.lengths)))
         rng.shuffle(order)
         # If the whole epoch were sorted at once, the same samples would share a batch in every epoch.
         bucket_size = min(self.bucket_size, -(-len(order) // 4))
         if self.max_tokens:
-            packed = [batch for bucket in self._buckets(order, bucket_size) for batch in self._pack(bucket)]
+            packed = [
+                batch for bucket in self._buckets(order, bucket_size, lengths) for batch in self._pack(bucket, lengths)
+            ]
             rng.shuffle(packed)
             return [self._fill(window) for window in _chunks(packed, self.window_size)]
         per_bucket = -(-bucket_size // self.window_size)
-        buckets = self._buckets(order, per_bucket * self.window_size)
+        buckets = self._buckets(order, per_bucket * self.window_size, lengths)
         windows = [window for bucket in buckets for window in _chunks(bucket, self.window_size)]
         num_full = len(order) // self.window_size  # only the last window may be short; it stays last
         head = windows[:num_full]
         rng.shuffle(head)
         return [self._fill(_chunks(window, self.micro_batch_size)) for window in head + windows[num_full:]]
 
-    def _buckets(self, order: list[int], size: int) -> list[list[int]]:
+    def _lengths(self, epoch: int) -> Sequence[int]:
+        return self.lengths if self.lengths_in is None else self.lengths_in(epoch)
+
+    def _buckets(self, order: list[int], size: int, lengths: Sequence[int]) -> list[list[int]]:
         """Cut a shuffled order into buckets, each sorted by length. With a `bucket_size` of 1, leave it unchanged."""
         if self.bucket_size == 1:
             return [order]
-        return [sorted(bucket, key=self.lengths.__getitem__) for bucket in _chunks(order, size)]
+        return [sorted(bucket, key=lengths.__getitem__) for bucket in _chunks(order, size)]
 
-    def _pack(self, bucket: list[int]) -> Iterator[list[int]]:
+    def _pack(self, bucket: list[int], lengths: Sequence[int]) -> Iterator[list[int]]:
         """Yield batches of consecutive samples that fit into `max_tokens` when padded to the longest."""
         assert self.max_tokens is not None
         batch: list[int] = []
         longest = 0
         for index in bucket:
-            longest = max(longest, self.lengths[index])
+            longest = max(longest, lengths[index])
             if batch and (len(batch) + 1) * longest > self.max_tokens:
                 yield batch
-                batch, longest = [], self.lengths[index]
+                batch, longest = [], lengths[index]
             batch.append(index)
         if batch:
             yield batch

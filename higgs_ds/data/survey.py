@@ -6,7 +6,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from higgs_ds.data.formats.reader import read_entries
 from higgs_ds.data.index import CheckedClip, CheckedSample, stamp_of
 from higgs_ds.data.mel_features import SAMPLE_RATE
 from higgs_ds.data.prompt import count_tokens
+from higgs_ds.data.references import Candidate, candidate_of, pair_of, plain_form
 from higgs_ds.data.sample import AudioClip, Entry, Sample
 from higgs_ds.options.train import DataOptions
 
@@ -151,17 +152,33 @@ class Checker:
         if sample is None or faults or self.coder is None:
             return CheckedEntry(number, entry.source, list(dict.fromkeys(faults)))
         clips = [facts[clip, is_heard] for clip, is_heard in clips_to_check]
-        num_frames = [clip.num_frames for clip in clips]
-        hearing = self.coder.hearing
-        stretches = [hearing.stretches(clip.num_frames, clip.num_outputs) for clip in clips] if hearing else []
+        plain = plain_form(sample)
         checked = CheckedSample(
             number=number,
             sample=sample,
-            num_tokens=count_tokens(sample, num_frames, self.coder.tokenizer, self.coder.stream, stretches),
+            num_tokens=self._count_tokens(sample, clips),
             clips=tuple(CheckedClip(clip.key, clip.num_frames, clip.num_outputs) for clip in clips),
             files=tuple((path, *stamp) for path, stamp in stamps if stamp),
+            plain=plain,
+            plain_tokens=self._count_tokens(plain.of(sample), [clips[i] for i in plain.clips]) if plain else 0,
+            candidate=self._candidate(sample, clips[-1]) if clips else None,
         )
         return CheckedEntry(number, entry.source, [], checked, clips)
+
+    def _count_tokens(self, sample: Sample, clips: Sequence[ClipFacts]) -> int:
+        assert self.coder is not None
+        hearing, num_frames = self.coder.hearing, [clip.num_frames for clip in clips]
+        stretches = [hearing.stretches(clip.num_frames, clip.num_outputs) for clip in clips] if hearing else []
+        return count_tokens(sample, num_frames, self.coder.tokenizer, self.coder.stream, stretches)
+
+    def _candidate(self, sample: Sample, target: ClipFacts) -> Candidate | None:
+        """Return what a sample's target, its last clip, is as a reference for others."""
+        pair = pair_of(sample)
+        if pair is None:
+            return None
+        seconds = target.num_frames * self.hop_length / self.sample_rate
+        once, twice = (self._count_tokens(replace(sample, messages=pair * n), [target] * n) for n in (1, 2))
+        return candidate_of(sample, target.key, sample.clips[-1], seconds, twice - once)
 
     def _examine(self, clip: AudioClip, is_heard: bool) -> ClipFacts:
         max_s, rate, hop = self.options.max_clip_s, self.sample_rate, self.hop_length

@@ -15,6 +15,16 @@ def check_data_options(options: DataOptions) -> list[str]:
     problems = []
     if not 0 <= options.val_split < 1:
         problems.append(f"--val_split {options.val_split}: must be from 0 to below 1")
+    if not 0 <= options.reference_dropout < 1:
+        problems.append(
+            f"--reference_dropout {options.reference_dropout}: must be from 0 to below 1; to leave out all, use "
+            "--reference none"
+        )
+    elif options.reference_dropout and options.reference == "none":
+        problems.append(
+            f"--reference_dropout {options.reference_dropout}: --reference none leaves out every reference already; "
+            "remove one of them"
+        )
     if not 0 < options.max_clip_s < float("inf"):
         problems.append(f"--max_clip_s {options.max_clip_s}: must be above 0")
     for name in ("max_seq_len", "num_workers"):

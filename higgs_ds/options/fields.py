@@ -18,6 +18,7 @@ LAYOUTS = NATIVE, ORIGINAL = ("native", "original")
 BOTH_LAYOUTS = "both"
 MERGE_DEQUANTIZED, MERGE_ORIGINAL = "dequantized", "original"
 RESUME_NEVER, RESUME_AUTO = "never", "auto"
+RANDOM_REFERENCE = "random"
 TENSORBOARD, WANDB = "tensorboard", "wandb"
 REQUIRED = dataclasses.MISSING  # the default of an option that must be given
 

@@ -22,6 +22,7 @@ from higgs_ds.options.fields import (
     NATIVE,
     OPTIMIZERS,
     QLORA,
+    RANDOM_REFERENCE,
     RESUME_NEVER,
     TENSORBOARD,
     TRAIN_GROUPS,
@@ -48,9 +49,15 @@ class DataOptions:
     reference: str = option(
         "context",
         "where to put the reference clips of a recording: in turns before it (context), in the system message "
-        "(system), or nowhere (none)",
-        ("context", "system", "none"),
+        "(system), or nowhere (none); random: as context, and a sample without a reference gets another clip of its "
+        "speaker, in each epoch another one",
+        ("context", "system", "none", RANDOM_REFERENCE),
     )  # fmt: skip
+    reference_dropout: float = option(
+        0.0,
+        "fraction of the samples that leave out their reference, in each epoch others, so that the model learns to "
+        "speak with and without one; 0 to below 1",
+    )
     normalize_text: bool = option(
         False, "normalize sound tags ([laugh]), units and punctuation in spoken texts as the base model's example does"
     )
@@ -67,6 +74,15 @@ class DataOptions:
     cache_dir: Path | None = option(
         None, "cache folder for encoded audio (default: $HIGGS_DS_CACHE, or ~/.cache/higgs_ds)", metavar="DIR"
     )
+
+    @property
+    def has_random_references(self) -> bool:
+        return self.reference == RANDOM_REFERENCE
+
+    @property
+    def reference_placement(self) -> str:
+        """Where the reference clips that a recording brings go: context, system or none."""
+        return "context" if self.has_random_references else self.reference
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def train(run: Run) -> None:
                 raise _stopped_error(run, signals.stop_reason())
         state.stopped_early = _is_out_of_patience(run)
         windows = run.sampler.windows(state.step, state.step if state.stopped_early else state.total_steps)
-        for window, batches in prefetched(windows, lambda window: run.train.batches(window.micro_batches)):
+        for window, batches in prefetched(windows, lambda w: run.train.batches(w.micro_batches, w.epoch_number)):
             rates = engine.learning_rates
             result = engine.train_step(batches)
             if not result.applied:

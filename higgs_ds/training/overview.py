@@ -34,6 +34,7 @@ def overview(inputs: Inputs, sampler: WindowSampler, state: TrainerState, adapte
         "trained": adapters,
         "start": _start(inputs),
         "data": _data(inputs, sampler),
+        "references": _references(inputs),
         "left out": _left_out(inputs),
         "steps": _steps(inputs, sampler, state),
         "memory": _memory(inputs),
@@ -69,9 +70,19 @@ def _start(inputs: Inputs) -> str:
 def _data(inputs: Inputs, sampler: WindowSampler) -> str:
     train = inputs.train
     return (
-        f"{len(train):,} training samples, {len(inputs.val):,} validation samples; {sum(train.lengths):,} tokens per "
-        f"epoch, {max(train.lengths):,} in the longest sample, {sampler.padding():.1%} padding"
+        f"{len(train):,} training samples, {len(inputs.val):,} validation samples; {sum(train.lengths_in(0)):,} tokens "
+        f"{'per' if train.references is None else 'in the first'} epoch, {train.longest:,} in the longest sample, "
+        f"{sampler.padding():.1%} padding"
     )
+
+
+def _references(inputs: Inputs) -> str:
+    """Describe the references where they depend on the epoch. In validation, all samples have them."""
+    train, val = inputs.train.references, inputs.val.references
+    if train is None or val is None:
+        return ""
+    validation = f"; in validation, {val.describe(with_dropout=False)}" if len(inputs.val) else ""
+    return f"{train.describe()}{validation}"
 
 
 def _left_out(inputs: Inputs) -> str:

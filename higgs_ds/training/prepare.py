@@ -8,7 +8,8 @@ from higgs_ds.bases.bundle import open_for_training
 from higgs_ds.common import distributed
 from higgs_ds.common.console import say
 from higgs_ds.common.resources import SAMPLE_MANIFEST, default_cache_dir
-from higgs_ds.data.preparation import Preparation, scratch_problems
+from higgs_ds.data.preparation import WHOLE, Preparation, scratch_problems
+from higgs_ds.data.reference_choice import reference_problems
 from higgs_ds.data.survey import Share
 from higgs_ds.options.checks import check_data_options
 from higgs_ds.options.commands import PrepareOptions, parse_shard
@@ -27,7 +28,10 @@ def main(options: DataOptions, model: ModelOptions, how: PrepareOptions) -> None
         for manifest in checked:
             if manifest.index is not None:
                 say(f"{manifest.path}:\n{textwrap.indent(preparation.describe(manifest), '  ')}")
-        distributed.raise_problems([problem for manifest in checked for problem in manifest.problems])
+        problems = [problem for manifest in checked for problem in manifest.problems]
+        if checked[0].index is not None and shard == WHOLE:
+            problems += reference_problems(options, checked[0].index)
+        distributed.raise_problems(problems)
         if how.check_only:
             return
         for manifest in checked:

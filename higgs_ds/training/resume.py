@@ -37,6 +37,8 @@ FREE_ON_RESUME = (
     "allow_text_targets", "max_clip_s", "max_seq_len", "skip_bad", "num_workers", "base_ckpt", "base_revision",
     "codec_ckpt", "dry_run", "device_memory_gib", "plan_ranks", "init_from",
 )  # fmt: skip
+# What checkpoints of earlier versions do not record, with the only value that it had.
+NOT_RECORDED = {"reference_dropout": 0.0, "random_references": False}
 
 
 def find_resume_checkpoint(options: TrainOptions, output_dir: Path) -> Path | None:
@@ -83,6 +85,7 @@ def initial_state(inputs: Inputs, sampler: WindowSampler) -> TrainerState:
     fresh = TrainerState(total_steps, _training_settings(inputs, sampler), validation_due=due)
     if inputs.resume_from is not None:
         saved = read_state(inputs.resume_from)
+        saved.settings = NOT_RECORDED | saved.settings
         check_same_run(saved, fresh, inputs.resume_from)
         fresh = saved
     if fresh.warmup_steps is None:
@@ -103,4 +106,5 @@ def _training_settings(inputs: Inputs, sampler: WindowSampler) -> dict[str, Any]
         "training_data": inputs.train.digest(),
         "base": inputs.bundle.identity,
         "init_from": f"SHA-256 {inputs.start.origins[0].sha256}" if inputs.start else None,
+        "random_references": inputs.options.data.has_random_references,  # other values of --reference are in the data
     }

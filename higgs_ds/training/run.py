@@ -78,4 +78,4 @@ class Inputs:
     @property
     def longest(self) -> int:
         """Length of the longest sample, in tokens."""
-        return max([*self.train.lengths, *self.val.lengths])
+        return max(self.train.longest, self.val.longest)

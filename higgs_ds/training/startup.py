@@ -22,6 +22,7 @@ from higgs_ds.data.coder import Coder
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.index import Index
 from higgs_ds.data.preparation import CheckedManifest, Preparation, scratch_problems
+from higgs_ds.data.reference_choice import lengths_of_forms, reference_problems, references_of
 from higgs_ds.data.sampler import split_validation
 from higgs_ds.model.config import parts_of
 from higgs_ds.model.loading import check_weights
@@ -73,6 +74,7 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
         manifests = [options.data.train_manifest or SAMPLE_MANIFEST, options.data.val_manifest]
         checked = [preparation.check(path) for path in manifests if path is not None]
         problems += [problem for manifest in checked for problem in manifest.problems]
+        problems += reference_problems(options.data, checked[0].index) if checked[0].index is not None else []
         distributed.raise_problems(problems)
         assert resolved and bundle and preparation.coder  # noqa: PT018 - a missing one has raised a problem
         settings, options = resolved
@@ -144,25 +146,31 @@ def _output_dir(options: TrainOptions) -> Path:
 def _select(options: TrainOptions, indexes: list[Index], coder: Coder) -> tuple[Dataset, Dataset, list[str]]:
     """Return the training and validation samples, and one line for each sample left out for its length."""
     data, seed = options.data, options.optim.seed
-    short = [np.flatnonzero(index.num_tokens <= (data.max_seq_len or np.inf)) for index in indexes]
+    lengths = [lengths_of_forms(index, data) for index in indexes]
+    short = [np.flatnonzero(tokens <= (data.max_seq_len or np.inf)) for tokens in lengths]
     too_long = [
-        f"{source}: {index.num_tokens[row]} tokens"
-        for index, rows in zip(indexes, short, strict=True)
+        f"{source}: {tokens[row]} tokens"
+        for index, tokens, rows in zip(indexes, lengths, short, strict=True)
         for row in np.setdiff1d(np.arange(len(index)), rows)
         for source in index.sources([row])
     ]
     if len(indexes) == 2:
-        train, val = (Dataset(index, rows, coder) for index, rows in zip(indexes, short, strict=True))
+        of_train, of_val = short
     else:
         (index,), (rows,) = indexes, short
         groups = rows if data.split_by == "sample" else _speakers(index, options)[rows]
         at_train, at_val = split_validation(groups, data.val_split, seed)
-        train, val = Dataset(index, rows[at_train], coder), Dataset(index, rows[at_val], coder)
+        of_train, of_val = rows[at_train], rows[at_val]
+    # Training has no reference from a validation sample; a speaker held out whole has no others for validation.
+    train, val = (
+        Dataset(index, rows, coder, references_of(index, rows, pool, data, seed))
+        for index, rows, pool in ((indexes[0], of_train, of_train), (indexes[-1], of_val, short[-1]))
+    )
     if len(train) == 0:
         raise InputError(f"--max_seq_len {data.max_seq_len}: every sample is longer; nothing is left to train on")
     if options.run.early_stopping_patience is not None and len(val) == 0:
         raise InputError("--early_stopping_patience: needs validation samples; give --val_manifest or --val_split")
-    longest = int(max(dataset.index.num_tokens[dataset.rows].max(initial=0) for dataset in (train, val)))
+    longest = max(train.longest, val.longest)
     if options.optim.max_tokens_per_batch and longest > options.optim.max_tokens_per_batch:
         raise InputError(
             f"--max_tokens_per_batch {options.optim.max_tokens_per_batch}: the longest sample has {longest} tokens; "

@@ -318,6 +318,7 @@ def test_metadata(tmp_path: Path, reference: str, indent: int | None) -> None:
     first = (system("Audio is recorded from phone call."), user(WORDS), spoken(a))
     single, double = (user("Inline."), spoken(b)), (user(TWO), spoken(c))
     described = system(f"{QUIET}\n\nSPEAKER0: masculine\nSPEAKER1: old", SPEAKERS)
+    described_only = system(f"{QUIET}\n\nSPEAKER1: feminine", SPEAKERS)  # without the reference clips
     head = f"Generate audio following instruction.\n\n<|scene_desc_start|>\n{QUIET}\n\nSPEAKER0: "
     tail = "\n<|scene_desc_end|>"
     second, third = {
@@ -329,7 +330,7 @@ def test_metadata(tmp_path: Path, reference: str, indent: int | None) -> None:
             (Message("system", (head, AudioClip(r), tail)), *single),
             (Message("system", (head, AudioClip(r0), "\nSPEAKER1: ", AudioClip(r1), tail)), *double),
         ),
-        "none": ((system(), *single), (system(f"{QUIET}\n\nSPEAKER1: feminine", SPEAKERS), *double)),
+        "none": ((system(), *single), (described_only, *double)),
     }[reference]
     lines = (folder / "metadata.json").read_text().split("\n")
     starts = [i for i, line in enumerate(lines, start=1) if line == "  {"] if indent else [1] * 5
@@ -337,7 +338,7 @@ def test_metadata(tmp_path: Path, reference: str, indent: int | None) -> None:
     expected = [
         Sample(first, 1, "s", sources[0], "zh", (folder / "s_0.txt",)),
         Sample(second, len(second) - 2, "7", sources[1]),
-        Sample(third, len(third) - 2, None, sources[2]),
+        Sample(third, len(third) - 2, None, sources[2], plain_system=None if reference == "none" else described_only),
         Sample((described, user(TWO), spoken(d)), 1, None, sources[3]),
         Sample((system(), user("Good  morning."), spoken(e)), 1, None, sources[4]),
     ]

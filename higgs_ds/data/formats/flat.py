@@ -86,7 +86,7 @@ def build(raw: Any, reading: Reading) -> Sample | None:
     if clip is None or words is None or reading.faults:
         return None
     references = () if reference is None else (reference,)
-    if reference is not None and reference.clip and not reference.words and reading.options.reference == CONTEXT:
+    if reference and reference.clip and not reference.words and reading.options.reference_placement == CONTEXT:
         reading = replace(reading, options=replace(reading.options, reference=IN_SYSTEM))
     return sample_of_recording(Recording(clip, words, speaker, language, references=references), reading)
 

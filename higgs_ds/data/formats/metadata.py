@@ -121,7 +121,7 @@ def _reference(raw: dict[str, Any], prefix: str, tag: str | None, reading: Readi
     description = _description(raw, prefix, reading) if prefix else None
     if words is not None:
         words = words_of(words, f"{prefix}ref_transcript", reading)
-    elif name is not None and options.reference == CONTEXT:
+    elif name is not None and options.reference_placement == CONTEXT:
         reading.report(
             f"{prefix}ref_transcript",
             "is missing: --reference context needs the transcript of ref_audio_file; add it, or pass "

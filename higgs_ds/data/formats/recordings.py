@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from higgs_ds.data.formats.checks import Reading, name_of, text_of
+from higgs_ds.data.references import plain_form
 from higgs_ds.data.sample import AudioClip, Sample
-from higgs_ds.data.templates import Recording, conversation
+from higgs_ds.data.templates import Recording, conversation, system_message
 
 LONGEST_TRANSCRIPT = 1 << 20  # bytes
 AUDIO_SUFFIXES = (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac")
@@ -71,9 +73,12 @@ def sample_of(
 
 
 def sample_of_recording(recording: Recording, reading: Reading) -> Sample:
-    messages, start_index = conversation(recording, reading.options.reference)
+    messages, start_index = conversation(recording, reading.options.reference_placement)
     text_files = tuple(reading.text_files)
-    return Sample(messages, start_index, recording.speaker, reading.source, recording.language, text_files)
+    sample = Sample(messages, start_index, recording.speaker, reading.source, recording.language, text_files)
+    plain, plain_system = plain_form(sample), system_message(recording)
+    is_other = plain is not None and plain.messages[0] != plain_system
+    return replace(sample, plain_system=plain_system) if is_other else sample
 
 
 def words_of(text: Any, where: str, reading: Reading) -> str | None:
