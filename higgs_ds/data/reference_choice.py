@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from higgs_ds.data.index import Index
 from higgs_ds.options.train import DataOptions
 
 LONGEST = 2**31 - 1
-PROBES = 16  # clips that are tried for all samples at once before those left over are searched one by one
+PROBES = 64  # clips that are tried for all samples at once before those left over are searched one by one
 DROPOUT, FIRST, STRIDE = range(3)  # what random numbers are for
 
 
@@ -45,16 +44,21 @@ class References:
         self._plain = index.reference_column("plain_tokens")[rows]
         self._longer_form = lengths_of_forms(index, options)[rows]
         self._random = RandomReferences(index, rows, pool, options, seed) if options.has_random_references else None
-        self._num_unnamed = int((index.labels("speaker")[0][rows] < 0)[self._plain == 0].sum())
-        self.in_epoch = lru_cache(maxsize=4)(self._in_epoch)
+        self._kept: dict[int | None, EpochReferences] = {}
 
     @property
     def longest(self) -> np.ndarray:
         """Upper limit of each sample's tokens in any epoch."""
         return self._longer_form if self._random is None else self._longer_form + self._random.longest
 
-    def _in_epoch(self, epoch: int | None) -> EpochReferences:
+    def in_epoch(self, epoch: int | None) -> EpochReferences:
         """Return the choices of an epoch from 0; with None, a fixed choice that leaves none out, for validation."""
+        kept = self._kept
+        if epoch not in kept:  # batches are made ahead: the last and the next epoch are both in use
+            kept = self._kept = {**dict(list(kept.items())[-2:]), epoch: self._choose(epoch)}
+        return kept[epoch]
+
+    def _choose(self, epoch: int | None) -> EpochReferences:
         has_own = self._plain > 0
         rows, added = np.full(len(self._full), -1), np.zeros_like(self._full)
         if self._random is not None:
@@ -76,24 +80,26 @@ class References:
         """Return how many samples have which reference, and why others have none."""
         own = int((self._plain > 0).sum())
         random = int((self.in_epoch(None).rows >= 0).sum())
-        found = [f"{own:,} samples with their own"]
-        if self._random is not None:
-            found.append(f"{random:,} with another clip of their speaker in each epoch")
         none = len(self._full) - own - random
-        if none:
-            found.append(f"{none:,} without")
-        if none and self._random is not None:
-            lacking, unnamed = self._random.num_lacking, self._num_unnamed
+        reasons = {}
+        if self._random is not None:
+            lacking, unnamed = self._random.num_lacking, int((self._random.is_unnamed & (self._plain == 0)).sum())
             reasons = {
                 "name no speaker": unnamed,
                 "are more than one text and its clip": none - unnamed - lacking,
                 "have no other clip of their speaker, with other words and short enough": lacking,
             }
-            found[-1] += f" ({'; '.join(f'{count:,} {why}' for why, count in reasons.items() if count)})"
-        if self._dropout and with_dropout:
-            first = int(self.in_epoch(0).left_out.sum())
-            found.append(f"left out with probability {self._dropout:g} (of {first:,} samples in the first epoch)")
-        return ", ".join(found)
+        why = "; ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+        counts = {
+            "get another clip of their speaker": random,
+            "have their own": own,
+            f"have none ({why})" if why else "have none": none,
+        }
+        found = ", ".join(f"{count:,} samples {what}" for what, count in counts.items() if count)
+        if not self._dropout or not with_dropout:
+            return found
+        first = int(self.in_epoch(0).left_out.sum())
+        return f"{found}; left out with probability {self._dropout:g}, of {first:,} samples in the first epoch"
 
 
 class RandomReferences:
@@ -119,7 +125,8 @@ class RandomReferences:
         places[self._sorted] = np.arange(len(self._sorted))
         own = places[rows] - self._first
         self._own = np.where((own >= 0) & (places[rows] < stop), own, LONGEST)  # the place of the sample's own clip
-        takes = (index.reference_column("takes")[rows] > 0) & (speakers[rows] >= 0)
+        self.is_unnamed = speakers[rows] < 0
+        takes = (index.reference_column("takes")[rows] > 0) & ~self.is_unnamed
         self._count = np.where(takes, stop - self._first - (self._own < LONGEST), 0)
         divisor = np.maximum(self._count, 1)
         self._start = (_draws(len(rows), seed, FIRST) % divisor.astype(np.uint64)).astype(np.int64)

@@ -16,7 +16,7 @@ SPEAKERS_INSTRUCTION = (
     "If no speaker tag is present, select a suitable voice on your own."
 )
 QUIET_ROOM = "Audio is recorded from a quiet room."
-CONTEXT, IN_SYSTEM, NO_REFERENCE = "context", "system", "none"  # the values of --reference
+CONTEXT, IN_SYSTEM, NO_REFERENCE = "context", "system", "none"  # the values of --reference, besides random
 
 
 @dataclass(frozen=True)

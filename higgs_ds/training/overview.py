@@ -34,7 +34,7 @@ def overview(inputs: Inputs, sampler: WindowSampler, state: TrainerState, adapte
         "trained": adapters,
         "start": _start(inputs),
         "data": _data(inputs, sampler),
-        "references": _references(inputs),
+        "reference": _references(inputs),
         "left out": _left_out(inputs),
         "steps": _steps(inputs, sampler, state),
         "memory": _memory(inputs),

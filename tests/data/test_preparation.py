@@ -99,6 +99,7 @@ def test_nothing_is_checked_twice(
         return len(calls)
 
     assert surveyed() == 0
+    assert surveyed(reference="random", reference_dropout=0.5) == 0
     assert prepared(bundle, manifest, cache).digests().tobytes() == digest
     assert surveyed(normalize_text=True) == 1
     write_manifest(manifest, [speech_sample("One.", "anna_00.flac"), speech_sample("Two!", str(voice))])

@@ -90,6 +90,24 @@ def test_micro_batches_stay_within_the_tokens() -> None:
     assert np.mean(sizes) > 1000
 
 
+def test_lengths_that_differ_between_epochs() -> None:
+    """Each epoch is divided by its own lengths, so that micro-batches stay within the tokens, with little padding."""
+
+    def lengths_in(epoch: int) -> list[int]:
+        return random.Random(epoch).sample(speech_lengths(500), 500)
+
+    one = dataclasses.replace(sampler(500, (1, 2, 2), bucket_size=64, max_tokens=1200), lengths_in=lengths_in)
+    for epoch in range(3):
+        fixed = dataclasses.replace(one, lengths=lengths_in(epoch), lengths_in=None)
+        assert one.micro_batches(epoch) == fixed.micro_batches(epoch)
+        batches = [batch for window in one.micro_batches(epoch) for batch in window if batch]
+        assert max(len(batch) * max(lengths_in(epoch)[i] for i in batch) for batch in batches) <= 1200
+    assert one.padding() == dataclasses.replace(one, lengths=lengths_in(0), lengths_in=None).padding() < 0.05
+    assert one.num_steps(3) == sum(len(one.micro_batches(epoch)) for epoch in range(3))
+    windows = list(one.windows(0, one.num_steps(2)))
+    assert [window.epoch_number for window in windows] == [int(window.epoch - 1e-9) for window in windows]
+
+
 @pytest.mark.parametrize("mode", [{}, {"max_tokens": 4096}], ids=str)
 def test_little_padding(mode: dict[str, Any]) -> None:
     bucketed = sampler(5000, (8, 1, 2), bucket_size=512, **mode)

@@ -124,7 +124,7 @@ def _reference(raw: dict[str, Any], prefix: str, tag: str | None, reading: Readi
     elif name is not None and options.reference_placement == CONTEXT:
         reading.report(
             f"{prefix}ref_transcript",
-            "is missing: --reference context needs the transcript of ref_audio_file; add it, or pass "
+            f"is missing: --reference {options.reference} needs the transcript of ref_audio_file; add it, or pass "
             "--reference system or none",
         )
     if name is None and description is None:

@@ -1,0 +1,111 @@
+"""Runs whose references are drawn and left out by epoch: the same for any split over ranks, and when resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import VOICES, read_metrics, write_manifest
+from launcher import RANDOM, run_script, train_runs
+from safetensors.torch import load_file
+
+from higgs_ds.common.errors import EXIT_BAD_INPUT
+from higgs_ds.common.folder_lock import FolderLock
+from higgs_ds.options.train import TrainOptions
+from higgs_ds.training.startup import _check_and_encode
+
+pytestmark = pytest.mark.slow
+
+LOSS = 1e-6  # relative, as in test_invariance.py
+EPOCHS, STEPS, SAVED_STEP = 4, 8, 3
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of one rank with accumulation, the same resumed within an epoch, and of two ranks."""
+    root = tmp_path_factory.mktemp("runs")
+    entries = [
+        {
+            "audio": f"{VOICES / who}_0{i}.flac",
+            "text": f"{who} {i}",
+            "speaker": who,
+            "offset": 0,
+            "duration": (3 + i) / 10,
+        }
+        for who in ("anna", "ben")
+        for i in range(4)
+    ]
+    manifest = write_manifest(root / "clips.jsonl", entries)
+
+    def command(name: str, batching: str, more: str = "--reference random --reference_dropout 0.4") -> list[str]:
+        line = (
+            f"--train_manifest {manifest} --val_split 0.1 --precision fp32 --lora_dropout 0 --lr 1e-3 --log_steps 1 "
+            f"--max_steps {STEPS} --val_steps 4 --save_steps {SAVED_STEP} --output_dir {root / name} {batching} {more}"
+        )
+        return line.split()
+
+    alone, tokens = "--batch_size 2 --grad_accum 2", "--max_tokens_per_batch 400 --grad_accum 2"
+    train_runs(1, [command("alone", alone), command("tokens", tokens)])
+    train_runs(2, [command("ranks", "--batch_size 2 --grad_accum 1"), command("tokens-ranks", tokens[:-1] + "1")])
+    unfinished = shutil.ignore_patterns(f"checkpoint-{2 * SAVED_STEP}", f"checkpoint-{STEPS}", "lora_adapters")
+    resumed = []
+    for name, batching in (("alone", alone), ("tokens", tokens)):
+        shutil.copytree(root / name, root / f"{name}-resumed", ignore=unfinished)
+        resumed.append([*command(f"{name}-resumed", batching), "--resume", "auto"])
+    train_runs(1, resumed)
+    return root
+
+
+def losses(run: Path) -> list[tuple[int, float, float]]:
+    return [(line["step"], line[f"{part}/text_loss"], line[f"{part}/audio_loss"])
+            for line in read_metrics(run) for part in ("train", "val") if f"{part}/audio_loss" in line]  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "other"), [("alone", "ranks"), ("tokens", "tokens-ranks")])
+def test_same_losses_on_two_ranks(runs: Path, one: str, other: str) -> None:
+    expected, found = losses(runs / one), losses(runs / other)
+    assert len(expected) >= STEPS + 2
+    assert len(found) == len(expected)
+    assert all(a == pytest.approx(b, rel=LOSS) for a, b in zip(expected, found, strict=True))
+
+
+def test_each_epoch_has_its_own_references(runs: Path, tmp_path: Path, lone_rank: None) -> None:
+    """The tokens that the run has trained on are those of its samples with the references of each epoch."""
+    settings = json.loads((runs / "alone" / "settings.json").read_text())
+    options = TrainOptions().replace(
+        **{name: settings[name] for name in ("val_split", "reference", "reference_dropout", "base_ckpt")},
+        train_manifest=Path(settings["train_manifest"]), output_dir=tmp_path,
+    )  # fmt: skip
+    train = _check_and_encode(options, set(), FolderLock()).train
+    sizes = [4, 3] * EPOCHS  # of seven samples, by four at a time
+    lines = [line for line in read_metrics(runs / "alone") if "tokens_per_s" in line]
+    trained = [n * line["tokens_per_s"] / line["samples_per_s"] for n, line in zip(sizes, lines, strict=True)]
+    per_epoch = [trained[i] + trained[i + 1] for i in range(0, STEPS, 2)]
+    assert per_epoch == pytest.approx([sum(train.lengths_in(epoch)) for epoch in range(EPOCHS)])
+    assert len(set(map(round, [*per_epoch, sum(train.lengths)]))) == EPOCHS + 1
+
+
+@pytest.mark.parametrize("name", ["alone", "tokens"])
+def test_resumed_within_an_epoch(runs: Path, name: str) -> None:
+    whole, resumed = runs / name, runs / f"{name}-resumed"
+    assert losses(whole) == losses(resumed)
+    for file in ("lora_adapters/adapter_model.safetensors", f"checkpoint-{STEPS}/optimizer.safetensors"):
+        expected, found = load_file(whole / file), load_file(resumed / file)
+        assert expected.keys() == found.keys()
+        assert all(tensor.equal(found[key]) for key, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--reference context", "was trained with random_references True, but this run has False"),
+        ("--reference random", "was trained with reference_dropout 0.4, but this run has 0.0"),
+    ],
+)
+def test_resume_needs_the_same_options(runs: Path, options: str, message: str) -> None:
+    line = f"--config {runs / 'alone' / 'settings.json'} --resume auto --reference_dropout 0 {options}"
+    done = run_script("train", [*RANDOM, *line.split()], runs)
+    assert done.returncode == EXIT_BAD_INPUT
+    assert message in done.stderr
