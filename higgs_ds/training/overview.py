@@ -77,7 +77,7 @@ def _data(inputs: Inputs, sampler: WindowSampler) -> str:
 
 
 def _references(inputs: Inputs) -> str:
-    """Describe the references where they depend on the epoch. In validation, all samples have them."""
+    """Describe the references where they depend on the epoch. In validation, none are left out."""
     train, val = inputs.train.references, inputs.val.references
     if train is None or val is None:
         return ""

@@ -50,12 +50,16 @@ def test_all_bad_options_are_reported_at_once() -> None:
         "max_seq_len": 0, "max_clip_s": 0.0, "num_workers": 0, "bucket_size": 0, "max_tokens_per_batch": 0,
         "max_grad_norm": float("nan"), "text_loss_weight": 0.0, "audio_loss_weight": 0.0,
         "codebook_weights": (0.0,) * 8, "ema_decay": 1.0, "loraplus_lr_ratio": 0.5, "group_lr": ("audio_mlp=fast",),
+        "reference_dropout": 1.0,
     }  # fmt: skip
     problems = check_options(TrainOptions().replace(**bad))
     for name in bad:
         assert any(f"--{name} " in problem for problem in problems), name
     assert len(problems) == len(bad) - 1  # the two loss weights are one problem
     assert check_options(TrainOptions()) == []
+    (problem,) = check_options(TrainOptions().replace(reference="none", reference_dropout=0.1))
+    assert problem == "--reference_dropout 0.1: --reference none leaves out every reference already; remove one of them"
+    assert check_options(TrainOptions().replace(reference="random", reference_dropout=0.1)) == []
 
 
 @pytest.mark.parametrize(

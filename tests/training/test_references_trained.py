@@ -11,6 +11,7 @@ from conftest import VOICES, read_metrics, write_manifest
 from launcher import RANDOM, run_script, train_runs
 from safetensors.torch import load_file
 
+from higgs_ds.checkpoints.folder import manifest_of
 from higgs_ds.common.errors import EXIT_BAD_INPUT
 from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.options.train import TrainOptions
@@ -20,6 +21,18 @@ pytestmark = pytest.mark.slow
 
 LOSS = 1e-6  # relative, as in test_invariance.py
 EPOCHS, STEPS, SAVED_STEP = 4, 8, 3
+OPTIONS = "--reference random --reference_dropout 0.4"
+
+
+def forget_options(checkpoint: Path) -> None:
+    """Make a checkpoint one of a version without the options, which is to be resumed."""
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text())
+    assert state["settings"].pop("reference_dropout") == 0
+    assert state["settings"].pop("random_references") is False
+    path.write_text(json.dumps(state))
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest_of(checkpoint)))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     manifest = write_manifest(root / "clips.jsonl", entries)
 
-    def command(name: str, batching: str, more: str = "--reference random --reference_dropout 0.4") -> list[str]:
+    def command(name: str, batching: str, more: str = OPTIONS) -> list[str]:
         line = (
             f"--train_manifest {manifest} --val_split 0.1 --precision fp32 --lora_dropout 0 --lr 1e-3 --log_steps 1 "
             f"--max_steps {STEPS} --val_steps 4 --save_steps {SAVED_STEP} --output_dir {root / name} {batching} {more}"
@@ -47,14 +60,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return line.split()
 
     alone, tokens = "--batch_size 2 --grad_accum 2", "--max_tokens_per_batch 400 --grad_accum 2"
-    train_runs(1, [command("alone", alone), command("tokens", tokens)])
+    train_runs(1, [command("alone", alone), command("tokens", tokens), command("old", alone, "")])
     train_runs(2, [command("ranks", "--batch_size 2 --grad_accum 1"), command("tokens-ranks", tokens[:-1] + "1")])
+    forget_options(root / "old" / f"checkpoint-{STEPS}")
     unfinished = shutil.ignore_patterns(f"checkpoint-{2 * SAVED_STEP}", f"checkpoint-{STEPS}", "lora_adapters")
     resumed = []
     for name, batching in (("alone", alone), ("tokens", tokens)):
         shutil.copytree(root / name, root / f"{name}-resumed", ignore=unfinished)
         resumed.append([*command(f"{name}-resumed", batching), "--resume", "auto"])
-    train_runs(1, resumed)
+    train_runs(1, [*resumed, [*command("old", alone, ""), "--resume", "auto"]])  # raises if one is refused
     return root
 
 

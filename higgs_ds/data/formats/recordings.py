@@ -76,9 +76,10 @@ def sample_of_recording(recording: Recording, reading: Reading) -> Sample:
     messages, start_index = conversation(recording, reading.options.reference_placement)
     text_files = tuple(reading.text_files)
     sample = Sample(messages, start_index, recording.speaker, reading.source, recording.language, text_files)
-    plain, plain_system = plain_form(sample), system_message(recording)
-    is_other = plain is not None and plain.messages[0] != plain_system
-    return replace(sample, plain_system=plain_system) if is_other else sample
+    plain = plain_form(sample) if recording.references else None
+    if plain is None or plain.messages[0] == system_message(recording):
+        return sample
+    return replace(sample, plain_system=system_message(recording))
 
 
 def words_of(text: Any, where: str, reading: Reading) -> str | None:
