@@ -130,7 +130,7 @@ def test_left_out_is_the_sample_of_reference_none(start: Start, clips: Path, tmp
 
 
 def test_left_out_of_a_conversation(start: Start, clips: Path) -> None:
-    """Earlier turns of speech, and lines with a clip in the system turn; what a user says stays."""
+    """Earlier turns of speech, and lines with a clip in the system turn; what a user says stays, and the text of a target."""
     audio = {"type": "audio", "audio_url": "anna_1.wav"}
     scene, end = f"{SYSTEM}\n\n<|scene_desc_start|>\n", "\n<|scene_desc_end|>"
     rain = f"{scene}Rain."
@@ -143,13 +143,15 @@ def test_left_out_of_a_conversation(start: Start, clips: Path) -> None:
         (turns("anna_1", "anna_0", system=["SPEAKER0: ", audio]), 3, turns("anna_0", system=None), 0),
         ([*turns(), *chat, *turns("anna_0", system=None)], 3, [*turns(), *chat, *turns("anna_0", system=None)], 3),
         ([*turns(), *question], 0, [*turns(), *question], 0),
+        (turns("anna_0"), 2, turns("anna_0"), 2),
+        ([*turns("anna_1"), turns("anna_0")[2]], 3, [*turns("anna_1"), turns("anna_0")[2]], 3),
     ]  # fmt: skip
     paths = [
         write_manifest(clips / f"{name}.jsonl", [{"messages": m, "start_index": s} for m, s in samples])
         for name, samples in (("with", [form[:2] for form in forms]), ("without", [form[2:] for form in forms]))
     ]
     with_it, without = (all_encoded(start(path).train) for path in paths)
-    assert [len(sample.codes) for sample in with_it] == [3, 2, 2, 3, 1, 2]
+    assert [len(sample.codes) for sample in with_it] == [3, 2, 2, 3, 1, 2, 1, 2]
     assert_forms(start(paths[0], reference_dropout=0.5).train, with_it, without)
 
 

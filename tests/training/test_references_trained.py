@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from higgs_ds.checkpoints.folder import manifest_of
 from higgs_ds.common.errors import EXIT_BAD_INPUT
 from higgs_ds.common.folder_lock import FolderLock
+from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.training.startup import _check_and_encode
 
 pytestmark = pytest.mark.slow
 
 LOSS = 1e-6  # relative, as in test_invariance.py
-EPOCHS, STEPS, SAVED_STEP = 4, 8, 3
+STEPS, SAVED_STEP = 8, 3
 OPTIONS = "--reference random --reference_dropout 0.4"
 
 
@@ -59,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         return line.split()
 
-    alone, tokens = "--batch_size 2 --grad_accum 2", "--max_tokens_per_batch 400 --grad_accum 2"
+    alone, tokens = "--batch_size 2 --grad_accum 2", "--max_tokens_per_batch 300 --grad_accum 2"
     train_runs(1, [command("alone", alone), command("tokens", tokens), command("old", alone, "")])
     train_runs(2, [command("ranks", "--batch_size 2 --grad_accum 1"), command("tokens-ranks", tokens[:-1] + "1")])
     forget_options(root / "old" / f"checkpoint-{STEPS}")
@@ -85,20 +86,25 @@ def test_same_losses_on_two_ranks(runs: Path, one: str, other: str) -> None:
     assert all(a == pytest.approx(b, rel=LOSS) for a, b in zip(expected, found, strict=True))
 
 
-def test_each_epoch_has_its_own_references(runs: Path, tmp_path: Path, lone_rank: None) -> None:
-    """The tokens that the run has trained on are those of its samples with the references of each epoch."""
-    settings = json.loads((runs / "alone" / "settings.json").read_text())
+@pytest.mark.parametrize("name", ["alone", "tokens"])
+def test_each_epoch_has_its_own_references(runs: Path, tmp_path: Path, lone_rank: None, name: str) -> None:
+    """The samples of each step, and how long they are, are those of that epoch's references."""
+    settings = json.loads((runs / name / "settings.json").read_text())
     options = TrainOptions().replace(
-        **{name: settings[name] for name in ("val_split", "reference", "reference_dropout", "base_ckpt")},
+        **{option: settings[option] for option in ("val_split", "reference", "reference_dropout", "base_ckpt")},
         train_manifest=Path(settings["train_manifest"]), output_dir=tmp_path,
     )  # fmt: skip
-    train = _check_and_encode(options, set(), FolderLock()).train
-    sizes = [4, 3] * EPOCHS  # of seven samples, by four at a time
-    lines = [line for line in read_metrics(runs / "alone") if "tokens_per_s" in line]
-    trained = [n * line["tokens_per_s"] / line["samples_per_s"] for n, line in zip(sizes, lines, strict=True)]
-    per_epoch = [trained[i] + trained[i + 1] for i in range(0, STEPS, 2)]
-    assert per_epoch == pytest.approx([sum(train.lengths_in(epoch)) for epoch in range(EPOCHS)])
-    assert len(set(map(round, [*per_epoch, sum(train.lengths)]))) == EPOCHS + 1
+    train, max_tokens = _check_and_encode(options, set(), FolderLock()).train, settings["max_tokens_per_batch"]
+    sampler = WindowSampler(train.lengths, 2, 2, 0, 1, 42, 1024, max_tokens, train.lengths_in)
+    lengths = [
+        [train.lengths_in(window.epoch_number)[i] for batch in window.micro_batches for i in batch]
+        for window in sampler.windows(0, STEPS)
+    ]
+    lines = [line for line in read_metrics(runs / name) if "tokens_per_s" in line]
+    means = [line["tokens_per_s"] / line["samples_per_s"] for line in lines]
+    assert means == pytest.approx([sum(of_step) / len(of_step) for of_step in lengths])
+    totals = [sum(train.lengths), *(sum(train.lengths_in(epoch)) for epoch in range(4))]
+    assert len(set(totals)) == len(totals)
 
 
 @pytest.mark.parametrize("name", ["alone", "tokens"])
