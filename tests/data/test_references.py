@@ -130,7 +130,7 @@ def test_left_out_is_the_sample_of_reference_none(start: Start, clips: Path, tmp
 
 
 def test_left_out_of_a_conversation(start: Start, clips: Path) -> None:
-    """Earlier turns of speech, and lines with a clip in the system turn; what a user says stays, and the text of a target."""
+    """Earlier turns of speech, and system lines with a clip; what a user says, and a target with its text, stay."""
     audio = {"type": "audio", "audio_url": "anna_1.wav"}
     scene, end = f"{SYSTEM}\n\n<|scene_desc_start|>\n", "\n<|scene_desc_end|>"
     rain = f"{scene}Rain."

@@ -46,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "text": f"{who} {i}",
             "speaker": who,
             "offset": 0,
-            "duration": (3 + i) / 10,
+            "duration": (3 + 5 * i) / 10,
         }
         for who in ("anna", "ben")
         for i in range(4)
@@ -60,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         return line.split()
 
-    alone, tokens = "--batch_size 2 --grad_accum 2", "--max_tokens_per_batch 300 --grad_accum 2"
+    alone, tokens = "--batch_size 2 --grad_accum 2", "--max_tokens_per_batch 450 --grad_accum 2"
     train_runs(1, [command("alone", alone), command("tokens", tokens), command("old", alone, "")])
     train_runs(2, [command("ranks", "--batch_size 2 --grad_accum 1"), command("tokens-ranks", tokens[:-1] + "1")])
     forget_options(root / "old" / f"checkpoint-{STEPS}")
