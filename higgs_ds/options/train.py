@@ -7,28 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from higgs_ds.common.resources import DEFAULT_DS_CONFIG
 from higgs_ds.options.fields import (
     ALSO_TRAIN,
     ATTENTION,
-    BOTH_LAYOUTS,
-    EXPORT_HELP,
     FINETUNE,
     FORMATS,
     FULL,
-    LAYOUTS,
     LORA,
     LORA_TARGET_GROUPS,
-    NATIVE,
     OPTIMIZERS,
     QLORA,
     RANDOM_REFERENCE,
-    RESUME_NEVER,
-    TENSORBOARD,
     TRAIN_GROUPS,
-    WANDB,
     option,
 )
+from higgs_ds.options.run import RunOptions
 
 
 @dataclass(frozen=True)
@@ -246,62 +239,6 @@ class OptimOptions:
         ("stop", "skip"),
     )  # fmt: skip
     seed: int = option(42, "random seed of the validation split, the sample order, the initial adapters and dropout")
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Run"""
-
-    output_dir: Path | None = option(None, "folder for the results (default: outputs/DATE-TIME)", metavar="DIR")
-    log_steps: int = option(10, "optimizer steps between log lines")
-    report_to: tuple[str, ...] = option(
-        (), "where to log metrics besides metrics.jsonl: tensorboard, wandb", (TENSORBOARD, WANDB), "WHERE"
-    )
-    no_report: bool = option(False, "do not write report.html")
-    quiet: bool = option(False, "print only errors and warnings")
-    val_steps: int = option(100, "optimizer steps between validations")
-    sample_steps: int | None = option(
-        None, "optimizer steps between samples: speech for fixed validation prompts, as WAV files (default: none)"
-    )
-    num_samples: int = option(2, "number of validation prompts for --sample_steps")
-    sample_temperature: float = option(
-        0.0, "temperature for --sample_steps: 0 for greedy decoding, above 0 for sampling"
-    )
-    save_steps: int = option(1000, "optimizer steps between checkpoints")
-    keep_checkpoints: int | None = option(
-        None, "keep the newest N checkpoints, and the one with the lowest validation loss (default: all)"
-    )
-    early_stopping_patience: int | None = option(
-        None,
-        "stop after N validations in a row without a new lowest validation loss; each new lowest saves a checkpoint",
-    )
-    early_stopping_min_delta: float = option(0.0, "minimum decrease of the validation loss to count as lower")
-    resume: str = option(
-        RESUME_NEVER, "what to resume from: never, auto (the newest checkpoint in --output_dir), or a checkpoint folder"
-    )
-    merge_adapter_with_base: bool = option(
-        False,
-        "merge the adapter into the base model at the end, and write final_model/, adapter/ and merged_model/ (with "
-        "--finetune full, final_model/ is the complete model anyway)",
-    )
-    export_layout: str = option(NATIVE, EXPORT_HELP, (*LAYOUTS, BOTH_LAYOUTS))
-    push_to_hub: bool = option(
-        False,
-        "upload the adapter, or the complete model, to the Hugging Face Hub at the end (run `hf auth login` first)",
-    )
-    hub_repo_id: str | None = option(
-        None, "hub repository to upload to, created if it does not exist", metavar="OWNER/NAME"
-    )
-    hub_private: bool = option(False, "create the hub repository as private")
-    upload_merged_model: bool = option(
-        False, "upload the merged model instead of the adapter (needs --merge_adapter_with_base)"
-    )
-    dry_run: bool = option(False, "only print the planned memory of each part, from the base model's config.json alone")
-    device_memory_gib: float | None = option(
-        None, "GPU memory that --dry_run plans for, in GiB (default: that of this machine's GPU)"
-    )
-    plan_ranks: int | None = option(None, "number of ranks that --dry_run plans for (default: those started)")
-    deepspeed: Path = option(DEFAULT_DS_CONFIG, "DeepSpeed JSON file", metavar="FILE")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from higgs_ds.common.files import saving, write_text
 from higgs_ds.common.hub import is_hub_id
 from higgs_ds.common.run_files import SUMMARY_FILE
 from higgs_ds.model.parts import Parts
-from higgs_ds.options.train import RunOptions, TrainOptions
+from higgs_ds.options.run import RunOptions
+from higgs_ds.options.train import TrainOptions
 from higgs_ds.reporting.metrics_log import last_values, read_metrics
 
 CARD = "README.md"

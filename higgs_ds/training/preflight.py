@@ -11,7 +11,7 @@ from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import free_bytes
 from higgs_ds.options.fields import NATIVE
-from higgs_ds.options.train import RunOptions
+from higgs_ds.options.run import RunOptions
 
 GIB = 2**30
 

@@ -38,7 +38,7 @@ FREE_ON_RESUME = (
     "codec_ckpt", "dry_run", "device_memory_gib", "plan_ranks", "init_from",
 )  # fmt: skip
 # What checkpoints of earlier versions do not record, with the only value that it had.
-NOT_RECORDED = {"reference_dropout": 0.0, "random_references": False}
+NOT_RECORDED: dict[str, Any] = {"reference_dropout": 0.0, "random_references": False, "also_train": []}
 
 
 def find_resume_checkpoint(options: TrainOptions, output_dir: Path) -> Path | None:
@@ -85,7 +85,7 @@ def initial_state(inputs: Inputs, sampler: WindowSampler) -> TrainerState:
     fresh = TrainerState(total_steps, _training_settings(inputs, sampler), validation_due=due)
     if inputs.resume_from is not None:
         saved = read_state(inputs.resume_from)
-        saved.settings = NOT_RECORDED | saved.settings
+        saved.settings = {name: NOT_RECORDED[name] for name in NOT_RECORDED & fresh.settings.keys()} | saved.settings
         check_same_run(saved, fresh, inputs.resume_from)
         fresh = saved
     if fresh.warmup_steps is None:

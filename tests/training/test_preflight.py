@@ -13,7 +13,7 @@ import pytest
 from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import ABANDONED_AFTER_S, restore_leftovers
-from higgs_ds.options.train import RunOptions
+from higgs_ds.options.run import RunOptions
 from higgs_ds.reporting.metrics_log import MetricsLog
 from higgs_ds.training.loss_checks import implausible_losses, may_skip_step
 from higgs_ds.training.preflight import check_room, seconds_left
