@@ -18,6 +18,7 @@ from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneratio
 from higgs_ds.adapters.convert import convert_adapter
 from higgs_ds.adapters.load import check_fit, read_adapter
 from higgs_ds.adapters.merge import merge
+from higgs_ds.adapters.starting_point import starting_point
 from higgs_ds.checkpoints.trained_weights import read_trained
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.tensor_files import weight_shapes
@@ -65,6 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, float_base: Path, ds_file: Ca
 
     steps = f"--max_steps 4 --lora_dropout 0 --lora_targets attention {BOTH}"
     one_step = "--max_steps 1 --warmup_ratio 0 --max_grad_norm 0"
+    still = "--max_steps 1 --lr 1e-30"  # too small a rate to change any bit
     train_runs(
         1,
         [
@@ -74,6 +76,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, float_base: Path, ds_file: Ca
             run("beside", 1, 2, f"{one_step} {BOTH}"),
             run("heads", 1, 2, f"{one_step} --also_train heads"),
             run("full", 1, 2, f"{one_step} --finetune full --train_groups heads embeddings"),
+            run("further", 2, 2, f"{still} --init_from {root}/heads"),
+            run("more", 0, 2, f"{still} --init_from {root}/heads {BOTH}"),
         ],
     )
     train_runs(2, [run(f"stage_{stage}", stage, 1, steps) for stage in range(4)])
@@ -96,6 +100,25 @@ def test_heads_alone(runs: Path, float_base: Path) -> None:
     assert (str(adapter.full), sorted(adapter.full_weights)) == ("heads", HEADS)
     weights = load_file(float_base / MODEL)
     assert all(not tensor.equal(weights[name]) for name, tensor in adapter.full_weights.items())
+
+
+@pytest.mark.slow
+def test_from_an_adapter_with_heads(runs: Path, float_base: Path) -> None:
+    """They are trained further without being named; embeddings that are trained as well begin with the base's."""
+    expected, further, more = (read_adapter(runs / run / "lora_adapters") for run in ("heads", "further", "more"))
+    assert expected.tensors().keys() == further.tensors().keys()
+    assert all(tensor.equal(further.tensors()[name]) for name, tensor in expected.tensors().items())
+    weights = load_file(float_base / MODEL)
+    assert sorted(more.full_weights) == sorted(OWN)
+    for name, tensor in more.full_weights.items():
+        assert tensor.equal(expected.full_weights.get(name, weights[name]))
+
+
+@pytest.mark.slow
+def test_heads_of_an_adapter_must_not_be_left_out(runs: Path) -> None:
+    options, given = parse_train_options(f"--init_from {runs}/heads --also_train embeddings".split())
+    with pytest.raises(InputError, match="holds trained heads, but --also_train embeddings is given; name them, too"):
+        starting_point(options, given)
 
 
 @pytest.mark.slow
