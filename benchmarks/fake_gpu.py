@@ -88,7 +88,7 @@ class FusedAttention(TorchFunctionMode):
 @contextlib.contextmanager
 def _without_gpu() -> Iterator[None]:
     """Within the block, nothing asks for a real GPU: the state of its random generator is that of the CPU's."""
-    state = {"_generator_state": lambda _: torch.get_rng_state(), "_set_generator_state": lambda *_: None}
+    state = {"generator_state": lambda _: torch.get_rng_state(), "set_generator_state": lambda *_: None}
     with FusedAttention(), mock.patch.multiple(fused_lora, **state):
         yield
 

@@ -35,9 +35,10 @@ from higgs_ds.common.tensor_files import write_shards
 
 
 class TrainedState(Protocol):
-    """What a checkpoint saves and restores: master weights, their averages, Adam's moments, the schedule: `Engine`."""
+    """What a checkpoint saves and restores of an `Engine`: weights, averages, moments, schedule and loss scale."""
 
     scheduler: Any
+    scaling: Any  # the loss scale of fp16, otherwise None
 
     @property
     def keeps_average(self) -> bool: ...
@@ -76,6 +77,7 @@ def save_checkpoint(
         NotFiniteError: a trained tensor holds NaN or infinity.
     """
     state.scheduler = engine.scheduler.state_dict()
+    state.loss_scaling = engine.scaling.state_dict() if engine.scaling else {}
     state.meters = gather_objects(meter_state)
     rng_states = gather_objects(_rng_state())
     target = checkpoint_folder(output_dir, state.step)
@@ -137,6 +139,8 @@ def load_into_engine(folder: Path, engine: TrainedState, state: TrainerState) ->
         raise InputError(f"{folder}: its optimizer has no state of {len(missing)} tensors, for instance {missing[0]}")
     engine.restore(masters_in(folder), moments, state.step - len(state.skipped))
     engine.restore_schedule(state.scheduler)
+    if engine.scaling:
+        engine.scaling.load_state_dict(state.loss_scaling)
     states = load_file(folder / RNG_FILE)
     if f"{rank()}.cpu" in states:
         torch.set_rng_state(states[f"{rank()}.cpu"])

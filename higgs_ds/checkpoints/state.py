@@ -19,6 +19,8 @@ class TrainerState:
     step: int = 0
     epoch: float = 0.0
     skipped: list[int] = field(default_factory=list)  # steps that were skipped because something was not finite
+    overflows: int = 0  # of gradients in fp16; each window was run again at a lower loss scale
+    loss_scaling: dict[str, Any] = field(default_factory=dict)  # the loss scale in fp16, and when it changes
     has_learned: bool = False  # whether any step so far had a learning rate above 0
     validation_due: bool = False  # whether a signal came before the validation of this step was done
     val_losses: dict[str, float] = field(default_factory=dict)  # loss of each validation so far, by its step

@@ -146,7 +146,7 @@ class _Group:
     def outputs(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """Return the outputs (N, out) of each target."""
         if self.has_dropout:
-            self.generator_state = _generator_state(rows.device)
+            self.generator_state = generator_state(rows.device)
         outputs = [target.base_outputs(rows) for target in self.targets]
         of_adapted = (output for output, target in zip(outputs, self.targets, strict=True) if target.adapter)
         for output, target, inner in zip(of_adapted, self.adapted, self._inner(rows), strict=True):
@@ -318,11 +318,11 @@ def _drop_(rows: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def _generator_state(device: torch.device) -> torch.Tensor:
+def generator_state(device: torch.device) -> torch.Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _set_generator_state(state: torch.Tensor, device: torch.device) -> None:
+def set_generator_state(state: torch.Tensor, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_rng_state(state, device)
     else:
@@ -333,9 +333,9 @@ def _set_generator_state(state: torch.Tensor, device: torch.device) -> None:
 def _generator_at(state: torch.Tensor | None, device: torch.device) -> Iterator[None]:
     """Within the block, the device's random generator continues from `state`."""
     assert state is not None
-    present = _generator_state(device)
-    _set_generator_state(state, device)
+    present = generator_state(device)
+    set_generator_state(state, device)
     try:
         yield
     finally:
-        _set_generator_state(present, device)
+        set_generator_state(present, device)

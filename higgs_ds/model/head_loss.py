@@ -23,6 +23,8 @@ class Chunks:
     classes: int
 
 
+# Of rows that weights of fp16 are scaled to; their product with a head has to stay below 65,504.
+FP16_ROW_SUM = 2.0**12
 CPU_CHUNKS = Chunks(2**20, 2**11)  # 4 MiB each, at a width of 512, as caches hold little more
 GPU_CHUNKS = Chunks(2**23, 2**17)  # 32 MiB of logits: smaller products would take less time than their launch
 
@@ -92,8 +94,9 @@ class _HeadLoss(torch.autograd.Function):
                     gradient[rows] += chunk.gradient
                 if chunk.log_totals is not None:
                     log_totals[rows, parts] = chunk.log_totals
-        gradient = gradient.to(hidden.dtype)
-        ctx.chunks = chunks
+        if hidden.dtype != torch.float16:  # which cannot hold it before it is multiplied by the loss scale
+            gradient = gradient.to(hidden.dtype)
+        ctx.dtype, ctx.chunks = hidden.dtype, chunks
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(gradient, hidden, head, targets, target_weights, log_totals)
         else:
@@ -106,7 +109,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, *gradients: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
         gradient, *for_head = ctx.saved_tensors
-        hidden_gradient = gradient * gradients[0] if ctx.needs_input_grad[0] else None
+        hidden_gradient = (gradient * gradients[0]).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         if not for_head:
             return hidden_gradient, None, None, None, None
         hidden, head, targets, target_weights, log_totals = for_head
@@ -193,7 +196,7 @@ def _full_softmax_loss(
     # The gradient of a cross entropy by its logits: the probabilities, minus 1 at the target.
     weights = (target_weights * is_target)[..., None]
     logit_gradient = exps.mul_(weights / total).scatter_add_(2, at, -weights)
-    return _ChunkLoss(sums, hits, logit_gradient.flatten(1).to(head.dtype) @ head, log_totals)
+    return _ChunkLoss(sums, hits, _weighted_sums(logit_gradient.flatten(1), head), log_totals)
 
 
 def _online_softmax_loss(
@@ -225,7 +228,7 @@ def _online_softmax_loss(
         exps, rescale = (logits - new_highest).exp_(), (highest - new_highest).exp()
         total = total * rescale + exps.sum(dim=1, keepdim=True)
         if needs_grad[0]:
-            mean_row = mean_row * rescale + (exps.to(head.dtype) @ head_chunk).float()
+            mean_row = mean_row * rescale + _weighted_sums(exps, head_chunk).float()
         highest = new_highest
     is_target = (targets != IGNORE_INDEX)[:, None]
     log_totals = total.log() + highest
@@ -234,4 +237,16 @@ def _online_softmax_loss(
     if not needs_grad[0]:
         return _ChunkLoss(losses.sum(dim=0), hits, None, log_totals)
     gradient = (mean_row / total - head[targets.clamp(min=0)].float()) * (target_weights * is_target)
-    return _ChunkLoss(losses.sum(dim=0), hits, gradient.to(rows.dtype), log_totals)
+    dtype = torch.float32 if rows.dtype == torch.float16 else rows.dtype
+    return _ChunkLoss(losses.sum(dim=0), hits, gradient.to(dtype), log_totals)
+
+
+def _weighted_sums(weights: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Return the product of float32 weights (n, S) and a head (S, H), computed in the head's dtype.
+
+    For fp16, the rows of weights are scaled into its range, and the product is in float32.
+    """
+    if head.dtype != torch.float16:
+        return weights.to(head.dtype) @ head
+    scale = FP16_ROW_SUM / weights.abs().sum(dim=1, keepdim=True).clamp(min=1e-30)
+    return ((weights * scale).to(head.dtype) @ head).float() / scale

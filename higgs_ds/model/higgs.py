@@ -144,7 +144,10 @@ class DualLossModel(nn.Module):
         audio_at: torch.Tensor,
         **heard: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the hidden states (M + A, hidden) of all places, after the last layer and before the final norm."""
+        """Return the hidden states (M + A, hidden) of all places, after the last layer and before the final norm.
+
+        They are in the model's dtype, but in float32 for a model in fp16.
+        """
         model = self.higgs.model
         text = model.embed_tokens(text_ids)
         if heard:
@@ -154,6 +157,9 @@ class DualLossModel(nn.Module):
         routing = Routing(len(text_ids), positions, places, audio_rows, audio_at)
         if parts_of(self.higgs.config).audio_self_attention:
             routing = routing.with_audio_rotations(position_embeddings)
+        if hidden.dtype == torch.float16:
+            # The sum of all layers' outputs may leave fp16's range, although none of them does. The norms return fp16.
+            hidden = hidden.float()
         for layer in model.layers:
             offloaded = self.offload_checkpoints and layer.gradient_checkpointing
             with save_on_host() if offloaded else contextlib.nullcontext():

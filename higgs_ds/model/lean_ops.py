@@ -50,8 +50,8 @@ class RMSNorm(torch.autograd.Function):
 
 
 def scaled(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return rows (..., H), scaled by float32 (..., 1) and multiplied by a weight (H)."""
-    return weight * (x * scale).to(x.dtype)
+    """Return rows (..., H), scaled by float32 (..., 1) and multiplied by a weight (H), in the weight's dtype."""
+    return weight * (x * scale).to(weight.dtype)
 
 
 class Rotate(torch.autograd.Function):

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import release_freed_memory
+from higgs_ds.common.precision import FP16, native_precision
 from higgs_ds.common.tensor_files import read_tensor, weight_files, weight_locations, weight_shapes
 from higgs_ds.model import nf4
 from higgs_ds.model.config import read_config, ready_for_parts
@@ -136,6 +137,8 @@ def load_for_generation(
 ) -> HiggsAudioV2ForConditionalGeneration:
     """Load a model in the dtype of its files, as its users do, or in 4 bits for an adapter trained on such a base.
 
+    Files in bf16 are loaded in fp16 on a GPU that does not compute in bf16.
+
     Args:
         to_add: parts that are added later, as in `load_base`.
     """
@@ -145,4 +148,6 @@ def load_for_generation(
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.to(device)  # moves the buffers, too
     config = ready_for_parts(read_config(folder), to_add)
-    return model_class(config).from_pretrained(folder, config=config, dtype="auto", use_safetensors=True).to(device)
+    in_fp16 = config.dtype == torch.bfloat16 and native_precision(device) == FP16
+    dtype = torch.float16 if in_fp16 else "auto"
+    return model_class(config).from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True).to(device)

@@ -79,9 +79,13 @@ class StepResult:
     counts: number of targets on all ranks, float64 (1 + C,).
     hits: this rank's correct predictions, as `DualLossModel` returns them, float32 (1 + C + 2,).
     applied: False if a loss or a gradient of any rank was not finite. Then only the schedule has advanced.
+    overflows: in fp16, how often the gradients overflowed. Each time but the last, the loss scale was lowered.
+    at_minimum: True if they still overflow at the minimum of the loss scale.
     """
 
     sums: torch.Tensor
     counts: torch.Tensor
     hits: torch.Tensor
     applied: bool
+    overflows: int = 0
+    at_minimum: bool = False

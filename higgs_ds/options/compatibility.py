@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+from higgs_ds.common.precision import FP16, FP32
 from higgs_ds.options.train import TrainOptions
 
 ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -24,8 +25,15 @@ def unsupported(options: TrainOptions, ds_settings: dict[str, Any], on_gpu: bool
         problems.append(f"--attn_implementation {attention}: the package {package} is not installed; use sdpa")
     if package and not on_gpu:
         problems.append(f"--attn_implementation {attention}: needs a GPU, and this machine has none; use sdpa")
-    if package and options.model.precision != "bf16":
-        problems.append(f"--attn_implementation {attention}: does not support float32; use sdpa, or --precision bf16")
+    if package and options.model.precision == FP32:
+        problems.append(
+            f"--attn_implementation {attention}: does not support float32; use sdpa, or --precision bf16 or fp16"
+        )
+    if options.model.precision == FP16 and not on_gpu:
+        problems.append(
+            "--precision fp16: needs a GPU, and this machine has none: DeepSpeed does not train in fp16 on CPUs; use "
+            "--precision fp32, bf16 or auto"
+        )
     problems += [
         f"--report_to {name}: the package {name} is not installed; pip install {name}"
         for name in options.run.report_to

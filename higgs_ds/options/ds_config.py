@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from higgs_ds.common.errors import InputError
+from higgs_ds.common.precision import AUTO, BF16, FP16, FP32
 from higgs_ds.common.resources import DS_CONFIGS
-from higgs_ds.options.ds_values import AUTO, KNOWN_KEYS, NULL_SECTIONS, Kind, shown
+from higgs_ds.options.ds_values import KNOWN_KEYS, NULL_SECTIONS, Kind, shown
 from higgs_ds.options.json_keys import keys_of
 from higgs_ds.options.train import TrainOptions
 
@@ -28,7 +29,6 @@ SHARED_SETTINGS = {
     ("train_micro_batch_size_per_gpu",): "batch_size",
     ("gradient_accumulation_steps",): "grad_accum",
     ("gradient_clipping",): "max_grad_norm",
-    ("bf16", "enabled"): "precision",
     ("optimizer", "params", "lr"): "lr",
     ("optimizer", "params", "weight_decay"): "weight_decay",
 }
@@ -171,6 +171,9 @@ def _conflicts(config: DsConfig) -> list[str]:
         refuse("offload_param", "needs stage 3")
     if config.get(("zero_optimization", "offload_optimizer", "device")) == "cpu" and stage == 0:
         refuse("offload_optimizer", "needs stage 1, 2 or 3")
+    power, minimum = (config.get(("fp16", key)) for key in ("initial_scale_power", "min_loss_scale"))
+    if minimum is not None and minimum > 2 ** (16 if power is None else power):
+        problems.append(f"{config.where(('fp16', 'min_loss_scale'))} is above the initial loss scale")
     bucket = config.get(("zero_optimization", "allgather_bucket_size"))
     if stage in (1, 2) and isinstance(bucket, int) and bucket % 2:
         refuse("allgather_bucket_size", f"must be even at stages 1 and 2; is {bucket}")  # DeepSpeed asserts it
@@ -178,7 +181,7 @@ def _conflicts(config: DsConfig) -> list[str]:
 
 
 def resolve(
-    config: DsConfig, options: TrainOptions, given: set[str], world_size: int
+    config: DsConfig, options: TrainOptions, given: set[str], world_size: int, native: str = BF16
 ) -> tuple[dict[str, Any], TrainOptions]:
     """Reconcile a DeepSpeed JSON file with the options.
 
@@ -187,6 +190,7 @@ def resolve(
 
     Args:
         given: names of the options that were given, on the command line or in an options file.
+        native: what --precision auto means: `native_precision` of the device, or what a resumed run was trained in.
 
     Returns:
         The settings for `deepspeed.initialize`, without any "auto", and the options with the values of the file.
@@ -194,14 +198,12 @@ def resolve(
     Raises:
         InputError: the file disagrees with an option that was given.
     """
-    problems = []
-    from_file: dict[str, Any] = {}
+    precision, problems = _choose_precision(config, options.model.precision, "precision" in given, native)
+    from_file: dict[str, Any] = {"precision": precision}
     for keys, name in SHARED_SETTINGS.items():
         value = config.get(keys)
         if value is None or value == AUTO:
             continue
-        if name == "precision":
-            value = "bf16" if value else "fp32"
         current = options.flat()[name]
         if name in given and value != current:
             problems.append(
@@ -236,16 +238,45 @@ def resolve(
         "train_micro_batch_size_per_gpu": optim.batch_size,
         "gradient_accumulation_steps": optim.grad_accum,
         "gradient_clipping": optim.max_grad_norm,
-        "bf16": {"enabled": options.model.precision == "bf16"},
+        "bf16": {"enabled": precision == BF16},
         # torch's AdamW updates the offloaded states too: DeepSpeed's own CPU optimizer needs a compiler, and an
         # adapter's states are small.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,  # bitsandbytes' AdamW is tested here, but is not on DeepSpeed's list
     }
-    if options.model.precision != "bf16" or settings["zero_optimization"]["stage"] == 0:
+    if precision == FP16:
+        settings["fp16"] = config.values.get("fp16", {}) | {"enabled": True}
+    if precision == FP32 or settings["zero_optimization"]["stage"] == 0:
         settings.pop("data_types", None)  # float32 accumulates in float32 anyway; stage 0 supports no other type
     settings.setdefault("steps_per_print", 1_000_000_000)
     return settings, options
+
+
+def _choose_precision(config: DsConfig, precision: str, is_given: bool, native: str) -> tuple[str, list[str]]:
+    """Return the precision to train in, and the problems of the file.
+
+    A section that is "auto" or missing follows --precision; one that is enabled decides, and one that is not enabled
+    excludes its precision, unless --precision was given with another value.
+
+    Args:
+        precision: --precision.
+        is_given: whether the user gave it.
+        native: what auto means on this machine.
+    """
+    switches = {name: config.get((name, "enabled")) for name in (BF16, FP16)}
+    enabled = [name for name, value in switches.items() if value is True]
+    excluded = [name for name, value in switches.items() if value is False]
+    if len(enabled) == 2:
+        other = config.where((BF16, "enabled"))
+        return FP32, [f"{config.where((FP16, 'enabled'))} is true, and so is {other}: enable one of them"]
+    wanted = native if precision == AUTO else precision
+    refused = [name for name in enabled if name != wanted] + [name for name in excluded if name == wanted]
+    if is_given and precision != AUTO and refused:
+        where, value = config.where((refused[0], "enabled")), shown(switches[refused[0]])
+        return wanted, [f"{where} is {value}, but --precision is {precision!r}: remove one of them"]
+    if enabled:
+        return enabled[0], []
+    return FP32 if wanted in excluded else wanted, []
 
 
 def fit_buckets(settings: dict[str, Any], num_trained: int, ranks: int) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-AUTO = "auto"
+from higgs_ds.common.precision import AUTO
+
 LARGEST_SIZE = 2**63 - 1  # elements of a tensor
 _INTEGER = re.compile(r"\s*([+-]?[0-9]+(?:_[0-9]+)*)(?:\.0+)?\s*")
 _SWITCHES = dict.fromkeys(("false", "f", "no", "n", "off", "0"), False) | dict.fromkeys(
@@ -164,11 +165,11 @@ def _stage(value: Any) -> int:
 
 
 SWITCH = Kind("true or false", _switch)
+AUTO_SWITCH = replace(SWITCH, allowed='true, false or "auto"', auto=True)
 FLAG = Kind("true or false", _flag, null=True)
 COUNT = Kind('a whole number, 1 or more, or "auto"', _within(_integer, 1), auto=True, null=True)
 NOT_NEGATIVE = Kind('a number, 0 or more, or "auto"', _within(_number, 0), auto=True, null=True)
 FIXED = Kind("", lambda value: value, auto=True, null=True)  # compared with the one value that this trainer uses
-INTEGER, LOSS_SCALE_INTEGER = Kind("a whole number", _model_integer), Kind("a whole number", _loss_scale_integer)
 OFFLOAD = {"device": _choice({"cpu": "cpu", "none": "none"}), "pin_memory": SWITCH}
 COMMUNICATION_TYPES = {name: name for name in ("fp32", "bf16", "fp16")}
 ACCUMULATION_TYPES = {
@@ -185,17 +186,17 @@ KNOWN_KEYS: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": COUNT,
     "gradient_accumulation_steps": COUNT,
     "gradient_clipping": NOT_NEGATIVE,
-    "bf16": {"enabled": replace(SWITCH, allowed='true, false or "auto"', auto=True)},
+    "bf16": {"enabled": AUTO_SWITCH},
     "fp16": {
-        "enabled": Kind("false", _off, auto=True, advice="training is in bf16 or fp32 (--precision)"),
-        "auto_cast": SWITCH,
+        "enabled": AUTO_SWITCH,
+        "auto_cast": Kind("false", _off, advice="inputs are never cast here, the model's weights are (--precision)"),
         "loss_scale": Kind("a number, 0 or more", _within(_loss_scale, 0)),
-        "initial_scale_power": INTEGER,
-        "loss_scale_window": LOSS_SCALE_INTEGER,
-        "hysteresis": INTEGER,
+        "initial_scale_power": Kind("a whole number from 0 to 32", _within(_model_integer, 0, 32)),
+        "loss_scale_window": Kind("a whole number, 1 or more", _within(_loss_scale_integer, 1)),
+        "hysteresis": Kind("a whole number, 1 or more", _within(_model_integer, 1)),
         "consecutive_hysteresis": SWITCH,
-        "min_loss_scale": LOSS_SCALE_INTEGER,
-        "fp16_master_weights_and_grads": SWITCH,
+        "min_loss_scale": Kind("a whole number, 1 or more", _within(_loss_scale_integer, 1)),
+        "fp16_master_weights_and_grads": Kind("false", _off, advice="master weights are in float32"),
     },
     "optimizer": {
         "type": replace(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from higgs_ds.common.precision import AUTO, PRECISIONS
 from higgs_ds.options.fields import (
     ALSO_TRAIN,
     ATTENTION,
@@ -94,7 +95,12 @@ class ModelOptions:
         metavar="REV",
     )
     codec_ckpt: str | None = option(None, "audio codec, a folder or a hub id (default: named by the base model)")
-    precision: str = option("bf16", "bf16 with float32 master weights, or float32 for everything", ("bf16", "fp32"))
+    precision: str = option(
+        AUTO,
+        "bf16 or fp16 with float32 master weights, or float32 for everything; auto: bf16 on a GPU or CPU that "
+        "computes in it, otherwise fp16 on a GPU and fp32 on a CPU",
+        (AUTO, *PRECISIONS),
+    )
     load_in_4bit: bool = option(
         False,
         "QLoRA: quantize the linear layers of the decoder to 4 bits (NF4, double quantization); the rest is in "
@@ -125,7 +131,7 @@ class ModelOptions:
     )
     attn_implementation: str = option(
         "sdpa",
-        "attention of torch (sdpa) or of the package flash-attn (needs a GPU and bf16); both are causal without a mask",
+        "attention of torch (sdpa) or of the package flash-attn (needs a GPU, and bf16 or fp16); both are causal",
         ATTENTION,
     )  # fmt: skip
 

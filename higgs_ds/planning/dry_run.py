@@ -15,6 +15,7 @@ from higgs_ds.bases.builtin import DEFAULT_BASE, builtin_config, which_builtin
 from higgs_ds.common import distributed
 from higgs_ds.common.errors import InputError, collect_problems
 from higgs_ds.common.hub import resolve_config_folder
+from higgs_ds.common.precision import AUTO, BF16, native_precision
 from higgs_ds.common.resources import DEFAULT_DS_CONFIG
 from higgs_ds.model.config import parts_of, parts_to_add, read_config, with_parts
 from higgs_ds.options import ds_config
@@ -45,6 +46,10 @@ def main(options: TrainOptions, given: set[str]) -> None:
     if not distributed.is_main():
         return
     setting = make_setting(options, given)
+    if options.model.precision == AUTO:
+        assumed = "" if torch.cuda.is_available() and options.run.device_memory_gib is None else ", as on most GPUs"
+        older = "; give --precision fp16 for a T4, V100, RTX 20 or GTX 16" if assumed else ""
+        print(f"--precision auto: {setting.options.model.precision}{assumed}{older}")
     device_gib = options.run.device_memory_gib or _device_gib()
     if options.model.activation_checkpointing == "auto":
         setting = with_checkpointing(setting, math.inf if device_gib is None else device_gib * GIB)
@@ -67,7 +72,8 @@ def make_setting(options: TrainOptions, given: set[str]) -> Setting:
     ranks = options.run.plan_ranks or distributed.world_size()
     settings = None
     try:
-        settings, options = ds_config.resolve(ds_config.read_ds_config(options.run.deepspeed), options, given, ranks)
+        config_file = ds_config.read_ds_config(options.run.deepspeed)
+        settings, options = ds_config.resolve(config_file, options, given, ranks, _native_precision(options))
         problems += unsupported(options, settings, on_gpu=True)
     except InputError as error:
         problems += error.problems
@@ -78,6 +84,13 @@ def make_setting(options: TrainOptions, given: set[str]) -> Setting:
     if problems or settings is None or config is None:
         raise InputError(problems)
     return Setting(config, options, settings, ranks, adapted=start.adapted if start else ())
+
+
+def _native_precision(options: TrainOptions) -> str:
+    """Return what --precision auto means on this machine's GPU, or on a GPU that is planned for."""
+    if torch.cuda.is_available() and options.run.device_memory_gib is None:
+        return native_precision(torch.device("cuda", 0))
+    return BF16
 
 
 def _base_config(options: TrainOptions) -> HiggsAudioV2Config:

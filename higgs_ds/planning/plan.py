@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
+
 from higgs_ds.options.train import recompute_every
 from higgs_ds.planning.activations import PassSettings, measure_pass
 from higgs_ds.planning.weights import Setting, model_weights
@@ -65,7 +67,9 @@ def _offloaded_checkpoints(setting: Setting, positions: int) -> tuple[int, int]:
     every = recompute_every(setting.options.model)
     if not setting.options.model.offload_checkpoints or every is None:
         return 0, 0
-    input_bytes = positions * setting.config.hidden_size * setting.dtype.itemsize
+    # With fp16, the layers' outputs are summed in float32.
+    element = 4 if setting.dtype == torch.float16 else setting.dtype.itemsize
+    input_bytes = positions * setting.config.hidden_size * element
     return math.ceil(setting.config.num_hidden_layers / every) * input_bytes, input_bytes
 
 

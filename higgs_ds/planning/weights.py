@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import HiggsAudioV2Config
 
+from higgs_ds.common.precision import torch_dtype
 from higgs_ds.model.config import config_of, fully_trained_parts
 from higgs_ds.model.full import make_trainable
 from higgs_ds.model.loading import empty_model
@@ -77,7 +78,7 @@ class Setting:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.options.model.precision == "bf16" else torch.float32
+        return torch_dtype(self.options.model.precision)
 
     @property
     def full_parts(self) -> Parts:

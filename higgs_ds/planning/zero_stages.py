@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import torch
+
 from higgs_ds.options.ds_config import fit_buckets
 from higgs_ds.planning.weights import GROUPS, NESTED_BLOCK_SIZE, Setting, Weight
 
@@ -126,7 +128,7 @@ def _stage1(setting: Setting, partial_plan: Plan, trained: list[Weight]) -> Plan
     )
     if setting.offloads("optimizer"):
         return _with_offloaded_state(setting, state, trained, rank_numel)
-    if (element, accumulated) == (2, 4):
+    if setting.dtype == torch.bfloat16 and accumulated == 4:
         # DeepSpeed's BF16_Optimizer has float32 gradients in addition to those of the backward pass, and sums them
         # without buckets.
         state = replace(
@@ -134,6 +136,9 @@ def _stage1(setting: Setting, partial_plan: Plan, trained: list[Weight]) -> Plan
             gradients=flat * accumulated + numel * element,
             buckets=numel * accumulated if setting.ranks > 1 else 0,
         )
+    elif element < accumulated:
+        # In fp16, the gradients of the last backward pass are kept beside the float32 sums.
+        state = replace(state, gradients=numel * (accumulated + element))
     return replace(state, optimizer=4 * rank_numel + _state_bytes(setting, rank_numel), step=4 * rank_numel)
 
 

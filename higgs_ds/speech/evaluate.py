@@ -105,6 +105,7 @@ def _evaluate(options: EvaluateOptions, lock: FolderLock) -> None:
         torch.manual_seed(options.seed + number)
         messages = list(prompt.sample.messages[: prompt.turn])
         speech = speak(model, bundle, messages, prompt.given, settings)
+        speech.check()
         codes = speech.codes.clamp(max=bundle.stream.bos_id - 1)  # the stream's own tokens have no sound
         sounds = _decode_and_write(codec, codes, prompt, options.output_dir, number)
         items.append((number, _measure(prompt, codes, speech.stopped, sounds, codec.sample_rate, recognize)))

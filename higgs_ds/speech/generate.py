@@ -33,10 +33,22 @@ MAX_REFERENCE_S = 60.0  # longer references are refused before they are decoded
 
 @dataclass(frozen=True)
 class Speech:
-    """Generated speech: codes (C, F), and whether the model stopped on its own."""
+    """Generated speech: codes (C, F), and whether the model stopped on its own.
+
+    in_range: False if the model computes in fp16, and logits were not finite.
+    """
 
     codes: torch.Tensor
     stopped: bool
+    in_range: bool = True
+
+    def check(self) -> None:
+        """Raise InputError if the logits were not finite, which makes the codes meaningless."""
+        if not self.in_range:
+            raise InputError(
+                "generation in fp16: the logits are not finite, because this model's values leave fp16's range "
+                "(65,504); generate on a GPU of compute capability 8.0 or higher, or without a GPU"
+            )
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,7 @@ def main(options: GenerateOptions) -> None:
     model = load_generation_model(speaker, device)
     torch.manual_seed(options.seed)
     speech = speak(model, bundle, messages, references, _generation_settings(options))
+    speech.check()
     if speech.codes.shape[1] == 0:
         raise InputError("the model stopped before its first frame: there is nothing to write; is it trained?")
     # An untrained model may generate the stream's special tokens between the codes; the codec cannot decode them.
@@ -129,10 +142,19 @@ def speak(
     if references:
         inputs["audio_input_ids"] = torch.cat([apply_delay_pattern(codes, stream) for codes in references])[None]
         inputs["audio_input_ids_mask"] = torch.ones(1, num_rows, dtype=torch.bool)
-    device = next(model.parameters()).device
+    device, in_range = next(model.parameters()).device, [torch.tensor(True)]
+
+    def check_range(_module: torch.nn.Module, _inputs: Any, logits: torch.Tensor) -> None:
+        if logits.dtype == torch.float16:
+            in_range[0] = in_range[0].to(device) & logits.isfinite().all()
+
+    head = next(module for name, module in model.named_modules() if name.endswith("audio_lm_head"))
+    checked = head.register_forward_hook(check_range)
     rows = model.generate(**{name: tensor.to(device) for name, tensor in inputs.items()}, **settings)
+    checked.remove()
     new_rows = rows[0, num_rows:].cpu()
-    return Speech(revert_delay_pattern(new_rows, stream), bool((new_rows[-1] == stream.eos_id).all()))
+    stopped = bool((new_rows[-1] == stream.eos_id).all())
+    return Speech(revert_delay_pattern(new_rows, stream), stopped, bool(in_range[0]))
 
 
 def _check(options: GenerateOptions) -> GenerationModel:

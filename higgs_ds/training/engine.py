@@ -29,6 +29,7 @@ from torch import nn
 
 from higgs_ds.common.distributed import device, rank, sum_over_ranks, world_size
 from higgs_ds.data.collate import Batch
+from higgs_ds.model.fused_lora import generator_state, set_generator_state
 from higgs_ds.model.loss import LossWeights, StepResult, target_weights
 from higgs_ds.model.parts import NO_PARTS, Parts
 from higgs_ds.options.ds_config import fit_buckets
@@ -36,6 +37,7 @@ from higgs_ds.options.train import OptimOptions
 from higgs_ds.training.averages import exchange_averages, start_average, update_averages
 from higgs_ds.training.deepspeed_start import disable_compiled_collectives, partition_over_ranks, quiet_deepspeed
 from higgs_ds.training.learning_rates import current_rates, make_schedule, parameter_groups
+from higgs_ds.training.loss_scaling import LossScaling
 from higgs_ds.training.optimizers import float_moments, make_optimizer, start_moments
 
 
@@ -80,6 +82,7 @@ class Engine:
         self._stage0_grad_norm = torch.zeros(())  # DeepSpeed does not keep the norm at stage 0
         if isinstance(self.engine.optimizer, FP16_UnfusedOptimizer):
             self._undo_step_at_start()
+        self.scaling = LossScaling(self.engine.optimizer, settings["fp16"]) if "fp16" in settings else None
         if self.keeps_average:
             self._start_state()
 
@@ -95,12 +98,42 @@ class Engine:
             self._master_of(parameter).copy_(parameter)
 
     def train_step(self, batches: Sequence[Batch]) -> StepResult:
-        """Run forward and backward over this rank's micro-batches of a window, then one optimizer step."""
+        """Run forward and backward over this rank's micro-batches of a window, then one optimizer step.
+
+        In fp16, a window is run again at a lower loss scale, with the same dropout, if its losses are finite, but the
+        gradients overflow.
+        """
         self.engine.train()
         counts = sum_over_ranks(torch.stack([batch.target_counts() for batch in batches]).sum(dim=0).to(self.device))
         per_target = target_weights(counts, self.weights)
+        generator = generator_state(self.device)
+        sums, hits, applied = self._run_window(batches, per_target)
+        overflows, at_minimum = 0, False
+        while not (applied or self.scaling is None or sum_over_ranks((~sums.isfinite()).sum())):
+            overflows, at_minimum = overflows + 1, self.scaling.is_at_minimum
+            if at_minimum:
+                break
+            self.scaling.update(overflowed=True)
+            set_generator_state(generator, self.device)
+            sums, hits, applied = self._run_window(batches, per_target)
+        if applied:
+            self.applied_steps += 1
+            self._update_averages()
+        else:
+            self.scheduler.step()  # as the engine does after every step that it applies
+        if applied and self.scaling is not None:
+            self._stage0_grad_norm = torch.as_tensor(self.engine.get_global_grad_norm() / self.scaling.scale)
+            self.scaling.update(overflowed=False)
+        return StepResult(sums, counts, hits, applied, overflows, at_minimum)
+
+    def _run_window(
+        self, batches: Sequence[Batch], per_target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """Return this rank's sums and hits as in `StepResult`, and whether a step was applied."""
         sums, hits = [], []
         skipped_before, applied = self.engine.skipped_steps, True
+        # At stage 0, DeepSpeed 0.19.8 divides the gradients by the loss scale, but does not multiply the loss by it.
+        scale = self.scaling.scale if self.scaling is not None and self.stage == 0 else 1.0
         for i, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
             loss, micro_sums, micro_hits = self.engine(**batch.tensors(self.device), target_weights=per_target)
@@ -110,7 +143,7 @@ class Engine:
             # The product is also a new tensor: at stage 0, DeepSpeed 0.19.8 divides the gradient of the tensor that
             # the model returned by the accumulation steps, despite scale_wrt_gas=False.
             # A loss that is not finite makes the gradient not finite on every rank, and no rank has to wait for it.
-            finite = torch.where(micro_sums.isfinite().all(), 1.0, torch.nan)
+            finite = torch.where(micro_sums.isfinite().all(), scale, torch.nan)
             self.engine.backward(loss * (world_size() * finite), scale_wrt_gas=False)
             if self.stage == 0 and i == len(batches) - 1:
                 applied = self._check_gradients()
@@ -118,17 +151,18 @@ class Engine:
                 self.engine.step()
             sums.append(micro_sums)
             hits.append(micro_hits)
-        # DeepSpeed skips a step with such a gradient, and only counts it.
+        # DeepSpeed skips a step with such a gradient, and only counts it. With an offloaded optimizer, version 0.19.8
+        # would then add the next gradients to these.
         applied &= self.engine.skipped_steps == skipped_before
-        if applied:
-            self.applied_steps += 1
-            self._update_averages()
-        else:
-            self.scheduler.step()  # as the engine does after every step that it applies
-        return StepResult(torch.stack(sums), counts, torch.stack(hits).sum(0), applied)
+        if not applied:
+            gradients = getattr(self.engine.optimizer, "averaged_gradients", {})
+            gradients.update(dict.fromkeys(gradients))
+        return torch.stack(sums), torch.stack(hits).sum(0), applied
 
     def _check_gradients(self) -> bool:
         """At stage 0, store the gradient norm; return whether it is finite, which DeepSpeed ignores in float32."""
+        if self.scaling is not None:
+            return True  # DeepSpeed checks, and has the norm in float32
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
         self._stage0_grad_norm = torch.nn.utils.get_total_norm(gradients)
         if isinstance(self.engine.optimizer, FP16_UnfusedOptimizer) or self._stage0_grad_norm.isfinite():

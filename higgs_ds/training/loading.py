@@ -17,7 +17,9 @@ from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.checkpoints.trained_weights import FullFormat
 from higgs_ds.common import distributed
 from higgs_ds.common.console import say, warn
+from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import saving, write_json, write_text
+from higgs_ds.common.precision import BF16, native_precision, torch_dtype
 from higgs_ds.common.run_files import DROPPED_FILE, SETTINGS_FILE, SUMMARY_FILE
 from higgs_ds.common.tensor_files import weight_files
 from higgs_ds.data.sampler import WindowSampler
@@ -161,14 +163,14 @@ def _check_and_announce(inputs: Inputs, sampler: WindowSampler, state: TrainerSt
         say(overview(inputs, sampler, state, trained))
     if options.is_full_finetuning and options.run.merge_adapter_with_base:
         warn("warning: --merge_adapter_with_base: --finetune full leaves nothing to merge; final_model/ is complete")
-    on_cpu = distributed.device().type == "cpu"
-    if on_cpu and options.model.precision == "bf16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        say("note: this CPU has no instructions for bf16; --precision fp32 is much faster here")
+    native = native_precision(distributed.device())
+    if options.model.precision == BF16 != native:
+        say(f"note: this device has no instructions for bf16; --precision {native} is much faster here")
 
 
 def _model_to_train(inputs: Inputs) -> tuple[nn.Module, BaseQuantization | None]:
     options, bundle = inputs.options, inputs.bundle
-    dtype = torch.bfloat16 if options.model.precision == "bf16" else torch.float32
+    dtype = torch_dtype(options.model.precision)
     quantization = None
     if options.model.load_in_4bit:
         here = distributed.device()
@@ -181,6 +183,8 @@ def _model_to_train(inputs: Inputs) -> tuple[nn.Module, BaseQuantization | None]
                 warn(warning)
     else:
         model = load_base(bundle.folder, dtype, bundle.added)
+    if dtype == torch.float16:
+        _check_range(model)
     torch.manual_seed(options.optim.seed)  # the same initial values on every rank
     if bundle.added:
         model.add_parts(bundle.added, bundle.whisper_folder)
@@ -192,3 +196,16 @@ def _model_to_train(inputs: Inputs) -> tuple[nn.Module, BaseQuantization | None]
         checkpoint_layers(model, every)
     full_parts, adapted = inputs.full_parts, inputs.adapted
     return make_trainable(model, options.tune, options.lora, bundle.name, dtype, full_parts, adapted), quantization
+
+
+def _check_range(model: nn.Module) -> None:
+    """Raise InputError if weights of a base are not finite in fp16."""
+    outside = [
+        name for name, weight in model.named_parameters() if weight.is_floating_point() and not weight.isfinite().all()
+    ]
+    if outside:
+        more = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
+        raise InputError(
+            f"--precision fp16: {outside[0]}{more} of the base has values that fp16 does not hold (above 65,504); use "
+            "--precision bf16 or fp32"
+        )

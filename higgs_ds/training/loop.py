@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 from higgs_ds.checkpoints.folder import checkpoint_folder
 from higgs_ds.checkpoints.save import save_checkpoint
-from higgs_ds.common.console import set_quiet, warn
+from higgs_ds.common.console import say, set_quiet, warn
 from higgs_ds.common.distributed import sum_over_ranks, world_size
 from higgs_ds.common.errors import NotFiniteError, StoppedError
 from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.common.interrupts import waiting
+from higgs_ds.common.precision import FP16
+from higgs_ds.data.collate import Batch
 from higgs_ds.data.prefetch import prefetched
 from higgs_ds.data.sampler import Window
 from higgs_ds.model.loss import StepResult, mean_losses
@@ -19,7 +22,12 @@ from higgs_ds.reporting.meter import Meter
 from higgs_ds.reporting.metrics_log import MetricsLog
 from higgs_ds.reporting.trackers import Tracker, open_trackers
 from higgs_ds.training.finish import finish
-from higgs_ds.training.loss_checks import describe_skipped_step, implausible_losses, may_skip_step
+from higgs_ds.training.loss_checks import (
+    describe_first_module,
+    describe_skipped_step,
+    implausible_losses,
+    may_skip_step,
+)
 from higgs_ds.training.preflight import seconds_left
 from higgs_ds.training.run import Run
 from higgs_ds.training.samples import SampleWriter
@@ -71,8 +79,10 @@ def train(run: Run) -> None:
         for window, batches in prefetched(windows, lambda w: run.train.batches(w.micro_batches, w.epoch_number)):
             rates = engine.learning_rates
             result = engine.train_step(batches)
+            if result.overflows:
+                _record_overflows(run, result)
             if not result.applied:
-                _record_skipped_step(run, meter, window, result)
+                _record_skipped_step(run, meter, window, batches, result)
             meter.add(result, batches)
             if state.step == 0:
                 _check_first_losses(run, result)
@@ -116,6 +126,8 @@ def _open_log(run: Run) -> MetricsLog:
 def _log(run: Run, log: MetricsLog, meter: Meter, rates: dict[str, float]) -> None:
     run.lock.check()
     values = meter.read() | rates | {"grad_norm": run.engine.grad_norm}
+    if run.engine.scaling is not None:
+        values |= {"loss_scale": run.engine.scaling.scale, "overflows": run.state.overflows}
     log.write(run.state.step, run.state.epoch, values | run.state.skips())
     meter.reset()
 
@@ -169,11 +181,21 @@ def _check_first_losses(run: Run, result: StepResult) -> None:
         warn(f"warning: {doubt}")
 
 
-def _record_skipped_step(run: Run, meter: Meter, window: Window, result: StepResult) -> None:
+def _record_overflows(run: Run, result: StepResult) -> None:
+    run.state.overflows += result.overflows
+    times = f" {result.overflows} times" if result.overflows > 1 else ""
+    scale = run.engine.scaling.scale if run.engine.scaling else 1
+    say(f"step {run.state.step + 1}: gradients overflowed in fp16{times}; the loss scale is {scale:g} now")
+
+
+def _record_skipped_step(run: Run, meter: Meter, window: Window, batches: Sequence[Batch], result: StepResult) -> None:
     """Record and report a skipped step; if no more may be skipped, save a checkpoint and end the run."""
     state = run.state
     why = describe_skipped_step(state.step + 1, result, window.micro_batches, run.train)
-    skips = run.options.optim.on_nonfinite == "skip"
+    in_fp16 = run.options.model.precision == FP16
+    if in_fp16 and not result.at_minimum:
+        why += describe_first_module(run.engine, batches)
+    skips = run.options.optim.on_nonfinite == "skip" and not result.at_minimum
     if skips and may_skip_step(len(state.skipped), state.step):
         state.skipped.append(state.step + 1)
         warn(f"warning: {why}")
@@ -181,6 +203,9 @@ def _record_skipped_step(run: Run, meter: Meter, window: Window, result: StepRes
     if state.step and not checkpoint_folder(run.output_dir, state.step).exists():
         _save(run, meter)
     advice = f"{len(state.skipped)} earlier steps were skipped" if skips else "or resume with --on_nonfinite skip"
+    if in_fp16:
+        other = "fp16 holds nothing above 65,504: use --precision bf16 on a GPU that computes in it, or fp32"
+        advice = other if result.at_minimum else f"{advice}. {other}"
     error = NotFiniteError(f"{why}\nCheck these samples, or start a new run with a lower --lr; {advice}")
     error.on_all_ranks = True
     raise error

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from higgs_ds.common.distributed import gather_objects
+from higgs_ds.data.collate import Batch
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.model.loss import StepResult
+from higgs_ds.training.engine import Engine
 
 NEAR_ZERO = 0.1
 FAR_ABOVE_UNIFORM = 1.5  # times the loss of a uniform distribution over all classes
@@ -54,12 +62,35 @@ def describe_skipped_step(number: int, step: StepResult, micro_batches: Sequence
     by_rank = gather_objects((all(is_finite), data.sources(at_fault), data.sources(everything)))
     finite = all(fine for fine, _, _ in by_rank)
     what = "all losses are finite, the gradient is not" if finite else "the loss is NaN or infinite"
+    if step.at_minimum:
+        what = "the gradients overflow in fp16 at the minimum of the loss scale"
     ranks = [
         f"rank {rank}: {_join_first(everything if finite else at_fault)}"
         for rank, (fine, at_fault, everything) in enumerate(by_rank)
         if finite or not fine
     ]
     return f"step {number}: {what}, so the step was not applied; its samples by rank:\n  " + "\n  ".join(ranks)
+
+
+def describe_first_module(engine: Engine, batches: Sequence[Batch]) -> str:
+    """Name the first module on each rank whose output is not finite, in the order of computation; empty if none is.
+
+    The forward passes are run again, without dropout. Every rank must call this.
+    """
+    found: list[str] = []
+
+    def check(name: str, _module: nn.Module, _inputs: Any, outputs: Any) -> None:
+        tensors = [tensor for tensor in tree_leaves(outputs) if torch.is_tensor(tensor)]
+        if not found and not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            found.append(name.replace(".base_layer", ""))
+
+    named = [(name, module) for name, module in engine.engine.module.higgs.named_modules() if name]
+    handles = [module.register_forward_hook(partial(check, name)) for name, module in named]
+    engine.evaluate(batches)
+    for handle in handles:
+        handle.remove()
+    by_rank = [f"rank {rank}: {names[0]}" for rank, names in enumerate(gather_objects(found)) if names]
+    return f"\nThe first output out of fp16's range is that of this module: {', '.join(by_rank)}" if by_rank else ""
 
 
 def _join_first(sources: Sequence[str]) -> str:

@@ -63,6 +63,7 @@ class SampleWriter:
         if not (self.folder / PROMPTS_FILE).is_file():
             self._write_references(codec)
         for number, speech in enumerate(spoken):
+            speech.check()
             self._write(codec, f"step-{self.run.state.step}", number, speech.codes)
         if not spoken:
             return {}

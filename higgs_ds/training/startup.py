@@ -13,10 +13,13 @@ import numpy as np
 from higgs_ds.adapters.starting_point import StartingPoint, check_geometry, compare_bases, starting_point
 from higgs_ds.bases.bundle import Bundle, open_for_training
 from higgs_ds.bases.model_folder import check_layout
+from higgs_ds.checkpoints.folder import read_state
 from higgs_ds.common import distributed
+from higgs_ds.common.console import say
 from higgs_ds.common.errors import InputError, collect_problems
 from higgs_ds.common.files import check_folders
 from higgs_ds.common.folder_lock import FolderLock
+from higgs_ds.common.precision import AUTO, PRECISIONS, native_precision
 from higgs_ds.common.resources import SAMPLE_MANIFEST, default_cache_dir
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.dataset import Dataset
@@ -60,7 +63,8 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
     resume_from = collect_problems(problems, lambda: _open_output(options, output_dir, lock))
     found = collect_problems(problems, lambda: starting_point(options, given, output_dir, resume_from))
     start, options = found or (None, options)
-    resolved = collect_problems(problems, lambda: _resolve_ds_config(options, given))
+    native = _native_precision(options, resume_from, problems)
+    resolved = collect_problems(problems, lambda: _resolve_ds_config(options, given, native))
     no_cache = any(distributed.gather_objects(bool(no_scratch)))
     bundle = None if no_cache else collect_problems(problems, lambda: _open_base(options, cache_dir))
     start = collect_problems(problems, lambda: _compare_with_base(start, options, bundle))
@@ -77,6 +81,8 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
         problems += reference_problems(options.data, checked[0].index) if checked[0].index is not None else []
         distributed.raise_problems(problems)
         assert resolved and bundle and preparation.coder  # noqa: PT018 - a missing one has raised a problem
+        if options.model.precision == AUTO:
+            say(f"--precision auto: {resolved[1].model.precision}")
         settings, options = resolved
         for manifest in checked:
             preparation.encode(manifest, distributed.device())
@@ -97,9 +103,22 @@ def _summary(preparation: Preparation, checked: list[CheckedManifest]) -> str:
     return "".join(parts)
 
 
-def _resolve_ds_config(options: TrainOptions, given: set[str]) -> tuple[dict[str, Any], TrainOptions]:
+def _native_precision(options: TrainOptions, resume_from: Path | None, problems: list[str]) -> str:
+    """Return what --precision auto means: what a resumed run was trained in, or what all devices compute in."""
+    if resume_from is not None:
+        saved = read_state(resume_from).settings.get("precision")
+        if saved in PRECISIONS:
+            return saved
+    by_rank = distributed.gather_objects(native_precision(distributed.device()))
+    if options.model.precision == AUTO and len(set(by_rank)) > 1:
+        found = ", ".join(f"rank {rank}: {precision}" for rank, precision in enumerate(by_rank))
+        problems.append(f"--precision auto: the devices of the ranks differ ({found}); give the precision of all ranks")
+    return by_rank[0]
+
+
+def _resolve_ds_config(options: TrainOptions, given: set[str], native: str) -> tuple[dict[str, Any], TrainOptions]:
     config = ds_config.read_ds_config(options.run.deepspeed)
-    settings, options = ds_config.resolve(config, options, given, distributed.world_size())
+    settings, options = ds_config.resolve(config, options, given, distributed.world_size(), native)
     problems = unsupported(options, settings, distributed.device().type == "cuda")
     if problems:
         raise InputError(problems)
