@@ -19,11 +19,13 @@ from higgs_ds.common.console import quiet_libraries
 quiet_libraries()
 
 import torch  # noqa: E402
+from allow_fp16 import allow_fp16  # noqa: E402
 from conftest import speech_batch  # noqa: E402
 
 from higgs_ds.adapters.save import trained_parameters  # noqa: E402
 from higgs_ds.bases.builtin import RANDOM_BASE, builtin_base  # noqa: E402
 from higgs_ds.common import distributed  # noqa: E402
+from higgs_ds.common.precision import torch_dtype  # noqa: E402
 from higgs_ds.common.process import run_command, run_ranks  # noqa: E402
 from higgs_ds.common.resources import default_cache_dir  # noqa: E402
 from higgs_ds.data.collate import Batch  # noqa: E402
@@ -88,7 +90,7 @@ def count(argv: list[str]) -> dict[str, int]:
     settings["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
     earlier_packed = all_packed()  # of earlier runs; kept, so that no new storage gets the id of an old one
     folder = builtin_base(RANDOM_BASE, default_cache_dir())
-    here, dtype = torch.device("cpu"), getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[options.model.precision])
+    here, dtype = torch.device("cpu"), torch_dtype(options.model.precision)
     four_bit = options.model.load_in_4bit
     higgs = load_base_in_4bit(folder, dtype, here, here)[0] if four_bit else load_base(folder, dtype)
     if options.model.offload_embeddings:
@@ -142,6 +144,7 @@ def all_packed() -> list[torch.Tensor]:
 
 
 def main() -> None:
+    allow_fp16()
     gc.freeze()  # objects of the imports need not be scanned each time
     counted = [count(argv) for argv in json.loads(sys.argv[1])]
     if distributed.is_main():

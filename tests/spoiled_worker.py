@@ -18,6 +18,7 @@ from higgs_ds.common.console import quiet_libraries
 quiet_libraries()
 
 import torch  # noqa: E402
+from allow_fp16 import allow_fp16  # noqa: E402
 from launcher import RANDOM  # noqa: E402
 
 from higgs_ds.common import distributed  # noqa: E402
@@ -27,6 +28,7 @@ from higgs_ds.common.process import run_command, run_ranks  # noqa: E402
 from higgs_ds.data.collate import Batch  # noqa: E402
 from higgs_ds.model.loss import StepResult  # noqa: E402
 from higgs_ds.options.command_line import parse_train_options  # noqa: E402
+from higgs_ds.training.engine import Engine  # noqa: E402
 from higgs_ds.training.loop import train  # noqa: E402
 from higgs_ds.training.startup import start  # noqa: E402
 
@@ -44,6 +46,8 @@ def train_spoiled(argv: list[str], steps: list[int], rank: int, kind: str) -> st
         return output
 
     handles: list[Any] = []
+    if engine.scaling is not None:
+        check_overflows(engine)
 
     def train_step(batches: Sequence[Batch]) -> StepResult:
         done.append(1)
@@ -59,7 +63,32 @@ def train_spoiled(argv: list[str], steps: list[int], rank: int, kind: str) -> st
     return None
 
 
+def check_overflows(engine: Engine) -> None:
+    """Fail where an overflow changes master weights, their averages, Adam's state or the schedule."""
+
+    def learned() -> list[torch.Tensor]:
+        states = [engine._inner.state.get(master, {}) for master in engine._flat_masters()]
+        tensors = [torch.as_tensor(value) for state in states for value in state.values()]
+        return [tensor.clone() for tensor in (*engine._flat_masters(), *tensors)]
+
+    before: list[Any] = []
+    run_window, update = engine._run_window, engine.scaling.update
+
+    def remember(*arguments: Any) -> Any:
+        before[:] = [learned(), engine.scheduler.last_epoch]
+        return run_window(*arguments)
+
+    def check(overflowed: bool) -> None:
+        if overflowed:
+            assert engine.scheduler.last_epoch == before[1]
+            assert all(now.equal(then) for now, then in zip(learned(), before[0], strict=True))
+        update(overflowed)
+
+    engine._run_window, engine.scaling.update = remember, check  # type: ignore[method-assign]
+
+
 def main() -> None:
+    allow_fp16()
     gc.freeze()  # objects of the imports need not be scanned each time
     errors = [train_spoiled(**case) for case in json.loads(sys.argv[1])]
     if distributed.is_main():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import forks  # before anything that imports torch
 import torch.nn.functional as F
+from allow_fp16 import allow_fp16
 from conftest import native_inputs
 from mutants import GRADIENT_MUTANTS, MUTANTS
 from safetensors.torch import save_file
@@ -47,6 +48,8 @@ def train_all(runs: list[list[str]]) -> None:
             at = argv.index("--mutant")
             (MUTANTS | GRADIENT_MUTANTS)[argv[at + 1]]()  # in this fork only
             argv = argv[:at] + argv[at + 2 :]
+        if "fp16" in argv:
+            allow_fp16()  # in this fork only
         if "--dump_logits" in argv:
             at = argv.index("--dump_logits")
             run = start(*parse_train_options(argv[:at] + argv[at + 2 :]), FolderLock())

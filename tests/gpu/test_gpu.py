@@ -85,9 +85,11 @@ def share_of_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> f
     return sum(int((a == b).sum()) for a, b in pairs) / sum(b.numel() for _, b in pairs)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("path", sorted((PROJECT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
-def test_shipped_ds_configs_in_bf16(tmp_path: Path, path: Path) -> None:
-    train_runs(1, [f"--deepspeed {path} --output_dir {tmp_path}/run --max_steps 2 --grad_accum 2".split()])
+def test_shipped_ds_configs_in_16_bits(tmp_path: Path, path: Path, precision: str) -> None:
+    line = f"--deepspeed {path} --output_dir {tmp_path}/run --max_steps 2 --grad_accum 2 --precision {precision}"
+    train_runs(1, [line.split()])
     assert (tmp_path / "run" / "lora_adapters" / "adapter_model.safetensors").is_file()
 
 

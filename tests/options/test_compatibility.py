@@ -11,7 +11,12 @@ import torch
 from conftest import PROJECT, read_metrics
 from launcher import RANDOM, run_script, train_runs
 
-BASES = {"bf16": "", "fp32": "--precision fp32", "nf4": "--load_in_4bit"}
+BASES = {
+    "bf16": "--precision bf16",
+    "fp16": "--precision fp16",
+    "fp32": "--precision fp32",
+    "nf4": "--precision bf16 --load_in_4bit",
+}
 DS_CONFIGS = sorted(path.stem for path in (PROJECT / "ds_configs").glob("*.json"))
 CHECKPOINTING = ("none", "every_layer")
 
@@ -81,6 +86,11 @@ def test_table_in_the_documents() -> None:
         (
             "--offload_checkpoints",
             "--offload_checkpoints: --activation_checkpointing none recomputes no layers",
+        ),
+        pytest.param(
+            "--precision fp16",
+            "--precision fp16: needs a GPU, and this machine has none",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
         ("--finetune full --load_in_4bit --lora_r 8", "--load_in_4bit: 4-bit weights cannot be trained with"),
         (

@@ -93,7 +93,11 @@ def kinds(known: dict[str, Any], parents: tuple[str, ...] = ()) -> Iterator[tupl
         ("bf16.enabled", "2", 'must be true, false or "auto"; is 2'),
         ("bf16.enabled", "null", 'must be true, false or "auto"; is null; leave the key out for the default'),
         ("fp16", "[]", "must be a JSON object; is []"),
-        ("fp16.enabled", '"true"', 'must be false; is "true"; training is in bf16 or fp32 (--precision)'),
+        ("fp16.enabled", '"maybe"', 'must be true, false or "auto"; is "maybe"'),
+        ("fp16.auto_cast", "true", "must be false; is true; inputs are never cast here"),
+        ("fp16.loss_scale_window", "0", "must be a whole number, 1 or more; is 0"),
+        ("fp16.min_loss_scale", "0.5", "must be a whole number, 1 or more; is 0.5"),
+        ("fp16.initial_scale_power", "33", "must be a whole number from 0 to 32; is 33"),
         ("fp16.loss_scale", "-1", "must be a number, 0 or more; is -1"),
         ("fp16.loss_scale_sindow", "1", "is not an option of this trainer; did you mean 'loss_scale_window'?"),
         ("activation_checkpointing", "true", "must be a JSON object; is true"),
@@ -185,10 +189,19 @@ def models() -> dict[str, Any]:
 
 
 MODEL_SECTIONS = (ZERO, f"{ZERO}.offload_param", f"{ZERO}.offload_optimizer", "bf16", "fp16")
+LARGE = {"5e8", "1e18", f"{10**18}", f"{10**19}", f"{10**400}", f'"{"9" * 5000}"'}
+TRUE = {"1", "1.0", "true", '"1"', '"true"', '"True"', '"yes"', '"on"', '"t"'}
+NOT_POSITIVE = {"0", "0.0", "-0.0", "-1", "-5", '"-5"', '"0"', "0.5"}
 # What is refused although DeepSpeed's model accepts it.
 REFUSED = {
     f"{ZERO}.reduce_bucket_size": {f"{10**19}", f"{10**400}"},  # too large for a tensor
-    "fp16.enabled": {"1", "1.0", "true", '"1"', '"true"', '"True"', '"yes"', '"on"', '"t"'},
+    # What this trainer does not do, and scales that DeepSpeed fails on where it uses them.
+    "fp16.auto_cast": TRUE,
+    "fp16.fp16_master_weights_and_grads": TRUE,
+    "fp16.initial_scale_power": {"-1", "-5", '"-5"', '"1_000"', *LARGE},
+    "fp16.hysteresis": NOT_POSITIVE,
+    "fp16.loss_scale_window": NOT_POSITIVE,
+    "fp16.min_loss_scale": NOT_POSITIVE | LARGE,  # above the initial scale
 }
 
 
@@ -230,7 +243,7 @@ def test_sections_are_null_as_in_deepspeed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_deepspeed_accepts_every_accepted_value(tmp_path: Path, stage: int, precision: str) -> None:
     """Also in sections without a model, where DeepSpeed fails with a type error."""
     from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum

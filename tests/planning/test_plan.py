@@ -84,7 +84,7 @@ def real_batch(settings: PassSettings) -> dict[str, torch.Tensor]:
 
 def settings_of(kind: str, recompute: int | None, length: int) -> PassSettings:
     return PassSettings(
-        dtype=torch.bfloat16 if kind in ("bf16", "nf4") else torch.float32,
+        dtype={"bf16": torch.bfloat16, "nf4": torch.bfloat16, "fp16": torch.float16}.get(kind, torch.float32),
         four_bit=kind == "nf4",
         recompute_every=recompute,
         lora=LoraOptions(lora_r=4, also_train=ALSO_TRAIN if kind == "also" else ()),
@@ -99,7 +99,7 @@ def settings_of(kind: str, recompute: int | None, length: int) -> PassSettings:
 
 @pytest.mark.parametrize("length", [30, 90])
 @pytest.mark.parametrize("recompute", [None, 1, 2])
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "parts", "also", "full", "full parts"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16", "nf4", "parts", "also", "full", "full parts"])
 def test_activations_against_a_real_forward(kind: str, recompute: int | None, length: int) -> None:
     settings = settings_of(kind, recompute, length)
     model, batch = real_model(settings), real_batch(settings)
@@ -172,7 +172,7 @@ def test_full_fine_tuning_is_planned_and_advised(capsys: pytest.CaptureFixture[s
 def test_parts_are_counted_whole() -> None:
     """Compare trained weights, of adapters and of optional parts, and frozen weights with those of a real model."""
     config = with_parts(small_config(), Parts(True, TOWER))
-    options, _ = parse_train_options("--dry_run --audio_self_attention --whisper_conditioning".split())
+    options, _ = parse_train_options("--dry_run --precision bf16 --audio_self_attention --whisper_conditioning".split())
     real = add_lora(empty_model(config, torch.float32), LoraOptions(), "", torch.float32, Parts(True, TOWER))
     weights = model_weights(dry_run.Setting(config, options, {"zero_optimization": {"stage": 0}}, 1))
     for trained in (True, False):

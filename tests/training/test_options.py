@@ -28,7 +28,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, ds_f
         ).split()
 
     runs = [options(f"fp32-{stage}", stage, "--precision fp32") for stage in (2, 3)]
-    runs += [options(f"bf16-{stage}", stage, "") for stage in STAGES]
+    runs += [options(f"bf16-{stage}", stage, "--precision bf16") for stage in STAGES]
     for stage, which in ((2, "2"), (3, "every_layer")):
         runs.append(options(f"recompute-{stage}", stage, f"--precision fp32 --activation_checkpointing {which}"))
     train_runs(2, runs)
