@@ -73,8 +73,10 @@ def in_model(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
 
 def optimizer_tensors(engine: Engine) -> list[torch.Tensor]:
     """Return the float32 masters and Adam's state."""
-    states = [t for state in engine._inner.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-    return states + engine._flat_masters()
+    states = [
+        t for state in engine.state.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)
+    ]
+    return states + engine.state.masters()
 
 
 def bucket_tensors(engine: Engine) -> list[torch.Tensor]:

@@ -67,9 +67,9 @@ def check_overflows(engine: Engine) -> None:
     """Fail where an overflow changes master weights, their averages, Adam's state or the schedule."""
 
     def learned() -> list[torch.Tensor]:
-        states = [engine._inner.state.get(master, {}) for master in engine._flat_masters()]
+        states = [engine.state.optimizer.state.get(master, {}) for master in engine.state.masters()]
         tensors = [torch.as_tensor(value) for state in states for value in state.values()]
-        return [tensor.clone() for tensor in (*engine._flat_masters(), *tensors)]
+        return [tensor.clone() for tensor in (*engine.state.masters(), *tensors)]
 
     before: list[Any] = []
     run_window, update = engine._run_window, engine.scaling.update

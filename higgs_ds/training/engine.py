@@ -1,4 +1,4 @@
-"""The only user of DeepSpeed, beside `deepspeed_start`: start, run an optimizer step, gather and restore trained state.
+"""An engine of DeepSpeed: start it, run an optimizer step, evaluate, gather and restore the trained state.
 
 The float32 master weights of the trained parameters and Adam's moments leave and enter this module as whole tensors by
 name. A checkpoint therefore does not depend on the ZeRO stage or the number of ranks.
@@ -13,18 +13,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import nn
 
 from higgs_ds.common.distributed import device, rank, sum_over_ranks, world_size
@@ -38,7 +26,8 @@ from higgs_ds.training.averages import exchange_averages, start_average, update_
 from higgs_ds.training.deepspeed_start import disable_compiled_collectives, partition_over_ranks, quiet_deepspeed
 from higgs_ds.training.learning_rates import current_rates, make_schedule, parameter_groups
 from higgs_ds.training.loss_scaling import LossScaling
-from higgs_ds.training.optimizers import float_moments, make_optimizer, start_moments
+from higgs_ds.training.optimizers import make_optimizer, start_moments
+from higgs_ds.training.sharded_state import ShardedState
 
 
 class Engine:
@@ -80,22 +69,12 @@ class Engine:
         )
         self.stage = self.engine.zero_optimization_stage()
         self._stage0_grad_norm = torch.zeros(())  # DeepSpeed does not keep the norm at stage 0
-        if isinstance(self.engine.optimizer, FP16_UnfusedOptimizer):
-            self._undo_step_at_start()
+        self.state = ShardedState(self.engine, self.device)
+        if self.state.is_stage0_wrapper:
+            self.state.undo_step_at_start(self.trained.values())
         self.scaling = LossScaling(self.engine.optimizer, settings["fp16"]) if "fp16" in settings else None
         if self.keeps_average:
             self._start_state()
-
-    @torch.no_grad()
-    def _undo_step_at_start(self) -> None:
-        """Undo the step on zero gradients with which DeepSpeed's stage 0 wrapper allocates Adam's state.
-
-        That step counts in Adam's bias correction (the first real step would be 0.74 times as large as it should be),
-        and it decays the weights once.
-        """
-        self._inner.state.clear()
-        for parameter in self.trained.values():
-            self._master_of(parameter).copy_(parameter)
 
     def train_step(self, batches: Sequence[Batch]) -> StepResult:
         """Run forward and backward over this rank's micro-batches of a window, then one optimizer step.
@@ -165,7 +144,7 @@ class Engine:
             return True  # DeepSpeed checks, and has the norm in float32
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
         self._stage0_grad_norm = torch.nn.utils.get_total_norm(gradients)
-        if isinstance(self.engine.optimizer, FP16_UnfusedOptimizer) or self._stage0_grad_norm.isfinite():
+        if self.state.is_stage0_wrapper or self._stage0_grad_norm.isfinite():
             return True
         for parameter in self.trained.values():
             parameter.grad = None
@@ -193,7 +172,7 @@ class Engine:
     @torch.no_grad()
     def _update_averages(self) -> None:
         if self.ema_decay is not None:
-            update_averages(self._inner, self._flat_masters(), self.ema_decay, self.applied_steps)
+            update_averages(self.state.optimizer, self.state.masters(), self.ema_decay, self.applied_steps)
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -205,19 +184,8 @@ class Engine:
     @torch.no_grad()
     def _exchange_weights(self) -> None:
         """Exchange master weights and averages, and copy the masters into the model, as after an optimizer step."""
-        exchange_averages(self._inner, self._flat_masters())
-        wrapper = self.engine.optimizer
-        if self.stage == 3:
-            wrapper._partition_all_parameters()
-            for sub_group in range(len(wrapper.fp16_groups)):
-                wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
-            if wrapper.persistent_parameters:
-                wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
-        elif self.stage in (1, 2):
-            wrapper.update_lp_params()
-        elif isinstance(wrapper, FP16_UnfusedOptimizer):
-            for parameter in self.trained.values():
-                parameter.copy_(self._master_of(parameter))
+        exchange_averages(self.state.optimizer, self.state.masters())
+        self.state.copy_masters_into_model(self.trained.values())
 
     @contextlib.contextmanager
     def generation_mode(self, folder: Path) -> Iterator[nn.Module]:
@@ -235,7 +203,7 @@ class Engine:
         self.scheduler.load_state_dict(state)
         schedules = zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
         self.scheduler._last_lr = [lr * factor(self.scheduler.last_epoch) for lr, factor in schedules]
-        for group, lr in zip(self._inner.param_groups, self.scheduler.get_last_lr(), strict=True):
+        for group, lr in zip(self.state.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
 
     @property
@@ -255,9 +223,9 @@ class Engine:
         Every rank must iterate to the end. The tensors are on the CPU of rank 0, and empty on the other ranks.
         """
         for moment in moments:
-            with self._float_moments() if moment else contextlib.nullcontext():
+            with self.state.float_moments() if moment else contextlib.nullcontext():
                 for parameter in self.trained.values():
-                    whole = self._gather_tensor(parameter, moment)
+                    whole = self.state.gather(parameter, moment)
                     yield whole.detach().float().cpu() if rank() == 0 else torch.empty(0)
 
     @torch.no_grad()
@@ -271,21 +239,21 @@ class Engine:
         self.applied_steps = step
         self._start_state()
         self.set_masters(masters)
-        with self._float_moments():
+        with self.state.float_moments():
             for name, parameter in self.trained.items():
                 for moment, tensors in moments.items():
-                    self._set_tensor(parameter, tensors[name], moment)
+                    self.state.set(parameter, tensors[name], moment)
 
     def _start_state(self) -> None:
         """Create the optimizer state that the first step would create, and averages of the current weights."""
-        for flat in self._flat_masters():
-            start_moments(self._inner, flat, self.applied_steps)
+        for flat in self.state.masters():
+            start_moments(self.state.optimizer, flat, self.applied_steps)
         self._start_averages()
 
     def _start_averages(self) -> None:
         if self.keeps_average:
-            for flat in self._flat_masters():
-                start_average(self._inner, flat)
+            for flat in self.state.masters():
+                start_average(self.state.optimizer, flat)
 
     @torch.no_grad()
     def set_masters(self, masters: Mapping[str, torch.Tensor]) -> None:
@@ -294,70 +262,5 @@ class Engine:
         Averages begin with these values.
         """
         for name, parameter in self.trained.items():
-            self._set_tensor(parameter, masters[name], None)
+            self.state.set(parameter, masters[name], None)
         self._start_averages()
-
-    @contextlib.contextmanager
-    def _float_moments(self) -> Iterator[None]:
-        """Within the block, DeepSpeed finds Adam's moments under torch's names, in float32."""
-        with float_moments(self._inner, self._flat_masters()):
-            self._link_state()
-            yield
-        self._link_state()
-
-    def _link_state(self) -> None:
-        """Make DeepSpeed use the current optimizer state: its views of an older state are stale, and hold memory."""
-        if self.stage in (1, 2):
-            self.engine.optimizer._hp_optimizer_states_linked = False
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-    @property
-    def _inner(self) -> torch.optim.Optimizer:
-        """torch's optimizer inside DeepSpeed's wrapper; stage 0 in float32 has no wrapper."""
-        return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
-
-    def _flat_masters(self) -> list[torch.Tensor]:
-        if self.stage == 3:
-            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
-        return [master for group in self._inner.param_groups for master in group["params"]]
-
-    def _gather_tensor(self, parameter: Any, moment: str | None) -> torch.Tensor:
-        if self.stage == 3:
-            part = (
-                safe_get_local_optimizer_state(parameter, moment) if moment else safe_get_local_fp32_param(parameter)
-            ).to(self.device)
-            parts = part.new_empty(world_size() * part.numel())
-            dist.all_gather_into_tensor(parts, part.contiguous())
-            return parts[: parameter.ds_numel].view(parameter.ds_shape)
-        if self.stage in (1, 2):
-            return safe_get_full_optimizer_state(parameter, moment) if moment else safe_get_full_fp32_param(parameter)
-        master = self._master_of(parameter)
-        return self._inner.state[master][moment] if moment else master
-
-    def _set_tensor(self, parameter: Any, value: torch.Tensor, moment: str | None) -> None:
-        if self.stage == 3:
-            # Each rank holds a part of equal size; the last parts are padded if the parameter does not divide evenly.
-            part = parameter.ds_tensor.ds_numel
-            padded = torch.nn.functional.pad(value.flatten(), (0, part * world_size() - value.numel()))
-            mine = padded[rank() * part : (rank() + 1) * part]
-            if moment:
-                safe_set_local_optimizer_state(parameter, mine, moment)
-            else:
-                safe_set_local_fp32_param(parameter, mine)
-        elif self.stage in (1, 2):
-            if moment:
-                safe_set_full_optimizer_state(parameter, value, moment)
-            else:
-                safe_set_full_fp32_param(parameter, value)
-        else:
-            master = self._master_of(parameter)
-            (self._inner.state[master][moment] if moment else master.data).copy_(value)
-
-    def _master_of(self, parameter: nn.Parameter) -> torch.Tensor:
-        """Return a parameter's float32 master weight at stage 0; in float32 training, this is the parameter itself."""
-        wrapper = self.engine.optimizer
-        if not isinstance(wrapper, FP16_UnfusedOptimizer):  # despite its name, stage 0 uses it for bf16
-            return parameter
-        low = [p for group in wrapper.fp16_groups for p in group]
-        masters = [p for group in wrapper.fp32_groups for p in group]
-        return next(master for p, master in zip(low, masters, strict=True) if p is parameter)
