@@ -85,7 +85,8 @@ def initial_state(inputs: Inputs, sampler: WindowSampler) -> TrainerState:
     fresh = TrainerState(total_steps, _training_settings(inputs, sampler), validation_due=due)
     if inputs.resume_from is not None:
         saved = read_state(inputs.resume_from)
-        saved.settings = {name: NOT_RECORDED[name] for name in NOT_RECORDED & fresh.settings.keys()} | saved.settings
+        missing = (NOT_RECORDED.keys() & fresh.settings.keys()) - saved.settings.keys()
+        saved.settings |= {name: NOT_RECORDED[name] for name in sorted(missing)}
         check_same_run(saved, fresh, inputs.resume_from)
         fresh = saved
     if fresh.warmup_steps is None:

@@ -50,7 +50,7 @@ MERGE = ["--merge_adapter_with_base"]
 BY_RANK_0 = ("merging", "speaking", "saving", "drawing")  # while the others wait for it
 END = "interrupted; what was written before is complete"
 ADAPTER = Path("run") / "lora_adapters" / "adapter_model.safetensors"
-WITHIN_S, AGAIN_WITHIN_S = 5, 2
+WITHIN_S, AGAIN_WITHIN_S = 10, 2  # on a busy machine
 
 # Starts ranks in a process group of their own, and interrupts them there. Prints exit codes and seconds.
 INTERRUPTED = """
