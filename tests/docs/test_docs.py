@@ -1,4 +1,4 @@
-"""The tests, files and options that the documents name exist."""
+"""The tests, files and options that the documents and the notebook name exist."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from higgs_ds.options.commands import (
 )
 from higgs_ds.options.train import TrainOptions
 
-DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    PROJECT / "README.md", PROJECT / "notebooks" / "first_voice.ipynb", *sorted((PROJECT / "docs").glob("*.md")),
+]  # fmt: skip
 # benchmarks.md and log.md also name options of other programs.
 CURRENT = [path for path in DOCUMENTS if path.name not in ("benchmarks.md", "log.md")]
 # Options of other programs, or of the commands that inspect folders, which define their own.
