@@ -71,14 +71,15 @@ def replaced_folder(path: Path) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
-def restore_leftovers(folder: Path, names: re.Pattern[str]) -> None:
+def restore_leftovers(folder: Path, names: re.Pattern[str], locked: re.Pattern[str]) -> None:
     """Clean up after killed processes: temporary files and folders of `replaced_file` and `replaced_folder`.
 
-    A folder that was moved aside and not yet replaced is moved back. Everything else is deleted once it is an hour old:
-    until then, a running process may still be writing it.
+    A folder that was moved aside and not yet replaced is moved back. Everything else is deleted: at once, or, where a
+    running process may still be writing it, once it is an hour old.
 
     Args:
         names: matches the final names of the files and folders that may be cleaned up.
+        locked: matches those of them that only the holder of the folder's lock writes, which the caller must be.
     """
     for leftover in folder.glob(".*.tmp*") if folder.is_dir() else ():
         match = _TEMPORARY.fullmatch(leftover.name)
@@ -88,7 +89,7 @@ def restore_leftovers(folder: Path, names: re.Pattern[str]) -> None:
             os.rename(leftover, folder / match["name"])
         elif leftover.is_symlink():
             leftover.unlink()
-        elif time.time() - leftover.stat().st_mtime > ABANDONED_AFTER_S:
+        elif locked.fullmatch(match["name"]) or time.time() - leftover.stat().st_mtime > ABANDONED_AFTER_S:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 

@@ -19,11 +19,12 @@ from higgs_ds.options.fields import RESUME_AUTO, RESUME_NEVER
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.training.run import Inputs
 
-# What a run first writes under a temporary name, which remains after a kill.
-WRITTEN = re.compile(
-    r"checkpoint-\d+|lora_adapters(?:_ema)?|final_model|adapter|merged_model|trainer_state\.json|settings\.json|"
-    r"metrics\.jsonl|dropped_samples\.txt|data_summary\.txt|report\.html"
+# What a run first writes under a temporary name, which remains after a kill. Models may also be written by a command.
+WRITTEN_BY_RUNS = re.compile(
+    r"checkpoint-\d+|lora_adapters(?:_ema)?|trainer_state\.json|settings\.json|metrics\.jsonl|dropped_samples\.txt|"
+    r"data_summary\.txt|report\.html"
 )
+WRITTEN = re.compile(rf"{WRITTEN_BY_RUNS.pattern}|final_model|adapter|merged_model")
 # Options that may differ when a run is resumed: they do not change what is trained. Batch size and accumulation may
 # differ if the number of samples per step stays the same.
 FREE_ON_RESUME = (
@@ -52,7 +53,7 @@ def find_resume_checkpoint(options: TrainOptions, output_dir: Path) -> Path | No
 def _find_resumable(options: TrainOptions, output_dir: Path) -> Path | None:
     """Return the checkpoint to resume from. An earlier run's results are never overwritten silently."""
     with saving(output_dir):
-        restore_leftovers(output_dir, WRITTEN)
+        restore_leftovers(output_dir, WRITTEN, WRITTEN_BY_RUNS)
     resume = options.run.resume
     if resume == RESUME_NEVER:
         earlier = find_checkpoints(output_dir)

@@ -17,7 +17,7 @@ from higgs_ds.options.run import RunOptions
 from higgs_ds.reporting.metrics_log import MetricsLog
 from higgs_ds.training.loss_checks import implausible_losses, may_skip_step
 from higgs_ds.training.preflight import check_room, seconds_left
-from higgs_ds.training.resume import WRITTEN
+from higgs_ds.training.resume import WRITTEN, WRITTEN_BY_RUNS
 
 
 def counted_checkpoints(first: int, total: int, every: int, keep: int | None) -> int:
@@ -128,7 +128,9 @@ def test_leftovers_of_killed_processes_are_cleaned_up(tmp_path: Path) -> None:
         os.utime(tmp_path / name, (time.time() - age_s, time.time() - age_s))
 
     old = ABANDONED_AFTER_S + 10
-    folder(".checkpoint-4.abc.tmp")  # perhaps not finished yet
+    folder(".merged_model.abc.tmp")  # perhaps not finished yet
+    folder(".adapter.abc.tmp", old)
+    folder(".checkpoint-4.abc.tmp")  # of a run that has lost its lock
     folder(".checkpoint-6.abc.tmp", old)
     folder(".lora_adapters.x1.tmp.old")  # moved aside, and its replacement is missing
     folder("checkpoint-8")
@@ -138,8 +140,8 @@ def test_leftovers_of_killed_processes_are_cleaned_up(tmp_path: Path) -> None:
     folder("notes.tmp", old)
     (tmp_path / ".trainer_state.json.zz.tmp").write_text("half")
     os.utime(tmp_path / ".trainer_state.json.zz.tmp", (0, 0))
-    restore_leftovers(tmp_path, WRITTEN)
-    left = [".another-program.abc.tmp", ".checkpoint-4.abc.tmp", ".venv", "checkpoint-8", "lora_adapters", "notes.tmp"]
+    restore_leftovers(tmp_path, WRITTEN, WRITTEN_BY_RUNS)
+    left = [".another-program.abc.tmp", ".merged_model.abc.tmp", ".venv", "checkpoint-8", "lora_adapters", "notes.tmp"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
     assert (tmp_path / "lora_adapters" / "content").read_text() == ".lora_adapters.x1.tmp.old"
-    restore_leftovers(tmp_path / "none", WRITTEN)
+    restore_leftovers(tmp_path / "none", WRITTEN, WRITTEN_BY_RUNS)
