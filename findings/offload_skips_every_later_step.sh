@@ -6,7 +6,7 @@
 # Seen: at stage 2 with offload_optimizer and "grad_accum_dtype": "fp32", the gradients of the skipped step are not cleared,
 # and the next ones are added to them: that step and all after it are skipped. Without offload only one is.
 #
-# Output: in the GPU's memory: 1 of 5 steps skipped
+# Output: not offloaded: 1 of 5 steps skipped
 #         offloaded: 4 of 5 steps skipped
 set -euo pipefail
 folder=$(mktemp -d)
@@ -18,7 +18,7 @@ import deepspeed
 import torch
 
 deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # nothing is compiled
-for name, offload in (("in the GPU's memory", {}), ("offloaded", {"offload_optimizer": {"device": "cpu"}})):
+for name, offload in (("not offloaded", {}), ("offloaded", {"offload_optimizer": {"device": "cpu"}})):
     module = torch.nn.Linear(4, 1, bias=False)
     config = {
         "train_batch_size": 1, "bf16": {"enabled": True, "check_grad_overflow": True},
