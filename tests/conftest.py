@@ -143,19 +143,21 @@ def mixed_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ds_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Make a DeepSpeed file for a ZeRO stage. At stage 3 every parameter is partitioned, however small."""
+def ds_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped DeepSpeed files; at stage 3, even the smallest parameter is partitioned over the ranks."""
     folder = tmp_path_factory.mktemp("ds")
-
-    def make(stage: int) -> Path:
-        values = json.loads((PROJECT / "ds_configs" / f"zero{stage}.json").read_text())
-        if stage == 3:
+    for path in (PROJECT / "ds_configs").glob("*.json"):
+        values = json.loads(path.read_text())
+        if values["zero_optimization"]["stage"] == 3:
             values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        path = folder / f"zero{stage}.json"
-        path.write_text(json.dumps(values))
-        return path
+        (folder / path.name).write_text(json.dumps(values))
+    return folder
 
-    return make
+
+@pytest.fixture(scope="session")
+def ds_file(ds_files: Path) -> Callable[[int], Path]:
+    """Return one of these files by its ZeRO stage."""
+    return lambda stage: ds_files / f"zero{stage}.json"
 
 
 def speech_batch(size: int, length: int, num_text: int, num_codebooks: int, num_codes: int) -> Any:

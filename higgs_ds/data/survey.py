@@ -177,8 +177,9 @@ class Checker:
         if pair is None:
             return None
         seconds = target.num_frames * self.hop_length / self.sample_rate
-        once, twice = (self._count_tokens(replace(sample, messages=pair * n), [target] * n) for n in (1, 2))
-        return candidate_of(sample, target.key, sample.clips[-1], seconds, twice - once)
+        # Segments are tokenized separately, so that a pair adds the same to every sample. Alone, it begins the text.
+        num_tokens = self._count_tokens(replace(sample, messages=pair), [target]) - 1
+        return candidate_of(sample, target.key, sample.clips[-1], seconds, num_tokens)
 
     def _examine(self, clip: AudioClip, is_heard: bool) -> ClipFacts:
         max_s, rate, hop = self.options.max_clip_s, self.sample_rate, self.hop_length

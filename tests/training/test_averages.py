@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -48,21 +47,16 @@ Options = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory, small_base: Path, mixed_manifest: Path) -> Options:
+def options(ds_files: Path, small_base: Path, mixed_manifest: Path) -> Options:
     """At stage 3, all parameters are partitioned or, with "zero3_persistent", the small ones are kept whole."""
-    folder = tmp_path_factory.mktemp("ds")
-    for path in (PROJECT / "ds_configs").glob("*.json"):
-        values = json.loads(path.read_text())
-        (folder / f"{path.stem}_persistent.json").write_text(json.dumps(values))
-        if values["zero_optimization"]["stage"] == 3:
-            values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        (folder / path.name).write_text(json.dumps(values))
 
     def make(root: Path, name: str, ending: str = "", average: str = f"--ema_decay {DECAY}") -> list[str]:
         ranks, ds_name, more = RUNS[name]
         dropout = "" if "full" in more else "--lora_dropout 0"
+        shipped = PROJECT / "ds_configs" / f"{ds_name.removesuffix('_persistent')}.json"
+        ds_config = shipped if ds_name.endswith("_persistent") else ds_files / shipped.name
         return (
-            f"--deepspeed {folder}/{ds_name}.json --output_dir {root}/{name}{ending} --base_ckpt {small_base} "
+            f"--deepspeed {ds_config} --output_dir {root}/{name}{ending} --base_ckpt {small_base} "
             f"--train_manifest {mixed_manifest} --val_manifest {mixed_manifest} --allow_text_targets --batch_size 1 "
             f"--precision fp32 --grad_accum {4 // ranks} --max_steps {STEPS} --lr 2e-3 --warmup_ratio 0.25 "
             f"--log_steps 1 --lr_scheduler_type constant_with_warmup --val_steps 2 --save_steps 1 {dropout} "

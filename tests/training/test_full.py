@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from conftest import PROJECT, processor_in, read_metrics, speech_sample, text_sample, write_manifest
+from conftest import processor_in, read_metrics, speech_sample, text_sample, write_manifest
 from launcher import TRAIN, kill_after_step, start_ranks, train_runs
 from plain_training import load, plain_steps, windows_of
 from safetensors.torch import load_file
@@ -56,18 +56,6 @@ def float_base(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "model.safetensors").unlink()
     load(base).save_pretrained(folder, max_shard_size="10MB")
     assert len(list(folder.glob("*.safetensors"))) > 1
-    return folder
-
-
-@pytest.fixture(scope="module")
-def ds_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped DeepSpeed files; at stage 3, even the smallest parameter is partitioned over the ranks."""
-    folder = tmp_path_factory.mktemp("ds")
-    for path in (PROJECT / "ds_configs").glob("*.json"):
-        values = json.loads(path.read_text())
-        if values["zero_optimization"]["stage"] == 3:
-            values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        (folder / path.name).write_text(json.dumps(values))
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROJECT, read_metrics
+from conftest import read_metrics
 from launcher import RANDOM, run_script, train_runs
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
@@ -42,18 +41,11 @@ Options = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory, small_base: Path, mixed_manifest: Path) -> Options:
-    folder = tmp_path_factory.mktemp("ds")
-    for path in (PROJECT / "ds_configs").glob("*.json"):
-        values = json.loads(path.read_text())
-        if values["zero_optimization"]["stage"] == 3:
-            values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        (folder / path.name).write_text(json.dumps(values))
-
+def options(ds_files: Path, small_base: Path, mixed_manifest: Path) -> Options:
     def make(output_dir: Path, ds_name: str, grad_accum: int, more: str) -> list[str]:
         return (
-            f"--deepspeed {folder}/{ds_name}.json --output_dir {output_dir} --base_ckpt {small_base} --precision fp32 "
-            f"--train_manifest {mixed_manifest} --val_split 0 --allow_text_targets --batch_size 1 "
+            f"--deepspeed {ds_files}/{ds_name}.json --output_dir {output_dir} --base_ckpt {small_base} "
+            f"--precision fp32 --train_manifest {mixed_manifest} --val_split 0 --allow_text_targets --batch_size 1 "
             f"--grad_accum {grad_accum} --max_steps {STEPS} --lr {LR} --lr_scheduler_type linear --warmup_ratio 0.2 "
             f"--weight_decay {DECAY} --log_steps 1 --save_steps {1 if grad_accum == 4 else 3} {more}"
         ).split()
