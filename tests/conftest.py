@@ -24,15 +24,33 @@ if threading.current_thread() is threading.main_thread():
 PROJECT = Path(__file__).resolve().parent.parent
 VOICES = PROJECT / "samples" / "voices"
 VOICES_MANIFEST = PROJECT / "samples" / "voices.jsonl"
+LASTING = "lasting-"  # starts the names of folders that several files of tests share
 SYSTEM = "Generate audio following instruction."
 _BROWSER_ARGUMENTS = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
 _CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
+@pytest.fixture(scope="session")
+def lasting_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that makes a folder which lasts until the end of the test run."""
+    return lambda name: tmp_path_factory.mktemp(LASTING + name, numbered=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def temporary_folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Delete the folders of each file's tests after it, unless one failed: those of all files take 9 GB."""
+    failed_before = request.session.testsfailed
+    yield
+    if request.session.testsfailed == failed_before:
+        for path in tmp_path_factory.getbasetemp().iterdir():
+            if path.is_dir() and not path.name.startswith(LASTING):
+                shutil.rmtree(path, ignore_errors=True)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache_dir(lasting_folder: Callable[[str], Path]) -> Path:
     """A new cache for each test run, so that no test depends on files of an earlier run."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = lasting_folder("cache")
     os.environ["HIGGS_DS_CACHE"] = str(folder)
     return folder
 
@@ -82,12 +100,12 @@ def play(player: Any) -> list[float]:
 
 
 @pytest.fixture(scope="session")
-def small_base(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_base(base: Path, lasting_folder: Callable[[str], Path]) -> Path:
     """The random base at a quarter of its width, for many runs in bf16, which is slow on CPUs without bf16 support."""
     import torch
     from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-    folder = tmp_path_factory.mktemp("small") / "base"
+    folder = lasting_folder("small") / "base"
     shutil.copytree(base, folder)
     smaller = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
     values = json.loads((base / "config.json").read_text()) | smaller | {"head_dim": 32}
@@ -134,18 +152,18 @@ def write_manifest(path: Path, entries: list[dict[str, Any]]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def mixed_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mixed_manifest(lasting_folder: Callable[[str], Path]) -> Path:
     """Nine samples, four of them without audio. They are short, as bf16 is slow on CPUs without bf16 support."""
     clips = ["anna_00.flac", "ben_00.flac", "carla_00.flac", "ben_04.flac", "anna_04.flac"]
     entries = [speech_sample(f"Clip {i}.", clip, duration=0.3 + i / 10) for i, clip in enumerate(clips)]
     entries += [text_sample(f"Question {i}?", f"Answer {'indeed ' * i}") for i in range(4)]
-    return write_manifest(tmp_path_factory.mktemp("mixed") / "mixed.jsonl", entries)
+    return write_manifest(lasting_folder("mixed") / "mixed.jsonl", entries)
 
 
 @pytest.fixture(scope="session")
-def ds_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ds_files(lasting_folder: Callable[[str], Path]) -> Path:
     """The shipped DeepSpeed files; at stage 3, even the smallest parameter is partitioned over the ranks."""
-    folder = tmp_path_factory.mktemp("ds")
+    folder = lasting_folder("ds")
     for path in (PROJECT / "ds_configs").glob("*.json"):
         values = json.loads(path.read_text())
         if values["zero_optimization"]["stage"] == 3:
