@@ -24,7 +24,7 @@ from pathlib import Path
 
 from conftest import speech_sample, text_sample, write_manifest
 from forks import start, training, wait
-from launcher import RANDOM
+from launcher import RANDOM, overriding
 from safetensors.torch import load_file
 
 from higgs_ds.checkpoints.folder import find_checkpoints, why_incomplete
@@ -42,7 +42,7 @@ def command(manifest: Path, stage: int, output_dir: Path, cache: Path) -> list[s
         f"--log_steps 1 --val_steps 2 --save_steps 1 --max_steps {STEPS} --merge_adapter_with_base --resume auto "
         "--no_report"
     )
-    return [*RANDOM, *options.split()]
+    return overriding([*RANDOM, *options.split()])
 
 
 def run_to_the_end(ranks: int, argv: Sequence[str], log: Path) -> None:

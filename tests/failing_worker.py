@@ -23,7 +23,7 @@ quiet_libraries()
 
 import torch  # noqa: E402
 import wandb  # noqa: E402
-from launcher import RANDOM  # noqa: E402
+from launcher import RANDOM, overriding  # noqa: E402
 
 from higgs_ds.common.process import run_command, run_ranks  # noqa: E402
 from higgs_ds.options.command_line import parse_train_options  # noqa: E402
@@ -102,7 +102,7 @@ def train_all() -> None:
     gc.freeze()  # objects of the imports need not be scanned each time
     for number, case in enumerate(json.loads(sys.argv[1])):
         print(f"run: {number}", flush=True)
-        options, given = parse_train_options([*RANDOM, *case["argv"], "--quiet"])
+        options, given = parse_train_options(overriding([*RANDOM, *case["argv"], "--quiet"]))
         assert options.run.output_dir is not None
         with FAULTS[case["fault"]](options.run.output_dir) if case["fault"] else contextlib.nullcontext():
             main(options, given)

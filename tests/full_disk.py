@@ -20,7 +20,7 @@ from pathlib import Path
 
 from conftest import PROJECT, speech_sample, text_sample, write_manifest
 from forks import preparing, start, training, wait
-from launcher import RANDOM
+from launcher import RANDOM, overriding
 
 from higgs_ds.adapters import merge
 from higgs_ds.bases.builtin import RANDOM_BASE, builtin_base
@@ -40,7 +40,7 @@ def train(output_dir: Path, cache: Path, manifest: Path, *more: str) -> Callable
         f"--train_manifest {manifest} --allow_text_targets --precision fp32 --batch_size 1 --grad_accum 1 "
         "--log_steps 1 --val_steps 100 --save_steps 1 --max_steps 8"
     )
-    return training([*RANDOM, *options.split(), *more])
+    return training(overriding([*RANDOM, *options.split(), *more]))
 
 
 def last_words(log: Path) -> str:

@@ -27,6 +27,17 @@ RANDOM = [
 TRAIN = [sys.executable, str(LAUNCH / "train.py"), *RANDOM]
 
 
+def overriding(options: Sequence[str]) -> list[str]:
+    """Return options without those that come again later, which the parser refuses."""
+    groups: list[list[str]] = []
+    for word in options:
+        if not groups or word.startswith("--"):
+            groups.append([])
+        groups[-1].append(word)
+    last = {group[0]: group for group in groups}
+    return [word for group in groups if last[group[0]] is group for word in group]
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -59,7 +70,7 @@ def start_ranks(world_size: int, command: Sequence[str]) -> list[subprocess.Pope
     port = free_port()
     return [
         subprocess.Popen(
-            command,
+            overriding(command),
             env=rank_environment(rank, world_size, port),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -95,7 +106,7 @@ def train_runs(world_size: int, runs: Sequence[Sequence[str]], timeout_s: float 
     unreported = ["--quiet"] if report else ["--quiet", "--no_report"]
     with tempfile.NamedTemporaryFile(mode="r", suffix=".log") as log:
         job = {
-            "ranks": world_size, "runs": [[*RANDOM, *run, *unreported] for run in runs], "log": log.name,
+            "ranks": world_size, "runs": [overriding([*RANDOM, *run, *unreported]) for run in runs], "log": log.name,
             "timeout_s": timeout_s, "environment": dict(os.environ),
         }  # fmt: skip
         codes = _run_job(job, os.environ)
@@ -110,7 +121,8 @@ def run_script(
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Do what `python launch/NAME.py OPTIONS` does in a folder, without a new process's seconds of imports."""
-    command, environment = [str(LAUNCH / f"{name}.py"), *options], dict(environment or os.environ)
+    command = [str(LAUNCH / f"{name}.py"), *overriding(options)]
+    environment = dict(environment or os.environ)
     with tempfile.NamedTemporaryFile(mode="r") as stdout, tempfile.NamedTemporaryFile(mode="r") as stderr:
         script = {
             "command": command, "folder": str(folder), "environment": environment,

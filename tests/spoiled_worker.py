@@ -19,7 +19,7 @@ quiet_libraries()
 
 import torch  # noqa: E402
 from allow_fp16 import allow_fp16  # noqa: E402
-from launcher import RANDOM  # noqa: E402
+from launcher import RANDOM, overriding  # noqa: E402
 
 from higgs_ds.common import distributed  # noqa: E402
 from higgs_ds.common.errors import NotFiniteError  # noqa: E402
@@ -34,7 +34,7 @@ from higgs_ds.training.startup import start  # noqa: E402
 
 
 def train_spoiled(argv: list[str], steps: list[int], rank: int, kind: str) -> str | None:
-    run = start(*parse_train_options([*RANDOM, *argv, "--quiet", "--no_report"]), FolderLock())
+    run = start(*parse_train_options(overriding([*RANDOM, *argv, "--quiet", "--no_report"])), FolderLock())
     engine, done = run.engine, []
     original, norm = engine.train_step, engine.engine.module.higgs.model.norm
 

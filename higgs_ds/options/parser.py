@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import re
+import shlex
 import types
 import typing
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any, NoReturn
 
 from higgs_ds.common.resources import DS_CONFIGS
 from higgs_ds.options.fields import REQUIRED
+from higgs_ds.options.other_names import OPTION_OF
 
 T = typing.TypeVar("T")
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
@@ -32,7 +34,7 @@ def add_options(parser: Parser, group_class: type) -> None:
             kwargs["action"] = "store_true"
         else:
             metavar = meta["metavar"] or (None if meta["choices"] else METAVARS[value_type])
-            kwargs.update(type=value_type, choices=meta["choices"], metavar=metavar)
+            kwargs.update(type=value_type, choices=meta["choices"], metavar=metavar, action=StoreOnce)
             if many:
                 kwargs["nargs"] = "+"
             if meta["positional"]:
@@ -44,6 +46,23 @@ def add_options(parser: Parser, group_class: type) -> None:
                 shown = " ".join(map(str, default)) if many else _shown_default(default)
                 kwargs["help"] += f" [{shown}]"
         group.add_argument(f"--{option_field.name}", **kwargs)
+
+
+class StoreOnce(argparse.Action):
+    """Store the value of an option; the option given again is an error, because one of the two would be ignored."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, name: str | None = None
+    ) -> None:
+        if hasattr(namespace, self.dest):
+            both = " and ".join(shlex.join(_texts(value)) for value in (getattr(namespace, self.dest), values))
+            mend = f"give all values after one {name}" if self.nargs == "+" else "leave one out"
+            raise argparse.ArgumentError(self, f"given twice, with {both}; {mend}")
+        setattr(namespace, self.dest, values)
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(item) for item in (value if isinstance(value, list) else [value])]
 
 
 def _shown_default(default: Any) -> str:
@@ -69,7 +88,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
-        meant = [meant_option(name.removeprefix("--"), self.names()) for name in unknown]
+        meant = [f"; {name}{hint[1:]}" for name in unknown if (hint := meant_option(name, self.names()))]
         super().error(message + "".join(meant))
 
     def names(self) -> list[str]:
@@ -88,6 +107,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def meant_option(name: str, known: Sequence[str]) -> str:
-    """Return "; did you mean NAME?" if an unknown name is close to a known one; otherwise an empty string."""
-    close = difflib.get_close_matches(name.replace("-", "_"), known, 1)
-    return f"; did you mean {close[0]}?" if close else ""
+    """Return "; did you mean OPTION?" if an unknown name is another trainer's or close to a known one, otherwise ""."""
+    plain = name.removeprefix("--").replace("-", "_")
+    option = OPTION_OF.get(plain, "")
+    if option.split(" ")[0] not in known:
+        option = next(iter(difflib.get_close_matches(plain, known, 1)), "")
+    return f"; did you mean {'--' if name.startswith('--') else ''}{option}?" if option else ""

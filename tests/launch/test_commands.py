@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 from conftest import PROJECT, read_metrics, speech_sample, text_sample, write_manifest
-from launcher import RANDOM, default_port, free_port, run_script
+from launcher import RANDOM, default_port, free_port, overriding, run_script
 
 from higgs_ds.bases.builtin import BUILT_IN, DEFAULT_BASE, builtin_base, builtin_config
 from higgs_ds.common.precision import native_precision
@@ -36,7 +36,7 @@ def train(folder: Path, options: str, ranks: int | None = None) -> subprocess.Co
     if ranks is None:
         return run_script("train", [*RANDOM, *options.split()], folder)
     launcher = [DEEPSPEED, "--num_gpus", str(ranks), "--master_port", str(free_port())]
-    return run([*launcher, str(PROJECT / "launch" / "train.py"), *RANDOM, *options.split()], folder)
+    return run([*launcher, str(PROJECT / "launch" / "train.py"), *overriding([*RANDOM, *options.split()])], folder)
 
 
 def samples(stdout: str) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT, read_metrics
-from launcher import RANDOM, free_port, train_runs
+from launcher import RANDOM, free_port, overriding, train_runs
 from safetensors.torch import load_file
 
 pytestmark = [
@@ -70,7 +70,11 @@ def test_two_hosts(
     (tmp_path / "hosts").write_text("".join(f"{host} slots=1\n" for host in HOSTS))
     launcher = ["deepspeed", "--hostfile", tmp_path / "hosts", "--master_addr", HOSTS[0], "--master_port", free_port()]
     done = subprocess.run(
-        [*map(str, launcher), str(PROJECT / "launch" / "train.py"), *RANDOM, *options(tmp_path / "hosts-run")],
+        [
+            *map(str, launcher),
+            str(PROJECT / "launch" / "train.py"),
+            *overriding([*RANDOM, *options(tmp_path / "hosts-run")]),
+        ],
         env=os.environ | {"PATH": ssh_path, "OMP_NUM_THREADS": "1"},
         cwd=PROJECT,
         capture_output=True,

@@ -22,7 +22,7 @@ import held
 import psutil
 import pytest
 from conftest import PROJECT, speech_sample, write_manifest
-from launcher import RANDOM, free_port, run_code, train_runs
+from launcher import RANDOM, free_port, overriding, run_code, train_runs
 from safetensors.torch import load_file
 
 from higgs_ds.checkpoints.folder import why_incomplete
@@ -120,7 +120,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "--max_steps 4 --log_steps 1 --val_steps 2 --val_split 0.25 --save_steps 2 --sample_steps 2 --num_samples 1 "
         "--num_workers 1 --resume auto --output_dir run"
     )
-    return [*RANDOM, *line.split()]
+    return overriding([*RANDOM, *line.split()])
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import PROJECT
-from launcher import RANDOM, free_port
+from launcher import RANDOM, free_port, overriding
 
 pytestmark = pytest.mark.slow
 
@@ -52,8 +52,8 @@ class Launched:
     """A run under a launcher, and every process that it started."""
 
     def __init__(self, launcher: str, script_options: list[str], output_dir: Path, **environment: str) -> None:
-        command = [*LAUNCHERS[launcher], str(free_port()), str(PROJECT / "launch" / "train.py"), *RANDOM]
-        command += script_options
+        command = [*LAUNCHERS[launcher], str(free_port()), str(PROJECT / "launch" / "train.py")]
+        command += overriding([*RANDOM, *script_options])
         self.output_dir = output_dir
         self.log = output_dir.with_suffix(".log")
         with self.log.open("w") as log:

@@ -13,6 +13,7 @@ import yaml
 from conftest import PROJECT
 
 from higgs_ds.options.command_line import parse_inspect_options, parse_prepare_options, parse_train_options
+from higgs_ds.options.other_names import OPTION_OF
 from higgs_ds.options.train import TrainOptions
 
 LINE = (
@@ -126,7 +127,57 @@ def test_mistyped_option_gets_a_suggestion() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "unrecognized arguments: --lora-rank 8 --grad_acum 2" in done.stderr
-    assert "did you mean grad_accum?" in done.stderr
+    assert "; --lora-rank did you mean --lora_r?; --grad_acum did you mean --grad_accum?" in done.stderr
+
+
+def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        parse_train_options(argv)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    {
+        "--learning_rate": "--lr", "--num_train_epochs": "--epochs", "--per_device_train_batch_size": "--batch_size",
+        "--gradient_accumulation_steps": "--grad_accum", "--bf16": "--precision bf16", "--fp16": "--precision fp16",
+        "--resume_from_checkpoint": "--resume", "--model_name_or_path": "--base_ckpt", "--r": "--lora_r",
+        "--gradient-checkpointing": "--activation_checkpointing every_layer", "--dataset_path": "--train_manifest",
+    }.items(),
+)  # fmt: skip
+def test_options_of_other_trainers(name: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"; {name} did you mean {meant}?" in error_of([name], capsys)
+
+
+def test_every_hint_names_an_option() -> None:
+    """And no name that has a hint is an option here, which would be taken without one."""
+    known = TrainOptions().flat().keys()
+    assert {option.split(" ")[0] for option in OPTION_OF.values()} <= known
+    assert not OPTION_OF.keys() & known
+    for option in filter(lambda option: " " in option, OPTION_OF.values()):
+        name, value = option.split(" ")
+        assert str(parse_train_options([f"--{name}", value])[0].flat()[name]) == value
+
+
+def test_other_names_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path / "run.yaml", {"learning_rate": 1e-4})
+    assert "learning_rate: unknown option; did you mean lr?" in error_of(["--config", path], capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--lr 1e-4 --lr 2e-4", "argument --lr: given twice, with 0.0001 and 0.0002; leave one out"),
+        ("--train_manifest a.jsonl --train_manifest b.jsonl", "argument --train_manifest: given twice"),
+        (
+            "--lora_targets attention --lora_targets audio_mlp text_mlp",
+            "argument --lora_targets: given twice, with attention and audio_mlp text_mlp; give all values after one",
+        ),
+    ],
+)
+def test_an_option_given_twice(argv: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert words in error_of(argv.split(), capsys)
 
 
 def test_options_of_inspection_commands() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launcher import RANDOM, start_ranks
+from launcher import RANDOM, overriding, start_ranks
 
 from higgs_ds.options.command_line import parse_train_options
 from higgs_ds.planning.dry_run import make_setting
@@ -88,7 +88,7 @@ def test_plan_against_counted_bytes(
 ) -> None:
     ranks, stage, options = setting
     argv = [*RANDOM, *command(stage, options, ds_file), "--dry_run", "--plan_ranks", str(ranks)]
-    memory = plan(make_setting(*parse_train_options(argv)))
+    memory = plan(make_setting(*parse_train_options(overriding(argv))))
     planned = {
         "frozen": sum(memory.weights.values()),
         "quantization": memory.quantization,

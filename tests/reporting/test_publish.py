@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import PROJECT, processor_in
 from hub_server import TOKEN, Hub, local_hub
-from launcher import RANDOM, free_port, rank_environment
+from launcher import RANDOM, free_port, overriding, rank_environment
 from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgs_ds.options.checks import check_options
@@ -47,7 +47,7 @@ def train(tmp_path: Path, mixed_manifest: Path, ds_file: Callable[[int], Path], 
             "--no_report --push_to_hub --hub_repo_id tester/my-voice"
         )
         command = [sys.executable, f"{PROJECT}/launch/train.py", *RANDOM, *line.split(), *more]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(overriding(command), env=environment, capture_output=True, text=True, check=False)
         assert not token or token not in done.stdout + done.stderr
         return done
 

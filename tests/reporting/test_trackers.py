@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import PROJECT, read_metrics
-from launcher import RANDOM, free_port, rank_environment, train_runs
+from launcher import RANDOM, free_port, overriding, rank_environment, train_runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from higgs_ds.options import compatibility as support
@@ -84,6 +84,8 @@ def test_quiet(tmp_path: Path, mixed_manifest: Path, ds_file: Callable[[int], Pa
     command = [sys.executable, f"{PROJECT}/launch/train.py", *RANDOM]
     command += options(mixed_manifest, ds_file(2), tmp_path / "run")
     environment = rank_environment(0, 1, free_port()) | {"TORCH_DISTRIBUTED_DEBUG": "OFF"}
-    done = subprocess.run([*command, "--quiet"], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*overriding(command), "--quiet"], env=environment, capture_output=True, text=True, check=True
+    )
     assert (done.stdout, done.stderr) == ("", "")
     assert len(read_metrics(tmp_path / "run")) == 6

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import native_inputs, read_metrics, speech_sample, write_manifest
-from launcher import RANDOM, run_code, run_script, train_runs
+from launcher import RANDOM, overriding, run_code, run_script, train_runs
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -173,7 +173,7 @@ assert train(OPTIONS) == 0
 def test_stopped_in_its_first_validation(runs: Path, options: Options, tmp_path: Path) -> None:
     """Nothing was trained, so nothing is saved; --resume auto starts, and validates, anew."""
     argv = [*RANDOM, *options(tmp_path / "run", f"--init_from {runs}/first --no_report --resume auto")]
-    done = run_code(f"OPTIONS = {argv}\n{SIGNALLED}", tmp_path)
+    done = run_code(f"OPTIONS = {overriding(argv)}\n{SIGNALLED}", tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"stopped by SIGTERM at step 0 of {STEPS}; nothing was trained yet" in done.stderr
     assert losses(tmp_path / "run") == losses(runs / "alone")
@@ -263,7 +263,7 @@ def from_peft(tmp_path_factory: pytest.TempPathFactory, base: Path, options: Opt
 @pytest.fixture
 def samples(lone_rank: None, manifest: Path, options: Options, tmp_path: Path) -> Dataset:
     """The validation samples of all runs."""
-    return _check_and_encode(*parse_train_options([*RANDOM, *options(tmp_path / "run")]), FolderLock()).val
+    return _check_and_encode(*parse_train_options(overriding([*RANDOM, *options(tmp_path / "run")])), FolderLock()).val
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -303,7 +303,7 @@ def test_plan_follows_the_adapter(base: Path, options: Options, tmp_path: Path) 
     by_peft(base, tmp_path / "varied", rank_pattern={"layers.0": 2, "layers.1": 8}, lora_alpha=4)
     by_hand = "--lora_r 8 --lora_alpha 4 --lora_targets attention"
     plans = [
-        plan(dry_run.make_setting(*parse_train_options([*RANDOM, *options(tmp_path / "run", more)])))
+        plan(dry_run.make_setting(*parse_train_options(overriding([*RANDOM, *options(tmp_path / "run", more)]))))
         for more in (by_hand, f"--init_from {tmp_path}/plain", f"--init_from {tmp_path}/varied", "")
     ]
     assert plans[0] == plans[1] == plans[2]
@@ -332,7 +332,7 @@ def test_table_at_the_start(runs: Path, base: Path, options: Options, tmp_path: 
 
 def refusal(argv: list[str]) -> str:
     with pytest.raises(InputError) as caught:
-        start(*parse_train_options([*RANDOM, *argv]), FolderLock())
+        start(*parse_train_options(overriding([*RANDOM, *argv])), FolderLock())
     return str(caught.value)
 
 

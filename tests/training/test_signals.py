@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 from conftest import read_metrics, speech_sample, write_manifest
-from launcher import RANDOM, run_code, run_script
+from launcher import RANDOM, overriding, run_code, run_script
 from safetensors.torch import load_file
 
 from higgs_ds.model.loss import LossWeights
@@ -189,7 +189,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         f"--train_manifest {manifest} --deepspeed zero2.json --precision fp32 --batch_size 1 --grad_accum 2 --lr 1e-3 "
         "--max_steps 6 --log_steps 1 --val_steps 2 --save_steps 2 --no_report --quiet --output_dir run --resume auto"
     )
-    return [*RANDOM, *line.split()]
+    return overriding([*RANDOM, *line.split()])
 
 
 @pytest.fixture(scope="module")
