@@ -23,6 +23,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     # transformers 5.23 renamed this as well; older versions have only this name.
     warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
+    # DeepSpeed 0.19 and this project call these by the names that torch 2.11 has; torch 2.14 has others for them.
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", f"`torch.distributed.{name}` is deprecated", FutureWarning)
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
