@@ -202,7 +202,7 @@ def test_a_second_ctrl_c_ends_even_what_never_returns(
 def test_other_commands_end_at_once(
     command: str, options: list[str], uninterrupted: dict[int, Path], base: Path, tmp_path: Path
 ) -> None:
-    manifest = options[options.index("--train_manifest", 3) + 1]
+    manifest = options[options.index("--train_manifest") + 1]
     place, line, ranks = {
         "prepare": (AT_ONCE["encoding"], f"--train_manifest {manifest} --base_ckpt {base} --cache_dir cache", 2),
         "merge": (AT_ONCE["merging"], f"--base_model_path {base} --output_path new", 1),
