@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ import torch
 from higgs_ds.common.errors import InputError
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.collate import Batch, EncodedSample, collate
-from higgs_ds.data.index import CheckedClip, Index
+from higgs_ds.data.index import CheckedClip
+from higgs_ds.data.joined_index import AnyIndex
 from higgs_ds.data.mel_features import MelFeatures
+from higgs_ds.data.mix import Mix
 from higgs_ds.data.prompt import Stretch, prompt_of
 from higgs_ds.data.reference_choice import References
 from higgs_ds.data.references import pair_of, with_reference
@@ -27,12 +30,18 @@ class Dataset:
 
     `references`: where they are left out or drawn. What samples have then depends on the epoch; without an epoch, it is
     a fixed choice that leaves none out.
+
+    `manifests`: where there are several, the samples of each, by a short name; some may have none.
+
+    `mix`: which samples each epoch has, where that is not each of them once.
     """
 
-    index: Index
+    index: AnyIndex
     rows: np.ndarray
     coder: Coder
     references: References | None = None
+    manifests: Mapping[str, range] = field(default_factory=dict)
+    mix: Mix | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,6 +62,15 @@ class Dataset:
         """Upper limit of the tokens of a sample in any epoch; 0 without samples."""
         lengths = self.index.num_tokens[self.rows] if self.references is None else self.references.longest
         return int(lengths.max(initial=0))
+
+    def samples_in(self, epoch: int) -> Sequence[int]:
+        """Return the samples of an epoch, from 0, in no useful order."""
+        return self.mix.samples_in(epoch) if self.mix is not None else range(len(self))
+
+    def alternating(self) -> Iterator[int]:
+        """Yield all samples, those of several manifests by turns."""
+        for indices in zip_longest(*(self.manifests.values() or [range(len(self))])):
+            yield from (index for index in indices if index is not None)
 
     def batches(self, micro_batches: Sequence[Sequence[int]], epoch: int | None = None) -> list[Batch]:
         """Return several micro-batches of an epoch, in page-locked memory if there is a GPU."""
@@ -113,12 +131,23 @@ class Dataset:
         """Return where samples come from: file and line."""
         return self.index.sources(self.rows[list(indices)])
 
-    def digest(self) -> str:
-        """Return the identity of the data: texts, roles and audio content, independent of the names of files."""
-        digest = hashlib.sha256(self.index.digests()[self.rows].tobytes())
+    def digest(self) -> str | list[str]:
+        """Return the identity of the data: texts, roles and audio content, independent of the names of files.
+
+        Of several manifests, it is a list: the identity of each, then that of the references, if they depend on the
+        epoch.
+        """
+        digests = self.index.digests()[self.rows]
+        of_each = [
+            hashlib.sha256(digests[samples.start : samples.stop].tobytes())
+            for samples in self.manifests.values() or [range(len(self))]
+        ]
         if self.references is not None:
-            digest.update(self.references.digest())
-        return digest.hexdigest()
+            if self.manifests:
+                of_each.append(hashlib.sha256())
+            of_each[-1].update(self.references.digest())
+        found = [digest.hexdigest() for digest in of_each]
+        return found if self.manifests else found[0]
 
 
 def _missing_from_cache(sample: Sample, what: str, path: Path) -> InputError:

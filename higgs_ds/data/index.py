@@ -185,6 +185,10 @@ class Index:
         strings = [value for value in stored if value is not None]
         return renumbered[in_order], [strings[code] for code in by_appearance]
 
+    def voices(self) -> np.ndarray:
+        """Return the number of each row's speaker, -1 for none."""
+        return self.labels("speaker")[0]
+
     def reference_column(self, name: str) -> np.ndarray:
         """Return a column of REFERENCES, in manifest order."""
         return _numbers(self._references[name].combine_chunks())[self._order]
@@ -207,6 +211,12 @@ class Index:
         lists = self._facts["num_frames"].combine_chunks()
         bounds = _numbers(lists.offsets)
         return _numbers(lists.values)[bounds[0] : bounds[-1]]
+
+    def num_frames(self) -> np.ndarray:
+        """Return the number of frames of all clips of each row."""
+        lists = self._facts["num_frames"].combine_chunks()
+        bounds, ends = _numbers(lists.offsets), np.cumsum(_numbers(lists.values), dtype=np.int64)
+        return np.diff(np.concatenate([[0], ends])[bounds])[self._order]
 
     def is_fresh(self, is_kept: Callable[[CheckedClip], bool], share: int, num_shares: int) -> bool:
         """Return whether, in a share of the rows, all files are unchanged and the data of all clips is still stored."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from higgs_ds.data.index import Index
+from higgs_ds.data.joined_index import AnyIndex
 from higgs_ds.options.train import DataOptions
 
 LONGEST = 2**31 - 1
@@ -32,7 +32,7 @@ class EpochReferences:
 class References:
     """The references of a selection of an index's rows."""
 
-    def __init__(self, index: Index, rows: np.ndarray, pool: np.ndarray, options: DataOptions, seed: int) -> None:
+    def __init__(self, index: AnyIndex, rows: np.ndarray, pool: np.ndarray, options: DataOptions, seed: int) -> None:
         """Prepare the choices.
 
         Args:
@@ -105,13 +105,15 @@ class References:
 class RandomReferences:
     """For each sample the other clips of its speaker that fit, in a seeded order that repeats only after all of them.
 
+    A speaker's clips are all of one manifest: names such as "0" may be of other speakers in another one.
+
     The clips of a speaker are sorted by length, so that those that fit beside a sample are the first ones. A sample
     goes round them in steps of a stride that has no divisor in common with their number. Clips with the sample's own
     words, content or time in its file, which might be its target, are passed over.
     """
 
-    def __init__(self, index: Index, rows: np.ndarray, pool: np.ndarray, options: DataOptions, seed: int) -> None:
-        speakers = index.labels("speaker")[0].astype(np.int64)
+    def __init__(self, index: AnyIndex, rows: np.ndarray, pool: np.ndarray, options: DataOptions, seed: int) -> None:
+        speakers = index.voices().astype(np.int64)
         self._rows = rows
         self._added = index.reference_column("pair_tokens")
         self._columns = {name: index.reference_column(name) for name in ("words", "clip", "file", "start_s", "end_s")}
@@ -185,14 +187,14 @@ def _draws(count: int, seed: int, *purpose: int) -> np.ndarray:
 
 
 def references_of(
-    index: Index, rows: np.ndarray, pool: np.ndarray, options: DataOptions, seed: int
+    index: AnyIndex, rows: np.ndarray, pool: np.ndarray, options: DataOptions, seed: int
 ) -> References | None:
     """Return the references of samples if they depend on the epoch."""
     varies = options.has_random_references or options.reference_dropout
     return References(index, rows, pool, options, seed) if varies else None
 
 
-def lengths_of_forms(index: Index, options: DataOptions) -> np.ndarray:
+def lengths_of_forms(index: AnyIndex, options: DataOptions) -> np.ndarray:
     """Return the tokens of each row: of the longer form of a sample, with or without its own reference, if it has two.
 
     A clip in the system turn may be shorter than the description that replaces it.
@@ -201,7 +203,7 @@ def lengths_of_forms(index: Index, options: DataOptions) -> np.ndarray:
     return np.maximum(tokens, index.reference_column("plain_tokens")) if options.reference_dropout else tokens
 
 
-def reference_problems(options: DataOptions, index: Index) -> list[str]:
+def reference_problems(options: DataOptions, index: AnyIndex) -> list[str]:
     """Return why the references of a training manifest cannot be what the options ask for; empty if they can."""
     if options.has_random_references:
         rows = np.arange(len(index))

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from higgs_ds.data.mix import Mix
+
 T = TypeVar("T")
 
 
@@ -30,8 +32,8 @@ class WindowSampler:
     """Divides each shuffled epoch into windows of samples of about the same length, one per optimizer step.
 
     An epoch is shuffled and cut into at least four buckets of up to `bucket_size` samples. Each bucket is sorted by
-    length and cut into batches, and these are shuffled. No sample is dropped or repeated; the last window of an epoch
-    may be short.
+    length and cut into batches, and these are shuffled. No sample is dropped, and without a `mix` none is repeated;
+    the last window of an epoch may be short.
 
     With a fixed batch size, a window has micro_batch_size x gradient_accumulation_steps x ranks samples, and depends
     only on this product. With `max_tokens`, a micro-batch has as many samples as fit into that many positions including
@@ -47,6 +49,7 @@ class WindowSampler:
     bucket_size: int = 1
     max_tokens: int | None = None
     lengths_in: Callable[[int], Sequence[int]] | None = None  # the same for each epoch, if they differ
+    mix: Mix | None = None  # which samples each epoch has, if not each of them once
 
     @property
     def window_size(self) -> int:
@@ -66,9 +69,10 @@ class WindowSampler:
             epoch += 1
 
     def num_steps(self, epochs: int) -> int:
-        """Return the optimizer steps of `epochs` epochs. With `max_tokens`, epochs differ a little in length."""
+        """Return the optimizer steps of `epochs` epochs. With `max_tokens` or a `mix`, epochs differ a little."""
         if not self.max_tokens:
-            return epochs * -(-len(self.lengths) // self.window_size)
+            sizes = [sum(self.mix.num_samples(n)) if self.mix else len(self.lengths) for n in range(epochs)]
+            return sum(-(-size // self.window_size) for size in sizes)
         return sum(len(self.micro_batches(epoch)) for epoch in range(epochs))
 
     def padding(self) -> float:
@@ -86,7 +90,9 @@ class WindowSampler:
         """Return all ranks' micro-batches of each window of an epoch: a multiple of `world_size`, some may be empty."""
         rng = random.Random(f"{self.seed}:{epoch}")
         lengths = self._lengths(epoch)
-        order = list(range(len(self.lengths)))
+        order = self.mix.samples_in(epoch) if self.mix else list(range(len(self.lengths)))
+        if not order:
+            return []  # a small share of few samples
         rng.shuffle(order)
         # If the whole epoch were sorted at once, the same samples would share a batch in every epoch.
         bucket_size = min(self.bucket_size, -(-len(order) // 4))
@@ -165,3 +171,37 @@ def split_validation(groups: Sequence[int] | np.ndarray, fraction: float, seed: 
         num_held_out += counts[group]
     held_out = is_held_out[group_of_sample]
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def split_speakers(manifests: Sequence[np.ndarray], fraction: float, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Split each of several manifests as `split_validation` splits one; a speaker is held out of all or of none.
+
+    Each manifest keeps a speaker for training, and gives its fraction as far as speakers of other manifests allow it.
+    Manifests without common speakers are split as each would be alone.
+
+    Args:
+        manifests: the number of each sample's speaker, the same in all manifests.
+    """
+    drawn = []
+    for speakers in manifests:
+        names = np.unique(speakers)
+        order = list(range(len(names)))
+        random.Random(f"{seed}:split").shuffle(order)
+        drawn.append(names[order].tolist())
+    kept: set[int] = set()
+    for order in sorted(drawn, key=len):
+        if kept.isdisjoint(order):
+            kept.add(order[0])
+    held_out: set[int] = set()
+    for speakers, order in zip(manifests, drawn, strict=True):
+        num_held_out = int(np.isin(speakers, sorted(held_out)).sum())
+        for speaker in order if fraction > 0 else []:
+            if speaker in kept or speaker in held_out:
+                continue
+            count = int((speakers == speaker).sum())
+            if num_held_out and num_held_out + count / 2 > len(speakers) * fraction:
+                break
+            held_out.add(speaker)
+            num_held_out += count
+    masks = [np.isin(speakers, sorted(held_out)) for speakers in manifests]
+    return [(np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)) for is_held_out in masks]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 
 from higgs_ds.common.resources import command
 from higgs_ds.options.fields import EMBEDDINGS, RESUME_AUTO, TRAIN_GROUPS
 from higgs_ds.options.learning_rates import check_learning_rates
 from higgs_ds.options.train import DataOptions, TrainOptions
 
+MOST_REPETITIONS = 1000  # of a sample in an epoch; larger numbers of --mix are taken for mistakes
+
 
 def check_data_options(options: DataOptions) -> list[str]:
     """Return the problems of data options; empty if there are none."""
-    problems = []
+    problems = _check_manifests(options)
     if not 0 <= options.val_split < 1:
         problems.append(f"--val_split {options.val_split}: must be from 0 to below 1")
     if not 0 <= options.reference_dropout < 1:
@@ -31,6 +35,33 @@ def check_data_options(options: DataOptions) -> list[str]:
         value = getattr(options, name)
         if value is not None and value < 1:
             problems.append(f"--{name} {value}: must be 1 or more")
+    return problems
+
+
+def _check_manifests(options: DataOptions) -> list[str]:
+    """Return the problems of the lists of manifests, and of --mix."""
+    problems = []
+    for name in ("train_manifest", "val_manifest"):
+        paths = getattr(options, name)
+        if paths == ():
+            problems.append(f"--{name}: names no manifest; leave the option out")
+        first: dict[str, Path] = {}
+        for path in paths if paths is not None and len(paths) > 1 else ():
+            key = os.path.realpath(path)
+            if key in first:
+                also = "" if first[key] == path else f", which is also {first[key]},"
+                repeat = "; to repeat its samples, name it once, with the number 2 in --mix"
+                problems.append(f"--{name}: names {path}{also} twice{repeat if name == 'train_manifest' else ''}")
+            first[key] = path
+    if options.mix is not None:
+        shown, num_manifests = " ".join(f"{number:g}" for number in options.mix), len(options.train_manifests)
+        if len(options.mix) != num_manifests:
+            problems.append(
+                f"--mix {shown}: {len(options.mix)} given, and --train_manifest names {num_manifests}; give a number "
+                "for each manifest"
+            )
+        if not all(0 < number <= MOST_REPETITIONS for number in options.mix):
+            problems.append(f"--mix {shown}: each number must be above 0, up to {MOST_REPETITIONS:,}")
     return problems
 
 

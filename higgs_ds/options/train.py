@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from higgs_ds.common.precision import AUTO, PRECISIONS
+from higgs_ds.common.resources import SAMPLE_MANIFEST
 from higgs_ds.options.fields import (
     ALSO_TRAIN,
     ATTENTION,
@@ -29,11 +30,20 @@ from higgs_ds.options.run import RunOptions
 class DataOptions:
     """Data"""
 
-    train_manifest: Path | None = option(
-        None, "manifest of the training samples, a file or a folder (default: the built-in digits)", metavar="PATH"
+    train_manifest: tuple[Path, ...] | None = option(
+        None,
+        "manifests of the training samples, each a file or a folder (default: the built-in digits)",
+        metavar="PATH",
     )
-    val_manifest: Path | None = option(
-        None, "manifest of the validation samples (default: --val_split of the training samples)", metavar="PATH"
+    mix: tuple[float, ...] | None = option(
+        None,
+        "how often an epoch has the samples of each training manifest, a number for each: 2 for twice, 0.5 for half of "
+        "them, in the next epoch the other half (default: once)",
+    )
+    val_manifest: tuple[Path, ...] | None = option(
+        None,
+        "manifests of the validation samples (default: --val_split of each training manifest)",
+        metavar="PATH",
     )
     format: str = option("auto", "format of the manifests; auto: detected from their content", ("auto", *FORMATS))
     val_split: float = option(0.05, "fraction of the training samples held out for validation, 0 to below 1")
@@ -68,6 +78,11 @@ class DataOptions:
     cache_dir: Path | None = option(
         None, "cache folder for encoded audio (default: $HIGGS_DS_CACHE, or ~/.cache/higgs_ds)", metavar="DIR"
     )
+
+    @property
+    def train_manifests(self) -> tuple[Path, ...]:
+        """The manifests of the training samples; by default, the built-in digits."""
+        return self.train_manifest or (SAMPLE_MANIFEST,)
 
     @property
     def has_random_references(self) -> bool:
@@ -288,7 +303,13 @@ class TrainOptions:
         flat: dict[str, Any] = {}
         for group_field in dataclasses.fields(self):
             flat.update(dataclasses.asdict(getattr(self, group_field.name)))
-        return {name: str(value) if isinstance(value, Path) else value for name, value in flat.items()}
+        return {name: _without_paths(value) for name, value in flat.items()}
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_without_paths, value))
+    return str(value) if isinstance(value, Path) else value
 
 
 def recompute_every(options: ModelOptions) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
 import time
 from collections.abc import Callable, Iterable
@@ -82,7 +83,8 @@ class MetricsLog:
                 file.write(json.dumps(clean) + "\n")
             for tracker in self.trackers:
                 tracker.write(step, {key: value for key, value in clean.items() if value is not None and key != "step"})
-        shown = {key: value for key, value in values.items() if "/cb" not in key}
+        # Neither the losses of codebooks, nor the parts of a manifest's loss.
+        shown = {key: value for key, value in values.items() if key.count("/") < 2 or key.endswith("/loss")}
         self.bar.set_postfix(
             {short: f"{values[key]:.4g}" for key, short in _PROGRESS_BAR_KEYS.items() if key in values}
         )
@@ -116,6 +118,12 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's `metrics.jsonl`; none before the first is written."""
     path = output_dir / METRICS_FILE
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def losses_of_manifests(keys: Iterable[str], kind: str = "val") -> dict[str, str]:
+    """Return the keys of the losses of single manifests, each with the name of its manifest."""
+    found = (re.fullmatch(rf"{kind}/(.+)/loss", key) for key in dict.fromkeys(keys))
+    return {match[0]: match[1] for match in found if match}
 
 
 def last_values(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from higgs_ds.common.run_files import SUMMARY_FILE
 from higgs_ds.model.parts import Parts
 from higgs_ds.options.run import RunOptions
 from higgs_ds.options.train import TrainOptions
-from higgs_ds.reporting.metrics_log import last_values, read_metrics
+from higgs_ds.reporting.metrics_log import last_values, losses_of_manifests, read_metrics
 
 CARD = "README.md"
 # Options that only concern this machine, or this one call of the command.
@@ -161,6 +161,7 @@ def card_facts(
     """Return what a card says about a run. Of the base's path, only the folder's name is kept; others are left out."""
     last = last_values(read_metrics(run_folder))
     shown = [f"{kind}/{name}" for kind in ("train", "val", "val_ema") for name in ("loss", "text_loss", "audio_loss")]
+    shown += losses_of_manifests(last)
     shown += ["val/text_accuracy", "val/audio_accuracy", "val/eos_accuracy"]
     losses = {name: f"{last[name]:.4g}" for name in shown if name in last}
     defaults = TrainOptions().flat()

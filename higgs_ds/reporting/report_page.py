@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -38,7 +38,7 @@ from higgs_ds.common.run_files import (
 from higgs_ds.data.audio import as_ogg
 from higgs_ds.options.fields import FULL
 from higgs_ds.options.train import TrainOptions
-from higgs_ds.reporting.metrics_log import last_values, read_metrics
+from higgs_ds.reporting.metrics_log import last_values, losses_of_manifests, read_metrics
 from higgs_ds.reporting.optional import OptionalOutput
 
 REPORT_FILE = "report.html"
@@ -92,9 +92,13 @@ def _by_codebook(kind: str, shown: str, num_codebooks: int) -> Curve:
     return Curve(f"audio loss by codebook, {shown}", {f"{kind}/audio_loss/cb{k}": str(k) for k in range(num_codebooks)})
 
 
-def _curves(num_codebooks: int, groups: Sequence[str]) -> list[Curve]:
+def _curves(num_codebooks: int, groups: Sequence[str], keys: Collection[str]) -> list[Curve]:
     return [
         _train_and_val_curve("loss", "loss"),
+        *(
+            Curve(f"loss by manifest, {shown}", losses_of_manifests(keys, kind))
+            for kind, shown in TRAIN_AND_VAL.items()
+        ),
         _train_and_val_curve("text loss", "text_loss"),
         _train_and_val_curve("audio loss", "audio_loss"),
         *(_by_codebook(kind, shown, num_codebooks) for kind, shown in TRAIN_AND_VAL.items()),
@@ -120,7 +124,8 @@ def write_report(output_dir: Path) -> Path:
     last = lines[-1] if lines else {"step": 0, "epoch": 0.0}
     num_codebooks = len({key for line in lines for key in line if re.fullmatch(r"train/audio_loss/cb\d+", key)})
     groups = sorted({key.removeprefix("lr/") for line in lines for key in line if key.startswith("lr/")})
-    drawn = [(curve, _points(lines, curve)) for curve in _curves(num_codebooks, groups)]
+    keys = dict.fromkeys(key for line in lines for key in line)
+    drawn = [(curve, _points(lines, curve)) for curve in _curves(num_codebooks, groups, keys)]
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         files("higgs_ds.reporting").joinpath("report.html.j2").read_text(encoding="utf-8")
     )
@@ -209,6 +214,8 @@ def _numbers(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     shared = ("loss", "text_loss", "audio_loss", "text_accuracy", "audio_accuracy", "eos_accuracy")
     alone = ("lr", "grad_norm", "tokens_per_s", "samples_per_s", "peak_memory_gib", "padding")
     rows = [{"name": name, "train": shown(f"train/{name}"), "val": shown(f"val/{name}")} for name in shared]
+    by_manifest = losses_of_manifests(last)
+    rows += [{"name": f"loss, {name}", "train": "", "val": shown(key)} for key, name in by_manifest.items()]
     return rows + [{"name": name, "train": shown(name), "val": ""} for name in alone]
 
 

@@ -61,7 +61,7 @@ def main(options: EvaluateOptions) -> None:
 
 def _evaluate(options: EvaluateOptions, lock: FolderLock) -> None:
     cache_dir = options.cache_dir or default_cache_dir()
-    data = DataOptions(train_manifest=options.test_manifest, format=options.format, cache_dir=cache_dir)
+    data = DataOptions(train_manifest=(options.test_manifest,), format=options.format, cache_dir=cache_dir)
     problems = (
         check_folders(output_dir=options.output_dir) + scratch_problems(data, cache_dir) + _option_problems(options)
     )

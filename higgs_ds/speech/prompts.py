@@ -32,9 +32,9 @@ class Prompt:
 
 
 def prompts_of(data: Dataset, count: int | None) -> list[Prompt]:
-    """Return prompts from the first samples of the data that have audio to generate, up to `count` of them."""
+    """Return prompts from the first samples with audio to generate, up to `count`; of several manifests by turns."""
     found: list[Prompt] = []
-    for index in range(len(data)):
+    for index in data.alternating():
         if len(found) == count:
             break
         sample = data.sample(index)

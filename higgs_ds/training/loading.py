@@ -70,6 +70,7 @@ def load_run(inputs: Inputs) -> Run:
         bucket_size=optim.bucket_size,
         max_tokens=optim.max_tokens_per_batch,
         lengths_in=inputs.train.lengths_in if inputs.train.references is not None else None,
+        mix=inputs.train.mix,
     )
     state = distributed.run_on_all_ranks(lambda: initial_state(inputs, sampler))
     distributed.run_on_all_ranks(lambda: _check_and_announce(inputs, sampler, state))

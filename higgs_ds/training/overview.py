@@ -17,6 +17,7 @@ from higgs_ds.planning.plan import plan
 from higgs_ds.planning.weights import Setting
 from higgs_ds.training.preflight import GIB, seconds_left
 from higgs_ds.training.run import Inputs
+from higgs_ds.training.selection import describe_manifests
 
 NAMES = 10  # width of the column of names, in characters
 WIDTH = 110  # width of the column of texts
@@ -34,6 +35,7 @@ def overview(inputs: Inputs, sampler: WindowSampler, state: TrainerState, adapte
         "trained": adapters,
         "start": _start(inputs),
         "data": _data(inputs, sampler),
+        "manifests": "\n".join(describe_manifests(inputs.train, inputs.val)),
         "reference": _references(inputs),
         "left out": _left_out(inputs),
         "steps": _steps(inputs, sampler, state),
@@ -46,7 +48,11 @@ def overview(inputs: Inputs, sampler: WindowSampler, state: TrainerState, adapte
 
 
 def _row(name: str, text: str) -> str:
-    lines = textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+    lines = [
+        line
+        for part in text.splitlines()
+        for line in textwrap.wrap(part, WIDTH, break_long_words=False, break_on_hyphens=False)
+    ]
     return f"{name:<{NAMES}}" + f"\n{'':<{NAMES}}".join(lines)
 
 
@@ -69,10 +75,14 @@ def _start(inputs: Inputs) -> str:
 
 def _data(inputs: Inputs, sampler: WindowSampler) -> str:
     train = inputs.train
+    lengths = train.lengths_in(0)
+    in_first = train.samples_in(0)
+    varies = train.references is not None or train.mix is not None
+    mixed = "" if train.mix is None else f" ({len(in_first):,} in the first epoch)"
     return (
-        f"{len(train):,} training samples, {len(inputs.val):,} validation samples; {sum(train.lengths_in(0)):,} tokens "
-        f"{'per' if train.references is None else 'in the first'} epoch, {train.longest:,} in the longest sample, "
-        f"{sampler.padding():.1%} padding"
+        f"{len(train):,} training samples{mixed}, {len(inputs.val):,} validation samples; "
+        f"{sum(lengths[i] for i in in_first):,} tokens {'in the first' if varies else 'per'} epoch, "
+        f"{train.longest:,} in the longest sample, {sampler.padding():.1%} padding"
     )
 
 

@@ -7,30 +7,29 @@ import textwrap
 from higgs_ds.bases.bundle import open_for_training
 from higgs_ds.common import distributed
 from higgs_ds.common.console import say
-from higgs_ds.common.resources import SAMPLE_MANIFEST, default_cache_dir
+from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.data.preparation import WHOLE, Preparation, scratch_problems
-from higgs_ds.data.reference_choice import reference_problems
 from higgs_ds.data.survey import Share
 from higgs_ds.options.checks import check_data_options
 from higgs_ds.options.commands import PrepareOptions, parse_shard
 from higgs_ds.options.train import DataOptions, ModelOptions
+from higgs_ds.training.selection import check_references
 
 
 def main(options: DataOptions, model: ModelOptions, how: PrepareOptions) -> None:
     """Check the manifests of a later run and encode their audio. Every rank must call this, in a process group."""
-    manifests = [options.train_manifest or SAMPLE_MANIFEST, options.val_manifest]
     cache_dir = options.cache_dir or default_cache_dir()
     distributed.raise_problems(check_data_options(options) + scratch_problems(options, cache_dir))
     bundle = open_for_training(model, cache_dir)
     shard = Share(*parse_shard(how.shard))
     with Preparation(options, bundle.coder(cache_dir), cache_dir, shard) as preparation:
-        checked = [preparation.check(path) for path in manifests if path is not None]
+        checked = [preparation.check(path) for path in (*options.train_manifests, *(options.val_manifest or ()))]
         for manifest in checked:
             if manifest.index is not None:
                 say(f"{manifest.path}:\n{textwrap.indent(preparation.describe(manifest), '  ')}")
         problems = [problem for manifest in checked for problem in manifest.problems]
-        if checked[0].index is not None and shard == WHOLE:
-            problems += reference_problems(options, checked[0].index)
+        if shard == WHOLE:
+            problems += check_references(options, checked)
         distributed.raise_problems(problems)
         if how.check_only:
             return

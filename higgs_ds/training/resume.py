@@ -34,12 +34,12 @@ FREE_ON_RESUME = (
     "push_to_hub", "hub_repo_id", "hub_private", "upload_merged_model",
     "activation_checkpointing", "offload_embeddings", "offload_checkpoints", "attn_implementation",
     "batch_size", "grad_accum", "epochs", "max_steps",
-    "train_manifest", "val_manifest", "val_split", "split_by", "format", "reference", "normalize_text",
+    "train_manifest", "mix", "val_manifest", "val_split", "split_by", "format", "reference", "normalize_text",
     "allow_text_targets", "max_clip_s", "max_seq_len", "skip_bad", "num_workers", "base_ckpt", "base_revision",
     "codec_ckpt", "dry_run", "device_memory_gib", "plan_ranks", "init_from",
 )  # fmt: skip
 # What checkpoints of earlier versions do not record, with the only value that it had.
-NOT_RECORDED: dict[str, Any] = {"reference_dropout": 0.0, "random_references": False, "also_train": []}
+NOT_RECORDED: dict[str, Any] = {"reference_dropout": 0.0, "random_references": False, "also_train": [], "mix": None}
 
 
 def find_resume_checkpoint(options: TrainOptions, output_dir: Path) -> Path | None:
@@ -106,6 +106,7 @@ def _training_settings(inputs: Inputs, sampler: WindowSampler) -> dict[str, Any]
         **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
         "micro_batches_per_step" if sampler.max_tokens else "samples_per_step": sampler.window_size,
         "training_data": inputs.train.digest(),
+        "mix": list(inputs.train.mix.numbers) if inputs.train.mix else None,
         "base": inputs.bundle.identity,
         "init_from": f"SHA-256 {inputs.start.origins[0].sha256}" if inputs.start else None,
         "random_references": inputs.options.data.has_random_references,  # other values of --reference are in the data

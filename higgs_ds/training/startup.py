@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from higgs_ds.adapters.starting_point import StartingPoint, check_geometry, compare_bases, starting_point
 from higgs_ds.bases.bundle import Bundle, open_for_training
 from higgs_ds.bases.model_folder import check_layout
@@ -20,13 +18,8 @@ from higgs_ds.common.errors import InputError, collect_problems
 from higgs_ds.common.files import check_folders
 from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.common.precision import AUTO, PRECISIONS, native_precision
-from higgs_ds.common.resources import SAMPLE_MANIFEST, default_cache_dir
-from higgs_ds.data.coder import Coder
-from higgs_ds.data.dataset import Dataset
-from higgs_ds.data.index import Index
+from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.data.preparation import CheckedManifest, Preparation, scratch_problems
-from higgs_ds.data.reference_choice import lengths_of_forms, reference_problems, references_of
-from higgs_ds.data.sampler import split_validation
 from higgs_ds.model.config import parts_of
 from higgs_ds.model.loading import check_weights
 from higgs_ds.model.lora import check_biases
@@ -38,6 +31,7 @@ from higgs_ds.reporting.publish import check_login
 from higgs_ds.training.loading import load_run
 from higgs_ds.training.resume import find_resume_checkpoint
 from higgs_ds.training.run import Inputs, Run
+from higgs_ds.training.selection import check_references, describe_manifests, select
 
 
 def start(options: TrainOptions, given: set[str], lock: FolderLock) -> Run:
@@ -75,10 +69,10 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
     # The samples are checked even if the base is invalid, so that all problems are reported at once.
     coder = bundle.coder(cache_dir) if bundle else None
     with Preparation(options.data, coder, cache_dir) as preparation:
-        manifests = [options.data.train_manifest or SAMPLE_MANIFEST, options.data.val_manifest]
-        checked = [preparation.check(path) for path in manifests if path is not None]
+        manifests = (*options.data.train_manifests, *(options.data.val_manifest or ()))
+        checked = [preparation.check(path) for path in manifests]
         problems += [problem for manifest in checked for problem in manifest.problems]
-        problems += reference_problems(options.data, checked[0].index) if checked[0].index is not None else []
+        problems += check_references(options.data, checked)
         distributed.raise_problems(problems)
         assert resolved and bundle and preparation.coder  # noqa: PT018 - a missing one has raised a problem
         if options.model.precision == AUTO:
@@ -88,13 +82,16 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
             preparation.encode(manifest, distributed.device())
         summary = distributed.on_main(lambda: _summary(preparation, checked))
         indexes = [preparation.keep(manifest) for manifest in checked]
-    if options.model.whisper_conditioning and not indexes[0].any_heard():
+    of_train = indexes[: len(options.data.train_manifests)]
+    if options.model.whisper_conditioning and not any(index.any_heard() for index in of_train):
         nothing = (
             "no sample has audio in a system or user turn, the only input of the Whisper tower; leave the option out"
         )
         advice = "or put references there (--reference system, for recordings)"
         distributed.raise_problems([f"--whisper_conditioning: {nothing}, {advice}"])
-    train, val, too_long = _select(options, indexes, preparation.coder)
+    train, val, too_long = select(options, indexes, preparation.coder)
+    lines = describe_manifests(train, val)
+    summary += "".join(f"{line}\n" for line in ["manifests:", *(f"  {line}" for line in lines)]) if lines else ""
     return Inputs(options, settings, output_dir, bundle, train, val, too_long, summary, resume_from, lock, start)
 
 
@@ -160,51 +157,3 @@ def _output_dir(options: TrainOptions) -> Path:
     if options.run.output_dir is not None:
         return options.run.output_dir
     return distributed.broadcast_object(Path("outputs") / time.strftime("%Y%m%d-%H%M%S"))
-
-
-def _select(options: TrainOptions, indexes: list[Index], coder: Coder) -> tuple[Dataset, Dataset, list[str]]:
-    """Return the training and validation samples, and one line for each sample left out for its length."""
-    data, seed = options.data, options.optim.seed
-    lengths = [lengths_of_forms(index, data) for index in indexes]
-    short = [np.flatnonzero(tokens <= (data.max_seq_len or np.inf)) for tokens in lengths]
-    too_long = [
-        f"{source}: {tokens[row]} tokens"
-        for index, tokens, rows in zip(indexes, lengths, short, strict=True)
-        for row in np.setdiff1d(np.arange(len(index)), rows)
-        for source in index.sources([row])
-    ]
-    if len(indexes) == 2:
-        of_train, of_val = short
-    else:
-        (index,), (rows,) = indexes, short
-        groups = rows if data.split_by == "sample" else _speakers(index, options)[rows]
-        at_train, at_val = split_validation(groups, data.val_split, seed)
-        of_train, of_val = rows[at_train], rows[at_val]
-    # Training has no reference from a validation sample; a speaker held out whole has no others for validation.
-    train, val = (
-        Dataset(index, rows, coder, references_of(index, rows, pool, data, seed))
-        for index, rows, pool in ((indexes[0], of_train, of_train), (indexes[-1], of_val, short[-1]))
-    )
-    if len(train) == 0:
-        raise InputError(f"--max_seq_len {data.max_seq_len}: every sample is longer; nothing is left to train on")
-    if options.run.early_stopping_patience is not None and len(val) == 0:
-        raise InputError("--early_stopping_patience: needs validation samples; give --val_manifest or --val_split")
-    longest = max(train.longest, val.longest)
-    if options.optim.max_tokens_per_batch and longest > options.optim.max_tokens_per_batch:
-        raise InputError(
-            f"--max_tokens_per_batch {options.optim.max_tokens_per_batch}: the longest sample has {longest} tokens; "
-            "give at least that many, or leave out longer samples with --max_seq_len"
-        )
-    return train, val, too_long
-
-
-def _speakers(index: Index, options: TrainOptions) -> np.ndarray:
-    """Return the number of each sample's speaker, for a split that keeps each speaker's samples together."""
-    numbers, names = index.labels("speaker")
-    unnamed = int((numbers < 0).sum())
-    if unnamed or len(names) < 2:
-        raise InputError(
-            f"--split_by speaker: {unnamed} samples name no speaker, the others name {len(names)}; every sample must "
-            "name one, and there must be two or more. Use --split_by sample or --val_manifest"
-        )
-    return numbers

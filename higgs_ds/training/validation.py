@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import torch
 
 from higgs_ds.common.distributed import rank, world_size
 from higgs_ds.data.collate import Batch
@@ -12,11 +14,14 @@ from higgs_ds.model.loss import accuracies, mean_losses
 from higgs_ds.training.engine import Engine
 from higgs_ds.training.signals import StopSignals
 
+Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # as `Engine.evaluate` returns them
+
 
 def validate(engine: Engine, data: Dataset, micro_batch_size: int, signals: StopSignals) -> dict[str, float] | None:
     """Return mean losses and accuracies over `data`, or None if a signal interrupts. Every rank must call this.
 
-    They are named val/..., and those with the averaged weights, if there are any, val_ema/....
+    They are named val/..., and those with the averaged weights, if there are any, val_ema/.... Losses of one of several
+    manifests are named val/MANIFEST/....
     """
     values = _validate(engine, data, micro_batch_size, signals, "val")
     if values is None or not engine.keeps_average:
@@ -29,7 +34,30 @@ def validate(engine: Engine, data: Dataset, micro_batch_size: int, signals: Stop
 def _validate(
     engine: Engine, data: Dataset, micro_batch_size: int, signals: StopSignals, kind: str
 ) -> dict[str, float] | None:
-    shares = share_of_rank(range(len(data)), micro_batch_size, rank(), world_size())
+    """Return the metrics of all samples, and the losses of those of each manifest, if there are several."""
+    totals: Sums | None = None
+    of_manifests: dict[str, float] = {}
+    for name, samples in (data.manifests or {"": range(len(data))}).items():
+        if not samples:
+            continue
+        found = _sums(engine, data, samples, micro_batch_size, signals)
+        if found is None:
+            return None
+        sums, counts, hits = found
+        totals = found if totals is None else (totals[0] + sums, totals[1] + counts, totals[2] + hits)
+        if data.manifests:
+            losses = mean_losses(sums, counts, engine.weights).metrics(f"{kind}/{name}")
+            of_manifests |= {metric: loss for metric, loss in losses.items() if "/audio_loss/cb" not in metric}
+    assert totals is not None  # there is no validation without samples
+    sums, counts, hits = totals
+    return mean_losses(sums, counts, engine.weights).metrics(kind) | accuracies(hits, counts, kind) | of_manifests
+
+
+def _sums(
+    engine: Engine, data: Dataset, samples: Sequence[int], micro_batch_size: int, signals: StopSignals
+) -> Sums | None:
+    """Return loss sums, target counts and hits of some samples over all ranks, or None if a signal interrupts."""
+    shares = share_of_rank(samples, micro_batch_size, rank(), world_size())
     stopped = False
 
     def batches() -> Iterator[Batch]:
@@ -40,7 +68,5 @@ def _validate(
                 return
             yield data.batch(indices)
 
-    sums, counts, hits = engine.evaluate(batches())
-    if stopped:
-        return None
-    return mean_losses(sums, counts, engine.weights).metrics(kind) | accuracies(hits, counts, kind)
+    found = engine.evaluate(batches())
+    return None if stopped else found

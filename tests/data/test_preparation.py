@@ -133,7 +133,7 @@ def test_a_prepared_run_never_loads_the_codec(
     manifest: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = TrainOptions().replace(
-        train_manifest=manifest, base_ckpt=str(base), cache_dir=tmp_path / "cache", output_dir=tmp_path / "out"
+        train_manifest=(manifest,), base_ckpt=str(base), cache_dir=tmp_path / "cache", output_dir=tmp_path / "out"
     )
     main(options.data, options.model, PrepareOptions())
     monkeypatch.setattr(encode, "_load_codec", None)
@@ -201,7 +201,7 @@ def test_every_fault_in_one_run_and_nothing_written(
     good = speech_sample("Good.", "anna_00.flac")
     path = write_manifest(tmp_path / "m.jsonl", [good, *(sample for sample, _ in faults), good])
     cache = tmp_path / "cache"
-    options = DataOptions(train_manifest=path, cache_dir=cache, max_clip_s=10)
+    options = DataOptions(train_manifest=(path,), cache_dir=cache, max_clip_s=10)
     before = files_below(tmp_path)
     with pytest.raises(InputError) as caught:
         main(options, ModelOptions(base_ckpt=str(base)), PrepareOptions())
@@ -228,7 +228,7 @@ def test_fault_of_a_paired_file_names_it_once(tmp_path: Path, base: Path) -> Non
     (folder / "good.txt").write_text("Good.")
     (folder / "bad.wav").write_text("not audio")
     (folder / "bad.txt").write_text("Bad.")
-    options = DataOptions(train_manifest=folder, cache_dir=tmp_path / "cache", format="paired")
+    options = DataOptions(train_manifest=(folder,), cache_dir=tmp_path / "cache", format="paired")
     with pytest.raises(InputError) as caught:
         main(options, ModelOptions(base_ckpt=str(base)), PrepareOptions())
     (problem,) = caught.value.problems
@@ -238,14 +238,14 @@ def test_fault_of_a_paired_file_names_it_once(tmp_path: Path, base: Path) -> Non
 
 def test_check_only_writes_nothing(manifest: Path, base: Path, tmp_path: Path) -> None:
     before = files_below(tmp_path)
-    options = DataOptions(train_manifest=manifest, cache_dir=tmp_path / "cache")
+    options = DataOptions(train_manifest=(manifest,), cache_dir=tmp_path / "cache")
     main(options, ModelOptions(base_ckpt=str(base)), PrepareOptions(check_only=True))
     assert files_below(tmp_path) == before
 
 
 def test_all_bad_is_an_error(tmp_path: Path, base: Path) -> None:
     path = write_manifest(tmp_path / "m.jsonl", [speech_sample("Words.", "none.flac")])
-    options = DataOptions(train_manifest=path, cache_dir=tmp_path / "cache", skip_bad=tmp_path / "bad.txt")
+    options = DataOptions(train_manifest=(path,), cache_dir=tmp_path / "cache", skip_bad=tmp_path / "bad.txt")
     with pytest.raises(InputError, match=r"every sample is bad, see .*bad\.txt"):
         main(options, ModelOptions(base_ckpt=str(base)), PrepareOptions())
 
@@ -330,7 +330,7 @@ def test_split_and_lengths(bundle: Bundle, base: Path, manifest: Path, tmp_path:
     entries = [speech_sample(f"{i}" * (i + 1), "anna_00.flac") | {"speaker": f"s{i % 4}"} for i in range(20)]
     write_manifest(manifest, entries)
     options = TrainOptions().replace(
-        train_manifest=manifest, base_ckpt=str(base), cache_dir=tmp_path / "cache", output_dir=tmp_path / "out"
+        train_manifest=(manifest,), base_ckpt=str(base), cache_dir=tmp_path / "cache", output_dir=tmp_path / "out"
     )
     inputs = _check_and_encode(options.replace(split_by="speaker", val_split=0.25), set(), FolderLock())
     speakers = [{d.index.sample(int(row))[0].speaker for row in d.rows} for d in (inputs.train, inputs.val)]
@@ -355,7 +355,7 @@ def test_split_and_lengths(bundle: Bundle, base: Path, manifest: Path, tmp_path:
 def test_problems_of_a_bad_base_and_bad_samples_together(tmp_path: Path) -> None:
     path = write_manifest(tmp_path / "m.jsonl", [speech_sample("Words.", "none.flac")])
     options = TrainOptions().replace(
-        train_manifest=path, base_ckpt=str(tmp_path), cache_dir=tmp_path / "cache", output_dir=tmp_path / "out"
+        train_manifest=(path,), base_ckpt=str(tmp_path), cache_dir=tmp_path / "cache", output_dir=tmp_path / "out"
     )
     with pytest.raises(InputError) as caught:
         _check_and_encode(options, set(), FolderLock())

@@ -52,7 +52,7 @@ def start(base: Path, clips: Path, tmp_path: Path, lone_rank: None) -> Start:
             "output_dir": tmp_path / "out",
             "val_split": 0,
         }
-        values: dict[str, Any] = defaults | {"train_manifest": manifest} | options
+        values: dict[str, Any] = defaults | {"train_manifest": (manifest,)} | options
         return _check_and_encode(TrainOptions().replace(**values), set(), FolderLock())
 
     return start
@@ -237,7 +237,7 @@ def test_validation_is_fixed_and_training_takes_nothing_of_it(start: Start, clip
         assert prompt.turn == 4
         assert prompt.given[0].equal(encoded.codes[0])
         assert prompt.target.equal(encoded.codes[1])
-    apart = start(path, reference="random", val_manifest=path)  # from its own samples
+    apart = start(path, reference="random", val_manifest=(path,))  # from its own samples
     assert all(len(sample.codes) == 2 for sample in all_encoded(apart.val))
     by_speaker = start(path, reference="random", val_split=0.5, split_by="speaker")
     assert all(len(sample.codes) == 2 for sample in all_encoded(by_speaker.val))
@@ -260,7 +260,7 @@ def test_no_clip_to_choose(
     with pytest.raises(InputError, match=r"^--reference random: no training sample can get another clip") as caught:
         start(path, reference="random")
     assert reason in str(caught.value)
-    data = DataOptions(train_manifest=path, reference="random", cache_dir=clips / "cache")
+    data = DataOptions(train_manifest=(path,), reference="random", cache_dir=clips / "cache")
     model = TrainOptions().replace(base_ckpt=str(base)).model
     with pytest.raises(InputError, match=r"^--reference random: no training sample can get another clip"):
         prepare.main(data, model, PrepareOptions(check_only=True))

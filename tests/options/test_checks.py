@@ -106,7 +106,7 @@ def test_prepare_accepts_the_options_of_training() -> None:
     data, model, prepare_options = parse_prepare_options(
         "--train_manifest m --base_ckpt b --check_only --shard 1/4".split()
     )
-    assert (data.train_manifest, data.val_split, model.base_ckpt) == (Path("m"), 0.05, "b")
+    assert (data.train_manifest, data.val_split, model.base_ckpt) == ((Path("m"),), 0.05, "b")
     assert prepare_options == PrepareOptions(check_only=True, shard="1/4")
 
 

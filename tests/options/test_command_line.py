@@ -19,13 +19,15 @@ from higgs_ds.options.train import TrainOptions
 LINE = (
     "--lr 1e-3 --lora_targets attention audio_mlp --codebook_weights 2 1 1 1 1 1 1 1 --merge_adapter_with_base "
     "--val_manifest v.jsonl --max_steps 5 --activation_checkpointing 3 --base_ckpt some/base --group_lr attention=1e-4 "
-    "audio_mlp=2e-4"
+    "audio_mlp=2e-4 --train_manifest a.jsonl b.jsonl --mix 1 0.5"
 ).split()
 BY_NAME: dict[str, Any] = {
     "lr": "1e-3",  # YAML reads it as a string, because it requires a point in a float
     "lora_targets": ["attention", "audio_mlp"],
     "codebook_weights": [2, 1, 1, 1, 1, 1, 1, 1.0],
     "merge_adapter_with_base": True,
+    "train_manifest": ["a.jsonl", "b.jsonl"],
+    "mix": [1, 0.5],
     "val_manifest": "v.jsonl",
     "max_steps": 5,
     "activation_checkpointing": "3",
@@ -91,7 +93,7 @@ def test_all_problems_of_a_file_are_reported_at_once(tmp_path: Path, capsys: pyt
         "max_steps": "2.5 is not a whole number", "batch_size": "True is not a whole number",
         "dry_run": "'yes' is not true or false", "optim": "'sgd' is not one of adamw,",
         "lora_targets": "is not a list whose items are each one of attention, text_mlp, audio_mlp",
-        "train_manifest": "3 is not a path", "codebook_weights": "is not a list whose items are each a number",
+        "train_manifest": "3 is not a list whose items are each a path", "codebook_weights": "is not a list whose items are each a number",
         "learning_rat": "unknown option",
     }.items():  # fmt: skip
         assert any(f"--config {path}: {name}: " in line and words in line for line in stderr.splitlines()), (

@@ -92,7 +92,7 @@ def test_each_epoch_has_its_own_references(runs: Path, tmp_path: Path, lone_rank
     settings = json.loads((runs / name / "settings.json").read_text())
     options = TrainOptions().replace(
         **{option: settings[option] for option in ("val_split", "reference", "reference_dropout", "base_ckpt")},
-        train_manifest=Path(settings["train_manifest"]), output_dir=tmp_path,
+        train_manifest=tuple(map(Path, settings["train_manifest"])), output_dir=tmp_path,
     )  # fmt: skip
     train, max_tokens = _check_and_encode(options, set(), FolderLock()).train, settings["max_tokens_per_batch"]
     sampler = WindowSampler(train.lengths, 2, 2, 0, 1, 42, 1024, max_tokens, train.lengths_in)
