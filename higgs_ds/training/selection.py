@@ -127,7 +127,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     depth = 1
     while len({of_path[-depth:] for of_path in parts}) < len(parts):
         depth += 1
-    return [printable("/".join(of_path[-depth:])) for of_path in parts]
+    return [printable(Path(*of_path[-depth:])) for of_path in parts]
 
 
 def _check_selection(options: TrainOptions, train: Dataset, val: Dataset) -> None:

@@ -93,7 +93,8 @@ def test_all_problems_of_a_file_are_reported_at_once(tmp_path: Path, capsys: pyt
         "max_steps": "2.5 is not a whole number", "batch_size": "True is not a whole number",
         "dry_run": "'yes' is not true or false", "optim": "'sgd' is not one of adamw,",
         "lora_targets": "is not a list whose items are each one of attention, text_mlp, audio_mlp",
-        "train_manifest": "3 is not a list whose items are each a path", "codebook_weights": "is not a list whose items are each a number",
+        "train_manifest": "3 is not a list whose items are each a path",
+        "codebook_weights": "is not a list whose items are each a number",
         "learning_rat": "unknown option",
     }.items():  # fmt: skip
         assert any(f"--config {path}: {name}: " in line and words in line for line in stderr.splitlines()), (

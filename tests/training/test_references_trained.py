@@ -31,6 +31,7 @@ def forget_options(checkpoint: Path) -> None:
     state = json.loads(path.read_text())
     assert state["settings"].pop("reference_dropout") == 0
     assert state["settings"].pop("random_references") is False
+    assert state["settings"].pop("mix") is None
     path.write_text(json.dumps(state))
     (checkpoint / "manifest.json").unlink()
     (checkpoint / "manifest.json").write_text(json.dumps(manifest_of(checkpoint)))
