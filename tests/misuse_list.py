@@ -173,6 +173,9 @@ train: --init_from is the own output | 2 | run        | train --init_from {run}/
 train: output of --init_from is a link to itself | 2 3 | itself | train --init_from {adapter} --output_dir {here}/itself --base_ckpt {stock_base}
 train: manifest is an empty folder | 2   | empty      | train --train_manifest {here}/empty --output_dir {here}/new --base_ckpt {stock_base}
 train: manifest is a link to itself | 2  | itself     | train --train_manifest {here}/itself --output_dir {here}/new --base_ckpt {stock_base}
+train: links to themselves as manifests | 2 | itself   | train --train_manifest {here}/itself {clips} --output_dir {here}/new --base_ckpt {stock_base}
+train: a manifest twice            | 2   | --mix      | train --train_manifest {clips} {clips} --output_dir {here}/new --base_ckpt {stock_base}
+prepare: a mix of another length   | 2   | --mix      | prepare --train_manifest {clips} --mix 1 2 --base_ckpt {stock_base}
 prepare: manifest is a link to nothing | 2 | nowhere  | prepare --train_manifest {here}/nowhere --base_ckpt {stock_base}
 prepare: manifest is a folder of links upwards | 2 | again | prepare --train_manifest {here}/up --base_ckpt {stock_base}
 prepare: manifest is /dev/null     | 2   | /dev/null  | prepare --train_manifest /dev/null --base_ckpt {stock_base}

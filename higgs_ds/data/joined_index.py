@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from higgs_ds.data.index import CheckedClip, Index
+from higgs_ds.data.index import DIGEST_BYTES, CheckedClip, Index
 from higgs_ds.data.sample import Sample
 
 
@@ -56,6 +56,12 @@ class JoinedIndex:
 
     def digests(self) -> np.ndarray:
         return np.concatenate([part.digests() for part in self._parts])
+
+    def repeated_rows(self) -> np.ndarray:
+        """Return the rows whose sample an earlier manifest has too."""
+        numbers = np.repeat(np.arange(len(self._parts)), np.diff(self._bounds))
+        _, first, same = np.unique(self.digests().view(f"S{DIGEST_BYTES}"), return_index=True, return_inverse=True)
+        return np.flatnonzero(numbers[first][same] < numbers)
 
     def num_frames(self) -> np.ndarray:
         return np.concatenate([part.num_frames() for part in self._parts])

@@ -7,6 +7,7 @@ accumulation, and after a resume. All values are arrays with one element for eac
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,8 +77,12 @@ class References:
         parts = [self._plain, *(self._random.identity if self._random else ())]
         return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).digest()
 
-    def describe(self, with_dropout: bool = True) -> str:
-        """Return how many samples have which reference, and why others have none."""
+    def describe(self, with_dropout: bool = True, first_epoch: Sequence[int] | None = None) -> str:
+        """Return how many samples have which reference, and why others have none.
+
+        Args:
+            first_epoch: the samples of that epoch, if they are not each sample once.
+        """
         own = int((self._plain > 0).sum())
         random = int((self.in_epoch(None).rows >= 0).sum())
         none = len(self._full) - own - random
@@ -98,7 +103,7 @@ class References:
         found = ", ".join(f"{count:,} samples {what}" for what, count in counts.items() if count)
         if not self._dropout or not with_dropout:
             return found
-        first = int(self.in_epoch(0).left_out.sum())
+        first = int(self.in_epoch(0).left_out[slice(None) if first_epoch is None else first_epoch].sum())
         return f"{found}; left out with probability {self._dropout:g}, of {first:,} samples in the first epoch"
 
 

@@ -92,7 +92,8 @@ def _references(inputs: Inputs) -> str:
     if train is None or val is None:
         return ""
     validation = f"; in validation, {val.describe(with_dropout=False)}" if len(inputs.val) else ""
-    return f"{train.describe()}{validation}"
+    first_epoch = None if inputs.train.mix is None else inputs.train.samples_in(0)
+    return f"{train.describe(first_epoch=first_epoch)}{validation}"
 
 
 def _left_out(inputs: Inputs) -> str:

@@ -14,7 +14,7 @@ from higgs_ds.data.coder import Coder
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.formats.checks import printable
 from higgs_ds.data.index import Index
-from higgs_ds.data.joined_index import AnyIndex, consecutive, join
+from higgs_ds.data.joined_index import AnyIndex, JoinedIndex, consecutive, join
 from higgs_ds.data.mix import mix_of
 from higgs_ds.data.preparation import CheckedManifest
 from higgs_ds.data.reference_choice import lengths_of_forms, reference_problems, references_of
@@ -153,22 +153,31 @@ def _check_selection(options: TrainOptions, train: Dataset, val: Dataset) -> Non
 def describe_manifests(train: Dataset, val: Dataset) -> list[str]:
     """Return one line for each manifest, if there are several: samples, hours, and what of them an epoch has."""
     held_out = val.manifests if val.index is train.index else {}
-    lines = []
-    counts = train.mix.num_samples(0) if train.mix else list(map(len, train.manifests.values()))
-    numbers = train.mix.numbers if train.mix else (1.0,) * len(counts)
-    for (name, samples), number, count in zip(train.manifests.items(), numbers, counts, strict=bool(train.manifests)):
-        lines.append(
-            f"{name}: {len(samples):,} training samples, {_hours(train, samples):.2f} hours; mix {number:g}: {count:,} "
-            f"samples per epoch, {count / sum(counts):.1%} of all"
-        )
+    lines = _describe_training(train) if train.manifests else {}
+    for name, samples in val.manifests.items():
         if name in held_out:
-            lines[-1] += f"; {len(held_out[name]):,} validation samples"
-    lines += [
+            lines[name] += f"; {len(samples):,} validation samples"
+    described = [f"{name}: {line}" for name, line in lines.items()]
+    described += [
         f"{name}: {len(samples):,} validation samples, {_hours(val, samples):.2f} hours"
         for name, samples in val.manifests.items()
         if name not in held_out
     ]
-    return lines
+    if isinstance(train.index, JoinedIndex) and len(repeated := train.index.repeated_rows()):
+        (first,) = train.index.sources(repeated[:1])
+        described.append(f"samples that an earlier manifest has too: {len(repeated):,}, for instance {first}")
+    return described
+
+
+def _describe_training(train: Dataset) -> dict[str, str]:
+    """Return the samples of each manifest, their hours, and how many of them the first epoch has."""
+    counts = train.mix.num_samples(0) if train.mix else list(map(len, train.manifests.values()))
+    numbers = train.mix.numbers if train.mix else (1.0,) * len(counts)
+    return {
+        name: f"{len(samples):,} training samples, {_hours(train, samples):.2f} hours; mix {number:g}: {count:,} "
+        f"samples per epoch, {count / sum(counts):.1%} of all"
+        for (name, samples), number, count in zip(train.manifests.items(), numbers, counts, strict=True)
+    }
 
 
 def _hours(data: Dataset, samples: range) -> float:

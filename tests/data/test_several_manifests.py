@@ -94,6 +94,10 @@ def test_the_same_as_one_manifest_with_all_lines(start: Start, clips: Path) -> N
     assert sources(found) == [*(f"{one}:{i}" for i in range(1, 6)), *(f"{other}:{i}" for i in (1, 2, 3)), f"{more}:1"]
     assert found.manifests == {"one.jsonl": range(5), "other.jsonl": range(5, 8), "more.jsonl": range(8, 9)}
     assert (expected.manifests, expected.mix) == ({}, None)
+    assert found.index.repeated_rows().tolist() == [8]
+    assert (
+        f"\n  samples that an earlier manifest has too: 1, for instance {more}:1\n" in start(one, other, more).summary
+    )
     assert isinstance(expected.digest(), str)  # as checkpoints of one manifest have it
     assert found.digest() == [start(path).train.digest() for path in (one, other, more)]
 
@@ -206,6 +210,17 @@ def test_problems_of_all_manifests_at_once(start: Start, clips: Path, base: Path
             run()
         named = [problem.split(": ")[0] for problem in caught.value.problems]
         assert named == [f"{bad}:1", f"{bad}:2", f"{wrong}:1"]
+
+
+def test_bad_samples_of_all_manifests_are_listed(start: Start, clips: Path, tmp_path: Path) -> None:
+    paths = [clips / f"b{i}.jsonl" for i in range(2)]
+    for path in paths:
+        write_manifest(path, [{"audio": name, "text": "Words."} for name in ("anna_0.wav", "none.wav", "ben_0.wav")])
+    inputs = start(*paths, skip_bad=tmp_path / "bad.txt")
+    assert [line.split(": ")[0] for line in (tmp_path / "bad.txt").read_text().splitlines()] == [
+        f"{path}:2" for path in paths
+    ]
+    assert sources(inputs.train) == [f"{path}:{line}" for path in paths for line in (1, 3)]
 
 
 def test_prepare_encodes_all(
