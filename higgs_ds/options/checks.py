@@ -46,7 +46,10 @@ def _check_manifests(options: DataOptions) -> list[str]:
         if paths == ():
             problems.append(f"--{name}: names no manifest; leave the option out")
         first: dict[str, Path] = {}
-        for path in paths if paths is not None and len(paths) > 1 else ():
+        for path in paths or ():
+            if "\0" in str(path):
+                problems.append(f"--{name} {str(path)!r}: is not a file name: it contains a null character")
+                continue
             key = os.path.realpath(path)
             if key in first:
                 also = "" if first[key] == path else f", which is also {first[key]},"

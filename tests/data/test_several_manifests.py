@@ -263,6 +263,9 @@ def test_refused_lists(tmp_path: Path) -> None:
     ]
     assert problems(val_manifest=(link, one)) == [f"--val_manifest: names {one}, which is also {link}, twice"]
     assert problems(train_manifest=()) == ["--train_manifest: names no manifest; leave the option out"]
+    assert problems(val_manifest=(Path("a\0"), one)) == [
+        r"--val_manifest 'a\x00': is not a file name: it contains a null character"
+    ]
     assert problems(train_manifest=(one, other), mix=(1.0,)) == [
         "--mix 1: 1 given, and --train_manifest names 2; give a number for each manifest"
     ]
