@@ -6,7 +6,10 @@ import dataclasses
 from dataclasses import field
 from typing import Any
 
-FORMATS = ("chatml", "native", "swift", "metadata", "paired", "list", "csv", "flat", "table")
+FORMATS = (
+    "chatml", "native", "swift", "metadata", "paired", "list", "csv", "flat", "table", "audiofolder", "libritts",
+    "librispeech", "vctk", "kaldi", "lab", "webdataset",
+)  # fmt: skip
 FINETUNE = FULL, LORA, QLORA = ("full", "lora", "qlora")
 LORA_TARGET_GROUPS = ("attention", "text_mlp", "audio_mlp")
 EMBEDDINGS, HEADS = "embeddings", "heads"

@@ -161,16 +161,26 @@ def test_faults(tmp_path: Path) -> None:
     assert faults(path)[0].startswith(f"{path}:2: not JSON")
 
 
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """Change a few bytes and lines: other bytes, and lines that are left out, repeated, exchanged or cut off."""
+    changed = bytearray(content)
+    for _ in range(draw.randint(0, 6)):
+        at = draw.randrange(len(changed) + 1)
+        other = draw.choice([draw.randbytes(draw.randint(0, 3)), b" ", b"\n", b"|", b"-", b'"'])
+        changed[at : at + draw.randint(0, 3)] = other
+    lines = bytes(changed).splitlines(keepends=True)
+    for _ in range(draw.randint(0, 2)):
+        at, other_at = draw.randrange(len(lines)), draw.randrange(len(lines))
+        lines[at] = draw.choice([b"", 2 * lines[at], lines[other_at], lines[at][: draw.randint(0, len(lines[at]))]])
+    return b"".join(lines)
+
+
 def test_mutations(tmp_path: Path) -> None:
     """A thousand damaged lists give samples or faults, with a line, and never an exception."""
     lines = "".join(json.dumps(line) + "\n" for name in LISTS for line in LISTS[name][0]).encode()
     draw, path = random.Random(0), tmp_path / "data"
     for _ in range(1000):
-        damaged = bytearray(lines)
-        for _ in range(draw.randint(1, 8)):
-            at = draw.randrange(len(damaged))
-            damaged[at : at + draw.randint(0, 3)] = draw.randbytes(draw.randint(0, 3))
-        path.write_bytes(damaged)
+        path.write_bytes(damaged(lines, draw))
         for entry in read_entries(path, DataOptions()):
             assert (entry.sample is None) == bool(entry.faults)
             assert entry.source.startswith(str(path))

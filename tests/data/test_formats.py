@@ -956,7 +956,7 @@ def test_undetectable_content(tmp_path: Path, text: str, expected: str) -> None:
 
 
 def test_undetectable_folders(tmp_path: Path) -> None:
-    expect_faults(tmp_path, [": format: cannot be detected; found no audio, Parquet or metadata file"])
+    expect_faults(tmp_path, [": format: cannot be detected; found no audio, Parquet, tar or metadata file"])
     (tmp_path / "a.wav").touch()
     write_parquet(tmp_path / "a.parquet", ROWS)
     assert "found several formats: " in faults(tmp_path)[0]

@@ -20,11 +20,12 @@ from higgs_ds.data.sample import Entry
 
 @dataclass
 class Listing:
-    """One folder: its files, its sub-folders and the links to folders that are followed, in natural order.
+    """One folder: its path, its files, its sub-folders and the links to folders that are followed, in natural order.
 
     `faults` has an entry for each link that leads to no folder below the given one, or for a folder that is unreadable.
     """
 
+    folder: Path
     files: list[Path] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
     links: list[Path] = field(default_factory=list)
@@ -58,7 +59,7 @@ def list_files(root: Path, suffixes: tuple[str, ...] | None = None) -> tuple[lis
 
 
 def _list_folder(folder: Path, real_root: Path, suffixes: tuple[str, ...] | None) -> Listing:
-    listing = Listing()
+    listing = Listing(folder)
     try:
         with os.scandir(folder) as scan:
             found = sorted((entry for entry in scan if not entry.name.startswith(".")), key=_natural_key)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from higgs_ds.data.formats.checks import Reading, build_entry, printable
+from higgs_ds.data.formats.checks import Build, Reading, build_entry, printable
 from higgs_ds.data.formats.folders import walk
 from higgs_ds.data.formats.recordings import AUDIO_SUFFIXES, sample_of, transcript_of
 from higgs_ds.data.sample import AudioClip, Entry, Sample
@@ -24,30 +24,35 @@ TEXT_SUFFIX = ".txt"
 
 def read(path: Path, options: DataOptions) -> Iterator[Entry]:
     """Yield an entry for each audio file of a folder, and a fault for each text file without an audio file."""
-    for listing in walk(path, (*AUDIO_SUFFIXES, TEXT_SUFFIX)):
+    return read_pairs(path, options, TEXT_SUFFIX, _build)
+
+
+def read_pairs(path: Path, options: DataOptions, text_suffix: str, build: Build) -> Iterator[Entry]:
+    """Yield the entries of pairs whose text files have a suffix; `build` gets the path of a text."""
+    for listing in walk(path, (*AUDIO_SUFFIXES, text_suffix)):
         by_stem: dict[str, list[Path]] = {}
         for file in listing.files:
             by_stem.setdefault(file.stem, []).append(file)
         for files in by_stem.values():
-            yield from _pair(files, options)
+            yield from _pair(files, options, text_suffix, build)
         yield from listing.faults
 
 
-def _pair(files: list[Path], options: DataOptions) -> Iterator[Entry]:
+def _pair(files: list[Path], options: DataOptions, text_suffix: str, build: Build) -> Iterator[Entry]:
     """Yield the entry of the files with one stem, or one fault per file if they are not a pair."""
-    texts = [path for path in files if path.suffix.lower() == TEXT_SUFFIX]
+    texts = [path for path in files if path.suffix.lower() == text_suffix]
     audios = [path for path in files if path not in texts]
     if len(audios) == len(texts) == 1:
-        yield build_entry(texts[0], Reading(audios[0], printable(audios[0]), options), _build)
+        yield build_entry(texts[0], Reading(audios[0], printable(audios[0]), options), build)
         return
     for path in audios or texts:
         if not audios:
             fault = "audio: there is no audio file of the same name; add it or remove this text file"
         elif not texts:
-            fault = f"transcript: there is no {TEXT_SUFFIX} file of the same name; add it or remove this audio file"
+            fault = f"transcript: there is no {text_suffix} file of the same name; add it or remove this audio file"
         else:
             names = ", ".join(other.name for other in files)
-            fault = f"transcript: {names} share a name; keep one audio file and one {TEXT_SUFFIX} file"
+            fault = f"transcript: {names} share a name; keep one audio file and one {text_suffix} file"
         yield Entry(printable(path), None, (printable(fault),))
 
 

@@ -6,7 +6,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from higgs_ds.common.errors import InputError
-from higgs_ds.data.formats import chatml, csv_file, flat, lists, metadata, native, paired, swift, table
+from higgs_ds.data.formats import (
+    audiofolder,
+    chatml,
+    csv_file,
+    flat,
+    kaldi,
+    lab,
+    librispeech,
+    libritts,
+    lists,
+    metadata,
+    native,
+    paired,
+    swift,
+    table,
+    vctk,
+    webdataset,
+)
 from higgs_ds.data.formats.checks import printable
 from higgs_ds.data.formats.recognition import NO_SAMPLES, recognize
 from higgs_ds.data.sample import Entry
@@ -24,12 +41,21 @@ READERS: dict[str, Callable[[Path, DataOptions], Iterator[Entry]]] = {
     "csv": csv_file.read,
     "flat": flat.read,
     "table": table.read,
+    "audiofolder": audiofolder.read,
+    "libritts": libritts.read,
+    "librispeech": librispeech.read,
+    "vctk": vctk.read,
+    "kaldi": kaldi.read,
+    "lab": lab.read,
+    "webdataset": webdataset.read,
 }
-# The file that a folder must contain to be read in a format. The formats in neither of these are single files.
+# The file that a folder must contain to be read in a format. The formats in none of these are single files.
 FOLDER_FILES = {
     "metadata": metadata.FILE_NAME, "list": csv_file.FILE_NAME, "csv": csv_file.FILE_NAME, "flat": flat.FILE_NAME,
+    "kaldi": kaldi.FILE_NAME,
 }  # fmt: skip
-ANY_FOLDER = ("paired", "table")
+FOLDERS_ONLY = ("paired", "audiofolder", "libritts", "librispeech", "vctk", "kaldi", "lab")
+ANY_FOLDER = (*FOLDERS_ONLY, "table", "webdataset")
 
 
 def read_entries(path: Path, options: DataOptions) -> Iterator[Entry]:
@@ -61,9 +87,11 @@ def _format_of(path: Path, options: DataOptions) -> str:
     if name not in READERS:
         raise InputError(f"format: {name!r} is not a known format; allowed: {', '.join((AUTO, *FORMATS))}")
     if path.is_dir():
-        if name not in ANY_FOLDER and not (name in FOLDER_FILES and (path / FOLDER_FILES[name]).is_file()):
+        has_file = name in FOLDER_FILES and (path / FOLDER_FILES[name]).is_file()
+        if not has_file and (name not in ANY_FOLDER or name in FOLDER_FILES):
             needed = f"a folder with {FOLDER_FILES[name]}" if name in FOLDER_FILES else "a file"
             raise InputError(f"format: {name} needs {needed}, which this folder is not; change --format or the path")
-    elif name == "paired":
-        raise InputError("format: paired needs a folder, but this is a file; change --format or the path")
+    elif name in FOLDERS_ONLY:
+        path.stat()  # raises an OSError if nothing is there
+        raise InputError(f"format: {name} needs a folder, but this is a file; change --format or the path")
     return name

@@ -10,11 +10,12 @@ from typing import Any
 from higgs_ds.common.errors import InputError
 from higgs_ds.data.formats import csv_file, flat, jsonio, metadata, native, swift, table
 from higgs_ds.data.formats.checks import printable, shown
-from higgs_ds.data.formats.folders import walk
-from higgs_ds.data.formats.recordings import AUDIO_SUFFIXES, Columns
+from higgs_ds.data.formats.layouts import formats_of_files
+from higgs_ds.data.formats.recordings import Columns
 from higgs_ds.options.fields import FORMATS
 
 HEAD = 64  # samples or lines that are inspected; the reader then checks all of them
+TAR_MAGIC_AT = 257
 NO_SAMPLES = "contains no samples"
 
 
@@ -26,11 +27,13 @@ def recognize(path: Path) -> str:
         OSError: the path cannot be read.
     """
     if path.is_dir():
-        return _single_format(_formats_of_folder(path), "no audio, Parquet or metadata file")
+        return _single_format(_formats_of_folder(path), "no audio, Parquet, tar or metadata file")
     with path.open("rb") as file:
         head = file.read(4096)
     if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
         return "table"
+    if head[TAR_MAGIC_AT:].startswith(b"ustar"):
+        return "webdataset"
     first = jsonio.first_character(path)
     if not first:
         raise InputError(NO_SAMPLES)
@@ -52,15 +55,8 @@ def _formats_of_folder(folder: Path) -> dict[str, str]:
     for name in (csv_file.FILE_NAME, flat.FILE_NAME):
         if not found and (folder / name).is_file():
             found[recognize(folder / name)] = name
-    if not found:  # metadata comes with the files that it describes; without it, these files decide
-        has_faults = False
-        for listing in walk(folder, tuple(_FORMAT_OF_SUFFIX)):
-            has_faults |= bool(listing.faults)
-            for file in listing.files:
-                found.setdefault(_FORMAT_OF_SUFFIX[file.suffix.lower()], file.name)
-        if not found and has_faults:
-            found["paired"] = "links"  # the reader of either format then reports them
-    return found
+    # Metadata comes with the files that it describes; without it, these files decide.
+    return found or formats_of_files(folder)
 
 
 def _format_of_json(path: Path, first: str) -> str:
@@ -164,4 +160,3 @@ def _undetected(found: str) -> InputError:
 
 
 _CHAT = "chat"
-_FORMAT_OF_SUFFIX = {table.PARQUET: "table"} | dict.fromkeys(AUDIO_SUFFIXES, "paired")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,13 @@ from higgs_ds.data.formats import chatml
 from higgs_ds.data.formats.checks import Reading, build_entry, kind_of, path_of, printable
 from higgs_ds.data.formats.folders import list_files
 from higgs_ds.data.formats.recordings import Columns, clip_of, columns_of, sample_of_row
+from higgs_ds.data.formats.splits import split_of
 from higgs_ds.data.sample import AudioClip, Entry, Sample
 from higgs_ds.options.train import DataOptions
 
 PARQUET, ARROW = ".parquet", ".arrow"
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # written by `save_to_disk` for one dataset, or for splits
 BATCH_ROWS = 16  # rows of a Parquet file in memory at once: each may hold minutes of audio
-_SPLIT = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)", re.IGNORECASE)
 
 
 def read(path: Path, options: DataOptions) -> Iterator[Entry]:
@@ -54,7 +53,7 @@ def table_files(path: Path) -> tuple[list[Path], list[Entry]]:
         files, fault = _saved_files(path)
         return files, [*faults, *([_fault(path, fault)] if fault else [])]
     files, faults = list_files(path, (PARQUET,))
-    splits_found = sorted({split for file in files for split in _splits_of(file.relative_to(path))})
+    splits_found = sorted({split for file in files if (split := split_of(file.relative_to(path)))})
     if len(splits_found) > 1:
         names = ", ".join(splits_found)
         fault = f"folder: contains files of several splits ({names}); give a file or a folder of one split"
@@ -64,12 +63,6 @@ def table_files(path: Path) -> tuple[list[Path], list[Entry]]:
 
 def _fault(path: Path, fault: str) -> Entry:
     return Entry(printable(path), None, (printable(fault),))
-
-
-def _splits_of(file: Path) -> list[str]:
-    """Return the split in the name of a file, or else of its folder, as a list of at most one."""
-    found = next(filter(None, (_SPLIT.search(part.removesuffix(PARQUET)) for part in reversed(file.parts))), None)
-    return [found[1].lower()] if found else []
 
 
 def _saved_files(folder: Path) -> tuple[list[Path], str]:
