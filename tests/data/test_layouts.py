@@ -264,7 +264,8 @@ def test_lab_faults(tmp_path: Path) -> None:
 TABLES: dict[str, tuple[str, str]] = {
     "metadata.csv": ("file_name,transcription\na.wav,Good morning.\nsub/b.wav,Hi.\n", ":{}"),
     "metadata.jsonl": (
-        '{"file_name": "a.wav", "transcription": "Good morning."}\n{"file_name": "sub/b.wav", "transcription": "Hi."}\n', ":{}",
+        '{"file_name": "a.wav", "transcription": "Good morning."}\n'
+        '{"file_name": "sub/b.wav", "transcription": "Hi."}\n', ":{}",
     ),
     "metadata.parquet": ("", ":row {}"),
 }  # fmt: skip

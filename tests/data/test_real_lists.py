@@ -53,7 +53,8 @@ EXAMPLES = {
     ),
     "VoxCPM": Example(
         {
-            "train.jsonl": f'{{"audio": "a.wav", "text": "{HE}"}}\n{{"audio": "b.wav", "text": "{SHE}", "duration": 3.5}}\n'
+            "train.jsonl": f'{{"audio": "a.wav", "text": "{HE}"}}\n'
+            f'{{"audio": "b.wav", "text": "{SHE}", "duration": 3.5}}\n'
             f'{{"audio": "c.wav", "text": "{HE}", "dataset_id": 1}}\n'
         },
         "train.jsonl",

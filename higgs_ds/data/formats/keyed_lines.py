@@ -26,7 +26,7 @@ class KeyedLine(NamedTuple):
 
 
 class KeyedLines:
-    """The lines of a file that are not blank. In memory are 24 bytes of each: hash of its key, place, number.
+    """The lines of a file that are not blank. In memory are 33 bytes of each: hash of its key, place, numbers, use.
 
     Use it as a context manager, and from one thread.
     """
@@ -55,6 +55,7 @@ class KeyedLines:
         all_hashes = np.frombuffer(hashes, np.int64) if hashes else np.empty(0, np.int64)
         self._order = np.argsort(all_hashes, kind="stable").astype(np.int64)
         self._hashes = all_hashes[self._order]
+        self._may_repeat = bool((self._hashes[1:] == self._hashes[:-1]).any())
         self._is_used = np.zeros(len(numbers), bool)
 
     def __enter__(self) -> KeyedLines:
@@ -78,7 +79,7 @@ class KeyedLines:
 
     def is_repeated(self, line: KeyedLine) -> int:
         """Return the number of the first line with the key of a line if that is an earlier one, else 0."""
-        found = self._find(line.key)
+        found = self._find(line.key) if self._may_repeat else None
         return found[1].number if found and found[1].number < line.number else 0
 
     def unused(self) -> Iterator[KeyedLine]:
@@ -87,7 +88,7 @@ class KeyedLines:
 
     def _find(self, key: str) -> tuple[int, KeyedLine] | None:
         wanted = hash(key.encode("utf-8", "surrogateescape"))
-        at = int(np.searchsorted(self._hashes, wanted))
+        at = int(self._hashes.searchsorted(wanted))
         while at < len(self._hashes) and self._hashes[at] == wanted:
             index = int(self._order[at])
             line = self._line(index)
@@ -104,7 +105,7 @@ class KeyedLines:
             fault, raw = f"the line is longer than {LONGEST_LINE} bytes", raw[:SHOWN_BYTES]
         key, value = [*raw.split(None, 1), b""][:2]
         try:
-            raw.decode("utf-8")
+            return KeyedLine(number, key.decode("utf-8"), value.decode("utf-8").strip(), fault)
         except UnicodeDecodeError:
             fault = fault or f"{shown(raw[:SHOWN_BYTES])} is not UTF-8; save the file as UTF-8"
         return KeyedLine(

@@ -19,14 +19,14 @@ _LISTED = (
 def formats_of_files(folder: Path) -> dict[str, str]:
     """Return the formats that the files of a folder and its sub-folders have, each with the name of one such file.
 
-    Several formats are returned only where no rule decides: pairs of audio and text are `paired` whatever else lies
-    beside them, and a shard or a list counts only where the audio has no text of its own.
+    Pairs of audio and `.txt` are `paired`, and Parquet files a `table`, whatever lists, shards or labels lie beside
+    them. Several formats are returned where no such rule decides.
     """
     found: dict[str, str] = {}
     has_faults = False
     for listing in walk(folder, _LISTED):
         has_faults |= bool(listing.faults)
-        _look(listing, found)
+        _add_evidence(listing, found)
     audio, shard = found.pop(AUDIO, None), found.pop("webdataset", None)
     metadata_table = found.pop(audiofolder.PARQUET_NAME, None)
     if metadata_table:
@@ -34,7 +34,7 @@ def formats_of_files(folder: Path) -> dict[str, str]:
     if found.keys() & {"paired", "table"}:
         for name in ("lab", "audiofolder"):
             found.pop(name, None)
-    if "paired" not in found:
+    else:
         if all((folder / name).is_file() for name in (kaldi.FILE_NAME, kaldi.TEXT)):
             return {"kaldi": kaldi.FILE_NAME}
         if folders := vctk.audio_folders(folder):
@@ -48,8 +48,8 @@ def formats_of_files(folder: Path) -> dict[str, str]:
     return found
 
 
-def _look(listing: Listing, found: dict[str, str]) -> None:
-    """Add to `found` what the files of one folder are evidence of."""
+def _add_evidence(listing: Listing, found: dict[str, str]) -> None:
+    """Add to `found` the formats that the files of one folder speak for."""
     audios, texts = set[str](), list[tuple[str, str, str]]()
     for file in listing.files:
         name = file.name

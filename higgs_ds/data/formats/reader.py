@@ -55,7 +55,7 @@ FOLDER_FILES = {
     "kaldi": kaldi.FILE_NAME,
 }  # fmt: skip
 FOLDERS_ONLY = ("paired", "audiofolder", "libritts", "librispeech", "vctk", "kaldi", "lab")
-ANY_FOLDER = (*FOLDERS_ONLY, "table", "webdataset")
+ANY_FOLDER = ("paired", "audiofolder", "libritts", "librispeech", "vctk", "lab", "table", "webdataset")
 
 
 def read_entries(path: Path, options: DataOptions) -> Iterator[Entry]:
@@ -87,8 +87,7 @@ def _format_of(path: Path, options: DataOptions) -> str:
     if name not in READERS:
         raise InputError(f"format: {name!r} is not a known format; allowed: {', '.join((AUTO, *FORMATS))}")
     if path.is_dir():
-        has_file = name in FOLDER_FILES and (path / FOLDER_FILES[name]).is_file()
-        if not has_file and (name not in ANY_FOLDER or name in FOLDER_FILES):
+        if name not in ANY_FOLDER and not (name in FOLDER_FILES and (path / FOLDER_FILES[name]).is_file()):
             needed = f"a folder with {FOLDER_FILES[name]}" if name in FOLDER_FILES else "a file"
             raise InputError(f"format: {name} needs {needed}, which this folder is not; change --format or the path")
     elif name in FOLDERS_ONLY:

@@ -32,7 +32,7 @@ def recognize(path: Path) -> str:
         head = file.read(4096)
     if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
         return "table"
-    if head[TAR_MAGIC_AT:].startswith(b"ustar"):
+    if b"\0" in head[:TAR_MAGIC_AT] and head[TAR_MAGIC_AT:].startswith(b"ustar"):
         return "webdataset"
     first = jsonio.first_character(path)
     if not first:

@@ -108,6 +108,8 @@ def _add(group: _Group, extension: str, member: tarfile.TarInfo, tar: tarfile.Ta
         group.faults.append(f"{extension}: there are two such members with this key; webdataset stops at the second")
     elif kind and member.size > longest:
         group.faults.append(f"{extension}: has {member.size} bytes; the limit is {longest}")
+    elif kind == AUDIO and not member.size:
+        group.faults.append(f"{extension}: is empty")
     elif kind:
         file = tar.extractfile(member)
         assert file is not None
@@ -137,14 +139,14 @@ def _build(members: Any, reading: Reading) -> Sample | None:
     raw = {} if described is None else _json(described, reading)
     if audio is None or raw is None or reading.faults:
         return None
-    kept = {key: value for key, value in raw.items() if key.strip().casefold() not in _of_the_member(text)}
+    kept = {key: value for key, value in raw.items() if key.strip().casefold() not in _ignored_keys(text)}
     kept["audio"] = {"bytes": audio}
     if text is not None:
         kept["text"] = text.decode("utf-8-sig", "surrogateescape")
     return flat.build(kept, reading)
 
 
-def _of_the_member(text: bytes | None) -> tuple[str, ...]:
+def _ignored_keys(text: bytes | None) -> tuple[str, ...]:
     """Return the keys of a JSON member that do not count: the audio and the text are members of their own."""
     return (*AUDIO_COLUMNS, "offset", "duration", *(TEXT_COLUMNS if text is not None else ()))
 
