@@ -134,10 +134,20 @@ def validate_checkpoint_dir(argv: Sequence[str] | None = None, prog: str | None 
     return exit_code_of(lambda: validate_checkpoint(options))
 
 
+def slice(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Cut long recordings into a folder of clips with their texts."""
+    options = command_line.parse_slice_options(argv, prog)
+    quiet_libraries()
+    with quick_imports():
+        from higgs_ds.slicing.command import main
+
+    return exit_code_of(lambda: main(options))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str] | None, str | None], int]] = {
     command.__name__: command
     for command in (
-        train, prepare, merge, blend, generate, evaluate, export, convert,
+        train, slice, prepare, merge, blend, generate, evaluate, export, convert,
         find_lora_adapters, validate_adapter, validate_checkpoint_dir,
     )
 }  # fmt: skip

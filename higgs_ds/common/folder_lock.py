@@ -11,7 +11,7 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import check_folders, saving
 from higgs_ds.common.lock import OutputLock
 
-RUN_LOCK, EVALUATION_LOCK = ".lock", ".evaluation.lock"
+RUN_LOCK, EVALUATION_LOCK, SLICING_LOCK = ".lock", ".evaluation.lock", ".slicing.lock"
 
 
 class FolderLock:

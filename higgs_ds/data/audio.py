@@ -104,6 +104,21 @@ def read_audio(clip: AudioClip, sample_rate: int, max_s: float = math.inf) -> to
     return torchaudio.functional.resample(mono, source_rate, sample_rate, **RESAMPLING)
 
 
+@contextlib.contextmanager
+def mono_blocks(path: Path, sample_rate: int) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
+    """Open a recording of any length: its sample rate, and its samples in blocks, mixed down to mono, float32 (n,).
+
+    Args:
+        sample_rate: to which the blocks are going to be resampled, in Hz.
+
+    Raises:
+        AudioError: as in `read_audio`; within the block, also while the samples are read.
+    """
+    with _opened(AudioClip(path), math.inf) as (source_rate, blocks):
+        _check_rate(source_rate, sample_rate)
+        yield source_rate, (block.mean(axis=1) for block in blocks)
+
+
 def _check_rate(source_rate: int, sample_rate: int) -> None:
     """Refuse a rate for which torchaudio's table of filters, a row for each output phase, would fill the memory."""
     common = math.gcd(source_rate, sample_rate)

@@ -22,6 +22,7 @@ from higgs_ds.options.commands import (
 )
 from higgs_ds.options.options_file import read_options_file
 from higgs_ds.options.parser import Parser, add_options
+from higgs_ds.options.slicing import SliceOptions
 from higgs_ds.options.train import DataOptions, ModelOptions, TrainOptions
 
 
@@ -162,6 +163,21 @@ def parse_evaluate_options(argv: Sequence[str] | None = None, prog: str | None =
     _add_local_rank(parser)
     given = parser.given_options(argv)
     return EvaluateOptions(**{name: value for name, value in given.items() if name != "local_rank"})
+
+
+def parse_slice_options(argv: Sequence[str] | None = None, prog: str | None = None) -> SliceOptions:
+    """Parse the options of launch/slice.py."""
+    parser = Parser(
+        **_usage(
+            "launch/slice.py",
+            "python launch/slice.py RECORDING [RECORDING ...] --output_dir DIR "
+            "(--subtitles PATH [PATH ...] | --recognizer RECOGNIZER) [options]",
+            prog,
+        ),
+        description="Cut long recordings in their pauses into a folder of clips with their texts, which trains as it "
+        "is. A command that was ended goes on where it was.",
+    )
+    return parser.parse_group(SliceOptions, argv)
 
 
 def parse_inspect_options(command: str, argv: Sequence[str] | None = None, prog: str | None = None) -> InspectOptions:

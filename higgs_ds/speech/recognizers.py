@@ -18,7 +18,8 @@ RATE = 16000  # sample rate of the recognizers, in Hz
 LANGUAGE_WEIGHT, WORD_INSERTION_PENALTY = 10.0, 0.1
 # pocketsphinx cannot handle the digital silence of synthetic voices: without noise it misses soft consonants.
 PEAK, NOISE, MARGIN_S = 0.5, 0.001, 0.25
-Recognizer = Callable[[torch.Tensor, int], list[str]]  # a waveform (num_samples,) and its rate -> words
+Transcriber = Callable[[torch.Tensor, int], str]  # a waveform (num_samples,) and its rate -> text
+Recognizer = Callable[[torch.Tensor, int], list[str]]  # ... -> words
 
 
 def check_recognizer(name: str | None) -> None:
@@ -33,10 +34,20 @@ def open_recognizer(name: str, vocabulary: Sequence[str]) -> Recognizer:
     Raises:
         InputError: the model does not exist, or pocketsphinx does not know a word.
     """
-    return _open_pocketsphinx(vocabulary) if name == POCKETSPHINX else _open_pipeline(name)
+    transcribe = open_transcriber(name, vocabulary)
+    return lambda waveform, sample_rate: words_of(transcribe(waveform, sample_rate))
 
 
-def _open_pocketsphinx(vocabulary: Sequence[str]) -> Recognizer:
+def open_transcriber(name: str, vocabulary: Sequence[str], language: str | None = None) -> Transcriber:
+    """Open a recognizer as `open_recognizer` does, for texts with the case and punctuation that it writes.
+
+    Args:
+        language: for models of several languages (Whisper), which would otherwise detect it in each clip.
+    """
+    return _open_pocketsphinx(vocabulary) if name == POCKETSPHINX else _open_pipeline(name, language)
+
+
+def _open_pocketsphinx(vocabulary: Sequence[str]) -> Transcriber:
     from pocketsphinx import Config, Decoder
 
     decoder = Decoder(
@@ -51,7 +62,7 @@ def _open_pocketsphinx(vocabulary: Sequence[str]) -> Recognizer:
     decoder.add_jsgf_string("words", f"#JSGF V1.0;\ngrammar words;\npublic <words> = ( {' | '.join(vocabulary)} )+;\n")
     decoder.activate_search("words")
 
-    def recognize_words(waveform: torch.Tensor, sample_rate: int) -> list[str]:
+    def transcribe(waveform: torch.Tensor, sample_rate: int) -> str:
         samples = np.pad(_resample(waveform, sample_rate), int(MARGIN_S * RATE))
         samples *= PEAK / max(1e-6, float(np.abs(samples).max()))
         samples += np.random.default_rng(0).normal(0, NOISE, len(samples))
@@ -60,12 +71,12 @@ def _open_pocketsphinx(vocabulary: Sequence[str]) -> Recognizer:
         decoder.process_raw((samples * 32767).astype("<i2").tobytes(), full_utt=True)
         decoder.end_utt()
         found = decoder.hyp()
-        return words_of(found.hypstr) if found else []
+        return found.hypstr if found else ""
 
-    return recognize_words
+    return transcribe
 
 
-def _open_pipeline(name: str) -> Recognizer:
+def _open_pipeline(name: str, language: str | None) -> Transcriber:
     from transformers import pipeline
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,10 +87,14 @@ def _open_pipeline(name: str) -> Recognizer:
             f"--recognizer {name}: is not a speech recognizer that transformers can load: {error}"
         ) from error
 
-    def recognize_words(waveform: torch.Tensor, sample_rate: int) -> list[str]:
-        return words_of(recognize({"raw": _resample(waveform, sample_rate), "sampling_rate": RATE})["text"])
+    # Models of one language refuse the argument.
+    multilingual = getattr(recognize.model.generation_config, "is_multilingual", False)
+    given = {"generate_kwargs": {"language": language}} if language and multilingual else {}
 
-    return recognize_words
+    def transcribe(waveform: torch.Tensor, sample_rate: int) -> str:
+        return recognize({"raw": _resample(waveform, sample_rate), "sampling_rate": RATE}, **given)["text"].strip()
+
+    return transcribe
 
 
 def _resample(waveform: torch.Tensor, sample_rate: int) -> np.ndarray:
