@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from higgs_ds.common.console import say, warn
 from higgs_ds.common.errors import InputError
-from higgs_ds.common.files import saving
 from higgs_ds.common.folder_lock import SLICING_LOCK, FolderLock
-from higgs_ds.data.audio import AudioError, write_audio
+from higgs_ds.data.audio import AudioError
 from higgs_ds.options.slicing import SliceOptions
-from higgs_ds.slicing.cuts import Clip, LeftOut, Limits, Plan, plan_cues, plan_speech
+from higgs_ds.slicing.clips import line_of, write_clips
+from higgs_ds.slicing.cuts import LeftOut, Limits, plan_cues, plan_speech
 from higgs_ds.slicing.inputs import Source, open_sources
-from higgs_ds.slicing.loudness import set_loudness
 from higgs_ds.slicing.progress import LEFT_OUT_FILE, METADATA_FILE, Progress
-from higgs_ds.slicing.recordings import duration_s, read_clips, readable
-from higgs_ds.slicing.voice_activity import Activity, find_pauses
+from higgs_ds.slicing.recordings import duration_s, readable
+from higgs_ds.slicing.voice_activity import find_pauses
 from higgs_ds.speech.recognizers import Transcriber, open_transcriber
 
 NOTHING_HEARD = "the recognizer hears no words"
@@ -80,62 +77,19 @@ def _slice(
         options.edge_silence_s,
     )  # fmt: skip
     plan = plan_speech(activity, limits) if source.cues is None else plan_cues(source.cues, activity, limits)
-    texts = _write_clips(source, sound, plan.clips, options, progress, transcribe, sliced)
+    written = write_clips(source, sound, plan.clips, options, progress, transcribe)
+    sliced.quieter += sum(clip.is_quieter for clip in written)
     unheard = []
-    for number, (clip, text) in enumerate(zip(plan.clips, texts, strict=True), 1):
-        if text:
-            sliced.metadata.append(_line(source, number, clip, text, options))
+    for number, (clip, done) in enumerate(zip(plan.clips, written, strict=True), 1):
+        if done.text:
+            sliced.metadata.append(line_of(source, number, clip, done.text, options))
         else:
             unheard.append(LeftOut(clip.start_s, clip.end_s, NOTHING_HEARD, ""))
-    left_out = sorted([*plan.left_out, *unheard], key=lambda part: (part.start_s, part.end_s))
     sliced.left_out += [
         {"source": str(source.path), "start": part.start_s, "end": part.end_s, "reason": part.reason, "text": part.text}
-        for part in left_out
+        for part in sorted([*plan.left_out, *unheard], key=lambda part: (part.start_s, part.end_s))
     ]
-    _report_recording(source, activity, plan, texts)
-
-
-def _write_clips(
-    source: Source, sound: Path, clips: Sequence[Clip], options: SliceOptions, progress: Progress,
-    transcribe: Transcriber | None, sliced: Sliced,
-) -> list[str]:  # fmt: skip
-    """Write the clips that are not written yet. Return the texts of all; an empty one belongs to no file."""
-    texts = progress.read_texts(source.name)
-    with tqdm(total=len(clips), initial=len(texts), desc=f"{source.name}: clips", unit="clip", disable=None) as bar:
-        for clip, waveform, rate in read_clips(sound, clips[len(texts) :]):
-            text = transcribe(waveform, rate) if transcribe else clip.text
-            if options.loudness is not None:
-                waveform, reached = set_loudness(waveform, rate, options.loudness)
-                sliced.quieter += not reached
-            if text:
-                path = options.output_dir / _file_name(source, len(texts) + 1, options)
-                with saving(path):
-                    write_audio(path, waveform, rate)
-            progress.add_text(source.name, text)
-            texts.append(text)
-            bar.update()
-    return texts
-
-
-def _file_name(source: Source, number: int, options: SliceOptions) -> str:
-    return f"{source.name}_{number:05d}.{options.clip_format}"
-
-
-def _line(source: Source, number: int, clip: Clip, text: str, options: SliceOptions) -> dict[str, Any]:
-    speaker, language = options.speaker or clip.speaker, options.language
-    return {
-        "file_name": _file_name(source, number, options),
-        "text": text,
-        **({"speaker": speaker} if speaker else {}),
-        **({"language": language} if language else {}),
-        "source": str(source.path),
-        "start": clip.start_s,
-        "end": clip.end_s,
-    }
-
-
-def _report_recording(source: Source, activity: Activity, plan: Plan, texts: Sequence[str]) -> None:
-    kept = [clip for clip, text in zip(plan.clips, texts, strict=True) if text]
+    kept = [clip for clip, done in zip(plan.clips, written, strict=True) if done.text]
     say(
         f"{source.path}: {_time(activity.duration_s)}, of which {_time(activity.speech_s)} speech; {len(kept)} clips, "
         f"{_time(sum(clip.duration_s for clip in kept))} with their pauses"

@@ -14,7 +14,7 @@ MUSIC = re.compile(
 )
 SOUND = re.compile(r"\[[^\]]*\]|\([^)]*\)|\*[^*]*\*|<[^>]*>")  # [applause], (laughs), <p:>
 SILENCE = {"sil", "sp", "spn", "silence", "silent"}  # labels of aligners and of Praat
-DASH = re.compile(r"^\s*[-\u2013\u2014]\s*\S")
+TURN = re.compile(r"^\s*(?:[-\u2013\u2014](?=\s)|>>)\s*(?=\S)")  # a dash or >> where another speaker begins
 SENTENCE_END = re.compile(r"[.!?\u2026\u3002\uff01\uff1f\uff61][\"'\u201d\u2019\u00bb)\]]*$")
 OVERLAP_S = 0.25  # subtitles' times are approximate; a shorter overlap is not two voices
 
@@ -53,9 +53,9 @@ class Cue:
 
 
 def clean(text: str) -> str:
-    """Return a subtitle's text on one line, without entities and control characters."""
+    """Return a subtitle's text on one line, without entities, control characters and the mark of a turn."""
     text = "".join(" " if unicodedata.category(char)[0] in "CZ" else char for char in html.unescape(text))
-    return " ".join(text.split())
+    return TURN.sub("", " ".join(text.split()))
 
 
 def join_texts(texts: Iterable[str]) -> str:
@@ -78,9 +78,9 @@ def _is_wide(char: str) -> bool:
     return unicodedata.east_asian_width(char) in "WF" and not "\uac00" <= char <= "\ud7a3"  # Korean has spaces
 
 
-def is_two_speakers(lines: Sequence[str]) -> bool:
-    """Return whether the lines of a subtitle are a dialogue: two or more begin with a dash."""
-    return sum(DASH.match(line) is not None for line in lines) > 1
+def is_dialogue(text: str) -> bool:
+    """Return whether two or more lines of a subtitle begin with the mark of another speaker."""
+    return sum(TURN.match(html.unescape(line)) is not None for line in text.splitlines()) > 1
 
 
 def by_speaker(cue: Cue) -> list[Cue]:

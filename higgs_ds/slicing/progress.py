@@ -2,7 +2,7 @@
 
 slicing.json        the options and inputs; another command may not write to the folder
 NAME_00001.flac     the clips
-.slicing/           of each recording: its pauses, the texts of the clips that are written, sound of a video
+.slicing/           of each recording: its pauses, the clips that are written, the sound of a video
 left_out.jsonl      what is in no clip, and why
 metadata.jsonl      the list of clips; written last
 """
@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,14 @@ def _changed(folder: Path, settings: dict[str, Any]) -> list[str]:
     return [name for name in settings if not isinstance(earlier, dict) or earlier.get(name) != settings[name]]
 
 
+@dataclass(frozen=True)
+class Written:
+    """A clip that is written. One without a text is not: it has no file."""
+
+    text: str
+    is_quieter: bool  # than --loudness, as it would be clipped
+
+
 class Progress:
     """The output folder of a slicing, whose lock this process holds."""
 
@@ -92,9 +101,9 @@ class Progress:
         with saving(path):
             write_text(path, json.dumps({"duration_s": activity.duration_s, "pauses": pauses}))
 
-    def read_texts(self, name: str) -> list[str]:
-        """Return the texts of the clips of a recording that are written. A line cut by a kill is removed."""
-        path = self.work / f"{name}.texts.jsonl"
+    def read_written(self, name: str) -> list[Written]:
+        """Return the clips of a recording that are written. A line cut by a kill is removed."""
+        path = self.work / f"{name}.written.jsonl"
         if not path.exists():
             return []
         content = path.read_bytes()
@@ -102,15 +111,15 @@ class Progress:
         if len(whole) < len(content):
             with saving(path):
                 write_text(path, whole.decode())
-        return [json.loads(line) for line in whole.splitlines()]
+        return [Written(*json.loads(line)) for line in whole.splitlines()]
 
-    def add_text(self, name: str, text: str) -> None:
+    def add_written(self, name: str, clip: Written) -> None:
         """Record that the next clip of a recording is written."""
-        path = self.work / f"{name}.texts.jsonl"
+        path = self.work / f"{name}.written.jsonl"
         with saving(path):
             path.parent.mkdir(exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(text) + "\n")
+                file.write(json.dumps(dataclasses.astuple(clip)) + "\n")
 
     def finish(self, metadata: Sequence[dict[str, Any]], left_out: Sequence[dict[str, Any]]) -> None:
         """Write the lists, the one of the clips last, and remove what only an unfinished slicing needs."""

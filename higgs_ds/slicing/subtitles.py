@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from higgs_ds.common.errors import InputError
-from higgs_ds.slicing.cues import Cue, Word, by_speaker, clean, is_two_speakers, join_words
+from higgs_ds.slicing.cues import Cue, Word, by_speaker, clean, is_dialogue, join_words
 
 INSTALL = "pip install 'higgs_ds[slice]'"
 WORD_TIERS = re.compile(r"(?:(?P<speaker>.*?)\s*-\s*)?words?", re.IGNORECASE)  # of the Montreal Forced Aligner
@@ -76,7 +76,7 @@ def _srt(text: str, path: Path) -> list[Cue]:
         if "-->" in event.plaintext:
             raise InputError(f"{path}: has a time that cannot be read, after {event.start / 1000:.3f} s")
         words = clean(event.plaintext)
-        several = is_two_speakers(event.plaintext.splitlines())
+        several = is_dialogue(event.plaintext)
         cues.append(Cue(event.start / 1000, event.end / 1000, words, several_speakers=several))
     return cues
 
@@ -93,17 +93,14 @@ def _vtt(text: str, path: Path) -> list[Cue]:
     last_line = ""
     for caption in captions.captions:
         start_s, end_s = (time.in_milliseconds() / 1000 for time in (caption.start_time, caption.end_time))
-        lines = caption.raw_text.split("\n")
+        plain = caption.text.split("\n")
         # YouTube's own captions show each line twice: once word by word, then above the next one.
-        if len(lines) > 1 and clean(ANNOTATION.sub("", lines[0])) == last_line:
-            lines = lines[1:]
-        words = _timed_words("\n".join(lines), start_s, end_s)
-        line_texts = [clean(ANNOTATION.sub("", line)) for line in caption.raw_text.split("\n")]
-        last_line = next((line for line in reversed(line_texts) if line), last_line)
-        speakers = {word.speaker for word in words}
+        repeats = len(plain) > 1 and clean(plain[0]) == last_line
+        words = _timed_words(caption.raw_text.partition("\n")[2] if repeats else caption.raw_text, start_s, end_s)
+        last_line = next((clean(line) for line in reversed(plain) if clean(line)), last_line)
         text = clean("".join(word.text for word in words))
         if text:
-            several = len(speakers) > 1 or is_two_speakers(line_texts)
+            several = len({word.speaker for word in words}) > 1 or is_dialogue(caption.text)
             known = tuple(words) if len(words) > 1 and not several else ()
             cues.append(Cue(start_s, end_s, text, words[0].speaker, known, several))
     return cues
@@ -125,8 +122,8 @@ def _timed_words(text: str, start_s: float, end_s: float) -> list[Word]:
         speaker = clean(tag["speaker"]) if tag["speaker"] else speaker
         if tag["time"]:
             time = sum(60**i * float(part) for i, part in enumerate(reversed(tag["time"].split(":"))))
-    ends = [*(start for start, _, _ in found[1:]), end_s]
-    return [Word(start, end, text, who) for (start, who, text), end in zip(found, ends, strict=True)]
+    starts = [*(start for start, _, _ in found), end_s]
+    return [Word(start, starts[i + 1], text, who) for i, (start, who, text) in enumerate(found)]
 
 
 def _json(text: str, path: Path) -> list[Cue]:
