@@ -87,9 +87,12 @@ def _open_pipeline(name: str, language: str | None) -> Transcriber:
             f"--recognizer {name}: is not a speech recognizer that transformers can load: {error}"
         ) from error
 
-    # Models of one language refuse the argument.
-    multilingual = getattr(recognize.model.generation_config, "is_multilingual", False)
-    given = {"generate_kwargs": {"language": language}} if language and multilingual else {}
+    # Models of one language refuse the argument, and those that do not generate have no such settings.
+    known = getattr(getattr(recognize.model, "generation_config", None), "lang_to_id", None)
+    if language and known and f"<|{language}|>" not in known:
+        codes = ", ".join(sorted(token.strip("<|>") for token in known))
+        raise InputError(f"--language {language}: is not a language of the recognizer {name}; it has {codes}")
+    given = {"generate_kwargs": {"language": language}} if language and known else {}
 
     def transcribe(waveform: torch.Tensor, sample_rate: int) -> str:
         return recognize({"raw": _resample(waveform, sample_rate), "sampling_rate": RATE}, **given)["text"].strip()

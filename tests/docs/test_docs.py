@@ -18,6 +18,7 @@ from higgs_ds.options.commands import (
     MergeOptions,
     PrepareOptions,
 )
+from higgs_ds.options.slicing import SliceOptions
 from higgs_ds.options.train import TrainOptions
 
 DOCUMENTS = [
@@ -28,7 +29,7 @@ CURRENT = [path for path in DOCUMENTS if path.name not in ("benchmarks.md", "log
 # Options of other programs, or of the commands that inspect folders, which define their own.
 OTHERS = {
     "--hostfile", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--config", "--help", "--json",
-    "--local", "--repo", "--omni", "--port", "--module",
+    "--local", "--repo", "--omni", "--port", "--module", "--word_timestamps", "--diarize",
 }  # fmt: skip
 
 
@@ -44,7 +45,9 @@ def known_options() -> set[str]:
     for group in (*vars(TrainOptions()).values(), PrepareOptions()):
         add_options(parser, type(group))
     names = {f"--{name}" for name in parser.names()}
-    for group_class in (MergeOptions, BlendOptions, ExportOptions, ConvertOptions, EvaluateOptions, GenerateOptions):
+    for group_class in (
+        MergeOptions, BlendOptions, ExportOptions, ConvertOptions, EvaluateOptions, GenerateOptions, SliceOptions,
+    ):  # fmt: skip
         group_parser = Parser()
         add_options(group_parser, group_class)
         names |= {f"--{name}" for name in group_parser.names()}

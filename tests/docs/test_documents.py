@@ -23,6 +23,7 @@ import soundfile
 from conftest import PROJECT, VOICES, VOICES_MANIFEST, play
 from hub_server import TOKEN, local_hub
 from launcher import default_port, free_port, run_script
+from long_recording import srt_of, write_recording
 
 from higgs_ds.common.hub import PINNED
 
@@ -46,6 +47,8 @@ ELSEWHERE = {
     "deepspeed --hostfile hosts ": ("tests/launch/test_hostfile.py", "--hostfile"),
     "sbatch launch/slurm/train.sbatch": ("tests/slurm/test_slurm_cluster.py", "train.sbatch"),
     "deepspeed launch/prepare.py": ("tests/data/test_prepare_command.py", "prepare.py"),
+    # With a recognizer that is a download of 3 GB.
+    "python launch/slice.py interview.flac --recognizer ": ("tests/speech/test_recognizers.py", "def test_whisper_"),
     "deepspeed launch/evaluate.py": ("tests/speech/test_evaluate.py", "def test_ranks_change_nothing("),
 }
 SMALLER = {
@@ -79,8 +82,11 @@ NEW_USERS = commands_in(
 )
 # The three commands of the path from clips to speech; others in that section set up, or are for a small card.
 NEW_USERS = [command for command in NEW_USERS if re.search(r"--check_only|my_voice( |/)", command)]
-# What others depend on: the README's run with the real base's name, the merge of its adapter, and full fine-tuning.
-FIRST = "deepspeed .*--output_dir my_voice --base|python launch/merge.* merged$|deepspeed .*--finetune full"
+# What others depend on: the README's run with the real base's name, the merge of its adapter, full fine-tuning, and slicing.
+FIRST = (
+    "deepspeed .*--output_dir my_voice --base|python launch/merge.* merged$|deepspeed .*--finetune full|"
+    "python launch/slice.* --subtitles"
+)
 IN_ORDER = [c for c in HERE if re.match(FIRST, c)]
 NODES, HUB = "torchrun --nnodes 2 ", "hf "  # both need more than one process
 
@@ -137,6 +143,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Workshop:
             soundfile.write(folder / clips / f"{number:04d}.wav", samples[:rate], rate)
             if clips == "my_clips":
                 (folder / clips / f"{number:04d}.txt").write_text(words)
+    (folder / "interview.srt").write_text(srt_of(write_recording(folder / "interview.flac", 6)))
     (example,) = re.findall(r'^    (\{"messages": .*?\]\})$', (PROJECT / "README.md").read_text(), re.M | re.S)
     lines = [json.dumps(json.loads(example)).replace("0001", f"{number:04d}") for number in range(1, 7)]
     (folder / "my_voice.jsonl").write_text("\n".join(lines) + "\n")

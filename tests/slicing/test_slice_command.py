@@ -24,6 +24,7 @@ from long_recording import RATE, VOCABULARY, Spoken, srt_of, write_recording
 from silero_vad import get_speech_timestamps, load_silero_vad
 
 from higgs_ds import cli
+from higgs_ds.common.lock import OutputLock
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.sample import AudioClip
 from higgs_ds.slicing import voice_activity
@@ -166,6 +167,15 @@ def test_other_options_in_the_same_folder_are_refused(folder: Path, by_voice: Sl
     before = contents(by_voice.folder)
     assert "the same max_clip_s; choose another folder" in slice_in_process(options, 2)[1]
     assert contents(by_voice.folder) == before
+
+
+def test_one_writer(folder: Path, spoken: list[Spoken], tmp_path: Path) -> None:
+    lock = OutputLock(tmp_path / ".slicing.lock", "--output of another command")
+    lock.acquire(print)
+    options = [str(folder / "recording.flac"), *HEARD, "--output_dir", str(tmp_path)]
+    assert f"--output_dir {tmp_path}: " in slice_in_process(options, 2)[1]
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_trains(by_subtitles: Sliced, tmp_path: Path) -> None:
