@@ -18,7 +18,7 @@ INSTALL = "pip install 'higgs_ds[slice]'"
 WORD_TIERS = re.compile(r"(?:(?P<speaker>.*?)\s*-\s*)?words?", re.IGNORECASE)  # of the Montreal Forced Aligner
 PHONE_TIERS = re.compile(r".*\bphones?", re.IGNORECASE)
 APART_S = 0.3  # words of a tier that are farther apart are different utterances
-ANNOTATION = re.compile(r"<(?:v[.\w]*\s+(?P<speaker>[^>]+)|(?P<time>[\d:]+\.\d+)|[^>]*)>")
+ANNOTATION = re.compile(r"<(?:v[.\w]*\s+(?P<speaker>[^>]+)|(?P<time>(?:\d+:)?\d+:\d+\.\d+)|[^>]*)>")
 
 
 def read_subtitles(path: Path, tiers: Sequence[str] | None = None) -> list[Cue]:
@@ -34,7 +34,8 @@ def read_subtitles(path: Path, tiers: Sequence[str] | None = None) -> list[Cue]:
     cues = _textgrid(path, tiers) if suffix == ".textgrid" else READERS[suffix](_text(path), path)
     if not cues:
         raise InputError(f"{path}: has no subtitles")
-    if not all(math.isfinite(cue.start_s) and math.isfinite(cue.end_s) for cue in cues):
+    parts: list[Cue | Word] = [*cues, *(word for cue in cues for word in cue.words)]
+    if not all(math.isfinite(part.start_s) and math.isfinite(part.end_s) for part in parts):
         raise InputError(f"{path}: has times that are not finite numbers")
     return sorted((part for cue in cues for part in by_speaker(cue)), key=lambda cue: (cue.start_s, cue.end_s))
 
@@ -136,7 +137,7 @@ def _json(text: str, path: Path) -> list[Cue]:
         raise InputError(f"{path}: has no list of segments, as Whisper and WhisperX write it")
     try:
         return [_segment(segment) for segment in segments]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{path}: has segments without start, end and text: {type(error).__name__}: {error}"
         ) from error

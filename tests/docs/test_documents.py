@@ -82,7 +82,7 @@ NEW_USERS = commands_in(
 )
 # The three commands of the path from clips to speech; others in that section set up, or are for a small card.
 NEW_USERS = [command for command in NEW_USERS if re.search(r"--check_only|my_voice( |/)", command)]
-# What others depend on: the README's run with the real base's name, the merge of its adapter, full fine-tuning, and slicing.
+# What others depend on: the README's run with the real base's name, its adapter's merge, full fine-tuning, slicing.
 FIRST = (
     "deepspeed .*--output_dir my_voice --base|python launch/merge.* merged$|deepspeed .*--finetune full|"
     "python launch/slice.* --subtitles"
