@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -60,16 +61,16 @@ def find_pauses(path: Path, min_pause_s: float, advance: Callable[[float], Any])
     Raises:
         AudioError: the recording cannot be read, or its sample rate cannot be resampled.
     """
-    model = _load_model()
-    model.reset_states()
     probabilities, powers, num_samples = [], [], 0
-    for chunk in resampled(path):
-        windows = torch.nn.functional.pad(chunk, (0, -len(chunk) % WINDOW)).view(-1, WINDOW)
-        with torch.no_grad():
+    with _one_thread(), torch.no_grad():
+        model = _load_model()
+        model.reset_states()
+        for chunk in resampled(path):
+            windows = torch.nn.functional.pad(chunk, (0, -len(chunk) % WINDOW)).view(-1, WINDOW)
             probabilities += [float(model(window, RATE)) for window in windows]
-        powers.append(chunk[: len(chunk) // HOP * HOP].view(-1, HOP).square().mean(dim=1).numpy())
-        num_samples += len(chunk)
-        advance(len(chunk) / RATE)
+            powers.append(chunk[: len(chunk) // HOP * HOP].view(-1, HOP).square().mean(dim=1).numpy())
+            num_samples += len(chunk)
+            advance(len(chunk) / RATE)
     speech = _speech(probabilities, num_samples, min_pause_s)
     return Activity(num_samples / RATE, _pauses_between(speech, np.concatenate(powers), num_samples / RATE))
 
@@ -97,13 +98,25 @@ def _resample(held: np.ndarray, first: int, count: int, rate: int) -> torch.Tens
     return whole[begin : begin - (-count * RATE // rate)]
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within the block, torch uses one thread: with more, operations on 512 samples take longer.
+
+    The import of silero_vad sets this for the whole process.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @functools.cache
 def _load_model() -> Any:
     """Load the model that is part of the package silero-vad."""
-    threads = torch.get_num_threads()
     from silero_vad import load_silero_vad
 
-    torch.set_num_threads(threads)  # the import sets it to 1 for the whole process
     return load_silero_vad()
 
 
