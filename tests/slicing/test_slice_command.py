@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,6 @@ from long_recording import RATE, VOCABULARY, Spoken, srt_of, write_recording
 from silero_vad import get_speech_timestamps, load_silero_vad
 
 from higgs_ds import cli
-from higgs_ds.common.lock import OutputLock
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.sample import AudioClip
 from higgs_ds.slicing import voice_activity
@@ -35,6 +35,16 @@ pytestmark = pytest.mark.slow
 
 HEARD = ["--recognizer", "pocketsphinx", "--vocabulary", *VOCABULARY, "--speaker", "finn"]
 WER_MARGIN = 0.02  # of all words; the clips have other pauses and noise around them than the samples
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from higgs_ds.common.lock import OutputLock
+OutputLock(Path(sys.argv[1]), "--output_dir of another command").acquire(print)
+print("held", flush=True)
+time.sleep(600)
+"""
 
 
 @dataclass(frozen=True)
@@ -170,12 +180,16 @@ def test_other_options_in_the_same_folder_are_refused(folder: Path, by_voice: Sl
 
 
 def test_one_writer(folder: Path, spoken: list[Spoken], tmp_path: Path) -> None:
-    lock = OutputLock(tmp_path / ".slicing.lock", "--output of another command")
-    lock.acquire(print)
     options = [str(folder / "recording.flac"), *HEARD, "--output_dir", str(tmp_path)]
-    assert f"--output_dir {tmp_path}: " in slice_in_process(options, 2)[1]
-    lock.release()
-    assert list(tmp_path.iterdir()) == []
+    command = [sys.executable, "-c", HOLD, str(tmp_path / ".slicing.lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "held\n"
+        assert re.search(
+            f"--output_dir {tmp_path}: process {other.pid} .*is writing there", slice_in_process(options, 2)[1]
+        )
+        other.kill()
+    assert [path.name for path in tmp_path.iterdir()] == [".slicing.lock"]
 
 
 def test_trains(by_subtitles: Sliced, tmp_path: Path) -> None:
