@@ -24,6 +24,7 @@ KEPT_COUNTS = 1000.0  # nothing is left out for better cuts
 TOO_SHORT = "shorter than --min_clip_s, with no neighbour to join"
 TOO_LONG = "longer than --max_clip_s, with no pause to cut in"
 NO_PAUSE = "no pause near its beginning or end"
+LONG_PAUSE = "has a pause longer than --max_pause_s"
 NO_SOUND = "no speech at its time"
 NO_SUBTITLE = "speech without a subtitle"
 
@@ -107,6 +108,10 @@ def plan_cues(cues: Sequence[Cue], activity: Activity, limits: Limits) -> Plan:
         elif runs[-1]:
             runs.append([])
     placed = [_place(run, activity.pauses, limits) for run in runs if run]
+    for left, right in pairwise(placed):
+        end, start = left[-1].after, right[0].before
+        if end is not None and start is not None and end > start:  # no clips may overlap
+            left[-1], right[0] = replace(left[-1], after=None), replace(right[0], before=None)
     plan = _plan(placed, activity, limits)
     left_out += plan.left_out + _speech_without_cues(cues, activity, limits)
     return Plan(plan.clips, sorted(left_out, key=lambda part: (part.start_s, part.end_s)))
@@ -212,13 +217,11 @@ def _group(units: Sequence[Unit], pauses: Sequence[Pause], limits: Limits) -> Pl
 
 
 def _possible_firsts(units: Sequence[Unit], last: int, pauses: Sequence[Pause], limits: Limits) -> list[int]:
-    """Return the units from which on all can be in one clip, up to the last one, without too long a pause."""
+    """Return the units from which on all are of one speaker and next to each other, up to the last one."""
     firsts = [last]
     for first in range(last, 0, -1):
         left, right = units[first - 1], units[first]
         if left.after != right.before or left.cue.speaker != right.cue.speaker:
-            break
-        if left.after is not None and pauses[left.after].duration_s > limits.max_pause_s:
             break
         if units[last].cue.end_s - left.cue.end_s > limits.max_clip_s + 2 * limits.max_shift_s:
             break
@@ -233,10 +236,16 @@ def _clip(units: Sequence[Unit], pauses: Sequence[Pause], limits: Limits) -> Cli
         return None
     if any(unit.before is not None and unit.before == unit.after for unit in units):
         return None  # no speech at its time: the text may belong elsewhere
+    if _has_long_pause(before, after, pauses, limits):
+        return None
     start_s = max(pauses[before].cut_s, pauses[before].end_s - limits.edge_s)
     end_s = min(pauses[after].cut_s, pauses[after].start_s + limits.edge_s)
     clip = Clip(round(start_s, 3), round(end_s, 3), join_texts(unit.cue.text for unit in units), units[0].cue.speaker)
     return clip if clip.duration_s <= limits.max_clip_s else None
+
+
+def _has_long_pause(before: int, after: int, pauses: Sequence[Pause], limits: Limits) -> bool:
+    return any(pauses[number].duration_s > limits.max_pause_s for number in range(before + 1, after))
 
 
 def _speech_s(first: Unit, last: Unit, pauses: Sequence[Pause]) -> float:
@@ -262,6 +271,8 @@ def _left_out(unit: Unit, pauses: Sequence[Pause], limits: Limits) -> LeftOut:
         reason = TOO_LONG
     elif unit.before is None or unit.after is None:
         reason = NO_PAUSE
+    elif _has_long_pause(unit.before, unit.after, pauses, limits):
+        reason = LONG_PAUSE
     else:
         reason = TOO_SHORT
     return LeftOut(round(start_s, 3), round(end_s, 3), reason, unit.cue.text)

@@ -12,6 +12,7 @@ from long_recording import known_activity, srt_of, write_recording
 from higgs_ds.common.errors import collect_problems
 from higgs_ds.slicing.cues import Cue, Word
 from higgs_ds.slicing.cuts import (
+    LONG_PAUSE,
     NO_PAUSE,
     NO_SOUND,
     NO_SUBTITLE,
@@ -101,6 +102,14 @@ def test_nothing_is_joined_across_what_is_left_out() -> None:
     assert [(part.text, part.reason) for part in plan.left_out] == [
         ("♪ la ♪", "music"), ("", NO_SUBTITLE), ("c", NO_SOUND),
     ]  # fmt: skip
+
+
+def test_a_long_pause_is_in_no_clip() -> None:
+    found = activity((1, 4), (7, 10), (11, 14), duration_s=15)
+    plan = plan_cues([Cue(1, 10, "a"), Cue(11, 14, "b")], found, LIMITS)
+    assert [clip.text for clip in plan.clips] == ["b"]
+    assert [(part.start_s, part.end_s, part.reason) for part in plan.left_out] == [(1, 10, LONG_PAUSE)]
+    assert spans(plan_speech(found, LIMITS).clips) == [(0.8, 4.2), (6.8, 10.2), (10.8, 14.2)]
 
 
 def test_a_word_on_either_side_of_a_pause_stays_with_both() -> None:
