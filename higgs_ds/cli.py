@@ -36,12 +36,12 @@ def train(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def prepare(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Check manifests, and encode their audio into the cache."""
-    data, model, prepare_options = command_line.parse_prepare_options(argv, prog)
+    options = command_line.parse_prepare_options(argv, prog)
     quiet_libraries()
     with quick_imports():
         from higgs_ds.training.prepare import main
 
-    return run_ranks(lambda: main(data, model, prepare_options), together=False)
+    return run_ranks(lambda: main(*options), together=False)
 
 
 def evaluate(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 import soundfile
 
 from higgs_ds.common.files import replaced_file
+from higgs_ds.data.quality import ClipMeter, ClipQuality
 from higgs_ds.data.sample import AudioClip
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 # torchaudio's defaults, written out because they are part of the keys of the code cache.
 RESAMPLING: dict[str, Any] = {"lowpass_filter_width": 6, "rolloff": 0.99, "resampling_method": "sinc_interp_hann"}
 SILENCE_PEAK = 1e-3  # -60 dBFS: a quieter clip is inaudible
-FULL_SCALE = 0.999
+SILENCE_DB = 40.0  # below the loudest 10 ms of a clip: pauses, unless they are noisy; weak consonants are louder
 WRITTEN_AS = (".wav", ".flac")
 BLOCK_NUMBERS = 2**20  # numbers decoded at a time, 4 MiB: all that checking a clip holds in memory
 MAX_FILTER_TABLE = 2**26  # numbers of torchaudio's filters for resampling: half a gigabyte in float64
@@ -51,36 +52,40 @@ class ClipTooLongError(AudioError):
 class AudioFacts:
     """Properties of a clip that are known once it is decoded."""
 
-    source_samples: int
+    source_samples: int  # without what is trimmed
     source_rate: int
-    clipped: float  # fraction of the samples at full scale
+    quality: ClipQuality
+    start: int = 0  # sample at which it begins, after what is trimmed
 
     def num_samples(self, sample_rate: int) -> int:
         """Return the number of samples after torchaudio's resampling."""
         return -(-self.source_samples * sample_rate // self.source_rate)
 
 
-def examine(clip: AudioClip, max_s: float, sample_rate: int) -> AudioFacts:
-    """Check that a clip can be trained on, without resampling it and with one block of it in memory.
+def examine(
+    clip: AudioClip, max_s: float, sample_rate: int, silence_db: float = SILENCE_DB, rest_s: float | None = None
+) -> AudioFacts:
+    """Check that a clip can be trained on and measure it, without resampling it and with one block of it in memory.
 
     Args:
         sample_rate: to which the clip is going to be resampled, in Hz.
+        silence_db: below its loudest 10 ms, at which 10 ms of the clip are silent.
+        rest_s: seconds of silence that are left at each end; None trims nothing.
 
     Raises:
         AudioError, ClipTooLongError: as in `read_audio`; or the clip is silent.
     """
-    peak, num_samples, num_clipped = 0.0, 0, 0
     with _opened(clip, max_s) as (source_rate, blocks):
         _check_rate(source_rate, sample_rate)
+        meter = ClipMeter(source_rate)
         for block in blocks:
-            magnitude = np.abs(block)
-            peak = max(peak, float(magnitude.max()))
-            num_samples += len(block)
-            num_clipped += int((magnitude >= FULL_SCALE).sum())
-            num_channels = block.shape[1]
-    if peak < SILENCE_PEAK:
-        raise AudioError(f"is silent: its peak is {20 * math.log10(peak) if peak else -math.inf:.0f} dBFS")
-    return AudioFacts(num_samples, source_rate, num_clipped / (num_samples * num_channels))
+            meter.add(block)
+    if meter.peak < SILENCE_PEAK:
+        raise AudioError(f"is silent: its peak is {20 * math.log10(meter.peak) if meter.peak else -math.inf:.0f} dBFS")
+    quality, start, stop = meter.finish(silence_db)
+    rest = math.inf if rest_s is None else round(rest_s * source_rate)
+    start, stop = int(max(0, start - rest)), int(min(meter.num_samples, stop + rest))
+    return AudioFacts(stop - start, source_rate, quality, start)
 
 
 def read_audio(clip: AudioClip, sample_rate: int, max_s: float = math.inf) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from higgs_ds.common.files import replaced_file, saving, sha256_of
 from higgs_ds.data.audio import RESAMPLING
+from higgs_ds.data.quality import ClipQuality, decoded
 from higgs_ds.data.sample import AudioClip
 
 if TYPE_CHECKING:
@@ -24,14 +26,15 @@ HEADER_BYTES = 1024  # upper limit of what a file contains besides the codes
 
 @dataclass(frozen=True)
 class CachedCodes:
-    """Cached data of a clip: codes (C, F), int16, and the fraction of its samples at full scale."""
+    """Cached data of a clip: codes (C, F), int16, and its measurements, which earlier versions did not store."""
 
     codes: torch.Tensor
-    clipped: float
+    quality: ClipQuality | None = None
 
 
 class CodeCache:
-    """One small file per clip, named after the clip's content, offset and duration, the resampling and the codec.
+    """One small file per clip, named after the clip's content, offset and duration, what is trimmed, the resampling
+    and the codec.
 
     Several processes may store the same clip at the same time, and may be killed at any time. A file that is damaged,
     or that belongs to another key, counts as missing.
@@ -41,23 +44,27 @@ class CodeCache:
         self.folder = folder / "codes"
         self.codec_digest = codec_digest
 
-    def key(self, clip: AudioClip) -> str:
-        """Return the hexadecimal key of a clip's codes. Raises OSError if the audio file cannot be read."""
+    def key(self, clip: AudioClip, trimmed: Sequence[float] = ()) -> str:
+        """Return the hexadecimal key of a clip's codes. Raises OSError if the audio file cannot be read.
+
+        Args:
+            trimmed: how the clip's ends are trimmed; empty if they are not.
+        """
         content = _content_of_file(clip.path, *_stamp(clip.path)) if clip.data is None else _sha256(clip.data)
-        identity = [content, clip.offset_s, clip.duration_s, RESAMPLING, self.codec_digest]
+        identity = [content, clip.offset_s, clip.duration_s, RESAMPLING, self.codec_digest, *trimmed]
         return _sha256(json.dumps(identity, sort_keys=True).encode())
 
     def load(self, key: str, num_codebooks: int) -> CachedCodes | None:
         """Return a clip's codes, or None if they are not cached."""
         return self._read(key, num_codebooks, "pt")
 
-    def facts(self, key: str, num_codebooks: int) -> tuple[int, float] | None:
-        """Return a clip's number of frames and its fraction of clipped samples, or None if it is not cached.
+    def facts(self, key: str, num_codebooks: int) -> tuple[int, ClipQuality | None] | None:
+        """Return a clip's number of frames and its measurements, or None if it is not cached.
 
         The codes are read as well, as in `load`, but without importing torch.
         """
         cached = self._read(key, num_codebooks, "np")
-        return None if cached is None else (cached.codes.shape[1], cached.clipped)
+        return None if cached is None else (cached.codes.shape[1], cached.quality)
 
     def _read(self, key: str, num_codebooks: int, framework: str) -> CachedCodes | None:
         try:
@@ -66,7 +73,7 @@ class CodeCache:
                 codes = file.get_tensor("codes")
                 if metadata.get("key") != key or codes.ndim != 2 or len(codes) != num_codebooks:
                     return None
-                return CachedCodes(codes, float(metadata["clipped"]))
+                return CachedCodes(codes, decoded(metadata["quality"]) if "quality" in metadata else None)
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
 
@@ -84,7 +91,7 @@ class CodeCache:
         from safetensors.torch import save_file
 
         with saving(self.path(key)), replaced_file(self.path(key)) as temporary:
-            metadata = {"key": key, "clipped": repr(cached.clipped)}
+            metadata = {"key": key} | ({"quality": cached.quality.encoded()} if cached.quality else {})
             save_file({"codes": cached.codes.to(torch.int16).contiguous()}, temporary, metadata)
 
     def drop(self, key: str) -> None:

@@ -72,7 +72,7 @@ class CodeStore:
 
     def store(self, clip: ClipToEncode, codes: torch.Tensor) -> None:
         """Store a clip's codes (C, F) and, if a Whisper tower encodes it, its features."""
-        self.cache.store(clip.key, CachedCodes(codes, clip.clipped))
+        self.cache.store(clip.key, CachedCodes(codes, clip.quality))
         if self.hearing is not None and clip.is_heard:
             self.hearing.store(clip.key, clip.clip, codes.shape[1])
 

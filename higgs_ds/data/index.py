@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.lib.recfunctions as rfn
 import pyarrow as pa
 
 from higgs_ds.data.code_cache import KEY_BYTES
+from higgs_ds.data.quality import CLIP
 from higgs_ds.data.references import Candidate, PlainForm
 from higgs_ds.data.sample import AudioClip, Message, Sample
+from higgs_ds.data.spoken_text import NO_QUALITY, TEXT, SampleQuality
 
-VERSION = 3  # increment it with every change to the files
+VERSION = 4  # increment it with every change to the files
 ROWS_PER_BATCH = 1024
 DIGEST_BYTES = 16
 DESCRIPTION = "index.json"
@@ -64,7 +67,9 @@ REFERENCES = pa.schema(
         ("end_s", pa.float64()),
     ]
 )
-SCHEMAS = {"facts": FACTS, "content": CONTENT, "references": REFERENCES}
+# Columns that are read for all samples at once to find bad ones: arrays of the types CLIP and TEXT.
+QUALITY = pa.schema([("clips", pa.binary()), ("text", pa.binary(TEXT.itemsize))])
+SCHEMAS = {"facts": FACTS, "content": CONTENT, "references": REFERENCES, "quality": QUALITY}
 NO_CANDIDATE = Candidate(0, 0, 0, 0, 0.0, 0.0, False)
 
 
@@ -89,6 +94,7 @@ class CheckedSample:
     plain: PlainForm | None = None
     plain_tokens: int = 0
     candidate: Candidate | None = None
+    quality: SampleQuality | None = None
 
     def rows(self) -> dict[str, tuple[Any, ...]]:
         """Return the values for each of the SCHEMAS, in column order."""
@@ -109,6 +115,7 @@ class CheckedSample:
                 paths, sizes, mtimes,
             ),
             "references": (self.plain_tokens, c.num_tokens, int(c.takes), c.words, c.clip, c.file, c.start_s, c.end_s),
+            "quality": self.quality.row() if self.quality else NO_QUALITY,
         }  # fmt: skip
 
 
@@ -144,7 +151,7 @@ class Index:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._facts, self._content, self._references = (_mapped(folder, kind) for kind in SCHEMAS)
+        self._facts, self._content, self._references, self._quality = (_mapped(folder, kind) for kind in SCHEMAS)
         self._order = np.argsort(_numbers(self._facts["number"].combine_chunks()), kind="stable")
         self.num_tokens = _numbers(self._facts["num_tokens"].combine_chunks())[self._order]
 
@@ -205,6 +212,24 @@ class Index:
             for chunk in self._facts["digest"].chunks
         ]
         return np.concatenate(chunks)[self._order]
+
+    def text_quality(self, *names: str) -> np.ndarray:
+        """Return some fields of TEXT of all rows, read from disk."""
+        batches = [_values(batch["text"], TEXT)[[*names]] for batch in _read(self._folder, "quality")]
+        return rfn.repack_fields(np.concatenate([np.zeros(0, TEXT)[[*names]], *batches])[self._order])
+
+    def clip_quality(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield measurements of clips, arrays of the type CLIP; the row of each, and its number in that row. A batch
+        has all clips of its rows, which are not in order."""
+        row_of = np.empty_like(self._order)
+        row_of[self._order] = np.arange(len(self._order))
+        start = 0
+        for batch in _read(self._folder, "quality"):
+            counts = np.array([len(value) for value in batch["clips"].to_pylist()]) // CLIP.itemsize
+            rows = row_of[start : start + len(batch)]
+            numbers = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            yield _values(batch["clips"], CLIP), np.repeat(rows, counts), numbers
+            start += len(batch)
 
     def clip_frames(self) -> np.ndarray:
         """Return the numbers of frames of all clips of all rows."""
@@ -267,6 +292,11 @@ def _mapped(folder: Path, kind: str) -> pa.Table:
     if not files:
         raise FileNotFoundError(f"{folder}: has no {kind}; the cache was deleted while it was in use")
     return pa.concat_tables([pa.ipc.open_file(pa.memory_map(path)).read_all() for path in files])
+
+
+def _values(column: pa.Array, dtype: np.dtype) -> np.ndarray:
+    """Return the values of a whole column of bytes as a structured array."""
+    return np.frombuffer(column.buffers()[-1] or b"", dtype)
 
 
 def _numbers(column: pa.Array) -> np.ndarray:

@@ -27,11 +27,13 @@ from higgs_ds.common.errors import SaveError
 from higgs_ds.common.files import check_folders, flush_folder, saving, write_json, write_text
 from higgs_ds.common.lock import OutputLock, lock_beside
 from higgs_ds.data.coder import Coder
+from higgs_ds.data.flags import Flagged, find_flags
 from higgs_ds.data.formats.folders import list_files
 from higgs_ds.data.index import DESCRIPTION, VERSION, CheckedSample, Index, PartWriter, open_kept, stamp_of
 from higgs_ds.data.reference_choice import references_of
 from higgs_ds.data.summary import describe
 from higgs_ds.data.survey import MAX_SHOWN, Checker, MissingClips, Share, SurveyResult, missing_clips, survey
+from higgs_ds.options.flags import FlagOptions
 from higgs_ds.options.train import DataOptions
 
 if TYPE_CHECKING:
@@ -40,7 +42,9 @@ if TYPE_CHECKING:
 BAD_LINES = "bad-{:05d}.txt"
 UNUSED_AFTER_S = 30 * 24 * 3600  # age at which an index that no run has used is removed
 # Options that affect the content of an index.
-INDEXED_OPTIONS = ("format", "reference_placement", "normalize_text", "allow_text_targets", "max_clip_s")
+INDEXED_OPTIONS = (
+    "format", "reference_placement", "normalize_text", "allow_text_targets", "max_clip_s", "trim_silence", "silence_db",
+)  # fmt: skip
 WHOLE = Share()
 
 
@@ -174,13 +178,16 @@ class Preparation:
         assert checked.index is not None
         assert self.coder is not None
         codec = self.coder.codec
-        clipped = [source for _, source in sorted(line for f in checked.findings for line in f.clipped)]
-        num_clipped = sum(findings.num_clipped for findings in checked.findings)
         frame_rate = codec.sample_rate / codec.hop_length
-        lines = describe(checked.index, frame_rate, self.options.max_seq_len, clipped, num_clipped)
+        lines = describe(checked.index, frame_rate, self.options.max_seq_len)
         rows = np.arange(len(checked.index))
         references = references_of(checked.index, rows, rows, self.options, seed=0) if self.shard == WHOLE else None
         return f"{lines}\nreferences: {references.describe(with_dropout=False)}" if references else lines
+
+    def flagged(self, index: Index, options: FlagOptions) -> Flagged:
+        """Find samples that may be bad. Unlike other methods, only rank 0 needs to call this."""
+        assert self.coder is not None
+        return find_flags(index, options, self.options.trim_silence, self.coder.codec.sample_rate)
 
     def _kept_index(self, path: Path) -> Index | None:
         """Return the index of an earlier run if the manifest, its files and the codes are unchanged since."""

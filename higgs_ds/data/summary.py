@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 import numpy as np
 
 from higgs_ds.data.index import Index
+from higgs_ds.data.medians import rates_of
 
 BINS_S = (0, 1, 2, 4, 8, 15, 30, 60, 120, 300, float("inf"))
 BAR = 40  # characters of the longest bar
 NAMED = 5  # number of speakers, languages and samples that are named
 
 
-def describe(index: Index, frame_rate: float, max_seq_len: int | None, clipped: Sequence[str], num_clipped: int) -> str:
-    """Return clips, hours, speakers, languages, tokens, duplicates, clipping, samples that are too long, a histogram.
+def describe(index: Index, frame_rate: float, max_seq_len: int | None) -> str:
+    """Return clips, hours, speakers, languages, tokens, speaking rate, level, duplicates, samples that are too long,
+    and a histogram.
 
     Args:
         frame_rate: the codec's frame rate in Hz.
-        clipped: sources of samples with clips at full scale, possibly only the first of `num_clipped`.
     """
     if len(index) == 0:
         return "samples: 0"
     seconds = index.clip_frames() / frame_rate
     lines = [f"samples: {len(index):,}", f"clips: {len(seconds):,}, {seconds.sum() / 3600:.2f} hours"]
     if len(seconds):
-        lines[-1] += f", {seconds.min():.2f} to {seconds.max():.2f} s, median {np.median(seconds):.2f} s"
+        lines[-1] += f", {seconds.min():.2f} to {seconds.max():.2f} s, {_spread(seconds, ' s')}"
     lines += [_label_line(index, "speaker"), _label_line(index, "language")]
     tokens = index.num_tokens
     lines.append(f"tokens: {tokens.sum():,}, {tokens.min()} to {tokens.max()} per sample")
@@ -34,9 +34,23 @@ def describe(index: Index, frame_rate: float, max_seq_len: int | None, clipped: 
         too_long = np.flatnonzero(tokens > max_seq_len)
         lines.append(_rows_line(index, f"samples longer than --max_seq_len {max_seq_len}", too_long))
     lines.append(_rows_line(index, "duplicates of an earlier sample", _repeated(index.digests())))
-    more = f": {', '.join(clipped[:NAMED])}{', ...' if num_clipped > NAMED else ''}" if num_clipped else ""
-    lines.append(f"samples with clipped audio: {num_clipped:,}{more}")
+    lines += _speech_lines(index)
     return "\n".join([*lines, *histogram(seconds)])
+
+
+def _spread(values: np.ndarray, unit: str = "", low: bool = False) -> str:
+    """Return the median and the 95th percentile, on request also the 5th."""
+    five, median, ninety_five = np.percentile(values, (5, 50, 95))
+    least = f"5th percentile {five:.2f}{unit}, " if low else ""
+    return f"median {median:.2f}{unit}, {least}95th percentile {ninety_five:.2f}{unit}"
+
+
+def _speech_lines(index: Index) -> list[str]:
+    text = index.text_quality("num_chars", "speech_s", "level_dbfs")
+    rates, has_words = rates_of(text)
+    level = text["level_dbfs"][text["level_dbfs"] < 0]
+    lines = [f"characters per second: {_spread(rates[has_words], low=True)}"] if has_words.any() else []
+    return [*lines, f"level: {_spread(level, ' dBFS', low=True)}"] if len(level) else lines
 
 
 def histogram(seconds: np.ndarray) -> list[str]:

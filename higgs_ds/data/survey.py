@@ -18,14 +18,15 @@ from higgs_ds.data.formats.reader import read_entries
 from higgs_ds.data.index import CheckedClip, CheckedSample, stamp_of
 from higgs_ds.data.mel_features import SAMPLE_RATE
 from higgs_ds.data.prompt import count_tokens
+from higgs_ds.data.quality import ClipQuality
 from higgs_ds.data.references import Candidate, candidate_of, pair_of, plain_form
 from higgs_ds.data.sample import AudioClip, Entry, Sample
+from higgs_ds.data.spoken_text import examine_sample
 from higgs_ds.options.train import DataOptions
 
 CHUNK = 32  # entries that a thread takes at a time
 MAX_SHOWN = 1000  # problems that are kept for display
 USUAL_RATE_AND_HOP = 24000, 960
-CLIPPED_SHARE = 1e-3  # of a clip's samples at full scale, above which it is reported
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,6 @@ class SurveyResult:
     num_bad: int = 0
     num_problems: int = 0
     problems: list[tuple[int, str]] = field(default_factory=list)  # the first MAX_SHOWN
-    num_clipped: int = 0
-    clipped: list[tuple[int, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class ClipToEncode:
     clip: AudioClip
     key: str
     num_samples: int  # at the codec's rate
-    clipped: float
+    quality: ClipQuality | None
     is_heard: bool = False  # whether a Whisper tower encodes it
 
 
@@ -88,9 +87,10 @@ class ClipFacts:
     key: str
     num_frames: int
     num_samples: int
-    clipped: float
+    quality: ClipQuality
     is_cached: bool
     num_outputs: tuple[int, ...] = ()
+    stretch: tuple[float, float] | None = None  # offset and duration to encode instead of the clip's, in seconds
 
     @property
     def short_key(self) -> int:
@@ -162,6 +162,7 @@ class Checker:
             plain=plain,
             plain_tokens=self._count_tokens(plain.of(sample), [clips[i] for i in plain.clips]) if plain else 0,
             candidate=self._candidate(sample, clips[-1]) if clips else None,
+            quality=examine_sample(sample, [clip.quality for clip in clips]),
         )
         return CheckedEntry(number, entry.source, [], checked, clips)
 
@@ -177,6 +178,8 @@ class Checker:
         if pair is None:
             return None
         seconds = target.num_frames * self.hop_length / self.sample_rate
+        if self.options.trim_silence is not None:
+            seconds = target.quality.duration_s
         # Segments are tokenized separately, so that a pair adds the same to every sample. Alone, it begins the text.
         num_tokens = self._count_tokens(replace(sample, messages=pair), [target]) - 1
         return candidate_of(sample, target.key, sample.clips[-1], seconds, num_tokens)
@@ -186,14 +189,19 @@ class Checker:
         hearing = self.coder.hearing if self.coder and is_heard else None
         if clip.data is None and not clip.path.is_file():
             raise AudioError("no such file" if not clip.path.exists() else "is not a file")
-        key = self.coder.cache.key(clip) if self.coder else ""
+        silence_db, rest_s = self.options.silence_db, self.options.trim_silence
+        trimmed = () if rest_s is None else (rest_s, silence_db)
+        key = self.coder.cache.key(clip, trimmed) if self.coder else ""
         cached = self.coder.cache.facts(key, self.coder.stream.num_codebooks) if self.coder else None
         num_outputs = hearing.kept_outputs(key) if hearing else ()
-        if cached is not None and num_outputs is not None and cached[0] * hop <= max_s * rate:
-            num_frames, clipped = cached
-            return ClipFacts(key, num_frames, num_frames * hop, clipped, True, num_outputs)
+        is_cached = cached is not None and num_outputs is not None
+        if cached is not None and num_outputs is not None:
+            num_frames, quality = cached
+            # Codes of an earlier version have no measurements, and those of other options have other ones.
+            if quality is not None and quality.has_silence_db(silence_db) and quality.duration_s <= max_s:
+                return ClipFacts(key, num_frames, num_frames * hop, quality, True, num_outputs)
         try:
-            facts = examine(clip, max_s, rate)
+            facts = examine(clip, max_s, rate, silence_db, rest_s)
         except ClipTooLongError as error:
             raise AudioError(
                 f"lasts {error.seconds:.1f} s, longer than --max_clip_s {max_s:g}; cut it with offset and duration"
@@ -205,7 +213,10 @@ class Checker:
             )
         num_frames = self.coder.codec.num_frames(num_samples) if self.coder else 0
         num_outputs = hearing.num_outputs(facts.num_samples(SAMPLE_RATE), num_frames) if hearing else ()
-        return ClipFacts(key, num_frames, num_samples, facts.clipped, False, num_outputs)
+        stretch = None
+        if rest_s is not None:
+            stretch = clip.offset_s + facts.start / facts.source_rate, facts.source_samples / facts.source_rate
+        return ClipFacts(key, num_frames, num_samples, facts.quality, is_cached, num_outputs, stretch)
 
 
 def survey(
@@ -230,10 +241,6 @@ def survey(
         if entry.checked is not None:
             keep(entry.checked)
             missing.add(entry.number, entry.clips, checker.sample_rate)
-            if any(clip.clipped > CLIPPED_SHARE for clip in entry.clips):
-                result.num_clipped += 1
-                if len(result.clipped) < MAX_SHOWN:
-                    result.clipped.append((entry.number, entry.source))
     return result, missing
 
 
@@ -277,6 +284,8 @@ def missing_clips(path: Path, checker: Checker, missing: MissingClips) -> Iterat
             facts = checker.facts(clip, is_heard)
             if facts.short_key in remaining:
                 remaining.remove(facts.short_key)
-                yield ClipToEncode(clip, facts.key, facts.num_samples, facts.clipped, bool(facts.num_outputs))
+                offset_s, duration_s = facts.stretch or (clip.offset_s, clip.duration_s)
+                part = replace(clip, offset_s=offset_s, duration_s=duration_s)
+                yield ClipToEncode(part, facts.key, facts.num_samples, facts.quality, bool(facts.num_outputs))
         if wanted is None:
             return

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from higgs_ds.common.resources import command
 from higgs_ds.options.fields import EMBEDDINGS, RESUME_AUTO, TRAIN_GROUPS
+from higgs_ds.options.flags import check_flag_options
 from higgs_ds.options.learning_rates import check_learning_rates
 from higgs_ds.options.train import DataOptions, TrainOptions
 
@@ -31,6 +32,10 @@ def check_data_options(options: DataOptions) -> list[str]:
         )
     if not 0 < options.max_clip_s < float("inf"):
         problems.append(f"--max_clip_s {options.max_clip_s}: must be above 0")
+    if options.trim_silence is not None and not 0 <= options.trim_silence < float("inf"):
+        problems.append(f"--trim_silence {options.trim_silence}: must be 0 or more; leave it out to trim nothing")
+    if not 0 < options.silence_db < float("inf"):
+        problems.append(f"--silence_db {options.silence_db}: must be above 0")
     for name in ("max_seq_len", "num_workers"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -111,7 +116,8 @@ def _check_finetune_options(options: TrainOptions) -> list[str]:
 def check_options(options: TrainOptions) -> list[str]:
     """Return the problems of all training options; empty if there are none."""
     flat = options.flat()
-    problems = check_data_options(options.data) + _check_finetune_options(options) + check_learning_rates(options)
+    problems = check_data_options(options.data) + check_flag_options(options.flags)
+    problems += _check_finetune_options(options) + check_learning_rates(options)
 
     def expect(name: str, holds: bool, allowed: str) -> None:
         if not holds:

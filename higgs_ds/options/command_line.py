@@ -20,6 +20,7 @@ from higgs_ds.options.commands import (
     MergeOptions,
     PrepareOptions,
 )
+from higgs_ds.options.flags import FlagOptions
 from higgs_ds.options.options_file import read_options_file
 from higgs_ds.options.parser import Parser, add_options
 from higgs_ds.options.slicing import SliceOptions
@@ -49,9 +50,9 @@ def parse_train_options(argv: Sequence[str] | None = None, prog: str | None = No
 
 def parse_prepare_options(
     argv: Sequence[str] | None = None, prog: str | None = None
-) -> tuple[DataOptions, ModelOptions, PrepareOptions]:
+) -> tuple[DataOptions, ModelOptions, PrepareOptions, FlagOptions]:
     """Parse the options of launch/prepare.py, which shares the data and model options and options files of training."""
-    groups = (DataOptions, ModelOptions, PrepareOptions)
+    groups = (DataOptions, ModelOptions, PrepareOptions, FlagOptions)
     parser = Parser(
         **_usage("launch/prepare.py", "[deepspeed|python] launch/prepare.py --train_manifest PATH [options]", prog),
         description="Check manifests, and encode their audio into the cache before training.",
@@ -63,7 +64,7 @@ def parse_prepare_options(
     parsed = [
         group(**{f.name: given[f.name] for f in dataclasses.fields(group) if f.name in given}) for group in groups
     ]
-    return typing.cast(tuple[DataOptions, ModelOptions, PrepareOptions], tuple(parsed))
+    return typing.cast(tuple[DataOptions, ModelOptions, PrepareOptions, FlagOptions], tuple(parsed))
 
 
 def _add_local_rank(parser: Parser) -> None:

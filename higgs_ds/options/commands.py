@@ -29,6 +29,9 @@ class PrepareOptions:
 
     check_only: bool = option(False, "check all samples, but encode and write nothing")
     shard: str = option("0/1", "I/N: process only part I of N, counted from 0, for instance in a job array")
+    flagged_list: Path | None = option(
+        None, "list all flagged samples in this file, one per line: source, kind, figure, remark", metavar="FILE"
+    )
 
 
 @dataclass(frozen=True)

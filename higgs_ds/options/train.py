@@ -23,6 +23,7 @@ from higgs_ds.options.fields import (
     TRAIN_GROUPS,
     option,
 )
+from higgs_ds.options.flags import FlagOptions
 from higgs_ds.options.run import RunOptions
 
 
@@ -69,6 +70,10 @@ class DataOptions:
         False, "also train on samples whose assistant turns have no audio (speech to text, chat)"
     )
     max_clip_s: float = option(600.0, "maximum length of a clip, in seconds; a longer clip is an error")
+    trim_silence: float | None = option(
+        None, "cut the silence at both ends of every clip down to this many seconds (default: keep it)", metavar="S"
+    )
+    silence_db: float = option(40.0, "dB below the loudest 10 ms of a clip, under which 10 ms of it are silence")
     max_seq_len: int | None = option(None, "skip samples with more tokens than this; dropped_samples.txt lists them")
     skip_bad: Path | None = option(None, "skip bad samples, and list them with the reason in this file", metavar="FILE")
     num_workers: int | None = option(
@@ -270,6 +275,7 @@ class TrainOptions:
     """
 
     data: DataOptions = field(default_factory=DataOptions)
+    flags: FlagOptions = field(default_factory=FlagOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     tune: TuneOptions = field(default_factory=TuneOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)

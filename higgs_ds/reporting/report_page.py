@@ -27,6 +27,7 @@ from higgs_ds.common.run_files import (
     ADAPTER_FOLDER,
     AVERAGED_ADAPTER_FOLDER,
     DROPPED_FILE,
+    FLAGGED_FILE,
     METRICS_FILE,
     PROMPTS_FILE,
     REFERENCE_FOLDER,
@@ -250,6 +251,7 @@ def _outputs(output_dir: Path, is_full_finetuning: bool) -> list[dict[str, str]]
         SETTINGS_FILE: "all options, in the format of --config",
         SAMPLES_FOLDER: "the generated samples, as WAV files",
         DROPPED_FILE: "samples that were left out for their length",
+        FLAGGED_FILE: "samples that may be bad, which were not left out",
     }
     outputs = [{"href": name, "what": what} for name, what in known.items() if (output_dir / name).exists()]
     checkpoints = reversed(find_checkpoints(output_dir))

@@ -20,8 +20,9 @@ from higgs_ds.common.console import say, warn
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import saving, write_json, write_text
 from higgs_ds.common.precision import BF16, native_precision, torch_dtype
-from higgs_ds.common.run_files import DROPPED_FILE, SETTINGS_FILE, SUMMARY_FILE
+from higgs_ds.common.run_files import DROPPED_FILE, FLAGGED_FILE, SETTINGS_FILE, SUMMARY_FILE
 from higgs_ds.common.tensor_files import weight_files
+from higgs_ds.data.flags import write_list
 from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.model.full import describe, make_trainable
 from higgs_ds.model.fully_trained import is_own_weight
@@ -139,6 +140,8 @@ def _write_run_files(inputs: Inputs, state: TrainerState) -> None:
         write_text(inputs.output_dir / SUMMARY_FILE, inputs.summary)
         if inputs.too_long:
             write_text(inputs.output_dir / DROPPED_FILE, "\n".join(inputs.too_long) + "\n")
+        if any(flagged.flags for flagged in inputs.flagged):
+            write_list(inputs.output_dir / FLAGGED_FILE, inputs.flagged)
     if inputs.resume_from is not None:
         publish(inputs.resume_from, inputs.output_dir, state, inputs.options.run.keep_checkpoints)
 

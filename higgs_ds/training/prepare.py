@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import textwrap
+from pathlib import Path
 
 from higgs_ds.bases.bundle import open_for_training
 from higgs_ds.common import distributed
 from higgs_ds.common.console import say
 from higgs_ds.common.resources import default_cache_dir
-from higgs_ds.data.preparation import WHOLE, Preparation, scratch_problems
+from higgs_ds.data.flags import list_problems, say_flagged, write_list
+from higgs_ds.data.preparation import WHOLE, CheckedManifest, Preparation, scratch_problems
 from higgs_ds.data.survey import Share
 from higgs_ds.options.checks import check_data_options
 from higgs_ds.options.commands import PrepareOptions, parse_shard
+from higgs_ds.options.flags import FlagOptions, check_flag_options
 from higgs_ds.options.train import DataOptions, ModelOptions
 from higgs_ds.training.selection import check_references
 
+DEFAULT_FLAGS = FlagOptions()
 
-def main(options: DataOptions, model: ModelOptions, how: PrepareOptions) -> None:
+
+def main(options: DataOptions, model: ModelOptions, how: PrepareOptions, flags: FlagOptions = DEFAULT_FLAGS) -> None:
     """Check the manifests of a later run and encode their audio. Every rank must call this, in a process group."""
     cache_dir = options.cache_dir or default_cache_dir()
-    distributed.raise_problems(check_data_options(options) + scratch_problems(options, cache_dir))
+    problems = check_data_options(options) + check_flag_options(flags)
+    problems += scratch_problems(options, cache_dir) + list_problems(how.flagged_list)
+    distributed.raise_problems(problems)
     bundle = open_for_training(model, cache_dir)
     shard = Share(*parse_shard(how.shard))
     with Preparation(options, bundle.coder(cache_dir), cache_dir, shard) as preparation:
@@ -27,6 +34,7 @@ def main(options: DataOptions, model: ModelOptions, how: PrepareOptions) -> None
         for manifest in checked:
             if manifest.index is not None:
                 say(f"{manifest.path}:\n{textwrap.indent(preparation.describe(manifest), '  ')}")
+        distributed.on_main(lambda: _report_flagged(preparation, checked, how.flagged_list, flags))
         problems = [problem for manifest in checked for problem in manifest.problems]
         if shard == WHOLE:
             problems += check_references(options, checked)
@@ -37,3 +45,14 @@ def main(options: DataOptions, model: ModelOptions, how: PrepareOptions) -> None
             preparation.encode(manifest, distributed.device())
             preparation.keep(manifest)
     say(f"prepared: all audio is encoded in {cache_dir}")
+
+
+def _report_flagged(
+    preparation: Preparation, checked: list[CheckedManifest], target: Path | None, options: FlagOptions
+) -> None:
+    """Print which samples may be bad, and write all of them to a file on request."""
+    found = [(m.path, preparation.flagged(m.index, options)) for m in checked if m.index is not None]
+    for path, flagged in found:
+        say_flagged(path, flagged, f"{target or '--flagged_list FILE'} lists all of them")
+    if target is not None:
+        write_list(target, [flagged for _, flagged in found])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import restore_leftovers, saving
 from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.options.fields import RESUME_AUTO, RESUME_NEVER
+from higgs_ds.options.flags import FlagOptions
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.training.run import Inputs
 
 # What a run first writes under a temporary name, which remains after a kill. Models may also be written by a command.
 WRITTEN_BY_RUNS = re.compile(
     r"checkpoint-\d+|lora_adapters(?:_ema)?|trainer_state\.json|settings\.json|metrics\.jsonl|dropped_samples\.txt|"
-    r"data_summary\.txt|report\.html"
+    r"flagged_samples\.tsv|data_summary\.txt|report\.html"
 )
 WRITTEN = re.compile(rf"{WRITTEN_BY_RUNS.pattern}|final_model|adapter|merged_model")
 # Options that may differ when a run is resumed: they do not change what is trained. Batch size and accumulation may
@@ -37,9 +38,16 @@ FREE_ON_RESUME = (
     "train_manifest", "mix", "val_manifest", "val_split", "split_by", "format", "reference", "normalize_text",
     "allow_text_targets", "max_clip_s", "max_seq_len", "skip_bad", "num_workers", "base_ckpt", "base_revision",
     "codec_ckpt", "dry_run", "device_memory_gib", "plan_ranks", "init_from",
+    "silence_db", *(flag.name for flag in fields(FlagOptions)),
 )  # fmt: skip
 # What checkpoints of earlier versions do not record, with the only value that it had.
-NOT_RECORDED: dict[str, Any] = {"reference_dropout": 0.0, "random_references": False, "also_train": [], "mix": None}
+NOT_RECORDED: dict[str, Any] = {
+    "reference_dropout": 0.0,
+    "random_references": False,
+    "also_train": [],
+    "mix": None,
+    "trim_silence": None,
+}
 
 
 def find_resume_checkpoint(options: TrainOptions, output_dir: Path) -> Path | None:

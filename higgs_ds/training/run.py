@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.checkpoints.trained_weights import FullFormat
 from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.data.dataset import Dataset
+from higgs_ds.data.flags import Flagged
 from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.model.config import fully_trained_parts
 from higgs_ds.model.fully_trained import FullyTrained
@@ -55,6 +57,7 @@ class Inputs:
     resume_from: Path | None
     lock: FolderLock  # of the output folder
     start: StartingPoint | None = None
+    flagged: Sequence[Flagged] = ()  # of each manifest, on rank 0
 
     @property
     def adapted(self) -> tuple[AdaptedLayer, ...]:

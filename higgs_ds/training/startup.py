@@ -19,6 +19,8 @@ from higgs_ds.common.files import check_folders
 from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.common.precision import AUTO, PRECISIONS, native_precision
 from higgs_ds.common.resources import default_cache_dir
+from higgs_ds.common.run_files import FLAGGED_FILE
+from higgs_ds.data.flags import say_flagged
 from higgs_ds.data.preparation import CheckedManifest, Preparation, scratch_problems
 from higgs_ds.model.config import parts_of
 from higgs_ds.model.loading import check_weights
@@ -82,6 +84,9 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
             preparation.encode(manifest, distributed.device())
         summary = distributed.on_main(lambda: _summary(preparation, checked))
         indexes = [preparation.keep(manifest) for manifest in checked]
+        flagged = [preparation.flagged(index, options.flags) for index in indexes] if distributed.is_main() else []
+    for manifest, of_manifest in zip(checked, flagged, strict=False):  # only rank 0 has any
+        say_flagged(manifest.path, of_manifest, f"all are listed in {output_dir / FLAGGED_FILE}")
     of_train = indexes[: len(options.data.train_manifests)]
     if options.model.whisper_conditioning and not any(index.any_heard() for index in of_train):
         nothing = (
@@ -92,7 +97,9 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
     train, val, too_long = select(options, indexes, preparation.coder)
     lines = describe_manifests(train, val)
     summary += "".join(f"{line}\n" for line in ["manifests:", *(f"  {line}" for line in lines)]) if lines else ""
-    return Inputs(options, settings, output_dir, bundle, train, val, too_long, summary, resume_from, lock, start)
+    return Inputs(
+        options, settings, output_dir, bundle, train, val, too_long, summary, resume_from, lock, start, flagged
+    )
 
 
 def _summary(preparation: Preparation, checked: list[CheckedManifest]) -> str:

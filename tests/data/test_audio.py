@@ -79,10 +79,10 @@ def test_silence_clipping_and_length(tmp_path: Path) -> None:
         examine(write("zero.wav", np.zeros(RATE, dtype=np.float32)), 600, RATE)
     with pytest.raises(AudioError, match=r"lasts 1.0 s; the limit is 0.9 s"):
         examine(write("long.wav", tone(RATE)), 0.9, RATE)
-    assert examine(write("good.wav", tone(RATE)), 600, RATE).clipped == 0
+    assert examine(write("good.wav", tone(RATE)), 600, RATE).quality.clipped == 0
     loud = np.clip(tone(RATE) * 100, -1, 1)
     expected = float((np.abs(loud) >= 0.999).mean())
-    assert examine(write("loud.wav", loud), 600, RATE).clipped == pytest.approx(expected)
+    assert examine(write("loud.wav", loud), 600, RATE).quality.clipped == pytest.approx(expected)
     assert expected > 0.5
 
 
@@ -219,12 +219,12 @@ def test_cache(tmp_path: Path) -> None:
     clip, part = AudioClip(VOICE), AudioClip(VOICE, duration_s=0.5)
     key = cache.key(clip)
     assert cache.load(key, 8) is None
-    codes = torch.randint(1024, (8, 30))
-    cache.store(key, CachedCodes(codes, 0.25))
+    codes, quality = torch.randint(1024, (8, 30)), examine(clip, 600, RATE).quality
+    cache.store(key, CachedCodes(codes, quality))
     stored = cache.load(key, 8)
     assert stored is not None
     assert stored.codes.equal(codes.short())
-    assert stored.clipped == 0.25
+    assert stored.quality == quality
     assert cache.looks_complete(key, 30, 8)
     assert not cache.looks_complete(key, 29 + 64, 8)
     assert not cache.looks_complete(key, 40, 8)
@@ -242,7 +242,7 @@ def test_cache(tmp_path: Path) -> None:
 def test_damaged_and_foreign_cache_files_are_ignored(tmp_path: Path) -> None:
     cache = CodeCache(tmp_path, "codec")
     key, other = cache.key(AudioClip(VOICE)), cache.key(AudioClip(VOICE, duration_s=0.5))
-    cache.store(key, CachedCodes(torch.ones(8, 30), 0.0))
+    cache.store(key, CachedCodes(torch.ones(8, 30)))
     content = cache.path(key).read_bytes()
     for damage in (content[: len(content) // 2], b"", b"\xff" * 100):
         cache.path(key).write_bytes(damage)

@@ -292,7 +292,7 @@ def test_worker_processes_give_the_same_codes(
 
 def test_batches_hold_clips_of_similar_length() -> None:
     def batches(*num_samples: int) -> list[list[int]]:
-        window = [survey.ClipToEncode(AudioClip(Path(f"{i}")), "", n, 0.0) for i, n in enumerate(num_samples)]
+        window = [survey.ClipToEncode(AudioClip(Path(f"{i}")), "", n, None) for i, n in enumerate(num_samples)]
         return [[clip.num_samples for clip in batch] for batch in encode._batches(window, RATE)]
 
     assert batches(RATE, 9, RATE, 9, 7) == [[7, 9, 9, RATE, RATE]]
@@ -305,7 +305,7 @@ def test_batched_encoding_gives_the_same_codes(bundle: Bundle, tmp_path: Path) -
     names = ("anna_00", "ben_00", "carla_00", "ben_01")
     clips = [AudioClip(VOICES / f"{name}.flac", 0.1, 0.5 + 0.17 * i) for i, name in enumerate(names)]
     cache, codec = bundle.coder(tmp_path).cache, Codec(bundle.codec.folder, torch.device("cpu"))
-    todo = [survey.ClipToEncode(clip, cache.key(clip), round(clip.duration_s * RATE), 0.0) for clip in clips]
+    todo = [survey.ClipToEncode(clip, cache.key(clip), round(clip.duration_s * RATE), None) for clip in clips]
     with encode.tqdm(disable=True) as bar:
         encode._encode_batched(todo, encode.CodeStore(cache), codec, 2, bar)
     for clip in todo:

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from higgs_ds.data.index import CheckedClip, CheckedSample, Index, PartWriter
+from higgs_ds.data.quality import ClipQuality
 from higgs_ds.data.sample import AudioClip, Message, Sample
+from higgs_ds.data.spoken_text import examine_sample
 from higgs_ds.data.summary import describe, histogram
 
 
@@ -16,18 +18,21 @@ def test_summary_lines(tmp_path: Path) -> None:
     for i in range(6):
         messages = (Message("user", (f"{i % 5}",)), Message("assistant", (AudioClip(Path("a.wav")),)))
         sample = Sample(messages, 0, None if i == 5 else f"s{i % 2}", f"m:{i + 1}", "en")
-        writer.add(CheckedSample(i, sample, 100 + i, (CheckedClip("ab" * 32, 25 * (i + 1)),), ()))
+        sound = ClipQuality(i, i + 1.0, 0.25, 0.25, 0, -20.0 - i, 0, 0, 12000, 24000, 40)
+        quality = examine_sample(sample, [sound])
+        writer.add(CheckedSample(i, sample, 100 + i, (CheckedClip("ab" * 32, 25 * (i + 1)),), (), quality=quality))
     writer.close()
-    lines = describe(Index(tmp_path), 25.0, 103, ["m:2"], 1).splitlines()
+    lines = describe(Index(tmp_path), 25.0, 103).splitlines()
     assert lines == [
         "samples: 6",
-        "clips: 6, 0.01 hours, 1.00 to 6.00 s, median 3.50 s",
+        "clips: 6, 0.01 hours, 1.00 to 6.00 s, median 3.50 s, 95th percentile 5.75 s",
         "speakers: 2, s0 (3), s1 (2); 1 samples without a speaker",
         "languages: 1, en (6)",
         "tokens: 615, 100 to 105 per sample",
         "samples longer than --max_seq_len 103: 2: m:5, m:6",
         "duplicates of an earlier sample: 1: m:6",
-        "samples with clipped audio: 1: m:2",
+        "characters per second: median 0.34, 5th percentile 0.19, 95th percentile 1.67",
+        "level: median -22.50 dBFS, 5th percentile -24.75 dBFS, 95th percentile -20.25 dBFS",
         "clip lengths:",
         "    1 to   2 s          1 ##############",
         "    2 to   4 s          2 ###########################",
@@ -42,4 +47,4 @@ def test_histogram_ends() -> None:
 
 def test_empty_manifest(tmp_path: Path) -> None:
     PartWriter(tmp_path, 0).close()
-    assert describe(Index(tmp_path), 25.0, None, [], 0) == "samples: 0"
+    assert describe(Index(tmp_path), 25.0, None) == "samples: 0"

@@ -103,7 +103,7 @@ def test_help_imports_no_torch(script: str) -> None:
 
 
 def test_prepare_accepts_the_options_of_training() -> None:
-    data, model, prepare_options = parse_prepare_options(
+    data, model, prepare_options, _ = parse_prepare_options(
         "--train_manifest m --base_ckpt b --check_only --shard 1/4".split()
     )
     assert (data.train_manifest, data.val_split, model.base_ckpt) == ((Path("m"),), 0.05, "b")

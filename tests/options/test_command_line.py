@@ -68,7 +68,7 @@ def test_settings_of_a_run_are_an_options_file(tmp_path: Path) -> None:
 
 
 def test_prepare_accepts_the_same_file(tmp_path: Path) -> None:
-    _, model, prepare_options = parse_prepare_options(
+    _, model, prepare_options, _ = parse_prepare_options(
         ["--config", written(tmp_path / "run.yaml", BY_NAME), "--check_only"]
     )
     assert model.base_ckpt == "some/base"
