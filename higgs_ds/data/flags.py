@@ -81,10 +81,11 @@ def find_flags(index: Index, options: FlagOptions, trim_silence: float | None, s
         trim_silence: seconds of silence that remain at each end of a clip, or None.
         sample_rate: of the codec, in Hz.
     """
-    text = index.text_quality("audio", "words", "num_chars", "num_bytes", "script_share", "script")
-    found = [*_clip_flags(index, options, trim_silence, sample_rate), *_median_flags(index, options)]
-    like, num_uncompared = _like_texts(index, text, options)
-    found += [_same_audio(index, text), like, _script(index, text, options)]
+    speakers = index.labels("speaker")[0]
+    found = [*_clip_flags(index, options, trim_silence, sample_rate), *_median_flags(index, speakers, options)]
+    text = index.text_quality("audio", "words", "num_chars", "num_bytes")
+    like, num_uncompared = _like_texts(index, text, speakers, options)
+    found += [_same_audio(index, text), like, _script(index, options)]
     return Flagged(index, [flag for flag in found if len(flag.rows)], num_uncompared)
 
 
@@ -152,10 +153,10 @@ def _clip_flag(check: _ClipCheck, rows: np.ndarray, figures: np.ndarray, which: 
     return Flag(check.kind, rows, figures, remark)
 
 
-def _median_flags(index: Index, options: FlagOptions) -> Iterator[Flag]:
+def _median_flags(index: Index, speakers: np.ndarray, options: FlagOptions) -> Iterator[Flag]:
     """Flag samples that are far from the median of those like them."""
     text = index.text_quality("num_chars", "speech_s", "level_dbfs")
-    groups = groups_of(index)
+    groups = groups_of(index, speakers)
     rate, has_words = rates_of(text)
     medians = Medians.of(rate, has_words, groups.by_language, options.flag_min_clips)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -192,24 +193,25 @@ def _same_audio(index: Index, text: np.ndarray) -> Flag:
     return Flag("same audio, other text", rows, earlier + 1, lambda i: what.format(*index.sources(earlier[i : i + 1])))
 
 
-def _like_texts(index: Index, text: np.ndarray, options: FlagOptions) -> tuple[Flag, int]:
-    rows, earlier, num_uncompared = like_texts(index, text, options.flag_similarity)
+def _like_texts(index: Index, text: np.ndarray, speakers: np.ndarray, options: FlagOptions) -> tuple[Flag, int]:
+    rows, earlier, num_uncompared = like_texts(index, text, speakers, options.flag_similarity)
     what = "nearly the same text as {}, with other audio"
     remark = lambda i: what.format(*index.sources(earlier[i : i + 1]))  # noqa: E731
     return Flag("like text, other audio", rows, earlier + 1, remark), num_uncompared
 
 
-def _script(index: Index, text: np.ndarray, options: FlagOptions) -> Flag:
-    share = text["script_share"]
-    rows = np.flatnonzero(share < options.flag_script_share)
-    numbers, names = index.labels("language")
+def _script(index: Index, options: FlagOptions) -> Flag:
+    text = index.text_quality("script_share", "script")
+    rows = np.flatnonzero(text["script_share"] < options.flag_script_share)
+    share, scripts = text["script_share"][rows], text["script"][rows]
+    numbers, names = index.labels("language") if len(rows) else (rows, [])
 
     def remark(i: int) -> str:
-        script = SCRIPTS[text["script"][rows[i]]].capitalize()
-        what = f"{share[rows[i]]:.0%} of the letters are in its script; most are {script}"
+        script = SCRIPTS[scripts[i]].capitalize()
+        what = f"{share[i]:.0%} of the letters are in its script; most are {script}"
         return f"the language is {names[numbers[rows[i]]]}, but {what}"
 
-    return Flag("script", rows, share[rows], remark)
+    return Flag("script", rows, share, remark)
 
 
 def say_flagged(path: Path, flagged: Flagged, where: str) -> None:

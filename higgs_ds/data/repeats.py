@@ -25,24 +25,31 @@ def same_audio(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     order = rows[np.argsort(text["audio"][rows], kind="stable")]
     if not len(order):
         return order, order
-    audio = text["audio"][order]
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(audio)) + 1])
-    first = np.repeat(order[starts], np.diff([*starts, len(order)]))
+    is_same = np.diff(text["audio"][order]) == 0
+    in_group = np.append(is_same, False) | np.append(False, is_same)
+    order, is_first = order[in_group], ~np.append(False, is_same)[in_group]
+    first = order[is_first][np.cumsum(is_first) - 1]
     differs = text["words"][order] != text["words"][first]
-    by_row = np.argsort(order[differs])
-    return order[differs][by_row], first[differs][by_row]
+    order, first = order[differs], first[differs]
+    by_row = np.argsort(order)
+    return order[by_row], first[by_row]
 
 
-def like_texts(index: Index, text: np.ndarray, similarity: float) -> tuple[np.ndarray, np.ndarray, int]:
+def like_texts(
+    index: Index, text: np.ndarray, speakers: np.ndarray, similarity: float
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Return rows with a text like that of an earlier row of the same speaker, and other audio; these earlier rows; and
     how many pairs were left uncompared.
 
     Texts are alike if they are the same but for one place, up to a share `similarity` of the longer one, in letters and
     digits. Neighbours among texts that start or end alike are compared, MAX_COMPARED pairs of them at most.
+
+    Args:
+        text: array of the type TEXT.
+        speakers: number of each row's speaker.
     """
     if math.isinf(similarity):
         return np.zeros(0, np.int64), np.zeros(0, np.int64), 0
-    speakers = index.labels("speaker")[0].astype(np.int64)
     same = _neighbours(text, speakers, text["words"].astype(np.uint64), 0, MAX_BYTES)
     same = same[:, text["words"][same[0]] == text["words"][same[1]]]
     likely = [np.zeros((2, 0), np.int64)]
@@ -80,7 +87,7 @@ def _neighbours(text: np.ndarray, speakers: np.ndarray, key: np.ndarray, shortes
 
 
 def _are_alike(index: Index, first: int, second: int, similarity: float) -> bool:
-    texts = [normalized(words_of(index.sample(row)[0]) or "") for row in (first, second)]
+    texts = [normalized(words_of(index.sample(row)[0])) for row in (first, second)]
     shorter, longer = (np.frombuffer(text, np.uint8) for text in sorted(texts, key=len))
     start, end = _num_equal(shorter, longer[: len(shorter)]), _num_equal(shorter[::-1], longer[::-1][: len(shorter)])
     return min(start + end, len(shorter)) >= similarity * len(longer)

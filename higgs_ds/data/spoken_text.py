@@ -18,9 +18,10 @@ import numpy as np
 
 from higgs_ds.data.quality import ClipQuality
 from higgs_ds.data.references import SPEAKER_TAG
-from higgs_ds.data.sample import ASSISTANT, USER, Sample
+from higgs_ds.data.sample import USER, Message, Sample
 
 _NO_WORD = re.compile(r"[\W_]+")
+_NO_WORD_ASCII = bytes(code for code in range(128) if not chr(code).isalnum())
 BANDS = (12, 24, 48)  # bytes at both ends of a text by which like ones are found
 _STRUCT = struct.Struct("<qqiifffb6I")
 UNKNOWN = -1
@@ -102,54 +103,60 @@ class SampleQuality:
         return b"".join(clip.packed() for clip in self.clips), self.text.packed()
 
 
-def words_of(sample: Sample) -> str | None:
-    """Return the words of all turns that are trained to speak, or None if any of them may say other words.
-
-    These are the user turns of text before the targets: in other turns, text and audio are mixed.
-    """
-    words: list[str] = []
-    before = None
-    for turn, message in enumerate(sample.messages):
-        if message.role == USER:
-            before = turn
-        elif message.role == ASSISTANT and sample.is_target(turn) and message.clips:
-            if len(message.clips) != len(message.parts) or before is None or sample.messages[before].clips:
-                return None
-            if before < turn - 1 and sample.messages[turn - 1].role == ASSISTANT and words:
-                continue  # another turn of speech for the same words
-            words += [part for part in sample.messages[before].parts if isinstance(part, str)]
-    return SPEAKER_TAG.sub(" ", " ".join(words)) if words else None
-
-
-def normalized(text: str) -> bytes:
-    """Return the letters and digits of a text, in lower case, in UTF-8."""
-    return _NO_WORD.sub("", text.casefold()).encode(errors="surrogatepass")
-
-
 def examine_sample(sample: Sample, clips: Sequence[ClipQuality]) -> SampleQuality:
     """Describe a sample, given the measurements of all its clips."""
-    return SampleQuality(tuple(clips), _examine_text(sample, clips))
-
-
-def _examine_text(sample: Sample, clips: Sequence[ClipQuality]) -> SpokenText:
-    numbers = iter(range(len(clips)))
-    by_turn = [[next(numbers) for _ in message.clips] for message in sample.messages]
-    targets = [i for turn, indexes in enumerate(by_turn) if sample.is_target(turn) for i in indexes]
-    text = words_of(sample)
-    plain = _NO_WORD.sub("", text.casefold()) if text else ""
-    content = plain.encode(errors="surrogatepass")
-    share, script = script_share(sample.language, text or "")
-    return SpokenText(
-        audio=clips[targets[-1]].audio if targets else 0,
+    words, numbers = _targets_of(sample)
+    targets = [clips[number] for number in numbers]
+    content = normalized(words or "")
+    share, script = script_share(sample.language, words or "")
+    text = SpokenText(
+        audio=targets[-1].audio if targets else 0,
         words=int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True),
-        num_chars=UNKNOWN if text is None else len(plain),
+        num_chars=UNKNOWN if words is None else len(content.decode(errors="surrogatepass")),
         num_bytes=len(content),
-        speech_s=sum(clips[i].speech_s for i in targets),
-        level_dbfs=_mean_level([clips[i] for i in targets]),
+        speech_s=sum(clip.speech_s for clip in targets),
+        level_dbfs=_mean_level(targets),
         script_share=share,
         script=script,
         ends=tuple(zlib.crc32(end) for size in BANDS for end in (content[:size], content[-size:])),
     )
+    return SampleQuality(tuple(clips), text)
+
+
+def words_of(sample: Sample) -> str:
+    """Return the words of all turns that are trained to speak, "" if these are not known."""
+    return _targets_of(sample)[0] or ""
+
+
+def _targets_of(sample: Sample) -> tuple[str | None, list[int]]:
+    """Return the words of the turns that are trained to speak, and the numbers of their clips.
+
+    The words are those of the user turns before them. They are None if any of these turns mixes text and audio.
+    """
+    words: list[str] = []
+    numbers: list[int] = []
+    is_known, number = True, 0
+    before: Message | None = None  # user turn whose words are not used yet
+    has_before = False
+    for turn, message in enumerate(sample.messages):
+        num_clips = len(message.clips)
+        if message.role == USER:
+            before, has_before = message, not num_clips
+        elif num_clips and sample.is_target(turn):
+            is_known &= has_before and num_clips == len(message.parts)
+            numbers += range(number, number + num_clips)
+            words += [part for part in before.parts if isinstance(part, str)] if before else []
+            before = None  # the next turns of speech say the same words
+        number += num_clips
+    text = " ".join(words)
+    return (SPEAKER_TAG.sub(" ", text) if "[" in text else text) if is_known and numbers else None, numbers
+
+
+def normalized(text: str) -> bytes:
+    """Return the letters and digits of a text, in lower case, in UTF-8."""
+    if text.isascii():
+        return text.lower().encode().translate(None, _NO_WORD_ASCII)
+    return _NO_WORD.sub("", text.casefold()).encode(errors="surrogatepass")
 
 
 def _mean_level(clips: Sequence[ClipQuality]) -> float:
@@ -161,9 +168,11 @@ def _mean_level(clips: Sequence[ClipQuality]) -> float:
 
 def script_share(language: str | None, text: str) -> tuple[float, int]:
     """Return the share of a text's letters in the scripts of its language, and its most frequent script."""
-    expected = _SCRIPTS_OF.get(primary_language(language)) if language else None
+    expected = _scripts_of(language) if language else None
     if expected is None:
         return 1.0, UNKNOWN
+    if text.isascii() and "LATIN" in expected:
+        return 1.0, SCRIPTS.index("LATIN")
     counts: Counter[str] = Counter()
     for char, count in Counter(text).items():
         counts[_script(char)] += count
@@ -172,6 +181,11 @@ def script_share(language: str | None, text: str) -> tuple[float, int]:
         return 1.0, UNKNOWN
     share = sum(counts[script] for script in expected) / counts.total()
     return share, SCRIPTS.index(counts.most_common(1)[0][0])
+
+
+@lru_cache
+def _scripts_of(language: str) -> frozenset[str] | None:
+    return _SCRIPTS_OF.get(primary_language(language))
 
 
 def primary_language(label: str) -> str:

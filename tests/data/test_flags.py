@@ -174,9 +174,7 @@ def test_command_prints_and_lists(
     assert at_end[0] == f"{small_corpus}:8"
     assert 4.1 < float(at_end[2]) < 4.8
     assert f"  silence at the end: 1 sample\n    {small_corpus}:8: {at_end[3]}\n" in printed
-    assert [line for line in lines if line.startswith(f"{small_corpus}:9\t")] == [
-        f"{small_corpus}:9\tpause\t2.5\ta pause of 2.5 s"
-    ]
+    assert f"{small_corpus}:9\tpause\t2.5\ta pause of 2.5 s" in lines
     for line in lines:
         assert line.split("\t")[1] in printed
     main(options, model, PrepareOptions(check_only=True, flagged_list=target), FlagOptions(flag_pause_s=3))
@@ -221,16 +219,13 @@ def test_restart_and_codes_of_earlier_versions(
     assert [path.stat().st_mtime_ns for path in codes] == times  # nothing is encoded again
 
 
-def spoken(folder: Path, texts: list[str], speakers: list[str] | None = None, languages: str | None = None) -> Path:
-    """Write a manifest of texts that are said by different clips of one voice, at about the same level."""
+def spoken(folder: Path, texts: list[str], speakers: list[str] | None = None) -> Path:
+    """Write a manifest of texts that are said by different clips, at about the same level and rate."""
     draw = np.random.default_rng(1)
     entries = []
     for i, text in enumerate(texts):
         soundfile.write(folder / f"{i}.wav", 0.1 * draw.standard_normal(round(RATE * len(text) / 15)), RATE)
-        labels = {"speaker": speakers[i] if speakers else "s"} | (
-            {"misc": {"language": languages}} if languages else {}
-        )
-        entries.append(speech_sample(text, str(folder / f"{i}.wav")) | labels)
+        entries.append(speech_sample(text, str(folder / f"{i}.wav")) | {"speaker": speakers[i] if speakers else "s"})
     return write_manifest(folder / "m.jsonl", entries)
 
 
