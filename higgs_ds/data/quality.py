@@ -13,11 +13,11 @@ import numpy as np
 
 FULL_SCALE = 0.999
 FRAMES_PER_S = 100
-WINDOW = 512  # samples of a spectrum
-WINDOWS_PER_S = 10
+WINDOW = 256  # samples of a spectrum
+WINDOWS_PER_S, MIN_WINDOWS = 5, 48  # more in short clips, which have few consonants
 CONTENT_DB = 60.0  # below the strongest frequency, where content ends; upsampled speech falls by more at its old limit
 LOWEST_BIN = 2  # of a spectrum: those below are DC
-AT_A_TIME = 2**16  # samples: temporary arrays stay in the CPU's cache
+AT_A_TIME = 2**17  # samples: temporary arrays stay in the CPU's cache
 QUIETEST_DB = -120.0
 _STRUCT = struct.Struct("<q10f")
 
@@ -104,9 +104,10 @@ class ClipMeter:
         frames = samples[: count * self._frame].reshape(count, self._frame)
         self._add_frames(frames)
         self._left = samples[count * self._frame :].copy()
+        spacing = max(WINDOW, min(self.rate_hz // WINDOWS_PER_S, len(samples) // MIN_WINDOWS))
         if len(samples) >= WINDOW:
-            spacing = max(WINDOW, self.rate_hz // WINDOWS_PER_S)
-            windows = np.lib.stride_tricks.sliding_window_view(samples, WINDOW)[::spacing]
+            whole = samples[: len(samples) // spacing * spacing].reshape(-1, spacing)
+            windows = whole[:, :WINDOW] if len(whole) else samples[None, :WINDOW]
             spectra = np.fft.rfft(windows * _HANN)
             self._spectrum += np.einsum("ij,ij->j", spectra.real, spectra.real)
             self._spectrum += np.einsum("ij,ij->j", spectra.imag, spectra.imag)
@@ -120,11 +121,11 @@ class ClipMeter:
         """Return the measurements of a clip of one sample or more, and the bounds of its sound, in samples."""
         if len(self._left):
             self._add_frames(self._left[None])
-        sums, squares = (np.concatenate(parts).astype(np.float64) for parts in (self._sums, self._squares))
-        sizes = np.full(len(sums), self._frame)
-        sizes[-1] = len(self._left) or self._frame
-        mean = float(sums.sum() / self.num_samples)
-        power = np.maximum(squares / sizes - 2 * mean * sums / sizes + mean**2, 0)
+        sums, squares = (np.concatenate(parts, dtype=np.float64) for parts in (self._sums, self._squares))
+        mean = float(sums.sum()) / self.num_samples
+        power = squares - 2 * mean * sums
+        power[-1] *= self._frame / (len(self._left) or self._frame)
+        power = np.maximum(power / self._frame + mean**2, 0)
         loud = np.flatnonzero(power >= power.max() * 10 ** (-silence_db / 10))
         start, stop = int(loud[0]) * self._frame, min((int(loud[-1]) + 1) * self._frame, self.num_samples)
         level = float(power[loud].mean())

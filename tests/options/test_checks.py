@@ -50,7 +50,8 @@ def test_all_bad_options_are_reported_at_once() -> None:
         "max_seq_len": 0, "max_clip_s": 0.0, "num_workers": 0, "bucket_size": 0, "max_tokens_per_batch": 0,
         "max_grad_norm": float("nan"), "text_loss_weight": 0.0, "audio_loss_weight": 0.0,
         "codebook_weights": (0.0,) * 8, "ema_decay": 1.0, "loraplus_lr_ratio": 0.5, "group_lr": ("audio_mlp=fast",),
-        "reference_dropout": 1.0,
+        "reference_dropout": 1.0, "trim_silence": -0.1, "silence_db": 0.0, "flag_pause_s": -1.0, "flag_rate_ratio": 1.0,
+        "flag_level_dbfs": 1.0, "flag_bandwidth": float("nan"), "flag_similarity": 0.5, "flag_min_clips": 0,
     }  # fmt: skip
     problems = check_options(TrainOptions().replace(**bad))
     for name in bad:
