@@ -1,4 +1,4 @@
-"""Find samples that are probably bad in an index: by limits, and by the medians of the corpus.
+"""Find samples that may be bad in an index: by limits, and by the medians of the corpus.
 
 Flagged samples are counted and listed; nothing is left out. Memory is that of a few arrays with a number for each clip.
 """
@@ -216,7 +216,7 @@ def _script(index: Index, options: FlagOptions) -> Flag:
 
 def say_flagged(path: Path, flagged: Flagged, where: str) -> None:
     """Print what is flagged of a manifest, if anything is; `where` says where the whole list is."""
-    if flagged.flags:
+    if flagged.flags or flagged.num_uncompared:
         count = f"{len(flagged.rows):,} of {len(flagged.index):,} samples"
         say(f"{path}: {count} may be bad; none of them is left out; {where}")
         say("\n".join(f"  {line}" for line in flagged.describe()))
@@ -224,9 +224,9 @@ def say_flagged(path: Path, flagged: Flagged, where: str) -> None:
 
 def write_list(path: Path, found: Sequence[Flagged]) -> None:
     """Write all flags to a file, one per line: source, kind, figure and remark, separated by tabs. Raises SaveError."""
-    with saving(path), replaced_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for flagged in found:
-            file.writelines(f"{line}\n" for line in flagged.list_lines())
+    lines = (f"{line}\n".encode(errors="backslashreplace") for flagged in found for line in flagged.list_lines())
+    with saving(path), replaced_file(path) as temporary, temporary.open("wb") as file:
+        file.writelines(lines)
 
 
 def list_problems(path: Path | None) -> list[str]:

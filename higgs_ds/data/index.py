@@ -151,7 +151,7 @@ class Index:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._facts, self._content, self._references, self._quality = (_mapped(folder, kind) for kind in SCHEMAS)
+        self._facts, self._content, self._references, _ = (_mapped(folder, kind) for kind in SCHEMAS)
         self._order = np.argsort(_numbers(self._facts["number"].combine_chunks()), kind="stable")
         self.num_tokens = _numbers(self._facts["num_tokens"].combine_chunks())[self._order]
 

@@ -15,7 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from higgs_ds.bases.bundle import Bundle, open_bundle
+from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.common.errors import InputError
+from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.data import repeats, survey
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.flags import Flagged, find_flags
@@ -25,8 +27,10 @@ from higgs_ds.data.sample import AudioClip
 from higgs_ds.data.survey import Checker, Share
 from higgs_ds.options.commands import PrepareOptions
 from higgs_ds.options.flags import FlagOptions, check_flag_options
-from higgs_ds.options.train import DataOptions, ModelOptions
+from higgs_ds.options.train import DataOptions, ModelOptions, TrainOptions
+from higgs_ds.training.loading import _write_run_files
 from higgs_ds.training.prepare import main
+from higgs_ds.training.startup import _check_and_encode
 
 pytestmark = pytest.mark.usefixtures("lone_rank")
 RATE = 24000
@@ -182,6 +186,29 @@ def test_command_prints_and_lists(
     target.write_text("Something else.\n")
     with pytest.raises(InputError, match="exists, and is not a list of flagged samples"):
         main(options, model, PrepareOptions(check_only=True, flagged_list=target))
+
+
+def test_run_prints_and_lists(
+    base: Path, small_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a run prints and writes before its first step; also for validation samples."""
+    options = TrainOptions().replace(
+        train_manifest=small_corpus, val_manifest=small_corpus, base_ckpt=str(base), cache_dir=tmp_path / "cache",
+        output_dir=tmp_path / "run", flag_pause_s=1.0,
+    )  # fmt: skip
+    inputs = _check_and_encode(options, set(), FolderLock())
+    listed = tmp_path / "run" / "flagged_samples.tsv"
+    assert f"12 of 24 samples may be bad; none of them is left out; all are listed in {listed}" in (
+        capsys.readouterr().out
+    )
+    assert len(inputs.train) == 24
+    _write_run_files(inputs, TrainerState(1, {}))
+    lines = [line.split("\t") for line in listed.read_text().splitlines()]
+    assert lines == 2 * flagged_in(open_newest(tmp_path / "cache"), flag_pause_s=1.0)
+
+
+def open_newest(cache: Path) -> Index:
+    return Index(max(path.parent for path in cache.glob("index/*/index.json")))
 
 
 def test_restart_and_codes_of_earlier_versions(

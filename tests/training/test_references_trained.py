@@ -32,6 +32,7 @@ def forget_options(checkpoint: Path) -> None:
     assert state["settings"].pop("reference_dropout") == 0
     assert state["settings"].pop("random_references") is False
     assert state["settings"].pop("mix") is None
+    assert state["settings"].pop("trim_silence") is None
     path.write_text(json.dumps(state))
     (checkpoint / "manifest.json").unlink()
     (checkpoint / "manifest.json").write_text(json.dumps(manifest_of(checkpoint)))
@@ -119,14 +120,18 @@ def test_resumed_within_an_epoch(runs: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "messages"),
     [
-        ("--reference context", "was trained with random_references True, but this run has False"),
-        ("--reference random", "was trained with reference_dropout 0.4, but this run has 0.0"),
+        ("--reference context", ["random_references True, but this run has False"]),
+        (
+            "--reference random --trim_silence 0.2",
+            ["reference_dropout 0.4, but this run has 0.0", "trim_silence None, but this run has 0.2"],
+        ),
     ],
 )
-def test_resume_needs_the_same_options(runs: Path, options: str, message: str) -> None:
+def test_resume_needs_the_same_options(runs: Path, options: str, messages: list[str]) -> None:
     line = f"--config {runs / 'alone' / 'settings.json'} --resume auto --reference_dropout 0 {options}"
     done = run_script("train", [*RANDOM, *line.split()], runs)
     assert done.returncode == EXIT_BAD_INPUT
-    assert message in done.stderr
+    for message in messages:
+        assert f"was trained with {message}" in done.stderr
