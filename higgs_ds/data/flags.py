@@ -15,12 +15,13 @@ import numpy as np
 from higgs_ds.common.console import say
 from higgs_ds.common.files import check_folders, replaced_file, saving
 from higgs_ds.data.index import Index
-from higgs_ds.data.medians import Medians, groups_of, rates_of
+from higgs_ds.data.medians import Groups, Medians, groups_of, rates_of
 from higgs_ds.data.repeats import like_texts, same_audio
 from higgs_ds.data.spoken_text import SCRIPTS
 from higgs_ds.options.flags import FlagOptions
 
 NAMED = 3  # samples that are named for each kind
+SLOWEST, FASTEST = 1, 40  # characters per second of speech in any language, where there is no median
 MIN_DIFFERENCE_S = 1.0  # from the duration that the median rate gives: short clips vary more
 
 
@@ -81,8 +82,11 @@ def find_flags(index: Index, options: FlagOptions, trim_silence: float | None, s
         trim_silence: seconds of silence that remain at each end of a clip, or None.
         sample_rate: of the codec, in Hz.
     """
+    found = [*_clip_flags(index, options, trim_silence, sample_rate)]
     speakers = index.labels("speaker")[0]
-    found = [*_clip_flags(index, options, trim_silence, sample_rate), *_median_flags(index, speakers, options)]
+    groups = groups_of(index, speakers)
+    text = index.text_quality("num_chars", "speech_s", "level_dbfs")
+    found += [_rate(text, groups, options), _level(text, groups, options)]
     text = index.text_quality("audio", "words", "num_chars", "num_bytes")
     like, num_uncompared = _like_texts(index, text, speakers, options)
     found += [_same_audio(index, text), like, _script(index, options)]
@@ -153,38 +157,45 @@ def _clip_flag(check: _ClipCheck, rows: np.ndarray, figures: np.ndarray, which: 
     return Flag(check.kind, rows, figures, remark)
 
 
-def _median_flags(index: Index, speakers: np.ndarray, options: FlagOptions) -> Iterator[Flag]:
-    """Flag samples that are far from the median of those like them."""
-    text = index.text_quality("num_chars", "speech_s", "level_dbfs")
-    groups = groups_of(index, speakers)
+def _rate(text: np.ndarray, groups: Groups, options: FlagOptions) -> Flag:
+    """Flag samples whose characters per second are far from the median of those like them."""
     rate, has_words = rates_of(text)
     medians = Medians.of(rate, has_words, groups.by_language, options.flag_min_clips)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = rate / medians.values
         is_far = np.abs(text["speech_s"] - text["num_chars"] / medians.values) > MIN_DIFFERENCE_S
-        is_far &= has_words & ((ratio > options.flag_rate_ratio) | (ratio * options.flag_rate_ratio < 1))
-    far = np.flatnonzero(is_far)
+        is_far &= (ratio > options.flag_rate_ratio) | (ratio * options.flag_rate_ratio < 1)
+    if np.isfinite(options.flag_rate_ratio):
+        no_speech = text["speech_s"] > text["num_chars"] / SLOWEST + MIN_DIFFERENCE_S
+        no_speech |= text["speech_s"] + MIN_DIFFERENCE_S < text["num_chars"] / FASTEST
+        is_far |= np.isnan(medians.values) & no_speech
+    far = np.flatnonzero(is_far & has_words)
 
-    def rate_remark(i: int) -> str:
+    def remark(i: int) -> str:
         row = far[i]
-        return (
-            f"{text['num_chars'][row]} characters in {text['speech_s'][row]:.1f} s: {rate[row]:.1f} per second; the "
-            f"median {medians.of_what(row)} is {medians.values[row]:.1f}"
-        )
+        usual = f"speech has {SLOWEST} to {FASTEST}"
+        if not np.isnan(medians.values[row]):
+            usual = f"the median {medians.of_what(row)} is {medians.values[row]:.1f}"
+        chars, seconds = text["num_chars"][row], text["speech_s"][row]
+        return f"{chars} characters in {seconds:.1f} s: {rate[row]:.1f} per second; {usual}"
 
-    yield Flag("characters per second", far, rate[far], rate_remark)
+    return Flag("characters per second", far, rate[far], remark)
+
+
+def _level(text: np.ndarray, groups: Groups, options: FlagOptions) -> Flag:
+    """Flag samples whose level is far from the median of their speaker."""
     level = text["level_dbfs"]
     has_level = level < 0
     medians_db = Medians.of(level, has_level, groups.by_speaker, options.flag_min_clips)
     differs = has_level & (np.abs(level - medians_db.values) > options.flag_level_difference_db)
     other = np.flatnonzero(differs)
 
-    def level_remark(i: int) -> str:
+    def remark(i: int) -> str:
         row = other[i]
         of_what = medians_db.of_what(row)
         return f"the level is {level[row]:.1f} dBFS; the median {of_what} is {medians_db.values[row]:.1f}"
 
-    yield Flag("level unlike the others", other, level[other], level_remark)
+    return Flag("level unlike the others", other, level[other], remark)
 
 
 def _same_audio(index: Index, text: np.ndarray) -> Flag:

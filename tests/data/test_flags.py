@@ -168,7 +168,7 @@ def test_command_prints_and_lists(
     base: Path, small_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "flagged.tsv"
-    options = DataOptions(train_manifest=small_corpus, cache_dir=tmp_path / "cache")
+    options = DataOptions(train_manifest=(small_corpus,), cache_dir=tmp_path / "cache")
     model = ModelOptions(base_ckpt=str(base))
     main(options, model, PrepareOptions(check_only=True, flagged_list=target))
     printed = capsys.readouterr().out
@@ -193,7 +193,7 @@ def test_run_prints_and_lists(
 ) -> None:
     """What a run prints and writes before its first step; also for validation samples."""
     options = TrainOptions().replace(
-        train_manifest=small_corpus, val_manifest=small_corpus, base_ckpt=str(base), cache_dir=tmp_path / "cache",
+        train_manifest=(small_corpus,), val_manifest=(small_corpus,), base_ckpt=str(base), cache_dir=tmp_path / "cache",
         output_dir=tmp_path / "run", flag_pause_s=1.0,
     )  # fmt: skip
     inputs = _check_and_encode(options, set(), FolderLock())
@@ -309,3 +309,17 @@ def test_medians_of_languages_and_speakers(bundle: Bundle, tmp_path: Path) -> No
     assert found[:2] == [f"{tmp_path}/m.jsonl:21", "characters per second"]
     assert "the median of the language is" in found[3]
     assert flagged_in(index, flag_similarity=float("inf"), flag_min_clips=13) == []
+
+
+def test_few_clips_have_no_median(bundle: Bundle, tmp_path: Path) -> None:
+    entries = []
+    for i, (text, seconds) in enumerate([(LONG, 7), ("word " * 600, 2.9), ("Word.", 20), ("Oh!", 1.5)]):
+        soundfile.write(
+            tmp_path / f"{i}.wav", 0.1 * np.random.default_rng(i).standard_normal(round(RATE * seconds)), RATE
+        )
+        entries.append(speech_sample(text, str(tmp_path / f"{i}.wav")))
+    index = indexed(bundle, write_manifest(tmp_path / "m.jsonl", entries), tmp_path)
+    found = flagged_in(index)
+    assert [line[0] for line in found] == [f"{tmp_path}/m.jsonl:2", f"{tmp_path}/m.jsonl:3"]
+    assert found[0][3] == "2400 characters in 2.9 s: 827.6 per second; speech has 1 to 40"
+    assert flagged_in(index, flag_rate_ratio=float("inf")) == []
