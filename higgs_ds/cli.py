@@ -104,6 +104,16 @@ def convert(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     return exit_code_of(lambda: main(options))
 
 
+def review(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Check the clips of a list by ear: a page to correct texts and drop clips."""
+    options = command_line.parse_review_options(argv, prog)
+    quiet_libraries()
+    with quick_imports():
+        from higgs_ds.slicing.review import main
+
+    return exit_code_of(lambda: main(options))
+
+
 def find_lora_adapters(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """List the adapters below a folder."""
     options = command_line.parse_inspect_options("find_lora_adapters", argv, prog)
@@ -147,7 +157,7 @@ def slice(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str] | None, str | None], int]] = {
     command.__name__: command
     for command in (
-        train, slice, prepare, merge, blend, generate, evaluate, export, convert,
+        train, slice, review, prepare, merge, blend, generate, evaluate, export, convert,
         find_lora_adapters, validate_adapter, validate_checkpoint_dir,
     )
 }  # fmt: skip

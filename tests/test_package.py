@@ -15,8 +15,8 @@ from conftest import PROJECT
 pytestmark = pytest.mark.slow
 
 COMMANDS = (
-    "train", "slice", "prepare", "merge", "blend", "generate", "evaluate", "export", "convert", "find_lora_adapters",
-    "validate_adapter", "validate_checkpoint_dir",
+    "train", "slice", "review", "prepare", "merge", "blend", "generate", "evaluate", "export", "convert",
+    "find_lora_adapters", "validate_adapter", "validate_checkpoint_dir",
 )  # fmt: skip
 
 

@@ -141,8 +141,7 @@ def _opened(clip: AudioClip, max_s: float) -> Iterator[tuple[int, Iterator[np.nd
     A clip longer than `max_s` is refused from the file's header, before anything is decoded. If the header does not
     give the length, the clip is read up to the limit and no further.
     """
-    if clip.data is None and not clip.path.is_file():
-        raise AudioError("no such file" if not clip.path.exists() else "is not a file")
+    _check_file(clip)
     has_length = True
     try:
         with contextlib.ExitStack() as stack:
@@ -160,6 +159,11 @@ def _opened(clip: AudioClip, max_s: float) -> Iterator[tuple[int, Iterator[np.nd
         if not has_length:  # soundfile finds the end of a FLAC stream of unknown length only by failing
             reason = "its header does not give its length; rewrite it, for instance with ffmpeg -i OLD NEW"
         raise AudioError(f"cannot be read as audio: {reason}") from error
+
+
+def _check_file(clip: AudioClip) -> None:
+    if clip.data is None and not clip.path.is_file():
+        raise AudioError("no such file" if not clip.path.exists() else "is not a file")
 
 
 def _sound_file(clip: AudioClip, stack: contextlib.ExitStack) -> soundfile.SoundFile:
@@ -195,15 +199,53 @@ def _checked_blocks(
     if num_samples == 0:
         raise AudioError(f"contains no samples after {clip.offset_s:g} s" if clip.offset_s else "contains no samples")
     if clip.duration_s is not None and num_samples < count - TOLERANCE_S * rate:
-        raise AudioError(
-            f"ends at {(start + num_samples) / rate:.2f} s, "
-            f"before the end of the clip (offset {clip.offset_s:g} s, duration {clip.duration_s:g} s)"
-        )
+        raise _ends_early(clip, (start + num_samples) / rate)
+
+
+def _ends_early(clip: AudioClip, end_s: float) -> AudioError:
+    part = f"offset {clip.offset_s:g} s, duration {clip.duration_s:g} s"
+    return AudioError(f"ends at {end_s:.2f} s, before the end of the clip ({part})")
 
 
 def _check_length(num_samples: float, rate: int, max_s: float) -> None:
     if num_samples > max_s * rate:
         raise ClipTooLongError(num_samples / rate, max_s)
+
+
+def seconds_of_clip(clip: AudioClip) -> float | None:
+    """Return how long a clip lasts, from the header of its file; None if that does not say.
+
+    Raises:
+        AudioError: the file is missing, is not audio, or ends before the clip does.
+    """
+    _check_file(clip)
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(_sound_file(clip, stack))
+        except (soundfile.LibsndfileError, OSError) as error:
+            reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
+            raise AudioError(f"cannot be read as audio: {reason}") from error
+        if file.frames >= UNKNOWN_LENGTH:
+            return clip.duration_s
+        end_s = file.frames / file.samplerate
+    if clip.duration_s is None:
+        return max(0.0, end_s - clip.offset_s)
+    if clip.offset_s + clip.duration_s > end_s + TOLERANCE_S:
+        raise _ends_early(clip, end_s)
+    return min(end_s - clip.offset_s, clip.duration_s)
+
+
+def as_wav(clip: AudioClip, max_s: float) -> bytes:
+    """Return a clip as a WAV file of 16 bits, with the sample rate and channels of its file.
+
+    Raises:
+        AudioError, ClipTooLongError: as in `read_audio`.
+    """
+    with _opened(clip, max_s) as (rate, blocks):
+        waveform = np.concatenate(list(blocks))
+    content = io.BytesIO()
+    soundfile.write(content, waveform, rate, "PCM_16", format="WAV")
+    return content.getvalue()
 
 
 def as_ogg(path: Path) -> bytes:

@@ -23,6 +23,7 @@ from higgs_ds.options.commands import (
 from higgs_ds.options.flags import FlagOptions
 from higgs_ds.options.options_file import read_options_file
 from higgs_ds.options.parser import Parser, add_options
+from higgs_ds.options.reviewing import ReviewOptions
 from higgs_ds.options.slicing import SliceOptions
 from higgs_ds.options.train import DataOptions, ModelOptions, TrainOptions
 
@@ -179,6 +180,16 @@ def parse_slice_options(argv: Sequence[str] | None = None, prog: str | None = No
         "is. A command that was ended goes on where it was.",
     )
     return parser.parse_group(SliceOptions, argv)
+
+
+def parse_review_options(argv: Sequence[str] | None = None, prog: str | None = None) -> ReviewOptions:
+    """Parse the options of launch/review.py."""
+    parser = Parser(
+        **_usage("launch/review.py", "python launch/review.py FOLDER_OR_LIST [options]", prog),
+        description="Check the clips of a list by ear, on a page on this machine: correct their texts, and drop clips. "
+        "Every change is written into the list at once.",
+    )
+    return parser.parse_group(ReviewOptions, argv)
 
 
 def parse_inspect_options(command: str, argv: Sequence[str] | None = None, prog: str | None = None) -> InspectOptions:

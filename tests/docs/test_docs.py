@@ -18,6 +18,7 @@ from higgs_ds.options.commands import (
     MergeOptions,
     PrepareOptions,
 )
+from higgs_ds.options.reviewing import ReviewOptions
 from higgs_ds.options.slicing import SliceOptions
 from higgs_ds.options.train import TrainOptions
 
@@ -47,6 +48,7 @@ def known_options() -> set[str]:
     names = {f"--{name}" for name in parser.names()}
     for group_class in (
         MergeOptions, BlendOptions, ExportOptions, ConvertOptions, EvaluateOptions, GenerateOptions, SliceOptions,
+        ReviewOptions,
     ):  # fmt: skip
         group_parser = Parser()
         add_options(group_parser, group_class)

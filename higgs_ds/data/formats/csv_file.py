@@ -38,7 +38,7 @@ def read(path: Path, options: DataOptions) -> Iterator[Entry]:
     if isinstance(columns, str) or faults:
         yield Entry(f"{printable(path)}:{number}", None, tuple(faults))
         return
-    build = functools.partial(_build, columns)
+    build = functools.partial(build_row, columns)
     shown_path = printable(path)
     for number, row, faults in rows:
         source = f"{shown_path}:{number}"
@@ -56,7 +56,8 @@ def _header_faults(header: list[str], columns: Columns | str) -> list[str]:
     return missing + [f"header: has column {shown(name)} more than once; keep one of them" for name in twice]
 
 
-def _build(columns: Columns, row: Any, reading: Reading) -> Sample | None:
+def build_row(columns: Columns, row: Any, reading: Reading) -> Sample | None:
+    """Build one sample from its fields by column."""
     clip = clip_of(path_of(row[columns.audio], columns.audio, reading))
     return sample_of_row(row, columns, clip, reading)
 
@@ -71,7 +72,7 @@ def header_delimiter(line: str) -> str | None:
     """Return the delimiter with which a line is a header with an audio and a text column, or None."""
     for delimiter in DELIMITERS:
         try:
-            names = next(_reader(iter([line]), delimiter), [])
+            names = next(row_reader(iter([line]), delimiter), [])
         except csv.Error:
             continue
         if isinstance(columns_of(names), Columns):
@@ -79,7 +80,8 @@ def header_delimiter(line: str) -> str | None:
     return None
 
 
-def _reader(lines: Iterator[str], delimiter: str) -> Iterator[list[str]]:
+def row_reader(lines: Iterator[str], delimiter: str) -> Iterator[list[str]]:
+    """Yield the fields of each row; raises csv.Error for a row that cannot be split."""
     if delimiter in QUOTED:
         return csv.reader(lines, delimiter=delimiter, strict=True)
     return csv.reader(lines, delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE)
@@ -94,7 +96,7 @@ def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str], list[str
             row_lines.append(line)
             yield line.text
 
-    rows = _reader(feed(), delimiter)
+    rows = row_reader(feed(), delimiter)
     while True:
         row_lines.clear()
         row: list[str] = []

@@ -61,14 +61,15 @@ def read(path: Path, options: DataOptions) -> Iterator[Entry]:
                 yield Entry(source, None, (fault,))
             else:
                 row = dict(zip(layout, fields, strict=True))
-                yield build_entry(row, Reading(path, source, options), _build)
+                yield build_entry(row, Reading(path, source, options), build)
 
 
 def _fields(line: str) -> list[str]:
     return [field.strip() for field in line.split("|")]
 
 
-def _build(row: Any, reading: Reading) -> Sample | None:
+def build(row: Any, reading: Reading) -> Sample | None:
+    """Build one sample from its fields by name."""
     path = path_of(row[AUDIO], AUDIO, reading)
     if path is not None and path.suffix.lower() not in AUDIO_SUFFIXES:
         folder = reading.folder / "wavs"
