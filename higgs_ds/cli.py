@@ -109,7 +109,7 @@ def review(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     options = command_line.parse_review_options(argv, prog)
     quiet_libraries()
     with quick_imports():
-        from higgs_ds.slicing.review import main
+        from higgs_ds.reviewing.command import main
 
     return exit_code_of(lambda: main(options))
 

@@ -49,7 +49,7 @@ ELSEWHERE = {
     "deepspeed launch/prepare.py": ("tests/data/test_prepare_command.py", "prepare.py"),
     # With a recognizer that is a download of 3 GB.
     "python launch/slice.py interview.flac --recognizer ": ("tests/speech/test_recognizers.py", "def test_whisper_"),
-    "python launch/review.py my_clips": ("tests/slicing/test_review_server.py", "def test_command("),
+    "python launch/review.py my_clips": ("tests/reviewing/test_review_server.py", "def test_command("),
     "deepspeed launch/evaluate.py": ("tests/speech/test_evaluate.py", "def test_ranks_change_nothing("),
 }
 SMALLER = {

@@ -26,8 +26,8 @@ from higgs_ds.data.formats.checks import printable
 from higgs_ds.data.formats.jsonio import is_utf8
 from higgs_ds.data.formats.reader import AUTO
 from higgs_ds.data.sample import AudioClip, Entry
-from higgs_ds.slicing.review_forms import file_of, form_of
-from higgs_ds.slicing.review_pieces import Form, Pieces
+from higgs_ds.reviewing.forms import file_of, form_of
+from higgs_ds.reviewing.pieces import Form, Pieces
 
 LARGEST_LIST = 1 << 29  # bytes; a list is held in memory
 KEPT, DROPPED, ALL = SHOWN = ("kept", "dropped", "all")

@@ -6,7 +6,7 @@ import bisect
 from typing import Any
 
 from higgs_ds.data.audio import AudioError, seconds_of_clip
-from higgs_ds.slicing.review_list import ReviewList
+from higgs_ds.reviewing.review_list import ReviewList
 
 ROWS_PER_PAGE = 50
 

@@ -25,9 +25,9 @@ import jinja2
 
 from higgs_ds.common.errors import InputError, SaveError
 from higgs_ds.data.audio import AudioError
-from higgs_ds.slicing.review_list import ALL, SHOWN, ReviewList, StaleError
-from higgs_ds.slicing.review_sound import Sound, byte_range, sound_of
-from higgs_ds.slicing.review_view import counts_of, page_of, row_of
+from higgs_ds.reviewing.review_list import ALL, SHOWN, ReviewList, StaleError
+from higgs_ds.reviewing.sound import Sound, byte_range, sound_of
+from higgs_ds.reviewing.view import counts_of, page_of, row_of
 
 LARGEST_BODY = 1 << 16  # bytes
 BLOCK = 1 << 16  # bytes of a sound that are sent at a time
@@ -258,7 +258,7 @@ class _Handler(BaseHTTPRequestHandler):
 @functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    text = files("higgs_ds.slicing").joinpath("review_page.html.j2").read_text(encoding="utf-8")
+    text = files("higgs_ds.reviewing").joinpath("page.html.j2").read_text(encoding="utf-8")
     return environment.from_string(text)
 
 

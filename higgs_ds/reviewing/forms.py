@@ -12,9 +12,9 @@ from higgs_ds.data.formats.jsonio import first_character, is_utf8
 from higgs_ds.data.formats.reader import AUTO, FOLDER_FILES
 from higgs_ds.data.formats.recognition import recognize
 from higgs_ds.data.formats.recordings import columns_of
-from higgs_ds.slicing.review_json import JsonArray, JsonLines
-from higgs_ds.slicing.review_pieces import Form
-from higgs_ds.slicing.review_rows import FileList, Rows, Table
+from higgs_ds.reviewing.json_list import JsonArray, JsonLines
+from higgs_ds.reviewing.pieces import Form
+from higgs_ds.reviewing.row_list import FileList, Rows, Table
 
 WHAT_TO_DO = (
     "write a metadata.jsonl beside the clips, one line for each: "

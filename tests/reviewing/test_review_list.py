@@ -18,8 +18,8 @@ from higgs_ds.common.errors import InputError, SaveError
 from higgs_ds.data.formats.reader import read_entries
 from higgs_ds.data.sample import Entry, Sample
 from higgs_ds.options.train import DataOptions
-from higgs_ds.slicing import review_list
-from higgs_ds.slicing.review_list import DROPPED, KEPT, ReviewList, StaleError, opened_list
+from higgs_ds.reviewing import review_list
+from higgs_ds.reviewing.review_list import DROPPED, KEPT, ReviewList, StaleError, opened_list
 
 # Lists as people have them: unknown keys, own spacing, blank lines, quotes, no line end at the end.
 LISTS = {

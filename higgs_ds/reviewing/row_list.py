@@ -14,7 +14,7 @@ from higgs_ds.data.formats import csv_file, lists
 from higgs_ds.data.formats.checks import printable
 from higgs_ds.data.formats.recordings import Columns
 from higgs_ds.data.sample import Entry
-from higgs_ds.slicing.review_pieces import LINE, MARK, Form, Pieces, entry_of, lines_as_pieces
+from higgs_ds.reviewing.pieces import LINE, MARK, Form, Pieces, entry_of, lines_as_pieces
 
 
 @dataclass(frozen=True)

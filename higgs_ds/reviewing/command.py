@@ -8,8 +8,8 @@ from higgs_ds.common.console import say
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.interrupts import Interrupted
 from higgs_ds.options.reviewing import ReviewOptions, check_review_options
-from higgs_ds.slicing.review_list import ReviewList, opened_list
-from higgs_ds.slicing.review_server import ReviewServer
+from higgs_ds.reviewing.review_list import ReviewList, opened_list
+from higgs_ds.reviewing.server import ReviewServer
 
 
 def main(options: ReviewOptions) -> None:

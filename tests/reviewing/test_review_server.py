@@ -22,9 +22,9 @@ import pytest
 import soundfile
 from conftest import PROJECT, VOICES, write_manifest
 
-from higgs_ds.slicing.review_list import ReviewList
-from higgs_ds.slicing.review_server import LARGEST_BODY, ReviewServer
-from higgs_ds.slicing.review_view import ROWS_PER_PAGE
+from higgs_ds.reviewing.review_list import ReviewList
+from higgs_ds.reviewing.server import LARGEST_BODY, ReviewServer
+from higgs_ds.reviewing.view import ROWS_PER_PAGE
 
 PART = {"offset": 0.25, "duration": 0.75}
 JSON = {"Content-Type": "application/json"}
@@ -174,7 +174,7 @@ REFUSED: dict[str, tuple[int, str, str, Any, dict[str, str]]] = {
     "a path as a row": (404, "GET", "audio/../../../etc/passwd?generation=0", None, {}),
     "an escaped path": (400, "GET", "audio/..%2f..%2fetc%2fpasswd?generation=0", None, {}),
     "a path": (404, "GET", "/etc/passwd", None, {}),
-    "a file of the page": (404, "GET", "review_page.html.j2", None, {}),
+    "a file of the page": (404, "GET", "page.html.j2", None, {}),
     "digits of another script": (400, "GET", "audio/%D9%A1?generation=0", None, {}),
     "a long number": (400, "GET", "rows?start=" + "9" * 99, None, {}),
     "an unknown choice": (400, "GET", "rows?shown=none", None, {}),
