@@ -236,16 +236,30 @@ def loading() -> Iterator[str]:
 
 
 def manifest() -> Iterator[str]:
+    """The tables of benchmarks/manifest.py: with another commit if it was measured too."""
     result, source = newest("manifest")
     yield "## A large manifest"
     yield ""
-    rows = [
-        ["first run: check and index", f"{result['first_s']:.0f} s", f"{result['first_peak_gib']:.2f} GiB"],
-        ["second run, nothing new", f"{result['again_s']:.0f} s", f"{result['again_peak_gib']:.2f} GiB"],
-        ["startup alone", f"{result['startup_s']:.0f} s", f"{result['startup_peak_gib']:.2f} GiB"],
-    ]
-    yield f"{result['lines']:,} lines, {result['manifest_mib']:.0f} MiB."
-    yield from table(("", "time", "peak resident memory"), rows)
+    yield "`launch/prepare.py`, with audio that is encoded already: a manifest of conversations, a folder of recordings"
+    yield f"with a text file each. Medians of {result['rounds']}; with an earlier commit, both took turns."
+    names = {"first": "first run: check and index", "again": "second run, nothing new", "startup": "startup alone"}
+    sides = {"old": "before", "new": "now"}
+    for kind in ("lines", "pairs"):
+        measured = result.get(kind, {})
+        shown_sides = [side for side in sides if side in measured]
+        head = [f"{measured.get('count', 0):,} {kind}", *(sides[side] for side in shown_sides)]
+        rows = []
+        for name, text in names.items() if measured else ():
+            row = [
+                f"{measured[side][f'{name}_s']:.1f} s, {measured[side][f'{name}_peak_gib']:.2f} GiB"
+                for side in shown_sides
+            ]
+            ratio = measured.get("ratio")
+            rows.append(
+                [text, *row, *([f"{ratio[f'{name}_s']:.3f}", f"{ratio[f'{name}_peak_gib']:.2f}"] if ratio else [])]
+            )
+        if rows:
+            yield from table([*head, *(["ratio of times", "of peak memory"] if "ratio" in measured else [])], rows)
     yield source
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from higgs_ds.common.files import replaced_file, saving, sha256_of
-from higgs_ds.data.audio import RESAMPLING
+from higgs_ds.data.audio import RESAMPLING, AudioError
 from higgs_ds.data.quality import ClipQuality, decoded
 from higgs_ds.data.sample import AudioClip
 
@@ -45,10 +47,14 @@ class CodeCache:
         self.codec_digest = codec_digest
 
     def key(self, clip: AudioClip, trimmed: Sequence[float] = ()) -> str:
-        """Return the hexadecimal key of a clip's codes. Raises OSError if the audio file cannot be read.
+        """Return the hexadecimal key of a clip's codes.
 
         Args:
             trimmed: how the clip's ends are trimmed; empty if they are not.
+
+        Raises:
+            OSError: the audio file cannot be read.
+            AudioError: it is not a file.
         """
         content = _content_of_file(clip.path, *_stamp(clip.path)) if clip.data is None else _sha256(clip.data)
         identity = [content, clip.offset_s, clip.duration_s, RESAMPLING, self.codec_digest, *trimmed]
@@ -56,19 +62,33 @@ class CodeCache:
 
     def load(self, key: str, num_codebooks: int) -> CachedCodes | None:
         """Return a clip's codes, or None if they are not cached."""
-        return self._read(key, num_codebooks, "pt")
+        return self._read(key, num_codebooks)
 
     def facts(self, key: str, num_codebooks: int) -> tuple[int, ClipQuality | None] | None:
         """Return a clip's number of frames and its measurements, or None if it is not cached.
 
-        The codes are read as well, as in `load`, but without importing torch.
+        A file is accepted that `load` accepts, but read without torch and safetensors, which takes a fifth of the time.
         """
-        cached = self._read(key, num_codebooks, "np")
-        return None if cached is None else (cached.codes.shape[1], cached.quality)
-
-    def _read(self, key: str, num_codebooks: int, framework: str) -> CachedCodes | None:
         try:
-            with safe_open(self.path(key), framework=framework) as file:
+            with open(self.path(key), "rb", buffering=0) as file:
+                content = file.read()
+            start = 8 + int.from_bytes(content[:8], "little")
+            header = json.loads(content[8:start])
+            entry, metadata = header["codes"], header["__metadata__"]
+            num_rows, num_frames = entry["shape"]
+            num_bytes = 2 * num_rows * num_frames
+            is_whole = entry["dtype"] == "I16" and entry["data_offsets"] == [0, num_bytes]
+            if not is_whole or len(content) != start + num_bytes:
+                return None
+            if metadata["key"] != key or num_rows != num_codebooks:
+                return None
+            return num_frames, decoded(metadata["quality"]) if "quality" in metadata else None
+        except (OSError, KeyError, ValueError, TypeError):
+            return None
+
+    def _read(self, key: str, num_codebooks: int) -> CachedCodes | None:
+        try:
+            with safe_open(self.path(key), framework="pt") as file:
                 metadata = file.metadata() or {}
                 codes = file.get_tensor("codes")
                 if metadata.get("key") != key or codes.ndim != 2 or len(codes) != num_codebooks:
@@ -80,7 +100,7 @@ class CodeCache:
     def looks_complete(self, key: str, num_frames: int, num_codebooks: int) -> bool:
         """Return whether a file of the right size exists. Cheaper than reading it."""
         try:
-            size = self.path(key).stat().st_size
+            size = os.stat(self.path(key)).st_size
         except OSError:
             return False
         return 128 < size - 2 * num_codebooks * num_frames < HEADER_BYTES
@@ -107,8 +127,10 @@ def _sha256(data: bytes) -> str:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe, for instance, might never end
+        raise AudioError("is not a file")
+    return status.st_size, status.st_mtime_ns
 
 
 @lru_cache(maxsize=4096)  # one recording may contain thousands of clips

@@ -14,7 +14,7 @@ import torch
 from higgs_ds.common.errors import InputError
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.collate import Batch, EncodedSample, collate
-from higgs_ds.data.index import CheckedClip
+from higgs_ds.data.index_writer import CheckedClip
 from higgs_ds.data.joined_index import AnyIndex
 from higgs_ds.data.mel_features import MelFeatures
 from higgs_ds.data.mix import Mix

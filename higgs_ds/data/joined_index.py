@@ -7,7 +7,8 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from higgs_ds.data.index import DIGEST_BYTES, CheckedClip, Index
+from higgs_ds.data.index import Index
+from higgs_ds.data.index_writer import DIGEST_BYTES, CheckedClip
 from higgs_ds.data.sample import Sample
 
 

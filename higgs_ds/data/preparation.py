@@ -25,12 +25,15 @@ from higgs_ds.common import distributed
 from higgs_ds.common.console import say, warn
 from higgs_ds.common.errors import SaveError
 from higgs_ds.common.files import check_folders, flush_folder, saving, write_json, write_text
+from higgs_ds.common.forks import may_fork, run_in_forks
 from higgs_ds.common.lock import OutputLock, lock_beside
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.flags import Flagged, find_flags
 from higgs_ds.data.formats.folders import list_files
-from higgs_ds.data.index import DESCRIPTION, VERSION, CheckedSample, Index, PartWriter, open_kept, stamp_of
+from higgs_ds.data.index import Index, open_kept, stamp_of
+from higgs_ds.data.index_writer import DESCRIPTION, VERSION, CheckedSample, PartWriter
 from higgs_ds.data.reference_choice import references_of
+from higgs_ds.data.reference_index import add_references
 from higgs_ds.data.summary import describe
 from higgs_ds.data.survey import MAX_SHOWN, Checker, MissingClips, Share, SurveyResult, missing_clips, survey
 from higgs_ds.options.flags import FlagOptions
@@ -46,6 +49,7 @@ INDEXED_OPTIONS = (
     "format", "reference_placement", "normalize_text", "allow_text_targets", "max_clip_s", "trim_silence", "silence_db",
 )  # fmt: skip
 WHOLE = Share()
+WORTH_BYTES, WORTH_FILES = 4 << 20, 4096  # of a manifest or a folder, above which processes are faster than threads
 
 
 @dataclass
@@ -111,6 +115,7 @@ class Preparation:
         """Check a manifest, unless an earlier run has checked it and nothing has changed since."""
         kept_index = self._kept_index(path)
         if kept_index is not None:
+            self._add_references(kept_index)
             return CheckedManifest(path, index=kept_index)
         folder = self._scratch_folder()
         unshared = [] if folder.is_dir() else [self._not_shared()]
@@ -118,11 +123,8 @@ class Preparation:
         if unshared:
             return CheckedManifest(path, unshared)
         identity = self._identity(path)
-        rank, world_size = distributed.rank(), distributed.world_size()
-        share = Share(self.shard.index * world_size + rank, self.shard.count * world_size)
-        with _open_part(folder, rank) as (keep, report_invalid):
-            findings, missing = survey(path, self.checker, share, self.num_workers, keep, report_invalid)
-        gathered = distributed.gather_objects(findings)
+        findings, missing = self._survey(path, folder, identity["num_files"])
+        gathered = [one for of_rank in distributed.gather_objects(findings) for one in of_rank]
         checked = CheckedManifest(path, findings=gathered, missing=missing, folder=folder, identity=identity)
         if checked.num_bad and self.options.skip_bad is not None:
             self._list_bad(folder, self.options.skip_bad)
@@ -133,7 +135,24 @@ class Preparation:
             checked.problems += _merged_problems(checked.findings)
         if self.coder is not None and not checked.problems:
             checked.index = Index(folder)
+            self._add_references(checked.index)
         return checked
+
+    def _survey(self, path: Path, folder: Path, num_files: int) -> tuple[list[SurveyResult], MissingClips]:
+        """Check this rank's share of a manifest: in several processes if it is large, else in threads."""
+        is_large = num_files > WORTH_FILES or (path.is_file() and path.stat().st_size > WORTH_BYTES)
+        count = self.num_workers if is_large and may_fork() else 1
+        first = (self.shard.index * distributed.world_size() + distributed.rank()) * count
+        num_shares = self.shard.count * distributed.world_size() * count
+        num_threads = self.num_workers if count == 1 else 1
+
+        def check_share(number: int) -> tuple[SurveyResult, MissingClips]:
+            with _open_part(folder, distributed.rank() * count + number) as (keep, report_invalid):
+                share = Share(first + number, num_shares)
+                return survey(path, self.checker, share, num_threads, keep, report_invalid)
+
+        results = run_in_forks(check_share, count) if count > 1 else [check_share(0)]
+        return [result for result, _ in results], MissingClips.merged([missing for _, missing in results])
 
     def encode(self, checked: CheckedManifest, device: torch.device) -> None:
         """Encode this rank's share of the missing clips, and wait for the other ranks."""
@@ -189,6 +208,18 @@ class Preparation:
         assert self.coder is not None
         return find_flags(index, options, self.options.trim_silence, self.coder.codec.sample_rate)
 
+    def _add_references(self, index: Index) -> None:
+        """Add the columns to an index that only some options need."""
+        coder = self.coder
+        assert coder is not None
+
+        def add() -> None:
+            with saving(index.folder):
+                add_references(index.folder, coder)
+
+        if self.shard == WHOLE and (self.options.has_random_references or self.options.reference_dropout):
+            distributed.on_main(add)
+
     def _kept_index(self, path: Path) -> Index | None:
         """Return the index of an earlier run if the manifest, its files and the codes are unchanged since."""
         if self.coder is None or self.shard != WHOLE:
@@ -226,7 +257,8 @@ class Preparation:
         files, faults = list_files(path) if path.is_dir() else ([path], [])
         names = sorted(map(str, files))
         digest = hashlib.sha256(repr([(name, stamp_of(name)) for name in names] + faults).encode())
-        return {"version": VERSION, "manifest": str(path.absolute()), "files": digest.hexdigest()}
+        found = {"files": digest.hexdigest(), "num_files": len(files)}
+        return {"version": VERSION, "manifest": str(path.absolute()), **found}
 
     def _scratch_folder(self) -> Path:
         """Make a folder for the parts of an index, next to the kept indexes; remove those that are no longer used."""

@@ -34,6 +34,12 @@ class Tokenizer(Protocol):
     def convert_tokens_to_ids(self, tokens: str) -> int: ...
 
 
+class BatchTokenizer(Tokenizer, Protocol):
+    """A tokenizer that can also count the tokens of many texts at once."""
+
+    def count(self, texts: Sequence[str]) -> list[int]: ...
+
+
 class CachedTokenizer:
     """A tokenizer that caches recent texts: headers and system prompts occur in every sample."""
 
@@ -42,11 +48,16 @@ class CachedTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._ids = tokenizer.get_vocab()
+        self._encode_batch = tokenizer.encode_batch_fast
         self._encode = lru_cache(maxsize=4096)(lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         assert not add_special_tokens
         return self._encode(text)
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each text. Other threads run meanwhile, unlike during `encode`."""
+        return [len(encoding) for encoding in self._encode_batch(texts, add_special_tokens=False)]
 
     def convert_tokens_to_ids(self, tokens: str) -> int:
         return self._ids[tokens]
@@ -176,21 +187,6 @@ def prompt_of(
 ) -> Prompt:
     """Return token ids and labels of a training sample. Arguments are those of `tokenize`."""
     return tokenize(render(sample.messages, sample.start_index), num_frames, tokenizer, stream, heard)
-
-
-def count_tokens(
-    sample: Sample,
-    num_frames: Sequence[int],
-    tokenizer: Tokenizer,
-    stream: AudioStream,
-    heard: Sequence[Sequence[Stretch]] = (),
-) -> int:
-    """Return the number of tokens that `prompt_of` gives."""
-    texts = (s.text for s in render(sample.messages, sample.start_index) if s.clip is None)
-    num_text = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
-    clips = stretches_of(num_frames, heard)
-    num_audio = sum(piece.num_outputs + stream.num_rows(piece.num_frames) for pieces in clips for piece in pieces)
-    return num_text + num_audio + sum(2 * (len(pieces) - 1) for pieces in clips)  # two tokens between stretches
 
 
 def missing_tokens(vocabulary: dict[str, int]) -> list[str]:

@@ -6,8 +6,9 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from higgs_ds.data.sample import ASSISTANT, SYSTEM, USER, AudioClip, Message, Sample
+from higgs_ds.data.sample import ASSISTANT, SYSTEM, USER, Message, Sample
 
 SPEAKER_TAG = re.compile(r"\[SPEAKER\d+\]")
 _EMPTY_SCENE = re.compile(r"\s*<\|scene_desc_start\|>\s*<\|scene_desc_end\|>")
@@ -31,10 +32,12 @@ def plain_form(sample: Sample) -> PlainForm | None:
     References are clips in system turns, with the line that names their voice, and before `start_index` a user turn of
     text with the assistant turns of speech that answer it.
     """
+    removed = _reference_turns(sample)
+    if not removed and not any(message.role == SYSTEM and message.clips for message in sample.messages):
+        return None
     messages: list[Message] = []
     kept: list[int] = []
     number, num_removed = 0, 0
-    removed = _reference_turns(sample)
     for turn, message in enumerate(sample.messages):
         clips = range(number, number + len(message.clips))
         number = clips.stop
@@ -112,21 +115,25 @@ def pair_of(sample: Sample) -> tuple[Message, Message] | None:
     return text, speech
 
 
-def candidate_of(sample: Sample, key: str, clip: AudioClip, seconds: float, num_tokens: int) -> Candidate:
+def candidate_of(
+    sample: Sample, key: str, num_tokens: int, file: int | None, start_s: float, seconds: float
+) -> Candidate:
     """Describe the target of a sample that `pair_of` accepts.
 
     Args:
-        key: of the codes of `clip`, the target.
+        key: of the codes of the target.
         num_tokens: of its pair of turns.
+        file: the number of the target's file, None if it has no file of its own.
+        start_s: of the target in its file.
     """
     text = _words(sample.messages[-2])
     return Candidate(
         num_tokens=num_tokens,
-        words=_number(" ".join(text.casefold().split())),
-        clip=_number(key),
-        file=_number(str(clip.path) if clip.data is None else key),
-        start_s=clip.offset_s,
-        end_s=clip.offset_s + seconds,
+        words=number_of(" ".join(text.casefold().split())),
+        clip=number_of(key),
+        file=number_of(key) if file is None else file,
+        start_s=start_s,
+        end_s=start_s + seconds,
         takes=len(sample.clips) == 1 and all(message.role == SYSTEM for message in sample.messages[:-2]),
     )
 
@@ -141,7 +148,8 @@ def _words(message: Message) -> str:
     return " ".join(part for part in message.parts if isinstance(part, str))
 
 
-def _number(text: str) -> int:
+@lru_cache(maxsize=4096)  # many clips of one file
+def number_of(text: str) -> int:
     """Return 8 bytes that differ for different texts, as a number."""
     digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,3 +79,6 @@ class Entry:
     source: str
     sample: Sample | None
     faults: tuple[str, ...] = ()
+
+
+PendingEntry = Callable[[], Entry]  # an entry that is built when it is called: those of other ranks are not

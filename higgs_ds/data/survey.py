@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import islice
+from functools import cached_property, lru_cache
+from itertools import chain, islice
 from pathlib import Path
+from typing import TypeVar
 
+from higgs_ds.common.threads import map_in_threads
 from higgs_ds.data.audio import AudioError, ClipTooLongError, examine
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.formats.checks import printable
-from higgs_ds.data.formats.reader import read_entries
-from higgs_ds.data.index import CheckedClip, CheckedSample, stamp_of
+from higgs_ds.data.formats.reader import pending_entries
+from higgs_ds.data.index import stamp_of
+from higgs_ds.data.index_writer import CheckedClip, CheckedSample
 from higgs_ds.data.mel_features import SAMPLE_RATE
-from higgs_ds.data.prompt import count_tokens
 from higgs_ds.data.quality import ClipQuality
-from higgs_ds.data.references import Candidate, candidate_of, pair_of, plain_form
-from higgs_ds.data.sample import AudioClip, Entry, Sample
+from higgs_ds.data.references import plain_form
+from higgs_ds.data.sample import ASSISTANT, AudioClip, Entry, PendingEntry
 from higgs_ds.data.spoken_text import examine_sample
+from higgs_ds.data.token_counter import TokenCounter
 from higgs_ds.options.train import DataOptions
 
-CHUNK = 32  # entries that a thread takes at a time
+CHUNK = 128  # entries that a thread takes at a time
+REMEMBERED = 1 << 14  # files and clips that are not examined again
 MAX_SHOWN = 1000  # problems that are kept for display
+T = TypeVar("T")
+MISSING = -1, -1  # instead of a file's size and modification time
 USUAL_RATE_AND_HOP = 24000, 960
 
 
@@ -36,7 +40,7 @@ class Share:
     index: int = 0
     count: int = 1
 
-    def of(self, entries: Iterator[Entry]) -> Iterator[tuple[int, Entry]]:
+    def of(self, entries: Iterator[T]) -> Iterator[tuple[int, T]]:
         return islice(enumerate(entries), self.index, None, self.count)
 
 
@@ -63,18 +67,27 @@ class ClipToEncode:
 
 @dataclass
 class MissingClips:
-    """Clips that are not encoded yet: the numbers of their samples, their shortened keys, and their total seconds."""
+    """Clips that are not encoded yet: the numbers of samples with them, and the seconds of each, by shortened key."""
 
     numbers: array[int] = field(default_factory=lambda: array("q"))
-    keys: set[int] = field(default_factory=set)
-    seconds: float = 0.0
+    keys: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.keys.values())
 
     def add(self, number: int, clips: Sequence[ClipFacts], sample_rate: int) -> None:
-        new = {clip.short_key: clip for clip in clips if not clip.is_cached and clip.short_key not in self.keys}
+        missing = [clip for clip in clips if not clip.is_cached]
+        new = {c.short_key: c.num_samples / sample_rate for c in missing if c.short_key not in self.keys}
         if new:
             self.numbers.append(number)
-            self.keys |= new.keys()
-            self.seconds += sum(clip.num_samples for clip in new.values()) / sample_rate
+            self.keys |= new
+
+    @classmethod
+    def merged(cls, parts: Sequence[MissingClips]) -> MissingClips:
+        """Return the clips of several shares."""
+        numbers = array("q", sorted(number for part in parts for number in part.numbers))
+        return cls(numbers, {key: seconds for part in parts for key, seconds in part.keys.items()})
 
 
 @dataclass(frozen=True)
@@ -92,21 +105,27 @@ class ClipFacts:
     num_outputs: tuple[int, ...] = ()
     stretch: tuple[float, float] | None = None  # offset and duration to encode instead of the clip's, in seconds
 
+    @cached_property
+    def stored(self) -> CheckedClip:
+        """What an index stores of the clip."""
+        return CheckedClip(self.key, self.num_frames, self.num_outputs)
+
     @property
     def short_key(self) -> int:
         """The key as a number that takes little memory: eight bytes of it distinguish a million clips."""
         return int(self.key[:16], 16) * 2 + bool(self.num_outputs)
 
 
-@dataclass(frozen=True)
+@dataclass
 class CheckedEntry:
     """The result of checking one sample: its faults, or everything that an index stores of it."""
 
     number: int
     source: str
     faults: list[str]
-    checked: CheckedSample | None = None
     clips: Sequence[ClipFacts] = ()
+    files: tuple[tuple[str, int, int], ...] = ()
+    checked: CheckedSample | None = None
 
 
 class Checker:
@@ -119,7 +138,10 @@ class Checker:
         self.sample_rate, self.hop_length = (
             (coder.codec.sample_rate, coder.codec.hop_length) if coder else USUAL_RATE_AND_HOP
         )
-        self._facts_of_file = lru_cache(maxsize=1 << 14)(self._examine)
+        self._counter = TokenCounter(coder) if coder else None
+        self._facts_of_file = lru_cache(maxsize=REMEMBERED)(self._examine)
+        # Older than the facts of the file's clips, so that a change between the two is detected.
+        self._stamp_of = lru_cache(maxsize=REMEMBERED)(stamp_of)
 
     def facts(self, clip: AudioClip, is_heard: bool) -> ClipFacts:
         """Return the properties of a clip.
@@ -132,15 +154,40 @@ class Checker:
         """
         return self._facts_of_file(clip, is_heard) if clip.data is None else self._examine(clip, is_heard)
 
-    def check_entry(self, number: int, entry: Entry) -> CheckedEntry:
-        """Check one sample's clips, and count its tokens if there is a coder."""
+    def check(self, pending: Sequence[tuple[int, PendingEntry]]) -> list[CheckedEntry]:
+        """Check samples with their clips, and count their tokens if there is a coder."""
+        entries = [(number, entry()) for number, entry in pending]
+        checked = [self._check_clips(number, entry) for number, entry in entries]
+        samples = [(one, entry.sample) for one, (_, entry) in zip(checked, entries, strict=True)]
+        good = [(one, sample) for one, sample in samples if sample is not None and not one.faults]
+        if self._counter is not None:
+            texts = self._counter.count_texts(sample.messages for _, sample in good)
+            for one, sample in good:
+                clips = tuple([clip.stored for clip in one.clips])
+                num_tokens = self._counter.count(sample.messages, clips, texts)
+                one.checked = CheckedSample(
+                    one.number, sample, num_tokens, clips, one.files, plain_form(sample),
+                    last_clip_s=self._seconds(one.clips[-1]) if clips else 0.0,
+                    quality=examine_sample(sample, [clip.quality for clip in one.clips]),
+                )  # fmt: skip
+        return checked
+
+    def _seconds(self, clip: ClipFacts) -> float:
+        """Return the duration of a clip, before its ends are trimmed."""
+        is_trimmed = self.options.trim_silence is not None
+        return clip.quality.duration_s if is_trimmed else clip.num_frames * self.hop_length / self.sample_rate
+
+    def _check_clips(self, number: int, entry: Entry) -> CheckedEntry:
+        """Check the clips of one sample."""
         sample, faults = entry.sample, list(entry.faults)
-        stamps = _stamps(sample) if sample else []  # before anything is read, so that a later change is detected
-        facts: dict[tuple[AudioClip, bool], ClipFacts] = {}
-        clips_to_check = list(zip(sample.clips, sample.is_heard, strict=True)) if sample else []
-        for clip, is_heard in clips_to_check:
+        if sample is None:
+            return CheckedEntry(number, entry.source, faults)
+        to_check = [(clip, m.role != ASSISTANT) for m in sample.messages for clip in m.clips]
+        files = self._stamps(to_check, sample.text_files)  # before anything is read, so that later changes are detected
+        clips = []
+        for clip, is_heard in to_check:
             try:
-                facts[clip, is_heard] = facts.get((clip, is_heard)) or self.facts(clip, is_heard)
+                clips.append(self.facts(clip, is_heard))
             except (AudioError, OSError) as error:
                 reason = error.strerror if isinstance(error, OSError) else error
                 if clip.data is not None:
@@ -149,49 +196,26 @@ class Checker:
                     faults.append(f"{reason}")
                 else:
                     faults.append(f"{clip.path}: {reason}")
-        if sample is None or faults or self.coder is None:
-            return CheckedEntry(number, entry.source, list(dict.fromkeys(faults)))
-        clips = [facts[clip, is_heard] for clip, is_heard in clips_to_check]
-        plain = plain_form(sample)
-        checked = CheckedSample(
-            number=number,
-            sample=sample,
-            num_tokens=self._count_tokens(sample, clips),
-            clips=tuple(CheckedClip(clip.key, clip.num_frames, clip.num_outputs) for clip in clips),
-            files=tuple((path, *stamp) for path, stamp in stamps if stamp),
-            plain=plain,
-            plain_tokens=self._count_tokens(plain.of(sample), [clips[i] for i in plain.clips]) if plain else 0,
-            candidate=self._candidate(sample, clips[-1]) if clips else None,
-            quality=examine_sample(sample, [clip.quality for clip in clips]),
-        )
-        return CheckedEntry(number, entry.source, [], checked, clips)
+        return CheckedEntry(number, entry.source, list(dict.fromkeys(faults)), clips, files)
 
-    def _count_tokens(self, sample: Sample, clips: Sequence[ClipFacts]) -> int:
-        assert self.coder is not None
-        hearing, num_frames = self.coder.hearing, [clip.num_frames for clip in clips]
-        stretches = [hearing.stretches(clip.num_frames, clip.num_outputs) for clip in clips] if hearing else []
-        return count_tokens(sample, num_frames, self.coder.tokenizer, self.coder.stream, stretches)
-
-    def _candidate(self, sample: Sample, target: ClipFacts) -> Candidate | None:
-        """Return what a sample's target, its last clip, is as a reference for others."""
-        pair = pair_of(sample)
-        if pair is None:
-            return None
-        seconds = target.num_frames * self.hop_length / self.sample_rate
-        if self.options.trim_silence is not None:
-            seconds = target.quality.duration_s
-        # Segments are tokenized separately, so that a pair adds the same to every sample. Alone, it begins the text.
-        num_tokens = self._count_tokens(replace(sample, messages=pair), [target]) - 1
-        return candidate_of(sample, target.key, sample.clips[-1], seconds, num_tokens)
+    def _stamps(
+        self, clips: Sequence[tuple[AudioClip, bool]], text_files: Sequence[Path]
+    ) -> tuple[tuple[str, int, int], ...]:
+        """Return every file that a sample is read from, except its manifest, with its size and modification time."""
+        paths = [str(clip.path) for clip, _ in clips if clip.data is None] + [str(path) for path in text_files]
+        return tuple([(path, *(self._stamp_of(path) or MISSING)) for path in dict.fromkeys(paths)])
 
     def _examine(self, clip: AudioClip, is_heard: bool) -> ClipFacts:
         max_s, rate, hop = self.options.max_clip_s, self.sample_rate, self.hop_length
         hearing = self.coder.hearing if self.coder and is_heard else None
-        if clip.data is None and not clip.path.is_file():
-            raise AudioError("no such file" if not clip.path.exists() else "is not a file")
         silence_db, rest_s = self.options.silence_db, self.options.trim_silence
         trimmed = () if rest_s is None else (rest_s, silence_db)
-        key = self.coder.cache.key(clip, trimmed) if self.coder else ""
+        try:
+            key = self.coder.cache.key(clip, trimmed) if self.coder else ""
+        except OSError as error:
+            if clip.data is None and not clip.path.is_file():  # no file either where a part of its path is a file
+                raise AudioError("no such file") from error
+            raise
         cached = self.coder.cache.facts(key, self.coder.stream.num_codebooks) if self.coder else None
         num_outputs = hearing.kept_outputs(key) if hearing else ()
         is_cached = cached is not None and num_outputs is not None
@@ -229,7 +253,9 @@ def survey(
 ) -> tuple[SurveyResult, MissingClips]:
     """Check a share of a manifest's samples. Pass each good one to `keep`, each problem to `report_invalid`."""
     result, missing = SurveyResult(), MissingClips()
-    for entry in _check_in_threads(path, checker, share, num_threads):
+    entries = share.of(pending_entries(path, checker.options))
+    chunks = iter(lambda: list(islice(entries, CHUNK)), [])
+    for entry in chain.from_iterable(map_in_threads(checker.check, chunks, num_threads)):
         result.num_entries += 1
         result.num_bad += bool(entry.faults)
         for fault in entry.faults:
@@ -244,41 +270,15 @@ def survey(
     return result, missing
 
 
-def _check_in_threads(path: Path, checker: Checker, share: Share, num_threads: int) -> Iterator[CheckedEntry]:
-    """Check a share of the entries in threads, a few chunks ahead, and yield the results in order."""
-
-    def check_chunk(chunk: list[tuple[int, Entry]]) -> list[CheckedEntry]:
-        return [checker.check_entry(number, entry) for number, entry in chunk]
-
-    entries = share.of(read_entries(path, checker.options))
-    ahead: deque[Future[list[CheckedEntry]]] = deque()
-    pool = ThreadPoolExecutor(num_threads)
-    try:
-        while chunk := list(islice(entries, CHUNK)):
-            ahead.append(pool.submit(check_chunk, chunk))
-            if len(ahead) > 2 * num_threads:
-                yield from ahead.popleft().result()
-        while ahead:
-            yield from ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _stamps(sample: Sample) -> list[tuple[str, tuple[int, int] | None]]:
-    """Return every file that a sample is read from, except its manifest, with its size and modification time."""
-    paths = [*(clip.path for clip in sample.clips if clip.data is None), *sample.text_files]
-    return [(path, stamp_of(path)) for path in dict.fromkeys(map(str, paths))]
-
-
 def missing_clips(path: Path, checker: Checker, missing: MissingClips) -> Iterator[ClipToEncode]:
     """Read a manifest again and yield the clips that are still to be encoded, each once."""
     remaining = set(missing.keys)
     numbers = iter(missing.numbers)
     wanted = next(numbers, None)
-    for number, entry in enumerate(read_entries(path, checker.options)):
+    for number, pending in enumerate(pending_entries(path, checker.options)):
         if number != wanted:
             continue
-        wanted = next(numbers, None)
+        entry, wanted = pending(), next(numbers, None)
         clips = zip(entry.sample.clips, entry.sample.is_heard, strict=True) if entry.sample else ()
         for clip, is_heard in clips:
             facts = checker.facts(clip, is_heard)

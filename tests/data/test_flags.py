@@ -21,7 +21,8 @@ from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.data import repeats, survey
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.flags import Flagged, find_flags
-from higgs_ds.data.index import Index, PartWriter
+from higgs_ds.data.index import Index
+from higgs_ds.data.index_writer import PartWriter
 from higgs_ds.data.preparation import Preparation
 from higgs_ds.data.sample import AudioClip
 from higgs_ds.data.survey import Checker, Share

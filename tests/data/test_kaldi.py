@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 
 import pytest
+from test_corpora import write_tree
 from test_flat import damaged
 from test_formats import expect_faults, plain, samples
-from test_layouts import write_tree
 
 from higgs_ds.data.formats import keyed_lines
 from higgs_ds.data.formats.reader import read_entries

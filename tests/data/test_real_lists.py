@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from test_corpora import write_tree
 from test_formats import samples
-from test_layouts import write_tree
 
 from higgs_ds.data.formats.recognition import recognize
 

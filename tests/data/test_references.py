@@ -18,8 +18,10 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.data.collate import EncodedSample
 from higgs_ds.data.dataset import Dataset
-from higgs_ds.data.index import CheckedClip, CheckedSample, Index, PartWriter
+from higgs_ds.data.index import Index
+from higgs_ds.data.index_writer import CheckedClip, CheckedSample, PartWriter
 from higgs_ds.data.reference_choice import References
+from higgs_ds.data.reference_index import write_references
 from higgs_ds.data.references import Candidate
 from higgs_ds.data.sample import AudioClip, Message, Sample
 from higgs_ds.options.commands import PrepareOptions
@@ -291,11 +293,13 @@ def index_of(folder: Path, drawn: Iterator[tuple[str | None, Candidate, int, int
     """Write an index of samples with a speaker, as candidates, of a length, and of one without their reference."""
     folder.mkdir(exist_ok=True)
     writer = PartWriter(folder, 0)
+    columns = []
     for i, (speaker, candidate, num_tokens, plain_tokens) in enumerate(drawn):
         sample = Sample(PAIR, 0, speaker, f"m:{i + 1}")
-        clips = (CheckedClip("ab" * 32, 25),)
-        writer.add(CheckedSample(i, sample, num_tokens, clips, (), None, plain_tokens, candidate))
+        writer.add(CheckedSample(i, sample, num_tokens, (CheckedClip("ab" * 32, 25),), ()))
+        columns.append((plain_tokens, candidate))
     writer.close()
+    write_references(folder / "references-00000.arrow", columns)
     return Index(folder)
 
 

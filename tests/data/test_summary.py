@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from higgs_ds.data.index import CheckedClip, CheckedSample, Index, PartWriter
+from higgs_ds.data.index import Index
+from higgs_ds.data.index_writer import CheckedClip, CheckedSample, PartWriter
 from higgs_ds.data.quality import ClipQuality
 from higgs_ds.data.sample import AudioClip, Message, Sample
 from higgs_ds.data.spoken_text import examine_sample

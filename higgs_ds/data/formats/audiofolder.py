@@ -9,23 +9,23 @@ formats. A metadata file in the given folder itself is read by these formats, or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from higgs_ds.data.formats import csv_file, flat, table
 from higgs_ds.data.formats.checks import printable
 from higgs_ds.data.formats.folders import walk
 from higgs_ds.data.formats.splits import split_fault
-from higgs_ds.data.sample import Entry
+from higgs_ds.data.sample import Entry, PendingEntry
 from higgs_ds.options.train import DataOptions
 
 PARQUET_NAME = "metadata.parquet"
-READERS: dict[str, Callable[[Path, DataOptions], Iterator[Entry]]] = {
+READERS: dict[str, Callable[[Path, DataOptions], Iterable[Entry | PendingEntry]]] = {
     csv_file.FILE_NAME: csv_file.read, flat.FILE_NAME: flat.read, PARQUET_NAME: table.read,
 }  # fmt: skip
 
 
-def read(path: Path, options: DataOptions) -> Iterator[Entry]:
+def read(path: Path, options: DataOptions) -> Iterator[Entry | PendingEntry]:
     """Yield the entries of all metadata files of a folder, of one split."""
     files: list[Path] = []
     for listing in walk(path, tuple(Path(name).suffix for name in READERS)):

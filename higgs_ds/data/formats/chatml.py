@@ -28,7 +28,7 @@ from higgs_ds.data.formats.checks import (
 )
 from higgs_ds.data.formats.jsonio import json_items
 from higgs_ds.data.formats.turns import Dialect, messages_of, object_of
-from higgs_ds.data.sample import ROLES, AudioClip, Entry, Sample
+from higgs_ds.data.sample import ROLES, AudioClip, PendingEntry, Sample
 from higgs_ds.options.train import DataOptions
 
 SAMPLE_KEYS = ("messages", "start_index", "speaker", "language", "misc")
@@ -36,7 +36,7 @@ AUDIO_KEYS = ("type", "audio_url", "raw_audio", "offset", "duration", "row_id")
 NO_URL = ("", "placeholder")  # values of audio_url by which the original runtime means "see raw_audio"
 
 
-def read(path: Path, options: DataOptions) -> Iterator[Entry]:
+def read(path: Path, options: DataOptions) -> Iterator[PendingEntry]:
     """Yield the entries of a ChatML file."""
     return read_items(path, json_items(path), options, build)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import difflib
+import functools
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from higgs_ds.data.formats.jsonio import Item, is_utf8
+from higgs_ds.data.formats.jsonio import Item, Line, is_utf8, parsed
 from higgs_ds.data.normalize import normalize_text
-from higgs_ds.data.sample import ASSISTANT, USER, Entry, Message, Sample
+from higgs_ds.data.sample import ASSISTANT, USER, Entry, Message, PendingEntry, Sample
 from higgs_ds.data.templates import joined
 from higgs_ds.options.train import DataOptions
 
@@ -50,15 +51,18 @@ class Reading:
 Build = Callable[[Any, Reading], Sample | None]
 
 
-def read_items(path: Path, items: Iterable[Item], options: DataOptions, build: Build) -> Iterator[Entry]:
+def read_items(path: Path, items: Iterable[Item | Line], options: DataOptions, build: Build) -> Iterator[PendingEntry]:
     """Yield an entry for each of the `items` of a file."""
-    shown_path = printable(path)
-    for item in items:
-        source = f"{shown_path}:{item.line}"
-        if item.fault:
-            yield Entry(source, None, (item.fault,))
-        else:
-            yield build_entry(item.value, Reading(path, source, options), build)
+    entry_of = functools.partial(_entry_of, path, printable(path), options, build)
+    return (functools.partial(entry_of, item) for item in items)
+
+
+def _entry_of(path: Path, shown_path: str, options: DataOptions, build: Build, raw: Item | Line) -> Entry:
+    item = parsed(raw)
+    source = f"{shown_path}:{item.line}"
+    if item.fault:
+        return Entry(source, None, (item.fault,))
+    return build_entry(item.value, Reading(path, source, options), build)
 
 
 def build_entry(raw: Any, reading: Reading, build: Build) -> Entry:
@@ -140,8 +144,13 @@ def path_of(name: Any, where: str, reading: Reading) -> Path | None:
     elif _ADDRESS.match(name):
         reading.report(where, f"{shown(name)} is a URL, not a local file; download it and give the path of the file")
     else:
-        return reading.folder / name
+        return _beside(reading.manifest, name)
     return None
+
+
+@functools.lru_cache(maxsize=4096)  # a recording may have thousands of clips
+def _beside(manifest: Path, name: str) -> Path:
+    return manifest.parent / name
 
 
 def name_of(raw: Mapping[str, Any], keys: tuple[str, ...], reading: Reading, allow_numbers: bool = False) -> str | None:

@@ -41,7 +41,7 @@ from higgs_ds.data.formats.recordings import (
     sample_of_recording,
     words_of,
 )
-from higgs_ds.data.sample import AudioClip, Entry, Sample
+from higgs_ds.data.sample import AudioClip, PendingEntry, Sample
 from higgs_ds.data.templates import CONTEXT, IN_SYSTEM, Recording, Reference
 from higgs_ds.options.train import DataOptions
 
@@ -55,7 +55,7 @@ KEYS = (
 )  # fmt: skip
 
 
-def read(path: Path, options: DataOptions) -> Iterator[Entry]:
+def read(path: Path, options: DataOptions) -> Iterator[PendingEntry]:
     """Yield the entries of a list of recordings, or of a folder with one in metadata.jsonl."""
     path = path / FILE_NAME if path.is_dir() else path
     return read_items(path, json_items(path), options, build)

@@ -17,6 +17,8 @@ from pathlib import Path
 from higgs_ds.data.formats.checks import printable
 from higgs_ds.data.sample import Entry
 
+_NUMBERS = re.compile(r"([0-9]+)")
+
 
 @dataclass
 class Listing:
@@ -67,16 +69,16 @@ def _list_folder(folder: Path, real_root: Path, suffixes: tuple[str, ...] | None
         listing.faults.append(_fault(folder, f"folder: cannot be read: {error.strerror}"))
         return listing
     for entry in found:
-        path, is_link = Path(entry.path), entry.is_symlink()
-        is_folder = os.path.isdir(path) if is_link else entry.is_dir()
+        is_link = entry.is_symlink()
+        is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
         if is_folder and not is_link:
-            listing.folders.append(path)
-        elif not is_folder and (suffixes is None or path.suffix.lower() in suffixes):
-            listing.files.append(path)  # its reader reports a link that is broken
-        elif is_link and (reason := _why_not_followed(path, real_root)):
-            listing.faults.append(_fault(path, reason))
+            listing.folders.append(Path(entry.path))
+        elif not is_folder and (suffixes is None or os.path.splitext(entry.name)[1].lower() in suffixes):
+            listing.files.append(Path(entry.path))  # its reader reports a link that is broken
+        elif is_link and (reason := _why_not_followed(Path(entry.path), real_root)):
+            listing.faults.append(_fault(Path(entry.path), reason))
         elif is_folder:
-            listing.links.append(path)
+            listing.links.append(Path(entry.path))
     return listing
 
 
@@ -103,5 +105,6 @@ def _fault(path: Path, fault: str) -> Entry:
 
 def _natural_key(entry: os.DirEntry[str]) -> tuple[list[str | int], str]:
     """Return a sort key that orders names by the numbers in them."""
-    pieces = re.split(r"([0-9]+)", entry.name)
-    return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], entry.name
+    pieces: list[str | int] = [*_NUMBERS.split(entry.name)]
+    pieces[1::2] = map(int, pieces[1::2])
+    return pieces, entry.name

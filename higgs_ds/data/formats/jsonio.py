@@ -76,9 +76,14 @@ def text_lines(path: Path) -> Iterator[Line]:
                 yield Line(number, raw.decode("utf-8", "surrogateescape"), fault)
 
 
-def json_items(path: Path) -> Iterator[Item]:
-    """Yield the values of a JSON array if the text begins with a bracket, else of JSON Lines."""
-    return array_items(path) if first_character(path) == "[" else line_items(path)
+def json_items(path: Path) -> Iterator[Item | Line]:
+    """Yield the values of a JSON array if the text begins with a bracket, else the lines of JSON Lines, to be parsed.
+
+    Blank lines are skipped.
+    """
+    if first_character(path) == "[":
+        return array_items(path)
+    return (line for line in text_lines(path) if line.fault or line.text.strip())
 
 
 def first_character(path: Path) -> str:
@@ -87,18 +92,18 @@ def first_character(path: Path) -> str:
         return _Window(file).peek()
 
 
-def line_items(path: Path) -> Iterator[Item]:
-    """Yield the values of JSON Lines; blank lines are skipped."""
-    for line in text_lines(path):
-        if line.fault:
-            yield Item(line.number, None, f"not JSON: {line.fault}")
-        elif line.text.strip():
-            try:
-                yield Item(line.number, _DECODER.decode(line.text))
-            except json.JSONDecodeError as error:
-                yield Item(line.number, None, f"not JSON: {error.msg} at character {error.colno} of the line")
-            except RecursionError:
-                yield Item(line.number, None, "not JSON: lists or objects are nested too deeply")
+def parsed(item: Item | Line) -> Item:
+    """Return the value of a line of JSON Lines; a value that is parsed is returned unchanged."""
+    if isinstance(item, Item):
+        return item
+    if item.fault:
+        return Item(item.number, None, f"not JSON: {item.fault}")
+    try:
+        return Item(item.number, _DECODER.decode(item.text))
+    except json.JSONDecodeError as error:
+        return Item(item.number, None, f"not JSON: {error.msg} at character {error.colno} of the line")
+    except RecursionError:
+        return Item(item.number, None, "not JSON: lists or objects are nested too deeply")
 
 
 def array_items(path: Path, member: str = "") -> Iterator[Item]:

@@ -19,7 +19,7 @@ from higgs_ds.data.formats.checks import Reading, shown
 from higgs_ds.data.formats.paired import read_pairs
 from higgs_ds.data.formats.recordings import sample_of, transcript_of
 from higgs_ds.data.formats.speakers import speaker_of_folder
-from higgs_ds.data.sample import AudioClip, Entry, Sample
+from higgs_ds.data.sample import AudioClip, Entry, PendingEntry, Sample
 from higgs_ds.options.train import DataOptions
 
 TEXT_SUFFIX = ".lab"
@@ -29,7 +29,7 @@ _TIMES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s+([0-9]+(?:\.[0-9]+)?)(?:\s+\S.*)?"
 _PHONE = re.compile(rf"[A-Za-z][\w#@^-]{{0,{LONGEST_PHONE - 1}}}", re.ASCII)
 
 
-def read(path: Path, options: DataOptions) -> Iterator[Entry]:
+def read(path: Path, options: DataOptions) -> Iterator[Entry | PendingEntry]:
     """Yield an entry for each audio file of a folder, and a fault for each `.lab` file without an audio file."""
     return read_pairs(path, options, TEXT_SUFFIX, functools.partial(_build, path))
 

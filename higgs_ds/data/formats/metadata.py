@@ -29,7 +29,7 @@ from higgs_ds.data.formats.checks import (
 )
 from higgs_ds.data.formats.jsonio import array_items
 from higgs_ds.data.formats.recordings import clip_of, sample_of_recording, transcript_of, words_of
-from higgs_ds.data.sample import Entry, Sample
+from higgs_ds.data.sample import PendingEntry, Sample
 from higgs_ds.data.templates import CONTEXT, QUIET_ROOM, Recording, Reference
 from higgs_ds.options.train import DataOptions
 
@@ -46,7 +46,7 @@ SWIFT_TAG = "<audio>"
 _SPEAKER_TAG = re.compile(r"\[?(SPEAKER\d+)\]?", re.ASCII)
 
 
-def read(path: Path, options: DataOptions) -> Iterator[Entry]:
+def read(path: Path, options: DataOptions) -> Iterator[PendingEntry]:
     """Yield the entries of a folder with a metadata.json, or of that file."""
     path = path / FILE_NAME if path.is_dir() else path
     return read_items(path, array_items(path, "samples"), options, build)

@@ -29,7 +29,7 @@ from higgs_ds.data.formats.checks import (
 )
 from higgs_ds.data.formats.jsonio import json_items
 from higgs_ds.data.formats.turns import Dialect, messages_of, object_of
-from higgs_ds.data.sample import ROLES, SYSTEM, AudioClip, Entry, Message, Sample
+from higgs_ds.data.sample import ROLES, SYSTEM, AudioClip, Message, PendingEntry, Sample
 from higgs_ds.data.templates import joined, scene_block
 from higgs_ds.options.train import DataOptions
 
@@ -38,7 +38,7 @@ PLACE_KEYS = ("url", "path", "audio")
 AUDIO_KEYS = ("type", *PLACE_KEYS)
 
 
-def read(path: Path, options: DataOptions) -> Iterator[Entry]:
+def read(path: Path, options: DataOptions) -> Iterator[PendingEntry]:
     """Yield the entries of a file of native conversations."""
     return read_items(path, json_items(path), options, build)
 

@@ -9,6 +9,7 @@ skipped; `folders` says which links are followed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,18 @@ from typing import Any
 from higgs_ds.data.formats.checks import Build, Reading, build_entry, printable
 from higgs_ds.data.formats.folders import walk
 from higgs_ds.data.formats.recordings import AUDIO_SUFFIXES, sample_of, transcript_of
-from higgs_ds.data.sample import AudioClip, Entry, Sample
+from higgs_ds.data.sample import AudioClip, Entry, PendingEntry, Sample
 from higgs_ds.options.train import DataOptions
 
 TEXT_SUFFIX = ".txt"
 
 
-def read(path: Path, options: DataOptions) -> Iterator[Entry]:
+def read(path: Path, options: DataOptions) -> Iterator[Entry | PendingEntry]:
     """Yield an entry for each audio file of a folder, and a fault for each text file without an audio file."""
     return read_pairs(path, options, TEXT_SUFFIX, _build)
 
 
-def read_pairs(path: Path, options: DataOptions, text_suffix: str, build: Build) -> Iterator[Entry]:
+def read_pairs(path: Path, options: DataOptions, text_suffix: str, build: Build) -> Iterator[Entry | PendingEntry]:
     """Yield the entries of pairs whose text files have a suffix; `build` gets the path of a text."""
     for listing in walk(path, (*AUDIO_SUFFIXES, text_suffix)):
         by_stem: dict[str, list[Path]] = {}
@@ -38,12 +39,12 @@ def read_pairs(path: Path, options: DataOptions, text_suffix: str, build: Build)
         yield from listing.faults
 
 
-def _pair(files: list[Path], options: DataOptions, text_suffix: str, build: Build) -> Iterator[Entry]:
+def _pair(files: list[Path], options: DataOptions, text_suffix: str, build: Build) -> Iterator[Entry | PendingEntry]:
     """Yield the entry of the files with one stem, or one fault per file if they are not a pair."""
     texts = [path for path in files if path.suffix.lower() == text_suffix]
     audios = [path for path in files if path not in texts]
     if len(audios) == len(texts) == 1:
-        yield build_entry(texts[0], Reading(audios[0], printable(audios[0]), options), build)
+        yield functools.partial(_pair_entry, texts[0], audios[0], options, build)
         return
     for path in audios or texts:
         if not audios:
@@ -54,6 +55,10 @@ def _pair(files: list[Path], options: DataOptions, text_suffix: str, build: Buil
             names = ", ".join(other.name for other in files)
             fault = f"transcript: {names} share a name; keep one audio file and one {text_suffix} file"
         yield Entry(printable(path), None, (printable(fault),))
+
+
+def _pair_entry(text: Path, audio: Path, options: DataOptions, build: Build) -> Entry:
+    return build_entry(text, Reading(audio, printable(audio), options), build)
 
 
 def _build(text: Any, reading: Reading) -> Sample | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from higgs_ds.common.errors import InputError
@@ -26,12 +27,12 @@ from higgs_ds.data.formats import (
 )
 from higgs_ds.data.formats.checks import printable
 from higgs_ds.data.formats.recognition import NO_SAMPLES, recognize
-from higgs_ds.data.sample import Entry
+from higgs_ds.data.sample import Entry, PendingEntry
 from higgs_ds.options.fields import FORMATS
 from higgs_ds.options.train import DataOptions
 
 AUTO = "auto"
-READERS: dict[str, Callable[[Path, DataOptions], Iterator[Entry]]] = {
+READERS: dict[str, Callable[[Path, DataOptions], Iterable[Entry | PendingEntry]]] = {
     "chatml": chatml.read,
     "native": native.read,
     "swift": swift.read,
@@ -65,19 +66,39 @@ def read_entries(path: Path, options: DataOptions) -> Iterator[Entry]:
     audio files are not opened. Memory is bounded by the longest sample (in Parquet: by the largest row group), not by
     the number of samples.
     """
+    return (entry() for entry in pending_entries(path, options))
+
+
+def pending_entries(path: Path, options: DataOptions) -> Iterator[PendingEntry]:
+    """Yield the entries of `read_entries`. Those that are not called for are not built, if the format allows it."""
     is_empty = True
     try:
         for entry in READERS[_format_of(path, options)](path, options):
             is_empty = False
-            yield entry
+            yield functools.partial(_built, path, entry)
         fault = NO_SAMPLES if is_empty else ""
-    except InputError as error:
-        fault = str(error)
-    except OSError as error:
-        which = f" ({error.filename})" if error.filename not in (None, str(path)) else ""
-        fault = f"cannot be read: {error.strerror or error}{which}"
+    except (InputError, OSError) as error:
+        fault = _fault(path, error)
     if fault:
-        yield Entry(printable(path), None, (printable(fault),))
+        yield functools.partial(_whole, path, fault)
+
+
+def _built(path: Path, entry: Entry | PendingEntry) -> Entry:
+    try:
+        return entry if isinstance(entry, Entry) else entry()
+    except (InputError, OSError) as error:
+        return _whole(path, _fault(path, error))
+
+
+def _whole(path: Path, fault: str) -> Entry:
+    return Entry(printable(path), None, (printable(fault),))
+
+
+def _fault(path: Path, error: InputError | OSError) -> str:
+    if isinstance(error, InputError):
+        return str(error)
+    which = f" ({error.filename})" if error.filename not in (None, str(path)) else ""
+    return f"cannot be read: {error.strerror or error}{which}"
 
 
 def _format_of(path: Path, options: DataOptions) -> str:

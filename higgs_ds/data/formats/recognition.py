@@ -65,7 +65,7 @@ def _format_of_json(path: Path, first: str) -> str:
     found: dict[str, str] = {}
     others: list[str] = []
     num_invalid = 0
-    for item in itertools.islice(jsonio.json_items(path), HEAD):
+    for item in map(jsonio.parsed, itertools.islice(jsonio.json_items(path), HEAD)):
         format_name = _format_of_value(item.value, first == "[")
         if item.fault:
             num_invalid += 1

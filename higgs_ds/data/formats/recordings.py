@@ -94,7 +94,7 @@ def clip_of(path: Path | None) -> AudioClip | None:
 
 def transcript_of(path: Path, where: str, reading: Reading) -> str | None:
     """Read the transcript in a text file; report a fault and return None if it cannot be used."""
-    if path.exists() and not path.is_file():
+    if not path.is_file() and path.exists():
         reading.report(where, f"{path.name} is not a file")
         return None
     try:

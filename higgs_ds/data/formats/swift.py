@@ -23,7 +23,7 @@ from higgs_ds.data.formats.chatml import speaker_and_language
 from higgs_ds.data.formats.checks import Reading, check_keys, kind_of, path_of, read_items, text_of
 from higgs_ds.data.formats.jsonio import json_items
 from higgs_ds.data.formats.turns import object_of, role_of
-from higgs_ds.data.sample import ASSISTANT, ROLES, SYSTEM, USER, AudioClip, Entry, Message, Sample
+from higgs_ds.data.sample import ASSISTANT, ROLES, SYSTEM, USER, AudioClip, Message, PendingEntry, Sample
 from higgs_ds.data.templates import Recording, system_message
 from higgs_ds.options.train import DataOptions
 
@@ -50,7 +50,7 @@ class _Turn(NamedTuple):
         return self.role == ASSISTANT and self.num_tags > 0 and bool(self.words)
 
 
-def read(path: Path, options: DataOptions) -> Iterator[Entry]:
+def read(path: Path, options: DataOptions) -> Iterator[PendingEntry]:
     """Yield the entries of an ms-swift file."""
     return read_items(path, json_items(path), options, build)
 
