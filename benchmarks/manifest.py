@@ -9,6 +9,7 @@ With another checkout, OLD, both take turns, each with its own cache: a machine 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import soundfile
 from record import parser_of, report
 
@@ -65,16 +67,20 @@ def write_pairs(folder: Path, pairs: int, stretches: int) -> None:
 
 
 def prepare(checkout: Path, data: Path, cache: Path) -> tuple[float, float]:
-    """Run a checkout's launch/prepare.py once; return its seconds and its peak resident memory in GiB."""
+    """Run a checkout's launch/prepare.py once; return its seconds and its peak resident memory in GiB.
+
+    The memory is that of all its processes; pages that they share are counted once.
+    """
     command = [sys.executable, checkout / "launch" / "prepare.py", "--train_manifest", data, "--cache_dir", cache]
     began = time.perf_counter()
     variables = os.environ | {"PYTHONPATH": str(checkout)}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=variables)
     peak = 0.0
     while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        peak = max([peak, *(int(line.split()[1]) / 2**20 for line in status.splitlines() if line.startswith("VmHWM"))])
-        time.sleep(0.02)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            main = psutil.Process(process.pid)
+            peak = max(peak, sum(one.memory_full_info().pss for one in [main, *main.children(recursive=True)]) / 2**30)
+        time.sleep(0.1)
     assert process.returncode == 0, command
     return time.perf_counter() - began, peak
 

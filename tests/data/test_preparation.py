@@ -24,9 +24,11 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.data import encode, preparation, survey
 from higgs_ds.data.audio import read_audio
+from higgs_ds.data.code_cache import CachedCodes, CodeCache
 from higgs_ds.data.codec import Codec
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.index import Index
+from higgs_ds.data.reference_index import REFERENCES
 from higgs_ds.data.sample import AudioClip
 from higgs_ds.data.survey import Share
 from higgs_ds.options.commands import PrepareOptions
@@ -276,6 +278,65 @@ def test_order_does_not_depend_on_the_parts(bundle: Bundle, manifest: Path, tmp_
     assert [one.sample(i) for i in range(10)] == [three.sample(i) for i in range(10)]
     assert one.num_tokens.tolist() == three.num_tokens.tolist()
     assert one.labels("speaker")[0].tolist() == three.labels("speaker")[0].tolist() == [i % 3 for i in range(10)]
+
+
+def rows_of(index: Index) -> list[Any]:
+    numbers, speakers = index.labels("speaker")
+    digests = [digest.tobytes() for digest in index.digests()]
+    samples = [(index.sample(i), index.sample(i, without_reference=True)) for i in range(len(index))]
+    return [samples, index.num_tokens.tolist(), numbers.tolist(), speakers, digests]
+
+
+def test_processes_find_the_same_as_threads(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Problems, rows and missing clips, all in manifest order."""
+    monkeypatch.setattr(preparation, "may_fork", lambda: True)  # this process has a process group
+    good = [speech_sample(f"Clip {i}.", f"{name}_0{i % 3}.flac") for i in range(9) for name in ("anna", "ben")]
+    entries = [sample | {"speaker": f"s{i % 4}"} for i, sample in enumerate(good)]
+    path = write_manifest(tmp_path / "m.jsonl", [*entries[:5], *(s for s, _ in audio_faults(tmp_path)), *entries[5:]])
+    found = []
+    for limit in (preparation.WORTH_BYTES, 0):
+        monkeypatch.setattr(preparation, "WORTH_BYTES", limit)
+        bad = tmp_path / f"{limit}.txt"
+        options = DataOptions(skip_bad=bad, num_workers=3, max_clip_s=10)
+        coder = bundle.coder(tmp_path / "cache")
+        with preparation.Preparation(options, coder, tmp_path / "cache") as started:
+            checked = started.check(path)
+            assert checked.index is not None
+            problems = preparation._merged_problems(checked.findings)
+            missing = sorted(checked.missing.keys), round(checked.missing.seconds, 6)
+            clips = [clip.key for clip in survey.missing_clips(path, started.checker, checked.missing)]
+            rows = rows_of(checked.index)
+            found.append((problems, missing, clips, rows, bad.read_text(), started.describe(checked)))
+            assert len(checked.findings) == (3 if limit == 0 else 1)
+    assert found[0] == found[1]
+    assert len(found[0][0]) == len(audio_faults(tmp_path))
+
+
+def test_columns_of_references_are_added_to_a_kept_index(bundle: Bundle, manifest: Path, tmp_path: Path) -> None:
+    """A run that draws references opens the index that one without them has kept, and has what a new index gets."""
+    prepared(bundle, manifest, tmp_path / "cache")
+    before = {path.parent for path in files_below(tmp_path / "cache" / "index")}
+    later = prepared(bundle, manifest, tmp_path / "cache", reference="random")
+    assert {path.parent for path in files_below(tmp_path / "cache" / "index")} == before == {later.folder}
+    new = prepared(bundle, manifest, tmp_path / "other", reference="random")
+    for name in REFERENCES.names:
+        assert later.reference_column(name).tolist() == new.reference_column(name).tolist()
+    assert (later.reference_column("pair_tokens") > 0).all()
+
+
+@pytest.mark.parametrize("cut", [0, 4, 30, -1])
+def test_facts_of_codes_are_those_of_their_file(tmp_path: Path, cut: int) -> None:
+    cache, key = CodeCache(tmp_path, "codec"), "ab" * 32
+    assert cache.facts(key, 8) is None
+    cache.store(key, CachedCodes(torch.zeros(8, 31), 0.25))
+    assert cache.facts(key, 8) == (31, 0.25)
+    assert cache.facts(key, 4) is None
+    content = cache.path(key).read_bytes()
+    cache.path("cd" * 32).parent.mkdir()
+    cache.path("cd" * 32).write_bytes(content)
+    assert cache.facts("cd" * 32, 8) is cache.load("cd" * 32, 8) is None
+    cache.path(key).write_bytes(content[:cut])
+    assert cache.facts(key, 8) is cache.load(key, 8) is None
 
 
 @pytest.mark.slow
