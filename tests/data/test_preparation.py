@@ -28,6 +28,7 @@ from higgs_ds.data.code_cache import CachedCodes, CodeCache
 from higgs_ds.data.codec import Codec
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.index import Index
+from higgs_ds.data.quality import ClipQuality, decoded
 from higgs_ds.data.reference_index import REFERENCES
 from higgs_ds.data.sample import AudioClip
 from higgs_ds.data.survey import Share
@@ -328,8 +329,9 @@ def test_columns_of_references_are_added_to_a_kept_index(bundle: Bundle, manifes
 def test_facts_of_codes_are_those_of_their_file(tmp_path: Path, cut: int) -> None:
     cache, key = CodeCache(tmp_path, "codec"), "ab" * 32
     assert cache.facts(key, 8) is None
-    cache.store(key, CachedCodes(torch.zeros(8, 31), 0.25))
-    assert cache.facts(key, 8) == (31, 0.25)
+    measured = ClipQuality(7, 1.24, 0.25, 0.5, 0.125, -20.0, 0.0, 0.25, 8000, 16000, 40)
+    cache.store(key, CachedCodes(torch.zeros(8, 31), measured))
+    assert cache.facts(key, 8) == (31, cache.load(key, 8).quality) == (31, decoded(measured.encoded()))
     assert cache.facts(key, 4) is None
     content = cache.path(key).read_bytes()
     cache.path("cd" * 32).parent.mkdir()
