@@ -21,7 +21,7 @@ quiet_libraries()
 
 import deepspeed  # noqa: E402
 import pandas  # noqa: E402, F401 (pyarrow imports it late)
-from launcher import free_port, rank_environment  # noqa: E402
+from launcher import free_port, overriding, rank_environment  # noqa: E402
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 
 from higgs_ds.common.process import run_command, run_ranks  # noqa: E402
@@ -36,7 +36,7 @@ gc.freeze()  # otherwise each fork's first collection copies the memory of all i
 
 def training(argv: Sequence[str]) -> Callable[[], None]:
     """Return a function that does what launch/train.py does with these options."""
-    options = parse_train_options(list(argv))
+    options = parse_train_options(overriding(argv))
     return lambda: loop.main(*options)
 
 

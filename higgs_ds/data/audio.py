@@ -81,7 +81,8 @@ def examine(
         for block in blocks:
             meter.add(block)
     if meter.peak < SILENCE_PEAK:
-        raise AudioError(f"is silent: its peak is {20 * math.log10(meter.peak) if meter.peak else -math.inf:.0f} dBFS")
+        level = f"its peak is {20 * math.log10(meter.peak):.0f} dBFS" if meter.peak else "every sample of it is zero"
+        raise AudioError(f"is silent: {level}")
     quality, start, stop = meter.finish(silence_db)
     rest = math.inf if rest_s is None else round(rest_s * source_rate)
     start, stop = int(max(0, start - rest)), int(min(meter.num_samples, stop + rest))

@@ -206,7 +206,7 @@ def _same_audio(index: Index, text: np.ndarray) -> Flag:
 
 def _like_texts(index: Index, text: np.ndarray, speakers: np.ndarray, options: FlagOptions) -> tuple[Flag, int]:
     rows, earlier, num_uncompared = like_texts(index, text, speakers, options.flag_similarity)
-    what = "nearly the same text as {}, with other audio"
+    what = "the same or nearly the same text as {}, with other audio"
     remark = lambda i: what.format(*index.sources(earlier[i : i + 1]))  # noqa: E731
     return Flag("like text, other audio", rows, earlier + 1, remark), num_uncompared
 

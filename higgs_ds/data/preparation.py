@@ -24,7 +24,7 @@ import numpy as np
 from higgs_ds.common import distributed
 from higgs_ds.common.console import say, warn
 from higgs_ds.common.errors import SaveError
-from higgs_ds.common.files import check_folders, flush_folder, saving, write_json, write_text
+from higgs_ds.common.files import flush_folder, saving, write_json, write_text
 from higgs_ds.common.forks import may_fork, run_in_forks
 from higgs_ds.common.lock import OutputLock, lock_beside
 from higgs_ds.data.coder import Coder
@@ -293,27 +293,6 @@ class Preparation:
                 file.writelines(line.split("\t", 1)[1] for line in lines)
 
         distributed.on_main(collect)
-
-
-def scratch_problems(options: DataOptions, cache_dir: Path) -> list[str]:
-    """Return the problems that prevent manifests from being checked at all."""
-    bad_list = options.skip_bad
-    problems = check_folders(cache_dir=cache_dir, skip_bad=bad_list.parent if bad_list is not None else None)
-    if bad_list is not None and not _may_be_replaced(bad_list):
-        problems.append(f"--skip_bad {bad_list}: exists, and is not a list of bad samples; choose another file")
-    return problems
-
-
-def _may_be_replaced(path: Path) -> bool:
-    """Return whether a file does not exist or looks like an earlier list: lines "SOURCE: REASON", not a manifest."""
-    if not os.path.lexists(path):
-        return True
-    if path.is_symlink() or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        start = file.read(1 << 16)
-    lines = start.decode(errors="replace").splitlines()
-    return b"\0" not in start and all(": " in line and not line.startswith(("{", "[")) for line in lines[:-1] or lines)
 
 
 @contextlib.contextmanager

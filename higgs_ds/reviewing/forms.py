@@ -52,7 +52,7 @@ def file_of(path: Path, format_name: str = AUTO) -> Path:
         return path
     name = recognize(path) if format_name == AUTO else format_name
     file = path / FOLDER_FILES.get(name, "")
-    if not file.is_file():
+    if name not in ("flat", "csv", "list") or not file.is_file():
         raise InputError(f"format: {name}: the folder has no list of clips with their texts; {WHAT_TO_DO}")
     return file
 

@@ -14,7 +14,7 @@ from higgs_ds.options.slicing import SliceOptions, check_slice_options
 from higgs_ds.slicing.cues import Cue
 from higgs_ds.slicing.progress import check_output, names_of, settings_of
 from higgs_ds.slicing.recordings import check_recording
-from higgs_ds.slicing.subtitles import INSTALL, SUFFIXES, check_subtitles, read_subtitles
+from higgs_ds.slicing.subtitles import SUFFIXES, check_subtitles, read_subtitles
 from higgs_ds.speech.recognizers import check_recognizer
 
 
@@ -33,7 +33,8 @@ def open_sources(options: SliceOptions) -> tuple[list[Source], dict[str, Any]]:
     for package, needed_by in (("silero_vad", "launch/slice.py"), ("pyloudnorm", "--loudness")):
         needed = package == "silero_vad" or options.loudness is not None
         if needed and importlib.util.find_spec(package) is None:
-            problems.append(f"{needed_by}: the package {package.replace('_', '-')} is not installed; {INSTALL}")
+            name = package.replace("_", "-")
+            problems.append(f"{needed_by}: the package {name} is not installed; pip install {name}")
     collect_problems(problems, lambda: check_recognizer(options.recognizer))
     problems += [problem for path in options.recordings for problem in check_recording(path)]
     names = collect_problems(problems, lambda: names_of(options.recordings)) or []

@@ -14,7 +14,6 @@ from typing import Any
 from higgs_ds.common.errors import InputError
 from higgs_ds.slicing.cues import Cue, Word, by_speaker, clean, is_dialogue, join_words
 
-INSTALL = "pip install 'higgs_ds[slice]'"
 WORD_TIERS = re.compile(r"(?:(?P<speaker>.*?)\s*-\s*)?words?", re.IGNORECASE)  # of the Montreal Forced Aligner
 PHONE_TIERS = re.compile(r".*\bphones?", re.IGNORECASE)
 APART_S = 0.3  # words of a tier that are farther apart are different utterances
@@ -49,7 +48,7 @@ def check_subtitles(path: Path) -> list[str]:
         return [f"--subtitles {path}: {'is not a file' if path.exists() else 'no such file'}"]
     package = PACKAGES.get(suffix)
     if package and importlib.util.find_spec(package[0]) is None:
-        return [f"--subtitles {path}: the package {package[1]} is not installed; {INSTALL}"]
+        return [f"--subtitles {path}: the package {package[1]} is not installed; pip install {package[1]}"]
     return []
 
 

@@ -19,7 +19,8 @@ from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.data.audio import write_audio
 from higgs_ds.data.codec import Codec
 from higgs_ds.data.dataset import Dataset
-from higgs_ds.data.preparation import Preparation, scratch_problems
+from higgs_ds.data.preparation import Preparation
+from higgs_ds.data.scratch import scratch_problems
 from higgs_ds.options.commands import EvaluateOptions, check_lora_scale
 from higgs_ds.options.train import DataOptions
 from higgs_ds.speech.generate import generation_settings, load_generation_model, open_generation_model, speak

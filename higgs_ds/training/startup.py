@@ -21,7 +21,8 @@ from higgs_ds.common.precision import AUTO, PRECISIONS, native_precision
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.common.run_files import FLAGGED_FILE
 from higgs_ds.data.flags import say_flagged
-from higgs_ds.data.preparation import CheckedManifest, Preparation, scratch_problems
+from higgs_ds.data.preparation import CheckedManifest, Preparation
+from higgs_ds.data.scratch import scratch_problems
 from higgs_ds.model.config import parts_of
 from higgs_ds.model.loading import check_weights
 from higgs_ds.model.lora import check_biases

@@ -276,7 +276,12 @@ LONG = "The old lighthouse keeper climbed the narrow stairs every evening to lig
 def test_like_texts(bundle: Bundle, tmp_path: Path, other: str, is_like: bool) -> None:
     found = flagged_in(indexed(bundle, spoken(tmp_path, [LONG, "Something else is said here.", other]), tmp_path))
     expected = [
-        [f"{tmp_path}/m.jsonl:3", "like text, other audio", "1", f"nearly the same text as {tmp_path}/m.jsonl:1"]
+        [
+            f"{tmp_path}/m.jsonl:3",
+            "like text, other audio",
+            "1",
+            f"the same or nearly the same text as {tmp_path}/m.jsonl:1",
+        ]
     ]
     assert [[*line[:3], line[3].split(",")[0]] for line in found] == (expected if is_like else [])
 

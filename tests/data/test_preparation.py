@@ -168,7 +168,7 @@ def audio_faults(folder: Path) -> list[tuple[dict[str, Any], str]]:
         (clip("."), f"{folder}: is not a file"),
         (clip("short.wav"), "short.wav: lasts 0.029 s, shorter than one frame of the codec (0.040 s)"),
         (clip("empty.wav"), "empty.wav: contains no samples"),
-        (clip("silent.wav"), "silent.wav: is silent: its peak is -inf dBFS"),
+        (clip("silent.wav"), "silent.wav: is silent: every sample of it is zero"),
         (clip("nan.wav"), "nan.wav: contains NaN or infinite samples"),
         (clip("long.wav"), "long.wav: lasts 12.0 s, longer than --max_clip_s 10; cut it with offset and duration"),
         (clip("text.wav"), "text.wav: cannot be read as audio: Format not recognised."),

@@ -16,6 +16,7 @@ OPTIONS = [*RANDOM, *"--precision fp32 --max_steps 2 --grad_accum 1 --batch_size
 STAGES = ("zero2", "zero3", "none")
 CELLS = """
 import gc, os, signal, sys, weakref
+from launcher import overriding
 from higgs_ds.cli import train
 from higgs_ds.training import loop
 from higgs_ds.training.engine import Engine
@@ -30,7 +31,7 @@ def watched(self, *args):
 
 def cell(folder, stage, *more):
     ds_json = [] if stage == "none" else ["--deepspeed", stage + ".json"]
-    return train([*OPTIONS, *ds_json, "--output_dir", folder, *more])
+    return train(overriding([*OPTIONS, *ds_json, "--output_dir", folder, *more]))
 
 def alive():
     for _ in range(3):  # an object that C++ code has held is found one collection later

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
@@ -48,7 +49,9 @@ class CountingEngine:
 
 
 class Samples:
-    """Four samples; a signal comes while the second is fetched, if `number` is given."""
+    """Four samples of one manifest; a signal comes while the second is fetched, if `number` is given."""
+
+    manifests: ClassVar[dict[str, range]] = {}
 
     def __init__(self, number: int | None) -> None:
         self.number = number
@@ -244,7 +247,7 @@ def left_over(folder: Path) -> list[str]:
 def test_one_signal_saves_a_checkpoint_and_a_resumed_run_is_as_if_never_stopped(
     action: str, name: str, options: list[str], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    done = signalled(action, [*options, "--save_steps", "100"], tmp_path)
+    done = signalled(action, overriding([*options, "--save_steps", "100"]), tmp_path)
     assert done.returncode == 6, done.stderr
     *before, last = done.stderr.splitlines()
     assert last == f"error: stopped by {name} at step 3 of 6; a checkpoint is saved in run. Resume with --resume auto"
@@ -293,6 +296,7 @@ def action():
     send(signal.SIGINT)
 
 from pathlib import Path
+from typing import ClassVar
 print(forks.wait(forks.start(2, forks.training(OPTIONS), Path("log")), 200))
 """
     done = run_code(
