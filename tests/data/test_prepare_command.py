@@ -49,7 +49,7 @@ def test_killed_at_random_moments_and_two_at_once(manifest: Path, base: Path, tm
     script = PROJECT / "tests" / "prepare_kills.py"
     command = [sys.executable, str(script), str(manifest), str(base), str(tmp_path), str(KILLS), "7"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-4000:] + (tmp_path / "prepare.log").read_text()[-4000:]
     print(done.stdout)
     assert json.loads(done.stdout)["before_the_end"] >= KILLS // 2
     undisturbed = contents(tmp_path / "undisturbed", base)
