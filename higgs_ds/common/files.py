@@ -85,12 +85,13 @@ def restore_leftovers(folder: Path, names: re.Pattern[str], locked: re.Pattern[s
         match = _TEMPORARY.fullmatch(leftover.name)
         if not match or not names.fullmatch(match["name"]):
             continue
-        if match["old"] and not (folder / match["name"]).exists():
-            os.rename(leftover, folder / match["name"])
-        elif leftover.is_symlink():
-            leftover.unlink()
-        elif locked.fullmatch(match["name"]) or time.time() - leftover.stat().st_mtime > ABANDONED_AFTER_S:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        with contextlib.suppress(FileNotFoundError):  # another process has just finished or deleted it
+            if match["old"] and not (folder / match["name"]).exists():
+                os.rename(leftover, folder / match["name"])
+            elif leftover.is_symlink():
+                leftover.unlink()
+            elif locked.fullmatch(match["name"]) or time.time() - leftover.stat().st_mtime > ABANDONED_AFTER_S:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def remove_folder(path: Path) -> None:

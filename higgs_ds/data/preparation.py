@@ -268,8 +268,9 @@ class Preparation:
             with saving(indexes):
                 indexes.mkdir(parents=True, exist_ok=True)
                 for old in indexes.iterdir():
-                    if time.time() - old.stat().st_mtime > UNUSED_AFTER_S:
-                        shutil.rmtree(old, ignore_errors=True)
+                    with contextlib.suppress(FileNotFoundError):  # another process has just renamed its own
+                        if time.time() - old.stat().st_mtime > UNUSED_AFTER_S:
+                            shutil.rmtree(old, ignore_errors=True)
                 self._scratch.append(Path(tempfile.mkdtemp(dir=indexes, suffix=".tmp")))
             return self._scratch[-1]
 

@@ -325,6 +325,13 @@ def test_columns_of_references_are_added_to_a_kept_index(bundle: Bundle, manifes
     assert (later.reference_column("pair_tokens") > 0).all()
 
 
+def test_an_index_that_vanishes_while_old_ones_are_looked_for(bundle: Bundle, manifest: Path, tmp_path: Path) -> None:
+    """Another process renames its own when it has finished. A link to nothing is listed and then not found as well."""
+    (tmp_path / "cache" / "index").mkdir(parents=True)
+    (tmp_path / "cache" / "index" / "finished.tmp").symlink_to("nothing")
+    assert len(prepared(bundle, manifest, tmp_path / "cache")) > 0
+
+
 @pytest.mark.parametrize("cut", [0, 4, 30, -1])
 def test_facts_of_codes_are_those_of_their_file(tmp_path: Path, cut: int) -> None:
     cache, key = CodeCache(tmp_path, "codec"), "ab" * 32
