@@ -14,7 +14,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,8 @@ from higgs_ds.data.flags import Flagged, find_flags
 from higgs_ds.data.formats.folders import list_files
 from higgs_ds.data.index import Index, open_kept, stamp_of
 from higgs_ds.data.index_writer import DESCRIPTION, VERSION, CheckedSample, PartWriter
-from higgs_ds.data.reference_choice import references_of
+from higgs_ds.data.joined_index import join
+from higgs_ds.data.reference_choice import reference_problems, references_of
 from higgs_ds.data.reference_index import add_references
 from higgs_ds.data.summary import describe
 from higgs_ds.data.survey import MAX_SHOWN, Checker, MissingClips, Share, SurveyResult, missing_clips, survey
@@ -294,6 +295,17 @@ class Preparation:
                 file.writelines(line.split("\t", 1)[1] for line in lines)
 
         distributed.on_main(collect)
+
+
+def check_references(options: DataOptions, checked: Sequence[CheckedManifest]) -> list[str]:
+    """Return why the references of the training samples cannot be what the options ask for; empty if they can.
+
+    Args:
+        checked: all manifests, those of the training samples first.
+    """
+    of_train = checked[: len(options.train_manifests)]
+    indexes = [manifest.index for manifest in of_train if manifest.index is not None]
+    return reference_problems(options, join(indexes)) if len(indexes) == len(of_train) else []
 
 
 @contextlib.contextmanager

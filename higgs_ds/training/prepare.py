@@ -10,14 +10,13 @@ from higgs_ds.common import distributed
 from higgs_ds.common.console import say
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.data.flags import list_problems, say_flagged, write_list
-from higgs_ds.data.preparation import WHOLE, CheckedManifest, Preparation
+from higgs_ds.data.preparation import WHOLE, CheckedManifest, Preparation, check_references
 from higgs_ds.data.scratch import scratch_problems
 from higgs_ds.data.survey import Share
 from higgs_ds.options.checks import check_data_options
 from higgs_ds.options.commands import PrepareOptions, parse_shard
 from higgs_ds.options.flags import FlagOptions, check_flag_options
 from higgs_ds.options.train import DataOptions, ModelOptions
-from higgs_ds.training.selection import check_references
 
 DEFAULT_FLAGS = FlagOptions()
 

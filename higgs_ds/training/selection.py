@@ -16,23 +16,11 @@ from higgs_ds.data.formats.checks import printable
 from higgs_ds.data.index import Index
 from higgs_ds.data.joined_index import AnyIndex, JoinedIndex, consecutive, join
 from higgs_ds.data.mix import mix_of
-from higgs_ds.data.preparation import CheckedManifest
-from higgs_ds.data.reference_choice import lengths_of_forms, reference_problems, references_of
+from higgs_ds.data.reference_choice import lengths_of_forms, references_of
 from higgs_ds.data.sampler import split_speakers, split_validation
-from higgs_ds.options.train import DataOptions, TrainOptions
+from higgs_ds.options.train import TrainOptions
 
 RowsOfEach = Sequence[np.ndarray]  # of each manifest, among its own
-
-
-def check_references(options: DataOptions, checked: Sequence[CheckedManifest]) -> list[str]:
-    """Return why the references of the training samples cannot be what the options ask for; empty if they can.
-
-    Args:
-        checked: all manifests, those of the training samples first.
-    """
-    of_train = checked[: len(options.train_manifests)]
-    indexes = [manifest.index for manifest in of_train if manifest.index is not None]
-    return reference_problems(options, join(indexes)) if len(indexes) == len(of_train) else []
 
 
 def select(options: TrainOptions, indexes: Sequence[Index], coder: Coder) -> tuple[Dataset, Dataset, list[str]]:

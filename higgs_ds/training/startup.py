@@ -21,7 +21,7 @@ from higgs_ds.common.precision import AUTO, PRECISIONS, native_precision
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.common.run_files import FLAGGED_FILE
 from higgs_ds.data.flags import say_flagged
-from higgs_ds.data.preparation import CheckedManifest, Preparation
+from higgs_ds.data.preparation import CheckedManifest, Preparation, check_references
 from higgs_ds.data.scratch import scratch_problems
 from higgs_ds.model.config import parts_of
 from higgs_ds.model.loading import check_weights
@@ -34,7 +34,7 @@ from higgs_ds.reporting.publish import check_login
 from higgs_ds.training.loading import load_run
 from higgs_ds.training.resume import find_resume_checkpoint
 from higgs_ds.training.run import Inputs, Run
-from higgs_ds.training.selection import check_references, describe_manifests, select
+from higgs_ds.training.selection import describe_manifests, select
 
 
 def start(options: TrainOptions, given: set[str], lock: FolderLock) -> Run:
