@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -158,6 +159,18 @@ def mixed_manifest(lasting_folder: Callable[[str], Path]) -> Path:
     entries = [speech_sample(f"Clip {i}.", clip, duration=0.3 + i / 10) for i, clip in enumerate(clips)]
     entries += [text_sample(f"Question {i}?", f"Answer {'indeed ' * i}") for i in range(4)]
     return write_manifest(lasting_folder("mixed") / "mixed.jsonl", entries)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with short clips of two speakers, anna_0.wav to ben_3.wav, of different lengths."""
+    import soundfile
+
+    folder = tmp_path_factory.mktemp("clips")
+    for number, (speaker, i) in enumerate(itertools.product(("anna", "ben"), range(4))):
+        waveform, rate = soundfile.read(VOICES / f"{speaker}_0{i}.flac")
+        soundfile.write(folder / f"{speaker}_{i}.wav", waveform[: int(rate * (0.3 + 0.05 * number))], rate)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -55,12 +55,12 @@ def run_in_forks(function: Callable[[int], Result], count: int) -> list[Result]:
 
 
 @contextlib.contextmanager
-def blocked_signals() -> Iterator[None]:
+def blocked_signals(numbers: Collection[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
     """Start processes that ignore what is sent to all processes of a terminal or a job: only this one reacts to it.
 
     The mask of signals is inherited. A signal that arrives within the block is delivered after it.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
@@ -70,7 +70,7 @@ def blocked_signals() -> Iterator[None]:
 def _run(function: Callable[[int], Any], number: int, sender: Connection) -> None:
     signal.set_wakeup_fd(-1)  # the pipe to a thread of the parent
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     gc.freeze()  # else the collector copies the parent's memory, and takes a sixth of the time
     gc.set_threshold(GARBAGE_THRESHOLD)
     try:
@@ -79,7 +79,8 @@ def _run(function: Callable[[int], Any], number: int, sender: Connection) -> Non
         sender.send(error)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Exit when the parent does: a process whose parent was killed would go on, or wait forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

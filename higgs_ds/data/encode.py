@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -17,7 +15,9 @@ import torch
 from tqdm import tqdm
 
 from higgs_ds.common.errors import InputError
+from higgs_ds.common.forks import blocked_signals, end_with_parent
 from higgs_ds.common.interrupts import finishing
+from higgs_ds.common.threads import one_thread
 from higgs_ds.data.audio import AudioError, read_audio
 from higgs_ds.data.code_cache import CachedCodes, CodeCache
 from higgs_ds.data.coder import Coder
@@ -50,7 +50,7 @@ def encode_clips(
         elif workers > 1:
             _encode_in_processes(clips, code_store, folder, workers, bar)
         else:
-            with _one_thread():
+            with one_thread():
                 codec = _load_codec(folder, device)
                 for clip in clips:
                     _encode_one(clip, code_store, codec)
@@ -134,7 +134,7 @@ def _encode_in_processes(
         try:
             for window in _windows(clips):
                 for clip in sorted(window, key=lambda clip: -clip.num_samples):
-                    with _blocked_interrupts():  # workers start at the first clip
+                    with blocked_signals({signal.SIGINT, signal.SIGHUP}):  # workers start at the first clip
                         pending.add(pool.submit(_encode_in_worker, clip))
                     if len(pending) >= 4 * workers:
                         pending = _collect(pending, bar)
@@ -144,19 +144,6 @@ def _encode_in_processes(
             with finishing("as soon as the clips in work are stored"):
                 pool.shutdown(cancel_futures=True)
             raise
-
-
-@contextlib.contextmanager
-def _blocked_interrupts() -> Iterator[None]:
-    """Start processes that ignore what a terminal sends to all processes: only this one reacts to it.
-
-    The mask of signals is inherited. A signal that arrives within the block is delivered after it.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _collect(pending: set[Future[None]], bar: tqdm) -> set[Future[None]]:
@@ -175,28 +162,10 @@ def _start_worker(codec_folder: Path, code_store: CodeStore) -> None:
 
     quiet_libraries()
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     global _worker
     _worker = code_store, _load_codec(codec_folder, torch.device("cpu"))
 
 
-def _end_with_parent() -> None:
-    """Exit when the parent does: a worker whose parent was killed would wait forever for its next clip."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
 def _encode_in_worker(clip: ClipToEncode) -> None:
     _encode_one(clip, *_worker)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 import torchaudio
 
+from higgs_ds.common.threads import one_thread
 from higgs_ds.data.audio import RESAMPLING, mono_blocks
 
 RATE = 16000  # silero-vad takes 8 or 16 kHz, and multiples of 16, but not the codec's 24
@@ -62,7 +62,8 @@ def find_pauses(path: Path, min_pause_s: float, advance: Callable[[float], Any])
         AudioError: the recording cannot be read, or its sample rate cannot be resampled.
     """
     probabilities, powers, num_samples = [], [], 0
-    with _one_thread(), torch.no_grad():
+    # The import of silero_vad sets torch to one thread, and for the rest of the process too if it is not set back.
+    with one_thread(), torch.no_grad():
         model = _load_model()
         model.reset_states()
         for chunk in resampled(path):
@@ -96,20 +97,6 @@ def _resample(held: np.ndarray, first: int, count: int, rate: int) -> torch.Tens
     whole = torchaudio.functional.resample(around, rate, RATE, **RESAMPLING)
     begin = first * RATE // rate
     return whole[begin : begin - (-count * RATE // rate)]
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Within the block, torch uses one thread: with more, operations on 512 samples take longer.
-
-    The import of silero_vad sets this for the whole process.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @functools.cache

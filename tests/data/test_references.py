@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
-from conftest import SYSTEM, VOICES, write_manifest
+from conftest import SYSTEM, write_manifest
 
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.folder_lock import FolderLock
@@ -33,16 +32,6 @@ from higgs_ds.training.startup import _check_and_encode
 
 Start = Callable[..., Inputs]
 EPOCHS = range(8)
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with short clips of two speakers, anna_0.wav to ben_3.wav, of different lengths."""
-    folder = tmp_path_factory.mktemp("clips")
-    for number, (speaker, i) in enumerate(itertools.product(("anna", "ben"), range(4))):
-        waveform, rate = soundfile.read(VOICES / f"{speaker}_0{i}.flac")
-        soundfile.write(folder / f"{speaker}_{i}.wav", waveform[: int(rate * (0.3 + 0.05 * number))], rate)
-    return folder
 
 
 @pytest.fixture

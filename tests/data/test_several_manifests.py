@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from conftest import VOICES, write_manifest
+from conftest import write_manifest
 
 from higgs_ds.checkpoints.state import TrainerState, check_same_run
 from higgs_ds.common.errors import InputError
@@ -31,16 +30,6 @@ from higgs_ds.training.selection import _hours, describe_manifests, short_names
 from higgs_ds.training.startup import _check_and_encode
 
 Start = Callable[..., Inputs]
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with short clips of two voices, anna_0.wav to ben_3.wav, of different lengths."""
-    folder = tmp_path_factory.mktemp("clips")
-    for number, (voice, i) in enumerate(itertools.product(("anna", "ben"), range(4))):
-        waveform, rate = soundfile.read(VOICES / f"{voice}_0{i}.flac")
-        soundfile.write(folder / f"{voice}_{i}.wav", waveform[: int(rate * (0.3 + 0.05 * number))], rate)
-    return folder
 
 
 def manifest(clips: Path, name: str, count: int, voice: str, **more: Any) -> Path:

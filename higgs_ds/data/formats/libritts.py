@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from higgs_ds.data.formats.checks import Reading, build_entry, printable
-from higgs_ds.data.formats.folders import Listing, walk
+from higgs_ds.data.formats.folders import Listing
 from higgs_ds.data.formats.recordings import AUDIO_SUFFIXES, sample_of, transcript_of
 from higgs_ds.data.formats.speakers import speaker_of_chapter
-from higgs_ds.data.formats.splits import split_fault, split_folders
+from higgs_ds.data.formats.splits import read_split
 from higgs_ds.data.sample import AudioClip, Entry, Sample
 from higgs_ds.options.train import DataOptions
 
@@ -26,13 +26,7 @@ TEXT_ENDINGS = (".normalized.txt", ".original.txt")  # the first that exists is 
 
 def read(path: Path, options: DataOptions) -> Iterator[Entry]:
     """Yield an entry for each audio file, and a fault for each text without an audio file."""
-    fault = split_fault(path, split_folders(path))
-    if fault:
-        yield Entry(printable(path), None, (printable(fault),))
-        return
-    for listing in walk(path, (*AUDIO_SUFFIXES, ".txt")):
-        yield from _read_folder(listing, options)
-        yield from listing.faults
+    return read_split(path, (*AUDIO_SUFFIXES, ".txt"), options, _read_folder)
 
 
 def _read_folder(listing: Listing, options: DataOptions) -> Iterator[Entry]:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+from higgs_ds.data.formats.checks import printable
+from higgs_ds.data.formats.folders import Listing, walk
+from higgs_ds.data.sample import Entry
+from higgs_ds.options.train import DataOptions
 
 TRAIN = "train"
 _SPLIT = re.compile(
@@ -42,6 +47,22 @@ def split_folders(root: Path) -> Iterator[Path]:
             yield folder
         else:
             yield from (inner for inner in _folders_in(folder) if split_of(Path(inner.name)))
+
+
+def read_split(
+    path: Path,
+    suffixes: tuple[str, ...],
+    options: DataOptions,
+    read_folder: Callable[[Listing, DataOptions], Iterator[Entry]],
+) -> Iterator[Entry]:
+    """Yield the entries of all folders of a corpus, and their faults; one fault if it must not be read together."""
+    fault = split_fault(path, split_folders(path))
+    if fault:
+        yield Entry(printable(path), None, (printable(fault),))
+        return
+    for listing in walk(path, suffixes):
+        yield from read_folder(listing, options)
+        yield from listing.faults
 
 
 def _folders_in(folder: Path) -> list[Path]:
