@@ -153,9 +153,9 @@ def small_model(num_layers: int, precision: str, dropout: float) -> nn.Module:
     from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
     from higgs_ds.model import nf4
-    from higgs_ds.model.higgs import DualLossModel
     from higgs_ds.model.lora import add_lora
     from higgs_ds.model.quantization import is_quantized_weight
+    from higgs_ds.model.v2.loss_model import DualLossModel
     from higgs_ds.options.train import LoraOptions
 
     dtype = random_base.torch_dtype("fp32" if precision == "fp32" else "bf16")

@@ -118,7 +118,7 @@ def _layer_parts(values: dict[str, Any], device: torch.device) -> tuple[nn.Modul
     from transformers import HiggsAudioV2Config
     from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2MLP, HiggsAudioV2RMSNorm
 
-    from higgs_ds.model.routed_layers import LeanMLP, LeanNorm
+    from higgs_ds.model.v2.routed_layers import LeanMLP, LeanNorm
 
     config = HiggsAudioV2Config.from_dict(values | random_base.FIXED)
     ffn, norm = HiggsAudioV2MLP(config), HiggsAudioV2RMSNorm(config.hidden_size)

@@ -149,7 +149,7 @@ def run_loop(folder: Path, epochs: int) -> dict[str, float]:
     from higgs_ds.data.code_cache import CodeCache
     from higgs_ds.data.codec import Codec
     from higgs_ds.data.codec_info import codec_digest
-    from higgs_ds.data.sample import AudioClip
+    from higgs_ds.model.sample import AudioClip
 
     codec = Codec(folder / "codec", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     clips = [AudioClip(path) for path in sorted(folder.glob("*.wav"))]

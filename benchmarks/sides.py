@@ -54,8 +54,8 @@ def speech(num_text: int, num_frames: int, seed: int) -> Any:
     import torch
 
     from higgs_ds.data.collate import EncodedSample
-    from higgs_ds.data.prompt import Prompt
     from higgs_ds.model.labels import IGNORE_INDEX
+    from higgs_ds.model.prompt import Prompt
 
     draw = torch.Generator().manual_seed(seed)
     rows = stream().num_rows(num_frames)
@@ -68,9 +68,9 @@ def speech(num_text: int, num_frames: int, seed: int) -> Any:
 
 
 def stream() -> Any:
-    from higgs_ds.data.delay_pattern import AudioStream
+    from higgs_ds.model.v2.stream import FramedStream
 
-    return AudioStream(NUM_CODEBOOKS, CODEBOOK_SIZE - 2, CODEBOOK_SIZE - 1)
+    return FramedStream(NUM_CODEBOOKS, CODEBOOK_SIZE - 2, CODEBOOK_SIZE - 1)
 
 
 def our_engine(folder: Path, precision: str, four_bit: bool, every: int | None, batch_size: int, meter: Meter) -> Any:
@@ -79,8 +79,8 @@ def our_engine(folder: Path, precision: str, four_bit: bool, every: int | None, 
     With `every`, each `every`-th layer is recomputed.
     """
     from higgs_ds.common.distributed import device
-    from higgs_ds.model.higgs import checkpoint_layers
     from higgs_ds.model.loading import load_base, load_base_in_4bit
+    from higgs_ds.model.loss_model import checkpoint_layers
 
     dtype = torch_dtype(precision)
     base = load_base_in_4bit(folder, dtype, device(), device())[0] if four_bit else load_base(folder, dtype)
@@ -108,9 +108,9 @@ def our_options(precision: str, batch_size: int) -> tuple[Any, dict[str, Any]]:
 def engine_around(base: Any, options: Any, settings: dict[str, Any]) -> Any:
     """Add adapters to a base, and start the engine."""
     from higgs_ds.adapters.save import trained_parameters
-    from higgs_ds.model.higgs import DualLossModel
     from higgs_ds.model.lora import add_lora
     from higgs_ds.model.loss import LossWeights
+    from higgs_ds.model.v2.loss_model import DualLossModel
     from higgs_ds.training.engine import Engine
 
     model = DualLossModel(add_lora(base, options.lora, "", torch_dtype(options.model.precision)))
@@ -181,15 +181,13 @@ def native_sample(sample: Any) -> dict[str, Any]:
     """Return an encoded sample as inputs of the native forward, with unshifted labels."""
     import torch
 
-    from higgs_ds.data.delay_pattern import apply_delay_pattern, delayed_labels
-
-    codes = apply_delay_pattern(sample.codes[0], stream())
+    codes = stream().delay(sample.codes[0])
     return {
         "input_ids": torch.tensor(sample.prompt.input_ids),
         "attention_mask": torch.ones(len(sample.prompt.input_ids), dtype=torch.long),
         "labels": torch.tensor(sample.prompt.labels),
         "audio_input_ids": codes,
-        "audio_labels": delayed_labels(sample.codes[0], stream()),
+        "audio_labels": stream().labels(sample.codes[0]),
         "audio_input_ids_mask": torch.ones(len(codes), dtype=torch.bool),
     }
 

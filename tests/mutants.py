@@ -11,41 +11,43 @@ from typing import Any
 
 import torch
 
-from higgs_ds.data import collate, dataset, prompt
+from higgs_ds.data import dataset
 from higgs_ds.model.labels import IGNORE_INDEX
+from higgs_ds.model.v2 import prompt
+from higgs_ds.model.v2.stream import FramedStream
 
 WRONG_GRADIENT = "base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight"
 WRONG_GRADIENT_STEP = 3
 
-apply_delay_pattern, delayed_labels, render = collate.apply_delay_pattern, collate.delayed_labels, prompt.render
+delay, delayed_labels, render = FramedStream.delay, FramedStream.labels, prompt.render
 
 
 def eos_masked() -> None:
     """No codebook learns its end, as with the labels of transformers' processor."""
 
-    def labels_without_end(codes: torch.Tensor, stream: Any) -> torch.Tensor:
-        labels = delayed_labels(codes, stream)
+    def labels_without_end(stream: Any, codes: torch.Tensor) -> torch.Tensor:
+        labels = delayed_labels(stream, codes)
         return labels.masked_fill(labels == stream.eos_id, IGNORE_INDEX)
 
-    collate.delayed_labels = labels_without_end
+    FramedStream.labels = labels_without_end  # type: ignore[method-assign]
 
 
 def delay_off() -> None:
     """All codebooks start in the same row."""
 
-    def rows_side_by_side(codes: torch.Tensor, stream: Any) -> torch.Tensor:
-        rows = torch.full_like(apply_delay_pattern(codes, stream), stream.eos_id)
+    def rows_side_by_side(stream: Any, codes: torch.Tensor) -> torch.Tensor:
+        rows = torch.full_like(delay(stream, codes), stream.eos_id)
         rows[0] = stream.bos_id
         rows[1 : 1 + codes.shape[1]] = codes.t()
         return rows
 
-    def labels_side_by_side(codes: torch.Tensor, stream: Any) -> torch.Tensor:
-        labels = torch.full_like(delayed_labels(codes, stream), IGNORE_INDEX)
+    def labels_side_by_side(stream: Any, codes: torch.Tensor) -> torch.Tensor:
+        labels = torch.full_like(delayed_labels(stream, codes), IGNORE_INDEX)
         labels[1 : 1 + codes.shape[1]] = codes.t()
         labels[1 + codes.shape[1]] = stream.eos_id
         return labels
 
-    collate.apply_delay_pattern, collate.delayed_labels = rows_side_by_side, labels_side_by_side
+    FramedStream.delay, FramedStream.labels = rows_side_by_side, labels_side_by_side  # type: ignore[method-assign]
 
 
 def audio_unshifted() -> None:

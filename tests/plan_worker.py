@@ -30,9 +30,9 @@ from higgs_ds.common.process import run_command, run_ranks  # noqa: E402
 from higgs_ds.common.resources import default_cache_dir  # noqa: E402
 from higgs_ds.data.collate import Batch  # noqa: E402
 from higgs_ds.model.full import make_trainable  # noqa: E402
-from higgs_ds.model.higgs import DualLossModel, offload_embeddings  # noqa: E402
 from higgs_ds.model.loading import load_base, load_base_in_4bit  # noqa: E402
 from higgs_ds.model.loss import LossWeights  # noqa: E402
+from higgs_ds.model.v2.loss_model import DualLossModel  # noqa: E402
 from higgs_ds.options.command_line import parse_train_options  # noqa: E402
 from higgs_ds.options.ds_config import read_ds_config, resolve  # noqa: E402
 from higgs_ds.training.engine import Engine  # noqa: E402
@@ -96,7 +96,7 @@ def count(argv: list[str]) -> dict[str, int]:
     four_bit = options.model.load_in_4bit
     higgs = load_base_in_4bit(folder, dtype, here, here)[0] if four_bit else load_base(folder, dtype)
     if options.model.offload_embeddings:
-        offload_embeddings(higgs)
+        family_of(higgs.config.model_type).offload_embeddings(higgs)
     adapted = make_trainable(higgs, options.tune, options.lora, "", dtype)
     batch = speech_batch(1, 16, 8, higgs.config.num_codebooks, 1024)
     earlier = all_tensors()

@@ -35,7 +35,7 @@ from higgs_ds.bases.model_folder import sole_writer
 from higgs_ds.common.errors import InputError, SaveError, collect_problems
 from higgs_ds.common.files import check_folders, new_folder, saving, write_json, write_text
 from higgs_ds.common.resources import command
-from higgs_ds.model.layouts import original_name
+from higgs_ds.model.v2.layouts import original_name
 from higgs_ds.options.commands import BlendOptions, parse_parts
 from higgs_ds.options.fields import NATIVE, ORIGINAL
 

@@ -25,8 +25,8 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import check_folders, new_folder, saving, write_json
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.common.run_files import ADAPTER_FOLDER
+from higgs_ds.model.families import MODEL_TYPES, family_of_weight, read_json_config
 from higgs_ds.model.fully_trained import is_own_weight
-from higgs_ds.model.layouts import MODEL_TYPES, original_name, read_json_config
 from higgs_ds.options.commands import ConvertOptions
 from higgs_ds.options.fields import NATIVE, ORIGINAL
 
@@ -83,12 +83,12 @@ def convert_adapter(source: Path, target: Path, to: str) -> None:
     config = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if (ORIGINAL if adapter.in_original_names else NATIVE) == to:
         raise _already_converted(source, to)
-    rename = name_in_base if to == NATIVE else original_name
+    rename = name_in_base if to == NATIVE else _original_name
     renamed = {f"{PEFT_PREFIX}{rename(name.removeprefix(PEFT_PREFIX))}": t for name, t in tensors.items()}
     layers = {layer: str(rename(f"{layer}.weight")).removesuffix(".weight") for layer in adapter.layers.values()}
     config |= _of_renamed_layers(config, layers)
     if adapter.full:
-        own = [name if to == NATIVE else original_name(name) for name in adapter.full_weights if is_own_weight(name)]
+        own = [name if to == NATIVE else _original_name(name) for name in adapter.full_weights if is_own_weight(name)]
         modules = [str(name).removesuffix(".weight") for name in own]
         config["modules_to_save"] = sorted([*adapter.full.parts.modules, *modules])
     with safe_open(source / ADAPTER_WEIGHTS, framework="pt") as file:
@@ -100,6 +100,10 @@ def convert_adapter(source: Path, target: Path, to: str) -> None:
         write_json(folder / ADAPTER_CONFIG, config)
         if (source / ADAPTER_CARD).is_file():
             shutil.copy(source / ADAPTER_CARD, folder)
+
+
+def _original_name(name: str) -> str | None:
+    return family_of_weight(name).original_name(name)
 
 
 def _of_renamed_layers(config: Mapping[str, Any], layers: Mapping[str, str]) -> dict[str, Any]:

@@ -27,15 +27,15 @@ from higgs_ds.adapters.save import (
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.resources import command
 from higgs_ds.common.run_files import ADAPTER_FOLDER, TRAINED_FOLDER
+from higgs_ds.model.families import FAMILIES, native_name
 from higgs_ds.model.fully_trained import FullyTrained, is_own_weight
-from higgs_ds.model.layouts import native_name
 from higgs_ds.model.parts import NO_PARTS, Parts
 from higgs_ds.model.quantization import BaseQuantization
 
 PEFT_PREFIX = "base_model.model."
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 OTHER_FACTORS = {".lora_B.bias": "bias", ".lora_magnitude_vector": "magnitude"}
-_NATIVE_PREFIXES = ("model.", "text_lm_head.", "audio_lm_head.")
+_NATIVE_PREFIXES = tuple(prefix for family in FAMILIES for prefix in family.name_prefixes)
 
 
 @dataclass
@@ -159,7 +159,7 @@ def problems_of(files: AdapterFiles) -> list[str]:
     factors, unpaired = files.pairs()
     problems = find_problems(files.written, files.saved_modules())
     unknown = [name for name in files.tensors if name_in_base(name) is None]
-    problems += [f"{name} is not a tensor of a Higgs Audio v2 model" for name in unknown]
+    problems += [f"{name} is not a tensor of a Higgs Audio model" for name in unknown]
     problems += [f"{name} {_why_unpaired(name)}" for name in unpaired]
     problems += [f"{name} holds NaN or infinity" for name, t in files.tensors.items() if not t.isfinite().all()]
     if not factors:

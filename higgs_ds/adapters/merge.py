@@ -15,7 +15,8 @@ from higgs_ds.bases.model_folder import add_parts, check_layout, model_folder, n
 from higgs_ds.common.errors import InputError, SaveError
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.common.tensor_files import weight_files, weight_shapes
-from higgs_ds.model.config import parts_of, read_config, with_parts
+from higgs_ds.model.config import read_config, with_parts
+from higgs_ds.model.parts import parts_of
 from higgs_ds.options.commands import MergeOptions, check_lora_scale
 from higgs_ds.options.fields import MERGE_DEQUANTIZED, MERGE_ORIGINAL, NATIVE
 

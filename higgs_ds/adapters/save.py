@@ -98,7 +98,7 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], form: AdapterF
     form.config.save_pretrained(folder)
     written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     written |= {"inference_mode": True, "target_modules": sorted(written["target_modules"])}
-    written |= {"modules_to_save": form.full.modules} if form.full else {}
+    written |= {"modules_to_save": form.full.modules(tensors)} if form.full else {}
     write_json(folder / ADAPTER_CONFIG, dict(sorted(written.items())))
     in_order = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     save_file(in_order, folder / ADAPTER_WEIGHTS, form.metadata(tensors, written))

@@ -6,9 +6,9 @@ import os
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import HiggsAudioV2Config
 
 from higgs_ds.adapters.load import Adapter, check_fit, read_adapter
 from higgs_ds.adapters.origin import Origin
@@ -21,9 +21,9 @@ from higgs_ds.common.resources import command
 from higgs_ds.common.run_files import ADAPTER_COPY, ADAPTER_FOLDER, FINAL_MODEL
 from higgs_ds.common.tensor_files import sampled_digest, weight_files
 from higgs_ds.model.config import fully_trained_parts
-from higgs_ds.model.layouts import MODEL_TYPES, read_json_config
+from higgs_ds.model.families import MODEL_TYPES, read_json_config
 from higgs_ds.model.loading import empty_model
-from higgs_ds.model.lora import AdaptedLayer, group_of_layer
+from higgs_ds.model.lora import AdaptedLayer, groups_of_layer
 from higgs_ds.model.quantization import BaseQuantization
 from higgs_ds.options.fields import LORA_TARGET_GROUPS, NATIVE
 from higgs_ds.options.train import TrainOptions
@@ -118,7 +118,7 @@ def _of_resumed_run(folder: Path, checkpoint: Path) -> StartingPoint:
 def _with_values_of(start: StartingPoint, options: TrainOptions, given: Set[str]) -> tuple[TrainOptions, list[str]]:
     """Return the options with the adapter's values, and which of the given values differ from them."""
     values = start.adapter.values
-    groups = {group_of_layer(layer.name) for layer in start.adapted}
+    groups = {group for layer in start.adapted for group in groups_of_layer(layer.name)}
     found = {
         "lora_r": values.r,
         "lora_alpha": int(values.lora_alpha) if values.lora_alpha == int(values.lora_alpha) else values.lora_alpha,
@@ -144,7 +144,7 @@ def _with_values_of(start: StartingPoint, options: TrainOptions, given: Set[str]
 
 
 def _not_trainable(start: StartingPoint) -> list[str]:
-    others = [layer.name for layer in start.adapted if group_of_layer(layer.name) is None]
+    others = [layer.name for layer in start.adapted if not groups_of_layer(layer.name)]
     if not others:
         return []
     return [
@@ -166,7 +166,7 @@ def _wrong_precision(start: StartingPoint, options: TrainOptions) -> list[str]:
     ]
 
 
-def check_geometry(start: StartingPoint, options: TrainOptions, config: HiggsAudioV2Config, base: str) -> None:
+def check_geometry(start: StartingPoint, options: TrainOptions, config: Any, base: str) -> None:
     """Raise InputError unless a base of this configuration, with the parts that the options add, fits the adapter."""
     held, trained = start.adapter.full.parts, fully_trained_parts(options.model, config)
     problems = []

@@ -11,12 +11,12 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
-from transformers import HiggsAudioV2Config
 
 from higgs_ds.adapters.files import PEFT_PREFIX
 from higgs_ds.adapters.load import Adapter, BaseWeights
@@ -24,11 +24,10 @@ from higgs_ds.adapters.save import ADAPTER_WEIGHTS
 from higgs_ds.common.errors import SaveError
 from higgs_ds.common.files import release_freed_memory
 from higgs_ds.common.tensor_files import read_rows, read_tensor, weight_locations, weight_shapes
-from higgs_ds.model.config import parts_of, read_config, with_parts
-from higgs_ds.model.streaming import all_logits, streaming_model
+from higgs_ds.model.config import read_config, with_parts
+from higgs_ds.model.families import family_of
+from higgs_ds.model.streaming import streaming_model
 
-NUM_TEXT, NUM_FRAMES = 12, 16  # positions of the sequence that both models get
-NUM_HEARD = 4  # of the text positions, for audio input if the model has a Whisper tower
 ROWS_AT_ONCE = 2**22  # elements of a weight that are in memory at once
 ORDER_OF_SUMS = 1e-5  # relative difference of sums in float32 that are added up in another order
 
@@ -51,7 +50,7 @@ class Agreement:
 
 
 def compare_merged(base_folder: Path, merged_folder: Path, adapter: Adapter, base: BaseWeights) -> Agreement:
-    """Compare both models' text and audio logits, in float32, for a random sequence of text and frames."""
+    """Compare the logits of both models, in float32, for a random sequence of text and frames."""
     config = with_parts(read_config(base_folder), adapter.full.parts)
     expected = _probe_logits(config, AdaptedWeightFiles(base_folder, adapter, base))
     found = _probe_logits(read_config(merged_folder), Files(merged_folder))
@@ -131,20 +130,8 @@ class AdaptedWeightFiles(Files):
         return self.biased(layer, self.adapter.forward(name, weight, x) if adapted else F.linear(x, weight))
 
 
-def _probe_logits(config: HiggsAudioV2Config, source: Files) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randint(config.vocab_size, (NUM_TEXT,), generator=generator)
-    text[(text == config.audio_token_id) | (text == config.audio_delay_token_id)] = 0
-    heard = {}
-    tower = parts_of(config).audio_tower
-    if tower is not None:
-        text[text == config.audio_in_token_id] = 0
-        text[:NUM_HEARD] = config.audio_in_token_id
-        mel = torch.randn(1, tower["num_mel_bins"], 4 * NUM_HEARD, generator=generator)
-        heard = {"audio_features": mel, "feature_lengths": torch.tensor([4 * NUM_HEARD])}
-    frames = torch.full((NUM_FRAMES,), config.audio_token_id)
-    codes = torch.randint(config.codebook_size, (1, NUM_FRAMES, config.num_codebooks), generator=generator)
-    return all_logits(streaming_model(config, source), torch.cat([text, frames])[None], codes, **heard)
+def _probe_logits(config: Any, source: Files) -> torch.Tensor:
+    return family_of(config.model_type).probe(streaming_model(config, source), config)
 
 
 def compare_with_peft(

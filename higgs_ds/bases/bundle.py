@@ -22,22 +22,16 @@ from higgs_ds.common.tensor_files import sampled_digest, weight_files, weight_sh
 from higgs_ds.data.code_cache import CodeCache
 from higgs_ds.data.codec_info import CodecInfo, codec_digest, find_codec, read_codec_info
 from higgs_ds.data.coder import Coder
-from higgs_ds.data.delay_pattern import AudioStream
 from higgs_ds.data.mel_features import POSITIONS_PER_S, MelFeatureStore
-from higgs_ds.data.prompt import AUDIO_DELAY, AUDIO_OUT, AUDIO_OUT_BOS, CachedTokenizer, missing_tokens
-from higgs_ds.model.layouts import MODEL_TYPES, read_json_config, read_native_config
+from higgs_ds.model.families import MODEL_TYPES, family_of, read_json_config, read_native_config
+from higgs_ds.model.family import Family
 from higgs_ds.model.parts import NO_PARTS, Parts, parts_in
+from higgs_ds.model.prompt import CachedTokenizer
+from higgs_ds.model.stream import AudioStream
 from higgs_ds.options.train import ModelOptions
 
 if TYPE_CHECKING:
-    from transformers import HiggsAudioV2Config, PreTrainedTokenizerBase
-
-
-# What the data depends on, with the defaults of transformers' HiggsAudioV2Config. All are whole numbers.
-DEFAULTS = {
-    "num_codebooks": 8, "codebook_size": 1024, "audio_stream_bos_id": 1024, "audio_stream_eos_id": 1025,
-    "pad_token_id": 128001, "audio_token_id": 128016, "audio_delay_token_id": 128014, "audio_bos_token_id": 128013,
-}  # fmt: skip
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -57,8 +51,13 @@ class Bundle:
     added: Parts = NO_PARTS
     whisper_folder: Path | None = None
 
+    @property
+    def family(self) -> Family:
+        """The family of models that the base belongs to."""
+        return family_of(self.values["model_type"])
+
     @cached_property
-    def config(self) -> HiggsAudioV2Config:
+    def config(self) -> Any:
         """The configuration, with the added parts. Raises InputError if transformers refuses it."""
         from huggingface_hub.errors import StrictDataclassError
 
@@ -76,6 +75,11 @@ class Bundle:
 
         return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
 
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """The tokens of the base with their ids."""
+        return self.text_encoder.get_vocab()
+
     @property
     def identity(self) -> str:
         """See `base_identity`."""
@@ -89,22 +93,27 @@ class Bundle:
     @property
     def pad_id(self) -> int:
         """The token id that pads the end of a row, where nothing is predicted."""
-        return self.values["pad_token_id"] or 0
+        return self.family.pad_id(self.values)
 
     @property
     def stream(self) -> AudioStream:
-        values = self.values
-        return AudioStream(values["num_codebooks"], values["audio_stream_bos_id"], values["audio_stream_eos_id"])
+        return self.family.stream(self.values)
 
     def coder(self, cache_dir: Path) -> Coder:
         """Return the coder that turns samples into token ids and audio codes of this base."""
         cache = CodeCache(cache_dir, codec_digest(self.codec.folder))
-        vocabulary = json.dumps(sorted(self.text_encoder.get_vocab().items()))
+        vocabulary = json.dumps(sorted(self.vocabulary.items()))
         mel_features = self._mel_features(cache_dir)
-        parts = (vocabulary, self.stream, cache.codec_digest, *([mel_features.identity] if mel_features else []))
+        parts = (
+            self.family.title,
+            vocabulary,
+            self.stream,
+            cache.codec_digest,
+            *([mel_features.identity] if mel_features else []),
+        )
         identity = hashlib.sha256(repr(parts).encode()).hexdigest()
         tokenizer = CachedTokenizer(self.text_encoder)
-        return Coder(tokenizer, self.stream, self.pad_id, self.codec, cache, identity, mel_features)
+        return Coder(self.family, tokenizer, self.stream, self.pad_id, self.codec, cache, identity, mel_features)
 
     def _mel_features(self, cache_dir: Path) -> MelFeatureStore | None:
         tower = self.added.audio_tower or parts_in(self.values).audio_tower
@@ -133,16 +142,16 @@ def open_bundle(name: str | None, revision: str | None, codec_name: str | None, 
     reported_name = name if name and which_builtin(name) is None else str(folder)
     layout = MODEL_TYPES[read_json_config(folder, "--base_ckpt")["model_type"]]
     folder = native_folder(folder, "--base_ckpt", cache_dir)
-    values = DEFAULTS | read_native_config(folder, "--base_ckpt")
+    values = read_native_config(folder, "--base_ckpt")
+    family = family_of(values["model_type"])
+    values = family.with_defaults(values)
     weight_files(folder)
     codec_folder = native_codec(find_codec(folder, codec_name), "--codec_ckpt", cache_dir)
     codec = read_codec_info(codec_folder)
     weight_shapes(weight_files(codec_folder))
     tokenizer = read_tokenizer(folder)
-    problems = _wrong_numbers(folder, values) or [
-        *_tokenizer_problems(folder, values, tokenizer),
-        *_codec_problems(folder, values, codec),
-    ]
+    problems = family.base_problems(folder, values, tokenizer)
+    problems += [] if problems else _codec_problems(folder, family, values, codec)
     if problems:
         raise InputError(problems)
     return Bundle(reported_name, folder, values, tokenizer, codec, layout)
@@ -172,38 +181,14 @@ def open_for_training(options: ModelOptions, cache_dir: Path) -> Bundle:
     return distributed.run_on_all_ranks(open_with_parts)
 
 
-def _wrong_numbers(folder: Path, values: dict[str, Any]) -> list[str]:
-    may_be_null = ("pad_token_id",)
-    return [
-        f"{folder / 'config.json'}: {name} is {values[name]!r}; it must be a whole number"
-        for name in DEFAULTS
-        if type(values[name]) is not int and not (values[name] is None and name in may_be_null)
-    ]
-
-
-def _tokenizer_problems(folder: Path, values: dict[str, Any], tokenizer: TextEncoder) -> list[str]:
-    missing = missing_tokens(tokenizer.get_vocab())
-    if missing:
-        return [f"{folder}: its tokenizer has no {', '.join(missing)}"]
-    expected = {
-        AUDIO_OUT: values["audio_token_id"],
-        AUDIO_DELAY: values["audio_delay_token_id"],
-        AUDIO_OUT_BOS: values["audio_bos_token_id"],
-    }
-    return [
-        f"{folder}: {token} is {tokenizer.token_to_id(token)} in the tokenizer, {expected_id} in config.json"
-        for token, expected_id in expected.items()
-        if tokenizer.token_to_id(token) != expected_id
-    ]
-
-
-def _codec_problems(folder: Path, values: dict[str, Any], codec: CodecInfo) -> list[str]:
-    size, bos, eos = (values[name] for name in ("codebook_size", "audio_stream_bos_id", "audio_stream_eos_id"))
+def _codec_problems(folder: Path, family: Family, values: dict[str, Any], codec: CodecInfo) -> list[str]:
+    stream, size = family.stream(values), family.codebook_size(values)
+    bos, eos = stream.bos_id, stream.eos_id
     problems = []
-    if codec.num_codebooks != values["num_codebooks"]:
+    if codec.num_codebooks != stream.num_codebooks:
         problems.append(
             f"{codec.folder}: the codec has {codec.num_codebooks} codebooks, but the base {folder} uses "
-            f"{values['num_codebooks']}"
+            f"{stream.num_codebooks}"
         )
     if codec.codebook_size != bos or size <= eos:
         problems.append(

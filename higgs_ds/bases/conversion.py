@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,17 +31,8 @@ from higgs_ds.data.codec_info import (
     is_original_codec,
     read_codec_json,
 )
-from higgs_ds.data.prompt import AUDIO_DELAY, AUDIO_EOS, AUDIO_OUT, AUDIO_OUT_BOS
-from higgs_ds.model.layouts import (
-    MODEL_TYPES,
-    native_config,
-    native_name,
-    original_config,
-    original_name,
-    part_of_rows,
-    read_json_config,
-    special_tokens,
-)
+from higgs_ds.model.families import MODEL_TYPES, family_of, read_json_config, special_tokens
+from higgs_ds.model.family import Family
 from higgs_ds.options.fields import NATIVE
 
 if TYPE_CHECKING:
@@ -134,7 +124,7 @@ def rewrite(source: Path, target: Path, to: str, asked_by: str) -> list[str]:
     """
     config = read_json_config(source, asked_by)
     new_config, rename = _config_and_names(source, config, to)
-    groups, dropped = _group_by_new_name(source, rename)
+    groups, dropped = _group_by_new_name(source, rename, family_of(config["model_type"]))
     needed, free = sum(part.size for parts in groups.values() for part in parts), free_bytes(target)
     if needed > free:
         raise InputError(
@@ -154,50 +144,32 @@ def rewrite(source: Path, target: Path, to: str, asked_by: str) -> list[str]:
             write_json(folder / SAVED_ORIGINAL_CONFIG, config)
             if not (folder / PROCESSOR_CONFIG).is_file():
                 bundled = (folder / CODEC_SUBFOLDER).is_dir()
-                write_processor(folder, new_config, CODEC_SUBFOLDER if bundled else ORIGINAL_CODEC)
+                codec = CODEC_SUBFOLDER if bundled else ORIGINAL_CODEC
+                for name, content in family_of(new_config["model_type"]).processor_files(new_config, codec).items():
+                    if isinstance(content, str):
+                        write_text(folder / name, content)
+                    else:
+                        write_json(folder / name, content)
     return dropped
-
-
-def write_processor(folder: Path, config: dict[str, Any], codec: str) -> None:
-    """Write the processor files, which original folders do not have. `codec`: the codec's path or hub id."""
-    from transformers import DacFeatureExtractor
-
-    extractor = DacFeatureExtractor(sampling_rate=SAMPLE_RATE, hop_length=1)  # the codec itself pads clips
-    values = {
-        "processor_class": "HiggsAudioV2Processor",
-        "feature_extractor": extractor.to_dict(),
-        "audio_tokenizer": {
-            "audio_tokenizer_class": "HiggsAudioV2TokenizerModel",
-            "audio_tokenizer_name_or_path": codec,
-        },
-        "audio_token": AUDIO_OUT,
-        "audio_bos_token": AUDIO_OUT_BOS,
-        "audio_eos_token": AUDIO_EOS,
-        "audio_delay_token": AUDIO_DELAY,
-        "audio_stream_bos_id": config["audio_stream_bos_id"],
-        "audio_stream_eos_id": config["audio_stream_eos_id"],
-    }
-    write_json(folder / PROCESSOR_CONFIG, values)
-    template = files("higgs_ds.bases").joinpath("assets/chat_template.jinja").read_text(encoding="utf-8")
-    write_text(folder / "chat_template.jinja", template)
 
 
 def _config_and_names(
     source: Path, config: dict[str, Any], to: str
 ) -> tuple[dict[str, Any], Callable[[str], str | None]]:
     """Return the configuration in the layout `to`, and a function that maps tensor names to that layout."""
+    family = family_of(config["model_type"])
     if MODEL_TYPES[config["model_type"]] == to:
         return config, lambda name: name
     if to == NATIVE:
-        return native_config(config, special_tokens(source), str(source / "config.json")), native_name
+        return family.native_config(config, special_tokens(source), str(source / "config.json")), family.native_name
     kept = source / SAVED_ORIGINAL_CONFIG
     if kept.is_file():
-        return json.loads(kept.read_text(encoding="utf-8")), original_name
-    return original_config(config, special_tokens(source)), original_name
+        return json.loads(kept.read_text(encoding="utf-8")), family.original_name
+    return family.original_config(config, special_tokens(source)), family.original_name
 
 
 def _group_by_new_name(
-    source: Path, rename: Callable[[str], str | None]
+    source: Path, rename: Callable[[str], str | None], family: Family
 ) -> tuple[dict[str, list[StoredTensor]], list[str]]:
     """Return the tensors that make up each tensor of the new layout, in the order of its rows, and the dropped names.
 
@@ -220,7 +192,7 @@ def _group_by_new_name(
         some = ", ".join(sorted(unknown)[:3])
         raise InputError(f"{source}: {len(unknown)} tensors belong to neither layout, for instance {some}")
     for parts in groups.values():
-        parts.sort(key=lambda stored: part_of_rows(stored.name))
+        parts.sort(key=lambda stored: family.part_of_rows(stored.name))
     return groups, dropped
 
 

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -30,9 +30,6 @@ from higgs_ds.common.tensor_files import WEIGHT_INDEX, byte_ranges, companion_fi
 from higgs_ds.data.codec_info import CODEC_SUBFOLDER, PROCESSOR_CONFIG, find_codec
 from higgs_ds.model.parts import Parts
 from higgs_ds.options.fields import NATIVE, ORIGINAL
-
-if TYPE_CHECKING:
-    from transformers import HiggsAudioV2Config
 
 PARTS_FILE = "parts.safetensors"
 
@@ -139,7 +136,7 @@ def write_shard(
         release_freed_memory()
 
 
-def add_parts(folder: Path, shards: list[Path], added: Mapping[str, torch.Tensor], config: HiggsAudioV2Config) -> None:
+def add_parts(folder: Path, shards: list[Path], added: Mapping[str, torch.Tensor], config: Any) -> None:
     """Write the weights of added parts, in the dtype of the base's norms, and list them in the index and the config."""
     places = {name: shard.name for shard in shards for name in weight_shapes([shard])}
     dtype = read_tensor(folder / places["model.norm.weight"], "model.norm.weight").dtype

@@ -13,8 +13,9 @@ from higgs_ds.checkpoints.trained_weights import FullFormat, read_trained
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.common.tensor_files import weight_files, weight_shapes
-from higgs_ds.model.config import parts_of, read_config, with_parts
-from higgs_ds.model.layouts import DUPLICATE_HEADS, DUPLICATE_PREFIX
+from higgs_ds.model.config import read_config, with_parts
+from higgs_ds.model.families import family_of
+from higgs_ds.model.parts import parts_of
 from higgs_ds.options.commands import ExportOptions
 from higgs_ds.options.fields import NATIVE
 
@@ -67,17 +68,13 @@ def complete_model(
     in_base = weight_shapes(shards)
     added = sorted(weights.keys() - in_base.keys())
     needed = sum(path.stat().st_size for path in shards) + sum(weights.sizes[name] for name in added)
-    changed = {name for name in in_base if _without_duplicate_prefix(name) in weights}
+    source_of = family_of(config.model_type).source_of
+    changed = {name for name in in_base if source_of(name) in weights}
     with model_folder(base_folder, output_folder, needed, export_layout, overwrite, codec_folder) as native:
         for shard in shards:
-            write_shard(shard, native / shard.name, changed, lambda name, _: weights[_without_duplicate_prefix(name)])
+            write_shard(shard, native / shard.name, changed, lambda name, _: weights[source_of(name)])
         if added:
             add_parts(native, shards, {name: weights[name] for name in added}, config)
-
-
-def _without_duplicate_prefix(name: str) -> str:
-    """Return the name of a weight or, for a leftover duplicate, of the weight that it duplicates."""
-    return name.removeprefix(DUPLICATE_PREFIX) if name in DUPLICATE_HEADS else name
 
 
 def _check_base(folder: Path, checkpoint: Path, form: FullFormat) -> None:

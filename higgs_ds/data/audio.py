@@ -18,7 +18,7 @@ import soundfile
 
 from higgs_ds.common.files import replaced_file
 from higgs_ds.data.quality import ClipMeter, ClipQuality
-from higgs_ds.data.sample import AudioClip
+from higgs_ds.model.sample import AudioClip
 
 if TYPE_CHECKING:
     import torch

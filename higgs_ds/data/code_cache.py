@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from higgs_ds.common.files import replaced_file, saving, sha256_of
 from higgs_ds.data.audio import RESAMPLING, AudioError
 from higgs_ds.data.quality import ClipQuality, decoded
-from higgs_ds.data.sample import AudioClip
+from higgs_ds.model.sample import AudioClip
 
 if TYPE_CHECKING:
     import torch

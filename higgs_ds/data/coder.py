@@ -6,16 +6,18 @@ from dataclasses import dataclass
 
 from higgs_ds.data.code_cache import CodeCache
 from higgs_ds.data.codec_info import CodecInfo
-from higgs_ds.data.delay_pattern import AudioStream
 from higgs_ds.data.index_writer import CheckedClip
 from higgs_ds.data.mel_features import MelFeatureStore
-from higgs_ds.data.prompt import BatchTokenizer
+from higgs_ds.model.family import Family
+from higgs_ds.model.prompt import BatchTokenizer
+from higgs_ds.model.stream import AudioStream
 
 
 @dataclass(frozen=True)
 class Coder:
-    """The tokenizer, codec and audio stream of one base, and the cache of that codec's codes."""
+    """The family, tokenizer, codec and audio stream of one base, and the cache of that codec's codes."""
 
+    family: Family
     tokenizer: BatchTokenizer
     stream: AudioStream
     pad_id: int

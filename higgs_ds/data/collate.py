@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from higgs_ds.data.delay_pattern import AudioStream, apply_delay_pattern, delayed_labels
 from higgs_ds.data.mel_features import MARGIN, MelFeatures
-from higgs_ds.data.prompt import Prompt
 from higgs_ds.model.labels import IGNORE_INDEX
+from higgs_ds.model.prompt import Prompt
+from higgs_ds.model.stream import AudioStream
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _delay_clips(sample: EncodedSample, stream: AudioStream) -> tuple[torch.Tens
     empty = torch.zeros(0, stream.num_codebooks, dtype=torch.long)
     rows, labels = [empty], [empty]
     for codes, is_target in zip(sample.codes, sample.prompt.target_clips, strict=True):
-        rows.append(apply_delay_pattern(codes, stream))
-        clip_labels = delayed_labels(codes, stream)
+        rows.append(stream.delay(codes))
+        clip_labels = stream.labels(codes)
         labels.append(clip_labels if is_target else torch.full_like(clip_labels, IGNORE_INDEX))
     return torch.cat(rows), torch.cat(labels)

@@ -18,10 +18,10 @@ from higgs_ds.data.index_writer import CheckedClip
 from higgs_ds.data.joined_index import AnyIndex
 from higgs_ds.data.mel_features import MelFeatures
 from higgs_ds.data.mix import Mix
-from higgs_ds.data.prompt import Stretch, prompt_of
 from higgs_ds.data.reference_choice import References
 from higgs_ds.data.references import pair_of, with_reference
-from higgs_ds.data.sample import Sample
+from higgs_ds.model.prompt import Stretch
+from higgs_ds.model.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ class Dataset:
             codes += clip_codes.split(hearing.frames_per_stretch, dim=1)
             stretches.append(hearing.stretches(clip.num_frames, clip.num_outputs))
             heard += features
-        prompt = prompt_of(sample, [clip.num_frames for clip in clips], self.coder.tokenizer, stream, stretches)
+        num_frames = [clip.num_frames for clip in clips]
+        prompt = self.coder.family.prompt_of(sample, num_frames, self.coder.tokenizer, stream, stretches)
         return EncodedSample(prompt, codes, heard)
 
     def sources(self, indices: Sequence[int]) -> list[str]:

@@ -22,8 +22,8 @@ from higgs_ds.common.threads import map_in_threads
 from higgs_ds.data.index_writer import DIGEST_BYTES, CheckedClip
 from higgs_ds.data.quality import CLIP
 from higgs_ds.data.references import PlainForm
-from higgs_ds.data.sample import AudioClip, Message, Sample
 from higgs_ds.data.spoken_text import TEXT
+from higgs_ds.model.sample import AudioClip, Message, Sample
 
 STAT_THREADS = 8  # that wait for a network file system at the same time
 

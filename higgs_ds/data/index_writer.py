@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from higgs_ds.data.code_cache import KEY_BYTES
 from higgs_ds.data.references import PlainForm, number_of
-from higgs_ds.data.sample import Message, Sample
 from higgs_ds.data.spoken_text import NO_QUALITY, TEXT, SampleQuality
+from higgs_ds.model.sample import Message, Sample
 
 VERSION = 4  # increment it with every change to the files
 ROWS_PER_BATCH = 1024

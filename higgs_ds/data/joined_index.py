@@ -9,7 +9,7 @@ import numpy as np
 
 from higgs_ds.data.index import Index
 from higgs_ds.data.index_writer import DIGEST_BYTES, CheckedClip
-from higgs_ds.data.sample import Sample
+from higgs_ds.model.sample import Sample
 
 
 class JoinedIndex:

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from higgs_ds.common.files import replaced_file, saving
 from higgs_ds.data.audio import read_audio
-from higgs_ds.data.prompt import Stretch
-from higgs_ds.data.sample import AudioClip
+from higgs_ds.model.prompt import Stretch
+from higgs_ds.model.sample import AudioClip
 
 if TYPE_CHECKING:
     import torch

@@ -14,6 +14,7 @@ import shutil
 import socket
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +128,7 @@ class Preparation:
         findings, missing = self._survey(path, folder, identity["num_files"])
         gathered = [one for of_rank in distributed.gather_objects(findings) for one in of_rank]
         checked = CheckedManifest(path, findings=gathered, missing=missing, folder=folder, identity=identity)
+        self._report_left_out(checked)
         if checked.num_bad and self.options.skip_bad is not None:
             self._list_bad(folder, self.options.skip_bad)
             say(f"skipped {checked.num_bad:,} bad samples of {path}; they are listed in {self.options.skip_bad}")
@@ -138,6 +140,13 @@ class Preparation:
             checked.index = Index(folder)
             self._add_references(checked.index)
         return checked
+
+    def _report_left_out(self, checked: CheckedManifest) -> None:
+        for what, count in sum((found.left_out for found in checked.findings), Counter()).items():
+            assert self.coder is not None
+            say(
+                f"{checked.path}: {what} of {count:,} samples is left out: {self.coder.family.title} has no place for it"
+            )
 
     def _survey(self, path: Path, folder: Path, num_files: int) -> tuple[list[SurveyResult], MissingClips]:
         """Check this rank's share of a manifest: in several processes if it is large, else in threads."""

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from higgs_ds.data.sample import ASSISTANT, SYSTEM, USER, Message, Sample
+from higgs_ds.model.sample import ASSISTANT, SPEAKER_TAG, SYSTEM, USER, Message, Sample
 
-SPEAKER_TAG = re.compile(r"\[SPEAKER\d+\]")
 _EMPTY_SCENE = re.compile(r"\s*<\|scene_desc_start\|>\s*<\|scene_desc_end\|>")
 
 

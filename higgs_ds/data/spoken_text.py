@@ -17,8 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from higgs_ds.data.quality import ClipQuality
-from higgs_ds.data.references import SPEAKER_TAG
-from higgs_ds.data.sample import USER, Message, Sample
+from higgs_ds.model.sample import SPEAKER_TAG, USER, Message, Sample
 
 _NO_WORD = re.compile(r"[\W_]+")
 _NO_WORD_ASCII = bytes(code for code in range(128) if not chr(code).isalnum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -20,9 +21,9 @@ from higgs_ds.data.index_writer import CheckedClip, CheckedSample
 from higgs_ds.data.mel_features import SAMPLE_RATE
 from higgs_ds.data.quality import ClipQuality
 from higgs_ds.data.references import plain_form
-from higgs_ds.data.sample import ASSISTANT, AudioClip, Entry, PendingEntry
 from higgs_ds.data.spoken_text import examine_sample
 from higgs_ds.data.token_counter import TokenCounter
+from higgs_ds.model.sample import ASSISTANT, AudioClip, Entry, PendingEntry
 from higgs_ds.options.train import DataOptions
 
 CHUNK = 128  # entries that a thread takes at a time
@@ -52,6 +53,7 @@ class SurveyResult:
     num_bad: int = 0
     num_problems: int = 0
     problems: list[tuple[int, str]] = field(default_factory=list)  # the first MAX_SHOWN
+    left_out: Counter[str] = field(default_factory=Counter)  # number of samples by what the prompt has no place for
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class CheckedEntry:
     clips: Sequence[ClipFacts] = ()
     files: tuple[tuple[str, int, int], ...] = ()
     checked: CheckedSample | None = None
+    left_out: tuple[str, ...] = ()
 
 
 class Checker:
@@ -154,9 +157,24 @@ class Checker:
         """
         return self._facts_of_file(clip, is_heard) if clip.data is None else self._examine(clip, is_heard)
 
+    def entry(self, pending: PendingEntry) -> Entry:
+        """Return an entry as the base's family can speak it: with what its prompt has a place for, or the faults."""
+        entry = pending()
+        if self.coder is None or entry.sample is None:
+            return entry
+        spoken = self.coder.family.as_spoken(entry.sample, self.coder.tokenizer.vocabulary)
+        if spoken.sample is entry.sample and not spoken.faults:
+            return entry
+        return replace(
+            entry,
+            sample=None if spoken.faults else spoken.sample,
+            faults=(*entry.faults, *spoken.faults),
+            left_out=spoken.left_out,
+        )
+
     def check(self, pending: Sequence[tuple[int, PendingEntry]]) -> list[CheckedEntry]:
         """Check samples with their clips, and count their tokens if there is a coder."""
-        entries = [(number, entry()) for number, entry in pending]
+        entries = [(number, self.entry(entry)) for number, entry in pending]
         checked = [self._check_clips(number, entry) for number, entry in entries]
         samples = [(one, entry.sample) for one, (_, entry) in zip(checked, entries, strict=True)]
         good = [(one, sample) for one, sample in samples if sample is not None and not one.faults]
@@ -182,6 +200,7 @@ class Checker:
         sample, faults = entry.sample, list(entry.faults)
         if sample is None:
             return CheckedEntry(number, entry.source, faults)
+        left_out = entry.left_out
         to_check = [(clip, m.role != ASSISTANT) for m in sample.messages for clip in m.clips]
         files = self._stamps(to_check, sample.text_files)  # before anything is read, so that later changes are detected
         clips = []
@@ -196,7 +215,7 @@ class Checker:
                     faults.append(f"{reason}")
                 else:
                     faults.append(f"{clip.path}: {reason}")
-        return CheckedEntry(number, entry.source, list(dict.fromkeys(faults)), clips, files)
+        return CheckedEntry(number, entry.source, list(dict.fromkeys(faults)), clips, files, left_out=left_out)
 
     def _stamps(
         self, clips: Sequence[tuple[AudioClip, bool]], text_files: Sequence[Path]
@@ -258,6 +277,7 @@ def survey(
     for entry in chain.from_iterable(map_in_threads(checker.check, chunks, num_threads)):
         result.num_entries += 1
         result.num_bad += bool(entry.faults)
+        result.left_out.update(entry.left_out)
         for fault in entry.faults:
             line = f"{entry.source}: {fault}"
             result.num_problems += 1
@@ -278,7 +298,7 @@ def missing_clips(path: Path, checker: Checker, missing: MissingClips) -> Iterat
     for number, pending in enumerate(pending_entries(path, checker.options)):
         if number != wanted:
             continue
-        entry, wanted = pending(), next(numbers, None)
+        entry, wanted = checker.entry(pending), next(numbers, None)
         clips = zip(entry.sample.clips, entry.sample.is_heard, strict=True) if entry.sample else ()
         for clip, is_heard in clips:
             facts = checker.facts(clip, is_heard)

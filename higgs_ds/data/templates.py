@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from higgs_ds.data.sample import ASSISTANT, SYSTEM, USER, AudioClip, Message
+from higgs_ds.model.sample import ASSISTANT, SYSTEM, USER, AudioClip, Message
 
 INSTRUCTION = "Generate audio following instruction."
 # The prompt of the base's own example for several speakers without references, copied word for word.

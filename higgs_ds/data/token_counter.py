@@ -9,8 +9,8 @@ from typing import Any
 
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.index_writer import CheckedClip
-from higgs_ds.data.prompt import render, stretches_of
-from higgs_ds.data.sample import AudioClip, Message
+from higgs_ds.model.prompt import stretches_of
+from higgs_ds.model.sample import AudioClip, Message
 
 
 class TokenCounter:
@@ -21,6 +21,7 @@ class TokenCounter:
 
     def __init__(self, coder: Coder) -> None:
         self._tokenizer, self._stream, self._hearing = coder.tokenizer, coder.stream, coder.hearing
+        self._render = coder.family.render
         self._count_layout = lru_cache(maxsize=1024)(self._layout)
 
     def count_texts(self, conversations: Iterable[Sequence[Message]]) -> dict[str, int]:
@@ -50,5 +51,5 @@ class TokenCounter:
         """Count the tokens around texts and clips, given each message's role, recipient, and which parts are texts."""
         clip = AudioClip(Path())
         messages = [Message(role, tuple("" if t else clip for t in texts), to) for role, to, *texts in form]
-        around = [segment.text for segment in render(messages, 0) if segment.clip is None and segment.text]
+        around = [segment.text for segment in self._render(messages, 0) if segment.clip is None and segment.text]
         return sum(len(self._tokenizer.encode(text, add_special_tokens=False)) for text in around)

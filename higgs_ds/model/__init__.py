@@ -1,1 +1,1 @@
-"""The Higgs Audio v2 model, its adapters, and the wrapper that computes the loss."""
+"""The families of models, their adapters, and the wrappers that compute their loss."""

@@ -1,75 +1,38 @@
-"""The configuration of a model, with its optional parts, as an object of transformers' classes."""
+"""The configuration of a model of any family, with its optional parts, as an object of transformers' classes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, HiggsAudioV2Config, WhisperConfig
+from transformers import WhisperConfig
 
 from higgs_ds.common.errors import InputError
-from higgs_ds.model.layouts import TOWER_GEOMETRY, read_native_config
-from higgs_ds.model.parts import Parts
+from higgs_ds.model.families import family_of, read_native_config
+from higgs_ds.model.parts import TOWER_GEOMETRY, Parts, parts_of
 from higgs_ds.options.train import ModelOptions
 
 
-@strict
-class ExtendedConfig(HiggsAudioV2Config):
-    """A native configuration with optional parts.
-
-    audio_self_attention: whether the layers have attention among audio positions.
-    audio_tower: geometry of Whisper's encoder.
-    audio_in_token_id: the text token whose embeddings are replaced by the tower's outputs.
-    """
-
-    model_type = "higgs_audio_v2_extended"
-
-    audio_self_attention: bool = False
-    audio_tower: dict[str, Any] | None = None
-    audio_in_token_id: int | None = None
-
-
-AutoConfig.register(ExtendedConfig.model_type, ExtendedConfig)  # AutoTokenizer looks it up
-
-
-def read_config(folder: Path, asked_by: str = "--base_ckpt") -> HiggsAudioV2Config:
-    """Read the configuration of a base in either layout. Raises InputError, prefixed `asked_by`, for other folders."""
+def read_config(folder: Path, asked_by: str = "--base_ckpt") -> Any:
+    """Read the configuration of a base in any layout. Raises InputError, prefixed `asked_by`, for other folders."""
     return config_of(read_native_config(folder, asked_by))
 
 
-def config_of(values: dict[str, Any]) -> HiggsAudioV2Config:
+def config_of(values: Mapping[str, Any]) -> Any:
     """Return the configuration, of the class it needs, from the values of a native config.json."""
-    is_extended = values.get("model_type") == ExtendedConfig.model_type
-    return (ExtendedConfig if is_extended else HiggsAudioV2Config).from_dict(values)
+    return family_of(values["model_type"]).config_of(values)
 
 
-def parts_of(config: HiggsAudioV2Config) -> Parts:
-    """Return the optional parts of a model."""
-    if not isinstance(config, ExtendedConfig):
-        return Parts()
-    return Parts(config.audio_self_attention, config.audio_tower)
+def with_parts(config: Any, added: Parts) -> Any:
+    """Return a configuration with `added` parts, or the same object if there are none. Raises InputError."""
+    return family_of(config.model_type).with_parts(config, added)
 
 
-def with_parts(config: HiggsAudioV2Config, added: Parts) -> HiggsAudioV2Config:
-    """Return a configuration with `added` parts, or the same object if there are none."""
-    return _extended(config, added) if added else config
-
-
-def ready_for_parts(config: HiggsAudioV2Config, added: Parts) -> HiggsAudioV2Config:
+def ready_for_parts(config: Any, added: Parts) -> Any:
     """Return a configuration with its present parts, of a class that the `added` parts can be added to later."""
-    return _extended(config, Parts()) if added else config
-
-
-def _extended(config: HiggsAudioV2Config, added: Parts) -> HiggsAudioV2Config:
-    values = config.to_dict() | {"model_type": ExtendedConfig.model_type}
-    values["audio_self_attention"] = added.audio_self_attention or values.get("audio_self_attention", False)
-    values["audio_tower"] = added.audio_tower or values.get("audio_tower")
-    # In all models of the family, it is the id before that of the token for generated audio.
-    values["audio_in_token_id"] = values.get("audio_in_token_id") or config.audio_token_id - 1
-    return config_of(values)
+    return family_of(config.model_type).ready_for_parts(config, added)
 
 
 def tower_geometry(whisper_folder: Path) -> dict[str, Any]:
@@ -101,6 +64,6 @@ def parts_to_add(
     return Parts(options.audio_self_attention, tower).without(has), folder
 
 
-def fully_trained_parts(options: ModelOptions, config: HiggsAudioV2Config) -> Parts:
+def fully_trained_parts(options: ModelOptions, config: Any) -> Parts:
     """Return the optional parts of a model that are fully trained."""
     return Parts(options.audio_self_attention, parts_of(config).audio_tower if options.whisper_conditioning else None)

@@ -9,29 +9,13 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from higgs_ds.model.families import family_of_weight
 from higgs_ds.model.fully_trained import NOTHING_FULLY_TRAINED, FullyTrained
-from higgs_ds.model.lora import GROUP_OF_MODULE, AdaptedLayer, add_lora, unfreeze
+from higgs_ds.model.lora import AdaptedLayer, add_lora, unfreeze
 from higgs_ds.model.lora import describe as describe_lora
-from higgs_ds.model.parts import ATTENTION_MODULES, NO_PARTS, TOWER_MODULES, Parts
-from higgs_ds.options.fields import EMBEDDINGS, FULL, HEADS
+from higgs_ds.model.parts import NO_PARTS, TOWER_MODULES, Parts
+from higgs_ds.options.fields import FULL
 from higgs_ds.options.train import LoraOptions, TuneOptions
-
-# A norm belongs to the module whose input it normalizes.
-_GROUP_OF_NORM = {
-    "input_layernorm": "attention",
-    "audio_input_layernorm": "attention",
-    ATTENTION_MODULES[1]: "attention",
-    "post_attention_layernorm": "text_mlp",
-    "audio_post_attention_layernorm": "audio_mlp",
-}
-_GROUP_OUTSIDE_LAYERS = {
-    "embed_tokens": EMBEDDINGS,
-    "embed_audio_tokens": EMBEDDINGS,
-    "norm": HEADS,
-    "text_lm_head": HEADS,
-    "audio_lm_head": HEADS,
-}
-_GROUP_IN_LAYER = GROUP_OF_MODULE | _GROUP_OF_NORM
 
 
 def group_of(name: str) -> str | None:
@@ -43,9 +27,11 @@ def group_of(name: str) -> str | None:
     path = name.split(".")
     if not set(TOWER_MODULES).isdisjoint(path):
         return None
-    if path[:2] == ["model", "layers"]:
-        return _GROUP_IN_LAYER[path[3]]
-    return _GROUP_OUTSIDE_LAYERS[path[1] if path[0] == "model" else path[0]]
+    family = family_of_weight(name)
+    if name.startswith(f"{family.layers}."):
+        of_module = family.groups.get(path[3])
+        return of_module[0] if of_module else family.norms[path[3]]
+    return family.outside_layers[name.rpartition(".")[0]]
 
 
 def unfreeze_groups(model: nn.Module, groups: Sequence[str], full_parts: Parts = NO_PARTS) -> nn.Module:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from higgs_ds.model.families import FAMILIES
 from higgs_ds.model.parts import NO_PARTS, Parts
-from higgs_ds.options.fields import EMBEDDINGS, HEADS
 
-# Native names of the modules of each group. The last norm is not among them: PEFT would take every norm for it.
-MODULES_OF_GROUP = {
-    EMBEDDINGS: ("model.embed_tokens", "model.embed_audio_tokens.embed_audio_tokens"),
-    HEADS: ("text_lm_head", "audio_lm_head"),
+# The last norm is not among them: PEFT would take every norm for it.
+_GROUP_OF_WEIGHT = {
+    f"{module}.weight": group
+    for family in FAMILIES
+    for module, group in family.outside_layers.items()
+    if not module.endswith("norm")
 }
-_GROUP_OF_WEIGHT = {f"{module}.weight": group for group, modules in MODULES_OF_GROUP.items() for module in modules}
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,13 @@ class FullyTrained:
         """Return whether a weight, given by its name in a native model, belongs to them."""
         return self.parts.has(name) or _GROUP_OF_WEIGHT.get(name) in self.groups
 
-    @property
-    def modules(self) -> list[str]:
-        """The values of `modules_to_save` in a native model; PEFT compares them with the ends of names."""
-        return sorted([*self.parts.modules, *(module for group in self.groups for module in MODULES_OF_GROUP[group])])
+    def modules(self, names: Iterable[str]) -> list[str]:
+        """Return the values of `modules_to_save` in a native model whose trained weights have these names.
+
+        PEFT compares them with the ends of names.
+        """
+        own = [name for name in map(_without_prefix, names) if _GROUP_OF_WEIGHT.get(name) in self.groups]
+        return sorted([*self.parts.modules, *(name.removesuffix(".weight") for name in own)])
 
     def __bool__(self) -> bool:
         return bool(self.parts or self.groups)
@@ -45,6 +49,11 @@ class FullyTrained:
 
 
 NOTHING_FULLY_TRAINED = FullyTrained()
+
+
+def _without_prefix(name: str) -> str:
+    """Return the name in the model of a tensor of an adapter's file."""
+    return name.removeprefix("base_model.model.")
 
 
 def is_own_weight(name: str | None) -> bool:

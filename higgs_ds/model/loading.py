@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import GenerationConfig, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
@@ -19,69 +20,68 @@ from higgs_ds.common.precision import FP16, native_precision
 from higgs_ds.common.tensor_files import read_tensor, weight_files, weight_locations, weight_shapes
 from higgs_ds.model import nf4
 from higgs_ds.model.config import read_config, ready_for_parts
-from higgs_ds.model.layouts import DUPLICATE_HEADS
-from higgs_ds.model.part_modules import model_class
+from higgs_ds.model.families import FAMILIES, family_of
 from higgs_ds.model.parts import NO_PARTS, Parts
 from higgs_ds.model.quantization import BaseQuantization, is_quantized_weight
 
-TEXT_HEAD = "text_lm_head.weight"
 disable_progress_bar()  # over the tensors of a model; errors and warnings stay
-# Copies of the heads, which transformers would report as unknown weights; the heads themselves are loaded.
-HiggsAudioV2ForConditionalGeneration._keys_to_ignore_on_load_unexpected += DUPLICATE_HEADS
 
 
 def check_weights(folder: Path) -> None:
-    """Raise InputError if a base has no text head, which the text loss needs, or its files do not match its config."""
+    """Raise InputError if a base lacks weights that the loss needs, or its files do not match its config."""
     found = weight_shapes(weight_files(folder))
-    if TEXT_HEAD not in found:
-        raise InputError(
-            f"{folder}: holds no {TEXT_HEAD}, which the text loss needs; use a base that was saved with its text head"
-        )
-    expected = empty_model(read_config(folder), torch.float32).state_dict()
+    config = read_config(folder)
+    missing = family_of(config.model_type).missing_weight(found)
+    if missing:
+        raise InputError(f"{folder}: {missing}")
+    expected = empty_model(config, torch.float32).state_dict()
     _check_shapes(folder, {name: tuple(tensor.shape) for name, tensor in expected.items()}, found)
 
 
 def num_parameters(folder: Path, excluded: Parts = NO_PARTS) -> int:
     """Count the parameters of a base, without those of `excluded`, from the headers of its files."""
     shapes = weight_shapes(weight_files(folder))
-    return sum(
-        math.prod(shape) for name, shape in shapes.items() if name not in DUPLICATE_HEADS and not excluded.has(name)
-    )
+    return sum(math.prod(shape) for name, shape in shapes.items() if not _is_unused(name) and not excluded.has(name))
 
 
-def load_base(folder: Path, dtype: torch.dtype, to_add: Parts = NO_PARTS) -> HiggsAudioV2ForConditionalGeneration:
-    """Load a frozen base with its text head on the CPU. Every weight must be in its files.
+def _is_unused(name: str) -> bool:
+    """Return whether a file of a model may hold this tensor, which the model does not load."""
+    return any(family.is_unused(name) for family in FAMILIES)
 
-    The text head must be requested explicitly: otherwise transformers silently drops its weights. The parts `to_add`
-    are added later (`ExtendedModel.add_parts`).
+
+def load_base(folder: Path, dtype: torch.dtype, to_add: Parts = NO_PARTS) -> Any:
+    """Load a frozen base on the CPU. Every weight that the loss needs must be in its files.
+
+    The parts `to_add` are added later (`ExtendedModel.add_parts`).
 
     Raises:
         InputError: weights are missing, unexpected or have the wrong shape.
     """
     config = ready_for_parts(read_config(folder), to_add)
-    model, info = model_class(config).from_pretrained(
-        folder, config=config, use_text_head=True, dtype=dtype, use_safetensors=True, output_loading_info=True
+    family = family_of(config.model_type)
+    model, info = family.model_class(config).from_pretrained(
+        folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **family.load_arguments
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        found = sorted(map(str, set(info[kind]).difference(DUPLICATE_HEADS)))
+        found = sorted(name for name in map(str, info[kind]) if not _is_unused(name))
         if found:
             names = ", ".join(found[:5])
             raise InputError(f"{folder}: {kind.replace('_', ' ')} in its weights: {names}")
     return model.requires_grad_(False)
 
 
-def empty_model(config: HiggsAudioV2Config, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGeneration:
-    """Build a frozen model with its text head whose weights have shapes, but neither values nor memory."""
+def empty_model(config: Any, dtype: torch.dtype) -> Any:
+    """Build a frozen model whose weights have shapes, but neither values nor memory."""
     config = copy.deepcopy(config)  # the model keeps the object, and the caller must not see the new dtype
     config.dtype = dtype
     with init_empty_weights(include_buffers=True):
-        model = model_class(config)(config, use_text_head=True)
+        model = family_of(config.model_type).build(config)
     return model.to(dtype).requires_grad_(False)
 
 
 def load_base_in_4bit(
     folder: Path, dtype: torch.dtype, quantize_on: torch.device, keep_on: torch.device, to_add: Parts = NO_PARTS
-) -> tuple[HiggsAudioV2ForConditionalGeneration, BaseQuantization]:
+) -> tuple[Any, BaseQuantization]:
     """Load a frozen base, tensor by tensor: its decoder's linear layers in NF4, everything else in `dtype`.
 
     transformers' own loader keeps every file that it has read mapped until it returns: for a base of 2.1 GiB the
@@ -95,11 +95,11 @@ def load_base_in_4bit(
     Raises:
         InputError: the files do not match the configuration.
     """
-    paths = {name: path for name, path in weight_locations(folder).items() if name not in DUPLICATE_HEADS}
+    paths = {name: path for name, path in weight_locations(folder).items() if not _is_unused(name)}
     config = ready_for_parts(read_config(folder), to_add)
     config.dtype = dtype
     with init_empty_weights():
-        model = model_class(config)(config, use_text_head=True)
+        model = family_of(config.model_type).build(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     _check_shapes(folder, expected, weight_shapes(weight_files(folder)))
     nf4.replace_linears(model, dtype)
@@ -123,7 +123,7 @@ def load_base_in_4bit(
 def _check_shapes(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
     problems = {
         "missing keys": sorted(expected.keys() - found.keys()),
-        "unexpected keys": sorted(found.keys() - expected.keys() - set(DUPLICATE_HEADS)),
+        "unexpected keys": sorted(name for name in found.keys() - expected.keys() if not _is_unused(name)),
         "mismatched keys": [name for name in expected.keys() & found.keys() if expected[name] != found[name]],
     }
     if any(problems.values()):
@@ -134,7 +134,7 @@ def _check_shapes(folder: Path, expected: dict[str, tuple[int, ...]], found: dic
 
 def load_for_generation(
     folder: Path, quantization: BaseQuantization | None, device: torch.device, to_add: Parts = NO_PARTS
-) -> HiggsAudioV2ForConditionalGeneration:
+) -> Any:
     """Load a model in the dtype of its files, as its users do, or in 4 bits for an adapter trained on such a base.
 
     Files in bf16 are loaded in fp16 on a GPU that does not compute in bf16.
@@ -144,10 +144,16 @@ def load_for_generation(
     """
     if quantization is not None:
         model, _ = load_base_in_4bit(folder, quantization.dtype, device, device, to_add)
-        if (folder / GENERATION_CONFIG_NAME).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        return model.to(device)  # moves the buffers, too
+        return _with_generation_settings(model, folder).to(device)  # moves the buffers, too
     config = ready_for_parts(read_config(folder), to_add)
     in_fp16 = config.dtype == torch.bfloat16 and native_precision(device) == FP16
     dtype = torch.float16 if in_fp16 else "auto"
-    return model_class(config).from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True).to(device)
+    family = family_of(config.model_type)
+    model = family.model_class(config).from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True)
+    return _with_generation_settings(model, folder).to(device)
+
+
+def _with_generation_settings(model: Any, folder: Path) -> Any:
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model

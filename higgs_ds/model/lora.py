@@ -14,18 +14,17 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from higgs_ds.common.errors import InputError
+from higgs_ds.model.families import family_of_weight
 from higgs_ds.model.fully_trained import FullyTrained
 from higgs_ds.model.parts import NO_PARTS, TOWER_MODULES, Parts
 from higgs_ds.options.train import LoraOptions
 
-# Group of targets that each module of a decoder layer belongs to. Only some models of the family have `audio_attn`.
-GROUP_OF_MODULE = {
-    "self_attn": "attention",
-    "audio_attn": "attention",
-    "mlp": "text_mlp",
-    "audio_mlp": "audio_mlp",
-}
-_LAYER_LINEAR = re.compile(r"^model\.layers\.(\d+)\.((\w+)\.\w+)$")
+_LAYER_LINEAR = re.compile(r"^(\w+\.layers)\.(\d+)\.((\w+)\.\w+)$")
+
+
+def _groups_of(match: re.Match[str]) -> tuple[str, ...]:
+    """Return the --lora_targets groups of a linear layer of the decoder: an FFN may be of both kinds of positions."""
+    return family_of_weight(match[0]).groups.get(match[4], ())
 
 
 def discover_targets(model: nn.Module, groups: Sequence[str], excluded: Parts = NO_PARTS) -> list[str]:
@@ -38,16 +37,16 @@ def discover_targets(model: nn.Module, groups: Sequence[str], excluded: Parts = 
     """
     found: Counter[str] = Counter()
     layers = set()
-    present = set()
+    present: set[str] = set()
     for name, module in model.named_modules():
         match = _LAYER_LINEAR.match(name)
         if match is None or not isinstance(module, nn.Linear) or excluded.has(name):
             continue
-        layers.add(match[1])
-        group = GROUP_OF_MODULE.get(match[3])
-        if group in groups:
-            found[match[2]] += 1
-            present.add(group)
+        layers.add(match[2])
+        chosen = set(_groups_of(match)).intersection(groups)
+        if chosen:
+            found[match[3]] += 1
+            present |= chosen
     problems = [
         f"--lora_targets {group}: the base has no such linear layers" for group in groups if group not in present
     ]
@@ -70,10 +69,10 @@ class AdaptedLayer:
     alpha: float
 
 
-def group_of_layer(name: str) -> str | None:
-    """Return the --lora_targets group of a layer; None if it is not a linear layer of the decoder."""
+def groups_of_layer(name: str) -> tuple[str, ...]:
+    """Return the --lora_targets groups of a layer; none if it is not a linear layer of the decoder."""
     match = _LAYER_LINEAR.match(name)
-    return GROUP_OF_MODULE.get(match[3]) if match else None
+    return _groups_of(match) if match else ()
 
 
 def in_every_layer(adapted: Iterable[AdaptedLayer], num_layers: int) -> tuple[AdaptedLayer, ...]:
@@ -83,21 +82,25 @@ def in_every_layer(adapted: Iterable[AdaptedLayer], num_layers: int) -> tuple[Ad
     """
     largest = {_in_layer(layer.name): layer for layer in sorted(adapted, key=lambda layer: layer.rank)}
     return tuple(
-        replace(layer, name=f"model.layers.{number}.{name}")
+        replace(layer, name=f"{_split(layer.name)[1]}.{number}.{name}")
         for number in range(num_layers)
         for name, layer in largest.items()
     )
 
 
-def _in_layer(name: str) -> str:
+def _split(name: str) -> re.Match[str]:
     match = _LAYER_LINEAR.match(name)
     assert match
-    return match[2]
+    return match
+
+
+def _in_layer(name: str) -> str:
+    return _split(name)[3]
 
 
 def _targets(model: nn.Module, options: LoraOptions, adapted: Collection[AdaptedLayer]) -> dict[str, Any]:
     """Return the values of PEFT's configuration for these layers: short ones if all decoder layers are alike."""
-    num_layers = len({match[1] for name, _ in model.named_modules() if (match := _LAYER_LINEAR.match(name))})
+    num_layers = len({match[2] for name, _ in model.named_modules() if (match := _LAYER_LINEAR.match(name))})
     if set(adapted) == set(in_every_layer(adapted, num_layers)):
         named = {_in_layer(layer.name): (re.escape(_in_layer(layer.name)), layer) for layer in adapted}
     else:

@@ -12,11 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from higgs_ds.model.layouts import EXTENDED_TYPE
-
+EXTENDED_TYPE = "higgs_audio_v2_extended"  # model_type of a model with native names and optional parts
 # Last components of the module names of each part.
 ATTENTION_MODULES = ("audio_attn", "audio_post_audio_attn_layer_norm")
 TOWER_MODULES = ("audio_tower", "audio_encoder_proj")
+# Fields that determine the shapes and the computation of the tower.
+TOWER_GEOMETRY = (
+    "num_mel_bins", "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "max_source_positions",
+    "activation_function", "dropout", "attention_dropout", "activation_dropout",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,3 +72,10 @@ def parts_in(values: Mapping[str, Any]) -> Parts:
     if values.get("model_type") != EXTENDED_TYPE:
         return NO_PARTS
     return Parts(values.get("audio_self_attention", False), values.get("audio_tower"))
+
+
+def parts_of(config: Any) -> Parts:
+    """Return the optional parts of a model, from its configuration object."""
+    if config.model_type != EXTENDED_TYPE:
+        return NO_PARTS
+    return Parts(config.audio_self_attention, config.audio_tower)

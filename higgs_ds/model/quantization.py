@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 QUANT_TYPE = "nf4"
 BLOCK_SIZE = 64
-_DECODER_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp|audio_mlp)\.\w+_proj\.weight$")
+_DECODER_LINEAR = re.compile(r"\w+\.layers\.\d+\.(self_attn|mlp|audio_mlp)\.\w+_proj\.weight$")
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from typing import Any, Protocol
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-from higgs_ds.model.part_modules import model_class
+from higgs_ds.model.families import family_of
 
 
 class WeightSource(Protocol):
@@ -37,11 +36,11 @@ class _StreamedModule(nn.Module):
         return self.function(self.name, x)
 
 
-def streaming_model(config: HiggsAudioV2Config, source: WeightSource) -> HiggsAudioV2ForConditionalGeneration:
+def streaming_model(config: Any, source: WeightSource) -> Any:
     """Build a float32 model that holds only the weights it currently computes with."""
     config.dtype = torch.float32
     with init_empty_weights():
-        model = model_class(config)(config, use_text_head=True)
+        model = family_of(config.model_type).build(config)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             model.set_submodule(name, _StreamedModule(source.linear, name))
@@ -51,17 +50,3 @@ def streaming_model(config: HiggsAudioV2Config, source: WeightSource) -> HiggsAu
             for leaf in dict(module.named_parameters(recurse=False)):
                 setattr(module, leaf, nn.Parameter(source.tensor(f"{name}.{leaf}"), requires_grad=False))
     return model.eval()
-
-
-@torch.no_grad()
-def all_logits(
-    model: HiggsAudioV2ForConditionalGeneration, input_ids: torch.Tensor, audio_input_ids: torch.Tensor, **heard: Any
-) -> torch.Tensor:
-    """Return the text and audio logits of one sequence, concatenated at every position (N, V + C x S).
-
-    Args:
-        heard: for a model with a tower, `audio_features` and `feature_lengths` of its forward.
-    """
-    outputs = model.model(input_ids=input_ids, audio_input_ids=audio_input_ids, use_cache=False, **heard)
-    hidden = outputs.last_hidden_state[0]
-    return torch.cat([model.text_lm_head(hidden), model.audio_lm_head(hidden)], dim=-1)

@@ -18,22 +18,21 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, HiggsAudioV2Config
+from transformers import AttentionInterface
 
-from higgs_ds.model.config import config_of, parts_of
+from higgs_ds.model.config import config_of
+from higgs_ds.model.families import family_of
 from higgs_ds.model.full import group_of, make_trainable
 from higgs_ds.model.head_loss import CPU_CHUNKS, GPU_CHUNKS
-from higgs_ds.model.higgs import DualLossModel, checkpoint_layers
 from higgs_ds.model.loading import empty_model
 from higgs_ds.model.lora import AdaptedLayer, in_every_layer
-from higgs_ds.model.parts import NO_PARTS, Parts
+from higgs_ds.model.loss_model import LossModel, checkpoint_layers
+from higgs_ds.model.parts import NO_PARTS, Parts, parts_of
 from higgs_ds.model.quantization import BLOCK_SIZE, is_quantized_weight
-from higgs_ds.model.routed_layers import LossHead
 from higgs_ds.options.fields import EMBEDDINGS, FULL
 from higgs_ds.options.train import LoraOptions, TuneOptions
 
 TEXT_POSITIONS = 64  # of a speech sample: its prompt; all other positions are audio
-TEXT_TARGETS = 3  # of a speech sample: start and end of its audio, end of the turn
 ATTENTION = "shapes_only"  # name under which the attention below is registered with transformers
 META = torch.device("meta")
 
@@ -81,7 +80,7 @@ class PassMemory:
     working: int
 
 
-def measure_pass(config: HiggsAudioV2Config, settings: PassSettings) -> PassMemory:
+def measure_pass(config: Any, settings: PassSettings) -> PassMemory:
     """Measure a forward and backward pass over a batch of speech."""
     config_json, every = config.to_json_string(use_diff=False), settings.recompute_every
     if every is None or every == 1:
@@ -94,17 +93,18 @@ def measure_pass(config: HiggsAudioV2Config, settings: PassSettings) -> PassMemo
 
 @functools.lru_cache(maxsize=64)
 def _measure_pass(config_json: str, settings: PassSettings) -> PassMemory:
-    values = json.loads(config_json)
-    two_layers, three_layers = (_run(config_of(values | {"num_hidden_layers": n}), settings) for n in (2, 3))
-    extra_layers = values["num_hidden_layers"] - 2
+    config = config_of(json.loads(config_json))
+    family = family_of(config.model_type)
+    two_layers, three_layers = (_run(family.with_num_layers(config, n), settings) for n in (2, 3))
+    extra_layers = config.num_hidden_layers - 2
     kept, logits, peak = (
         two + extra_layers * (three - two) for two, three in zip(two_layers, three_layers, strict=True)
     )
     # Embeddings get their gradients last, when everything else is freed: a peak that does not grow with the layers.
-    return PassMemory(kept, logits, max(peak, _embedding_gradients(config_of(values), settings)) - kept - logits)
+    return PassMemory(kept, logits, max(peak, _embedding_gradients(config, settings)) - kept - logits)
 
 
-def _embedding_gradients(config: HiggsAudioV2Config, settings: PassSettings) -> int:
+def _embedding_gradients(config: Any, settings: PassSettings) -> int:
     """Return the bytes of the largest embedding gradient, or 0 if embeddings are not trained."""
     if settings.tune.finetune != FULL or EMBEDDINGS not in settings.tune.train_groups:
         return 0
@@ -112,7 +112,7 @@ def _embedding_gradients(config: HiggsAudioV2Config, settings: PassSettings) -> 
     return max(parameter.nbytes for name, parameter in named if group_of(name) == EMBEDDINGS)
 
 
-def _run(config: HiggsAudioV2Config, settings: PassSettings) -> tuple[int, int, int]:
+def _run(config: Any, settings: PassSettings) -> tuple[int, int, int]:
     """Return the bytes kept by the decoder, the bytes kept by heads and loss, and the bytes at the peak."""
     model = _model(config, settings)
     batch = _batch(config, settings)
@@ -135,7 +135,7 @@ def _run(config: HiggsAudioV2Config, settings: PassSettings) -> tuple[int, int, 
     return decoder_end[0], sum(kept.values()) - decoder_end[0], count.peak_bytes
 
 
-def _model(config: HiggsAudioV2Config, settings: PassSettings) -> DualLossModel:
+def _model(config: Any, settings: PassSettings) -> LossModel:
     higgs = empty_model(config, settings.dtype)
     higgs.set_attn_implementation(ATTENTION)
     for name, module in list(higgs.named_modules()):
@@ -162,17 +162,16 @@ def _model(config: HiggsAudioV2Config, settings: PassSettings) -> DualLossModel:
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # gradients are planned separately
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    model = DualLossModel(adapted).train()
-    for module in model.modules():
-        if isinstance(module, LossHead):
-            module.chunks = GPU_CHUNKS if settings.on_gpu else CPU_CHUNKS
+    model = family_of(config.model_type).loss_model(adapted).train()
+    model.set_chunks(GPU_CHUNKS if settings.on_gpu else CPU_CHUNKS)
     return model
 
 
-def _batch(config: HiggsAudioV2Config, settings: PassSettings) -> dict[str, torch.Tensor]:
+def _batch(config: Any, settings: PassSettings) -> dict[str, torch.Tensor]:
     """Return the tensors of a batch of speech (`data.collate.Batch`) on the meta device; all audio has targets."""
     size, books = settings.batch_size, config.num_codebooks
     rows = settings.length - settings.text_positions
+    num_text_targets = family_of(config.model_type).text_targets
 
     def ids(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.long, device=META)
@@ -193,8 +192,8 @@ def _batch(config: HiggsAudioV2Config, settings: PassSettings) -> dict[str, torc
         "codes": ids(size * rows, books),
         "positions": ids(size * settings.length),
         "places": ids(size, settings.length),
-        "text_places": ids(size * TEXT_TARGETS),
-        "text_targets": ids(size * TEXT_TARGETS),
+        "text_places": ids(size * num_text_targets),
+        "text_targets": ids(size * num_text_targets),
         "audio_places": ids(size * rows),
         "audio_targets": ids(size * rows, books),
         "audio_rows": ids(size, rows),

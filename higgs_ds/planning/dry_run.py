@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import HiggsAudioV2Config
 
 from higgs_ds.adapters.starting_point import check_geometry, starting_point
 from higgs_ds.bases.builtin import DEFAULT_BASE, builtin_config, which_builtin
@@ -17,7 +16,8 @@ from higgs_ds.common.errors import InputError, collect_problems
 from higgs_ds.common.hub import resolve_config_folder
 from higgs_ds.common.precision import AUTO, BF16, native_precision
 from higgs_ds.common.resources import DEFAULT_DS_CONFIG
-from higgs_ds.model.config import parts_of, parts_to_add, read_config, with_parts
+from higgs_ds.model.config import parts_to_add, read_config, with_parts
+from higgs_ds.model.parts import parts_of
 from higgs_ds.options import ds_config
 from higgs_ds.options.checks import check_options
 from higgs_ds.options.compatibility import unsupported
@@ -93,7 +93,7 @@ def _native_precision(options: TrainOptions) -> str:
     return BF16
 
 
-def _base_config(options: TrainOptions) -> HiggsAudioV2Config:
+def _base_config(options: TrainOptions) -> Any:
     model = options.model
     built_in = which_builtin(model.base_ckpt)
     if built_in is not None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import HiggsAudioV2Config
 
 from higgs_ds.common.precision import torch_dtype
-from higgs_ds.model.config import config_of, fully_trained_parts
+from higgs_ds.model.config import fully_trained_parts
+from higgs_ds.model.families import family_of
 from higgs_ds.model.full import make_trainable
 from higgs_ds.model.loading import empty_model
 from higgs_ds.model.lora import AdaptedLayer, in_every_layer
@@ -69,7 +69,7 @@ class Setting:
     the largest rank of each of their linear layers.
     """
 
-    config: HiggsAudioV2Config
+    config: Any
     options: TrainOptions
     ds_settings: dict[str, Any]
     ranks: int
@@ -114,15 +114,15 @@ class Setting:
 
 def model_weights(setting: Setting) -> list[Weight]:
     """List all parameters of the model in training."""
-    values = setting.config.to_dict()
-    model = empty_model(config_of(values | {"num_hidden_layers": 1}), setting.dtype)
+    family = family_of(setting.config.model_type)
+    model = empty_model(family.with_num_layers(setting.config, 1), setting.dtype)
     options = setting.options
     adapted = in_every_layer(setting.adapted, 1)
     ready = make_trainable(model, options.tune, options.lora, "", setting.dtype, setting.full_parts, adapted)
     found = []
     for name, parameter in ready.named_parameters():
         plain_name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-        in_layers, trained = plain_name.startswith("model.layers."), parameter.requires_grad
+        in_layers, trained = plain_name.startswith(f"{family.layers}."), parameter.requires_grad
         count = setting.config.num_hidden_layers if in_layers else 1
         group = LORA if trained and not options.is_full_finetuning else group_of(plain_name)
         four_bit = options.model.load_in_4bit and is_quantized_weight(plain_name)
@@ -134,7 +134,7 @@ def group_of(name: str) -> str:
     """Return the group, one of GROUPS, of a weight of the base."""
     for part, group in (
         ("audio_tower", "Whisper tower"), ("audio_encoder_proj", "Whisper tower"), ("norm", "norms"),
-        ("embed", "embeddings"), ("lm_head", "heads"), ("audio_mlp", "audio FFN"), (".mlp.", "text FFN"),
+        ("embed", "embeddings"), ("head", "heads"), ("audio_mlp", "audio FFN"), (".mlp.", "text FFN"),
         ("_attn", "attention"),
     ):  # fmt: skip
         if part in name:

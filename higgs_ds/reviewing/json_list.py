@@ -10,7 +10,7 @@ from pathlib import Path
 from higgs_ds.common.errors import InputError
 from higgs_ds.data.formats import flat
 from higgs_ds.data.formats.checks import printable
-from higgs_ds.data.sample import Entry
+from higgs_ds.model.sample import Entry
 from higgs_ds.reviewing.pieces import BLANK, MARK, Form, Pieces, entry_of, lines_as_pieces
 
 

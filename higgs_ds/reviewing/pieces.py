@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from higgs_ds.data.formats.checks import Build, Reading, build_entry, printable
-from higgs_ds.data.sample import Entry
+from higgs_ds.model.sample import Entry
 from higgs_ds.options.train import DataOptions
 
 LINE = re.compile(r"[^\n]*\n|[^\n]+")

@@ -25,7 +25,7 @@ from higgs_ds.common.lock import OutputLock, lock_beside, locked
 from higgs_ds.data.formats.checks import printable
 from higgs_ds.data.formats.jsonio import is_utf8
 from higgs_ds.data.formats.reader import AUTO
-from higgs_ds.data.sample import AudioClip, Entry
+from higgs_ds.model.sample import AudioClip, Entry
 from higgs_ds.reviewing.forms import file_of, form_of
 from higgs_ds.reviewing.pieces import Form, Pieces
 

@@ -13,7 +13,7 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.data.formats import csv_file, lists
 from higgs_ds.data.formats.checks import printable
 from higgs_ds.data.formats.recordings import Columns
-from higgs_ds.data.sample import Entry
+from higgs_ds.model.sample import Entry
 from higgs_ds.reviewing.pieces import LINE, MARK, Form, Pieces, entry_of, lines_as_pieces
 
 

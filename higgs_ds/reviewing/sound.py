@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from higgs_ds.data.audio import AudioError, as_wav
 from higgs_ds.data.index import stamp_of
-from higgs_ds.data.sample import AudioClip
+from higgs_ds.model.sample import AudioClip
 
 LONGEST_PART_S = 600.0  # decoded for the page
 # Whole files of these suffixes are sent unchanged.

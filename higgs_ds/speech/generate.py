@@ -20,12 +20,9 @@ from higgs_ds.common.files import saving, why_not_writable
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.data.audio import WRITTEN_AS, AudioError, examine, read_audio, write_audio
 from higgs_ds.data.codec import Codec
-from higgs_ds.data.delay_pattern import apply_delay_pattern, revert_delay_pattern
-from higgs_ds.data.prompt import render_generation, tokenize
-from higgs_ds.data.sample import ASSISTANT, SYSTEM, USER, AudioClip, Message
-from higgs_ds.model.config import parts_of
 from higgs_ds.model.loading import load_for_generation
-from higgs_ds.model.parts import NO_PARTS
+from higgs_ds.model.parts import NO_PARTS, parts_of
+from higgs_ds.model.sample import ASSISTANT, SYSTEM, USER, AudioClip, Message
 from higgs_ds.options.commands import GenerateOptions, check_lora_scale
 
 MAX_REFERENCE_S = 60.0  # longer references are refused before they are decoded
@@ -134,27 +131,28 @@ def speak(
         references: codes (C, F) of the clips in `messages`, in order.
         settings: keyword arguments of `generate`, which override the model's own generation settings.
     """
-    stream = bundle.stream
-    prompt = tokenize(render_generation(messages), [codes.shape[1] for codes in references], bundle.tokenizer, stream)
+    family, stream = bundle.family, bundle.stream
+    num_frames = [codes.shape[1] for codes in references]
+    segments = family.render_generation(messages, bundle.vocabulary)
+    prompt = family.tokenize(segments, num_frames, bundle.tokenizer, stream)
     inputs: dict[str, torch.Tensor] = {"input_ids": torch.tensor([prompt.input_ids])}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     num_rows = len(prompt.audio_columns)
     if references:
-        inputs["audio_input_ids"] = torch.cat([apply_delay_pattern(codes, stream) for codes in references])[None]
-        inputs["audio_input_ids_mask"] = torch.ones(1, num_rows, dtype=torch.bool)
+        inputs["audio_input_ids"] = torch.cat([stream.delay(codes) for codes in references])[None]
+        inputs["audio_input_ids_mask"] = family.audio_mask(prompt)
     device, in_range = next(model.parameters()).device, [torch.tensor(True)]
 
     def check_range(_module: torch.nn.Module, _inputs: Any, logits: torch.Tensor) -> None:
         if logits.dtype == torch.float16:
             in_range[0] = in_range[0].to(device) & logits.isfinite().all()
 
-    head = next(module for name, module in model.named_modules() if name.endswith("audio_lm_head"))
+    head = (model.get_base_model() if isinstance(model, PeftModel) else model).audio_lm_head
     checked = head.register_forward_hook(check_range)
     rows = model.generate(**{name: tensor.to(device) for name, tensor in inputs.items()}, **settings)
     checked.remove()
     new_rows = rows[0, num_rows:].cpu()
-    stopped = bool((new_rows[-1] == stream.eos_id).all())
-    return Speech(revert_delay_pattern(new_rows, stream), stopped, bool(in_range[0]))
+    return Speech(stream.revert(new_rows), stream.has_ended(new_rows), bool(in_range[0]))
 
 
 def _check(options: GenerateOptions) -> GenerationModel:

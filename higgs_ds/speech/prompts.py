@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from higgs_ds.data.dataset import Dataset
-from higgs_ds.data.sample import Sample
+from higgs_ds.model.sample import Sample
 
 LONGEST, FRAMES_MORE = 2, 25  # generation is cut off at twice the reference's length plus a second
 

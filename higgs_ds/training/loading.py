@@ -26,9 +26,9 @@ from higgs_ds.data.flags import write_list
 from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.model.full import describe, make_trainable
 from higgs_ds.model.fully_trained import is_own_weight
-from higgs_ds.model.higgs import DualLossModel, checkpoint_layers, offload_embeddings
 from higgs_ds.model.loading import empty_model, load_base, load_base_in_4bit, num_parameters
 from higgs_ds.model.loss import LossWeights
+from higgs_ds.model.loss_model import checkpoint_layers
 from higgs_ds.model.quantization import BaseQuantization
 from higgs_ds.options.train import recompute_every
 from higgs_ds.planning.plan import with_checkpointing
@@ -83,7 +83,7 @@ def load_run(inputs: Inputs) -> Run:
     weights = LossWeights.of(
         optim.text_loss_weight, optim.audio_loss_weight, bundle.stream.num_codebooks, optim.codebook_weights
     )
-    dual = DualLossModel(model, options.model.offload_checkpoints)
+    dual = bundle.family.loss_model(model, options.model.offload_checkpoints)
     engine = Engine(
         dual, trained, inputs.ds_settings, optim, state.total_steps, weights, state.warmup_steps, inputs.full_parts
     )
@@ -194,7 +194,7 @@ def _model_to_train(inputs: Inputs) -> tuple[nn.Module, BaseQuantization | None]
         model.add_parts(bundle.added, bundle.whisper_folder)
     model.set_attn_implementation(options.model.attn_implementation)
     if options.model.offload_embeddings:
-        offload_embeddings(model)
+        inputs.bundle.family.offload_embeddings(model)
     every = recompute_every(options.model)
     if every is not None:
         checkpoint_layers(model, every)

@@ -11,7 +11,6 @@ from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.common import distributed
 from higgs_ds.common.run_files import DROPPED_FILE
 from higgs_ds.data.sampler import WindowSampler
-from higgs_ds.model.higgs import describe_model
 from higgs_ds.options.train import OptimOptions
 from higgs_ds.planning.plan import plan
 from higgs_ds.planning.weights import Setting
@@ -31,7 +30,7 @@ def overview(inputs: Inputs, sampler: WindowSampler, state: TrainerState, adapte
     """
     rows = {
         "base": _base(inputs),
-        "model": describe_model(inputs.bundle.config),
+        "model": inputs.bundle.family.describe(inputs.bundle.config),
         "trained": adapters,
         "start": _start(inputs),
         "data": _data(inputs, sampler),

@@ -23,9 +23,9 @@ from higgs_ds.common.run_files import FLAGGED_FILE
 from higgs_ds.data.flags import say_flagged
 from higgs_ds.data.preparation import CheckedManifest, Preparation, check_references
 from higgs_ds.data.scratch import scratch_problems
-from higgs_ds.model.config import parts_of
 from higgs_ds.model.loading import check_weights
 from higgs_ds.model.lora import check_biases
+from higgs_ds.model.parts import parts_of
 from higgs_ds.options import ds_config
 from higgs_ds.options.checks import check_options
 from higgs_ds.options.compatibility import unsupported

@@ -36,9 +36,8 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import sha256_of
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.codec import Codec
-from higgs_ds.data.delay_pattern import apply_delay_pattern
-from higgs_ds.data.prompt import render_generation, tokenize
-from higgs_ds.data.sample import AudioClip, Message
+from higgs_ds.model.sample import AudioClip, Message
+from higgs_ds.model.v2.prompt import render_generation, tokenize
 from higgs_ds.options.command_line import parse_train_options
 from higgs_ds.planning import dry_run
 
@@ -128,7 +127,7 @@ def test_chat_template_is_the_training_layout(base: Path, name: str) -> None:
     inputs = processor(text=text, audio=[waveform.numpy()] * len(codes) or None, return_tensors="pt")
     assert inputs["input_ids"][0].tolist() == prompt.input_ids
     if codes:
-        assert inputs["audio_input_ids"][0].equal(torch.cat([apply_delay_pattern(c, bundle.stream) for c in codes]))
+        assert inputs["audio_input_ids"][0].equal(torch.cat([bundle.stream.delay(c) for c in codes]))
 
 
 def test_template_of_the_scene_role(base: Path) -> None:

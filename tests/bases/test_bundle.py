@@ -14,10 +14,11 @@ from transformers import AutoTokenizer, HiggsAudioV2Config, HiggsAudioV2Tokenize
 
 from higgs_ds.bases import tokenizer as tokenizers
 from higgs_ds.bases.builtin import builtin_base
-from higgs_ds.bases.bundle import DEFAULTS, open_bundle
+from higgs_ds.bases.bundle import open_bundle
 from higgs_ds.bases.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, read_tokenizer
 from higgs_ds.common.errors import InputError
 from higgs_ds.data.codec_info import find_codec, read_codec_info
+from higgs_ds.model.v2.family import DEFAULTS
 
 TEXTS = ["", " Hello,  world!\n", "<|begin_of_text|>Zwölf<|eot_id|>", "<|AUDIO_OUT|><|reserved_special_token_6|>x"]
 

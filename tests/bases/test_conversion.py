@@ -24,11 +24,11 @@ from higgs_ds.common import tensor_files as shards
 from higgs_ds.common.errors import InputError
 from higgs_ds.data.codec import Codec
 from higgs_ds.data.codec_info import read_codec_info
-from higgs_ds.data.delay_pattern import AudioStream, apply_delay_pattern
 from higgs_ds.model.config import read_config
-from higgs_ds.model.layouts import DUPLICATE_HEADS, native_name, original_name
 from higgs_ds.model.loading import check_weights, load_base, load_base_in_4bit
 from higgs_ds.model.lora import discover_targets
+from higgs_ds.model.v2.layouts import DUPLICATE_HEADS, native_name, original_name
+from higgs_ds.model.v2.stream import FramedStream
 from higgs_ds.options.commands import ConvertOptions
 from higgs_ds.options.train import LoraOptions
 
@@ -51,8 +51,8 @@ def test_logits_of_the_original_runtime(name: str, tmp_path: Path) -> None:
     model = load_base(folder, torch.float32).eval()
     inputs, expected = load_file(original / "inputs.safetensors"), load_file(original / "expected.safetensors")
     config = read_config(original)
-    stream = AudioStream(config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id)
-    rows = torch.cat([apply_delay_pattern(inputs[name], stream) for name in ("reference_codes", "target_codes")])
+    stream = FramedStream(config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id)
+    rows = torch.cat([stream.delay(inputs[name]) for name in ("reference_codes", "target_codes")])
     there = expected["attention_mask"][0].bool()  # the original pads on the left
     ids = expected["expanded_input_ids"][:, there]
     is_target = expected["audio_out_mask"][:, there]

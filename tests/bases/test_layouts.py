@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 from higgs_ds.adapters.merge import merge
 from higgs_ds.bases.conversion import rewrite, stored_tensors
 from higgs_ds.data.codec_info import find_codec
-from higgs_ds.model.layouts import original_name
+from higgs_ds.model.v2.layouts import original_name
 
 pytestmark = pytest.mark.slow
 

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import flop_registry
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from higgs_ds.data.collate import collate
-from higgs_ds.model.higgs import DualLossModel
 from higgs_ds.model.lora import add_lora
+from higgs_ds.model.v2.loss_model import DualLossModel
 from higgs_ds.options.train import LoraOptions
 
 BENCHMARKS = PROJECT / "benchmarks"

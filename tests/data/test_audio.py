@@ -17,7 +17,7 @@ from higgs_ds.data.audio import AudioError, ClipTooLongError, as_ogg, examine, r
 from higgs_ds.data.code_cache import CachedCodes, CodeCache
 from higgs_ds.data.codec import Codec
 from higgs_ds.data.codec_info import find_codec, read_codec_info
-from higgs_ds.data.sample import AudioClip
+from higgs_ds.model.sample import AudioClip
 
 VOICE = PROJECT / "samples" / "voices" / "anna_00.flac"
 RATE = 24000

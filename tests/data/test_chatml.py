@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from higgs_ds.data.formats import jsonio
 from higgs_ds.data.formats.reader import read_entries
-from higgs_ds.data.sample import AudioClip, Entry, Message, Sample
+from higgs_ds.model.sample import AudioClip, Entry, Message, Sample
 from higgs_ds.options.train import DataOptions
 
 AUDIO = {"type": "audio", "audio_url": "a.wav"}

@@ -14,7 +14,7 @@ from higgs_ds.data import chunked_codec
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.codec import Codec
 from higgs_ds.data.codec_info import find_codec
-from higgs_ds.data.sample import AudioClip
+from higgs_ds.model.sample import AudioClip
 
 RATE = 24000
 

@@ -10,7 +10,7 @@ import pytest
 from test_formats import ROWS, WORDS, expect_faults, faults, plain, samples, write_lines, write_parquet
 
 from higgs_ds.data.formats.recognition import recognize
-from higgs_ds.data.sample import Sample
+from higgs_ds.model.sample import Sample
 
 
 def write_tree(root: Path, files: dict[str, str]) -> Path:

@@ -24,8 +24,8 @@ from higgs_ds.data.flags import Flagged, find_flags
 from higgs_ds.data.index import Index
 from higgs_ds.data.index_writer import PartWriter
 from higgs_ds.data.preparation import Preparation
-from higgs_ds.data.sample import AudioClip
 from higgs_ds.data.survey import Checker, Share
+from higgs_ds.model.sample import AudioClip
 from higgs_ds.options.commands import PrepareOptions
 from higgs_ds.options.flags import FlagOptions, check_flag_options
 from higgs_ds.options.train import DataOptions, ModelOptions, TrainOptions

@@ -13,7 +13,7 @@ from test_formats import QUIET, WORDS, expect_faults, faults, plain, read, sampl
 
 from higgs_ds.data.formats.reader import read_entries
 from higgs_ds.data.formats.recognition import recognize
-from higgs_ds.data.sample import AudioClip, Message, Sample
+from higgs_ds.model.sample import AudioClip, Message, Sample
 from higgs_ds.options.train import DataOptions
 
 # Each list: its lines, and the paths, speakers and languages that it gives.

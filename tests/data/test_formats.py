@@ -20,8 +20,8 @@ from higgs_ds.data.formats import jsonio, lists
 from higgs_ds.data.formats.reader import read_entries
 from higgs_ds.data.formats.recognition import recognize
 from higgs_ds.data.preparation import Preparation
-from higgs_ds.data.prompt import AUDIO_IN, AUDIO_OUT, render
-from higgs_ds.data.sample import AudioClip, Entry, Message, Sample
+from higgs_ds.model.sample import AudioClip, Entry, Message, Sample
+from higgs_ds.model.v2.prompt import AUDIO_IN, AUDIO_OUT, render
 from higgs_ds.options.fields import FORMATS
 from higgs_ds.options.train import DataOptions
 

@@ -14,26 +14,28 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from higgs_ds.data.collate import EncodedSample, collate
-from higgs_ds.data.delay_pattern import AudioStream, apply_delay_pattern, delayed_labels, revert_delay_pattern
 from higgs_ds.data.formats.reader import read_entries
-from higgs_ds.data.prompt import AUDIO_DELAY, AUDIO_IN, AUDIO_OUT, Prompt, prompt_of, render
-from higgs_ds.data.sample import Sample
 from higgs_ds.model.labels import IGNORE_INDEX
+from higgs_ds.model.prompt import Prompt
+from higgs_ds.model.sample import Sample
+from higgs_ds.model.v2.family import HiggsAudioV2
+from higgs_ds.model.v2.prompt import AUDIO_DELAY, AUDIO_IN, AUDIO_OUT, render
+from higgs_ds.model.v2.stream import FramedStream
 from higgs_ds.options.train import DataOptions
 
 GOLDEN = PROJECT / "tests" / "golden"
 DELAY = json.loads((GOLDEN / "delay_pattern.json").read_text())
 CHATML = json.loads((GOLDEN / "chatml_assembly.json").read_text())["cases"]
-STREAM = AudioStream(num_codebooks=8, bos_id=1024, eos_id=1025)
+STREAM = FramedStream(num_codebooks=8, bos_id=1024, eos_id=1025)
 
 
 @pytest.mark.parametrize("case", DELAY["cases"], ids=lambda case: f"{case['num_frames']} frames")
 def test_delay_pattern(case: dict[str, Any]) -> None:
     codes = torch.tensor(case["codes"])
-    rows = apply_delay_pattern(codes, STREAM)
+    rows = STREAM.delay(codes)
     assert rows.tolist() == case["audio_input_ids"]
-    assert delayed_labels(codes, STREAM).tolist() == case["audio_labels"]
-    assert revert_delay_pattern(rows, STREAM).equal(codes)
+    assert STREAM.labels(codes).tolist() == case["audio_labels"]
+    assert STREAM.revert(rows).equal(codes)
 
 
 def test_reference_and_target_segments() -> None:
@@ -74,7 +76,7 @@ def test_token_ids_and_labels(case: dict[str, Any], chatml_samples: dict[str, Sa
     tokenizer = AutoTokenizer.from_pretrained(base)
     sample = chatml_samples[case["name"]]
     num_frames = [3 + i for i in range(len(sample.clips))]
-    prompt = prompt_of(sample, num_frames, tokenizer, STREAM)
+    prompt = HiggsAudioV2().prompt_of(sample, num_frames, tokenizer, STREAM)
 
     def expanded(text: str) -> str:
         lengths = iter(num_frames)
@@ -117,8 +119,8 @@ def test_logits_with_a_reference_clip() -> None:
     model.load_state_dict(renamed)
 
     inputs, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
-    stream = AudioStream(8, bos_id=64, eos_id=65)
-    rows = [apply_delay_pattern(inputs[name], stream) for name in ("reference_codes", "target_codes")]
+    stream = FramedStream(8, bos_id=64, eos_id=65)
+    rows = [stream.delay(inputs[name]) for name in ("reference_codes", "target_codes")]
     original_audio_in, native_audio = 315, 316
     ids = expected["expanded_input_ids"].clone()
     ids[ids == original_audio_in] = native_audio

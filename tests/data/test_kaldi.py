@@ -13,7 +13,7 @@ from test_formats import expect_faults, plain, samples
 from higgs_ds.data.formats import keyed_lines
 from higgs_ds.data.formats.reader import read_entries
 from higgs_ds.data.formats.recognition import recognize
-from higgs_ds.data.sample import AudioClip
+from higgs_ds.model.sample import AudioClip
 from higgs_ds.options.train import DataOptions
 
 SEGMENTED = {

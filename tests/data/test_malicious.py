@@ -38,8 +38,8 @@ from higgs_ds.data.codec_info import find_codec
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.formats.reader import read_entries
 from higgs_ds.data.preparation import Preparation
-from higgs_ds.data.sample import AudioClip
 from higgs_ds.model.loading import check_weights, load_base, load_base_in_4bit
+from higgs_ds.model.sample import AudioClip
 from higgs_ds.options.ds_config import read_ds_config
 from higgs_ds.options.train import DataOptions
 

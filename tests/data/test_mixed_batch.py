@@ -14,7 +14,7 @@ from higgs_ds.bases.conversion import native_codec
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.codec import Codec
 from higgs_ds.data.codec_info import find_codec
-from higgs_ds.data.sample import AudioClip
+from higgs_ds.model.sample import AudioClip
 
 CPU, RATE = torch.device("cpu"), 24000
 SHORTEST = 960  # samples in one frame

@@ -30,8 +30,8 @@ from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.index import Index
 from higgs_ds.data.quality import ClipQuality, decoded
 from higgs_ds.data.reference_index import REFERENCES
-from higgs_ds.data.sample import AudioClip
 from higgs_ds.data.survey import Share
+from higgs_ds.model.sample import AudioClip
 from higgs_ds.options.commands import PrepareOptions
 from higgs_ds.options.train import DataOptions, ModelOptions, TrainOptions
 from higgs_ds.training.prepare import main

@@ -17,8 +17,8 @@ from higgs_ds.data.codec import Codec
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.preparation import Preparation
 from higgs_ds.data.quality import ClipQuality, decoded
-from higgs_ds.data.sample import AudioClip, Message, Sample
 from higgs_ds.data.spoken_text import SCRIPTS, normalized, script_share, words_of
+from higgs_ds.model.sample import AudioClip, Message, Sample
 from higgs_ds.options.train import DataOptions
 
 RATE = 24000

@@ -22,7 +22,7 @@ from higgs_ds.data.index_writer import CheckedClip, CheckedSample, PartWriter
 from higgs_ds.data.reference_choice import References
 from higgs_ds.data.reference_index import write_references
 from higgs_ds.data.references import Candidate
-from higgs_ds.data.sample import AudioClip, Message, Sample
+from higgs_ds.model.sample import AudioClip, Message, Sample
 from higgs_ds.options.commands import PrepareOptions
 from higgs_ds.options.train import DataOptions, TrainOptions
 from higgs_ds.speech.prompts import prompts_of

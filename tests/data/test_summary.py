@@ -9,9 +9,9 @@ import numpy as np
 from higgs_ds.data.index import Index
 from higgs_ds.data.index_writer import CheckedClip, CheckedSample, PartWriter
 from higgs_ds.data.quality import ClipQuality
-from higgs_ds.data.sample import AudioClip, Message, Sample
 from higgs_ds.data.spoken_text import examine_sample
 from higgs_ds.data.summary import describe, histogram
+from higgs_ds.model.sample import AudioClip, Message, Sample
 
 
 def test_summary_lines(tmp_path: Path) -> None:

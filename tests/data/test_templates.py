@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT
 
-from higgs_ds.data.prompt import render
-from higgs_ds.data.sample import AudioClip, Message
 from higgs_ds.data.templates import Recording, Reference, conversation, joined
+from higgs_ds.model.sample import AudioClip, Message
+from higgs_ds.model.v2.prompt import render
 
 CASES = json.loads((PROJECT / "tests" / "golden" / "chatml_assembly.json").read_text())["cases"]
 GOLDEN = {case["name"]: case for case in CASES}

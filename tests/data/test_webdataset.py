@@ -14,7 +14,7 @@ from test_formats import WORDS, expect_faults, plain, samples, spoken, system, u
 
 from higgs_ds.data.formats.reader import read_entries
 from higgs_ds.data.formats.recognition import recognize
-from higgs_ds.data.sample import AudioClip, Sample
+from higgs_ds.model.sample import AudioClip, Sample
 from higgs_ds.options.train import DataOptions
 
 Members = list[tuple[str, bytes | tarfile.TarInfo]]

@@ -68,7 +68,7 @@ def test_mixed_batches_give_the_codes_of_single_clips(base: Path) -> None:
     from higgs_ds.data.audio import read_audio
     from higgs_ds.data.codec import Codec
     from higgs_ds.data.codec_info import find_codec
-    from higgs_ds.data.sample import AudioClip
+    from higgs_ds.model.sample import AudioClip
 
     on_gpu, on_cpu = (Codec(find_codec(base, None), torch.device(name)) for name in ("cuda", "cpu"))
     clips = [

@@ -12,9 +12,9 @@ from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneratio
 from higgs_ds.adapters.save import trained_parameters
 from higgs_ds.data.collate import Batch
 from higgs_ds.model.config import read_config
-from higgs_ds.model.higgs import DualLossModel
 from higgs_ds.model.lora import add_lora
 from higgs_ds.model.loss import LossWeights
+from higgs_ds.model.v2.loss_model import DualLossModel
 from higgs_ds.options.command_line import parse_train_options
 from higgs_ds.planning.activations import TEXT_POSITIONS
 from higgs_ds.planning.dry_run import make_setting

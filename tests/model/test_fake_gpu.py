@@ -13,10 +13,12 @@ from conftest import PROJECT, speech_batch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from higgs_ds.bases.conversion import native_folder
-from higgs_ds.model.higgs import DualLossModel, checkpoint_layers, offload_embeddings
+from higgs_ds.model.families import family_of
 from higgs_ds.model.loading import load_base, load_base_in_4bit
 from higgs_ds.model.lora import add_lora
-from higgs_ds.model.routed_layers import LeanMLP
+from higgs_ds.model.loss_model import checkpoint_layers
+from higgs_ds.model.v2.loss_model import DualLossModel
+from higgs_ds.model.v2.routed_layers import LeanMLP
 from higgs_ds.options.train import LoraOptions
 
 CPU = torch.device("cpu")
@@ -35,7 +37,7 @@ def forward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., An
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         higgs = load_base_in_4bit(folder, dtype, CPU, CPU)[0] if precision == "nf4" else load_base(folder, dtype)
         if option == "offload_embeddings":
-            offload_embeddings(higgs)
+            family_of(higgs.config.model_type).offload_embeddings(higgs)
         if option == "offload_checkpoints":
             checkpoint_layers(higgs, 1)
         adapted = add_lora(higgs, LoraOptions(lora_dropout=0.05), "", dtype)

@@ -12,14 +12,14 @@ from peft import PeftModel
 from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 
 from higgs_ds.data.collate import EncodedSample, collate
-from higgs_ds.data.delay_pattern import AudioStream, apply_delay_pattern, delayed_labels
-from higgs_ds.data.prompt import prompt_of
-from higgs_ds.data.sample import AudioClip, Message, Sample
-from higgs_ds.model.higgs import DualLossModel
 from higgs_ds.model.labels import IGNORE_INDEX
 from higgs_ds.model.loading import load_base
 from higgs_ds.model.lora import add_lora
 from higgs_ds.model.loss import LossWeights, mean_losses, target_weights
+from higgs_ds.model.sample import AudioClip, Message, Sample
+from higgs_ds.model.v2.family import HiggsAudioV2
+from higgs_ds.model.v2.loss_model import DualLossModel
+from higgs_ds.model.v2.stream import FramedStream
 from higgs_ds.options.train import LoraOptions
 
 CLIP = AudioClip(Path("x.wav"))
@@ -46,7 +46,7 @@ def adapted_model(base: Path) -> PeftModel:
     return adapted
 
 
-def samples(tokenizer: object, stream: AudioStream) -> list[EncodedSample]:
+def samples(tokenizer: object, stream: FramedStream) -> list[EncodedSample]:
     """Samples of different lengths: speech, cloning with a reference clip, a text answer, speech to text."""
     draw = torch.Generator().manual_seed(1)
     conversations = [
@@ -68,13 +68,13 @@ def samples(tokenizer: object, stream: AudioStream) -> list[EncodedSample]:
     for messages, start_index in conversations:
         sample = Sample(tuple(messages), start_index, None, "test")
         codes = [torch.randint(0, 1024, (8, 4 + 3 * i), generator=draw) for i in range(1, 1 + len(sample.clips))]
-        prompt = prompt_of(sample, [c.shape[1] for c in codes], tokenizer, stream)  # type: ignore[arg-type]
+        prompt = HiggsAudioV2().prompt_of(sample, [c.shape[1] for c in codes], tokenizer, stream)  # type: ignore[arg-type]
         encoded.append(EncodedSample(prompt, codes))
     return encoded
 
 
 def naive_means(
-    higgs: HiggsAudioV2ForConditionalGeneration, encoded: list[EncodedSample], stream: AudioStream
+    higgs: HiggsAudioV2ForConditionalGeneration, encoded: list[EncodedSample], stream: FramedStream
 ) -> torch.Tensor:
     """Return mean cross entropies (1 + C,) over all samples, each in its own batch, from logits at every position."""
     logits: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -82,15 +82,13 @@ def naive_means(
         ids, labels = torch.tensor([sample.prompt.input_ids]), torch.tensor(sample.prompt.labels)
         audio_labels = torch.full((ids.shape[1], 8), IGNORE_INDEX)
         row_labels = [
-            delayed_labels(codes, stream)
-            if is_target
-            else torch.full((stream.num_rows(codes.shape[1]), 8), IGNORE_INDEX)
+            stream.labels(codes) if is_target else torch.full((stream.num_rows(codes.shape[1]), 8), IGNORE_INDEX)
             for codes, is_target in zip(sample.codes, sample.prompt.target_clips, strict=True)
         ]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if sample.codes:
             audio_labels[sample.prompt.audio_columns] = torch.cat(row_labels)
-            rows = torch.cat([apply_delay_pattern(codes, stream) for codes in sample.codes])[None]
+            rows = torch.cat([stream.delay(codes) for codes in sample.codes])[None]
             inputs |= {"audio_input_ids": rows, "audio_input_ids_mask": torch.ones(rows.shape[:2], dtype=torch.bool)}
         hidden = higgs.model(**inputs).last_hidden_state
         text_logits = higgs.text_lm_head(hidden)[0, :-1]
@@ -114,7 +112,7 @@ def test_equals_naive_cross_entropy(
     weights: tuple[float, float, tuple[float, ...] | None],
 ) -> None:
     config = model.higgs.config
-    stream = AudioStream(config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id)
+    stream = FramedStream(config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id)
     encoded = samples(AutoTokenizer.from_pretrained(base), stream)
     batches = [collate([encoded[i] for i in indices], stream, config.pad_token_id) for indices in micro_batches]
     loss_weights = LossWeights.of(weights[0], weights[1], 8, weights[2])
@@ -138,7 +136,7 @@ def test_equals_naive_cross_entropy(
 def test_mean_of_means_is_another_loss(native: HiggsAudioV2ForConditionalGeneration, base: Path) -> None:
     """The naive way, the mean of one mean per micro-batch, differs. `model.loss` exists to avoid it."""
     config = native.config
-    stream = AudioStream(config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id)
+    stream = FramedStream(config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id)
     encoded = samples(AutoTokenizer.from_pretrained(base), stream)
     with torch.no_grad():
         whole = naive_means(native, encoded, stream)
@@ -148,7 +146,7 @@ def test_mean_of_means_is_another_loss(native: HiggsAudioV2ForConditionalGenerat
 
 def test_padding_and_order_change_nothing(model: DualLossModel, base: Path) -> None:
     config = model.higgs.config
-    stream = AudioStream(config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id)
+    stream = FramedStream(config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id)
     encoded = samples(AutoTokenizer.from_pretrained(base), stream)
     shuffled = random.Random(0).sample(encoded, len(encoded))
     ones = torch.ones(9)

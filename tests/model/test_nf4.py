@@ -19,7 +19,7 @@ from higgs_ds.adapters.save import AdapterFormat, write_adapter
 from higgs_ds.common.errors import InputError
 from higgs_ds.model import nf4
 from higgs_ds.model.config import read_config
-from higgs_ds.model.higgs import offload_embeddings
+from higgs_ds.model.families import family_of
 from higgs_ds.model.loading import load_base, load_base_in_4bit
 
 CPU = torch.device("cpu")
@@ -127,7 +127,7 @@ def test_offloaded_embeddings_are_looked_up_alike(base: Path) -> None:
     codes = torch.randint(1024, (1, 6, 8), generator=torch.Generator().manual_seed(0))
     before = model.model(input_ids=ids, audio_input_ids=codes).last_hidden_state
     parameters = dict(model.named_parameters())
-    offload_embeddings(model)
+    family_of(model.config.model_type).offload_embeddings(model)
     assert model.model(input_ids=ids, audio_input_ids=codes).last_hidden_state.equal(before)
     gone = parameters.keys() - dict(model.named_parameters()).keys()
     assert gone == {"model.embed_tokens.weight", "model.embed_audio_tokens.embed_audio_tokens.weight"}

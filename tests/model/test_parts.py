@@ -17,24 +17,25 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.data.audio import read_audio, write_audio
 from higgs_ds.data.collate import EncodedSample, collate
-from higgs_ds.data.delay_pattern import AudioStream
 from higgs_ds.data.mel_features import MelFeatures, MelFeatureStore
-from higgs_ds.data.prompt import Prompt, Segment, Stretch, tokenize
-from higgs_ds.data.sample import AudioClip
 from higgs_ds.model.config import tower_geometry
-from higgs_ds.model.higgs import DualLossModel
 from higgs_ds.model.labels import IGNORE_INDEX
 from higgs_ds.model.loading import load_base
 from higgs_ds.model.lora import add_lora
-from higgs_ds.model.part_modules import AudioTower, ExtendedModel
 from higgs_ds.model.parts import Parts
+from higgs_ds.model.prompt import Prompt, Segment, Stretch
+from higgs_ds.model.sample import AudioClip
+from higgs_ds.model.v2.loss_model import DualLossModel
+from higgs_ds.model.v2.part_modules import AudioTower, ExtendedModel
+from higgs_ds.model.v2.prompt import tokenize
+from higgs_ds.model.v2.stream import FramedStream
 from higgs_ds.options.command_line import parse_train_options
 from higgs_ds.options.train import LoraOptions
 from higgs_ds.training.startup import start
 
 GOLDEN = PROJECT / "tests" / "golden"
 CPU = torch.device("cpu")
-STREAM = AudioStream(num_codebooks=8, bos_id=1024, eos_id=1025)
+STREAM = FramedStream(num_codebooks=8, bos_id=1024, eos_id=1025)
 
 
 @pytest.mark.parametrize("name", ["released_flags", "audio_attention", "whisper_tower"])
@@ -59,7 +60,7 @@ def test_training_forward_against_the_original(name: str, tmp_path: Path) -> Non
         bins = inputs["audio_features"].shape[1]
         sample.heard.append(MelFeatures(inputs["audio_features"][0], length))
     other = EncodedSample(Prompt([10, 11, 12, 20] * 20, [IGNORE_INDEX] * 80, [], []), [])
-    stream = AudioStream(8, bos_id=64, eos_id=65)
+    stream = FramedStream(8, bos_id=64, eos_id=65)
     batch = collate([other, sample], stream, 301, bins).tensors(CPU)
     torch.manual_seed(0)
     dual = DualLossModel(add_lora(model, LoraOptions(), "", torch.float32)).eval()

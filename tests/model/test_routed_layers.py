@@ -15,16 +15,16 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from higgs_ds.data.collate import Batch, EncodedSample, collate
-from higgs_ds.data.delay_pattern import AudioStream
-from higgs_ds.data.prompt import Prompt
 from higgs_ds.model import head_loss
-from higgs_ds.model.higgs import DualLossModel
 from higgs_ds.model.labels import IGNORE_INDEX
 from higgs_ds.model.loading import load_base
 from higgs_ds.model.lora import add_lora
+from higgs_ds.model.prompt import Prompt
+from higgs_ds.model.v2.loss_model import DualLossModel
+from higgs_ds.model.v2.stream import FramedStream
 from higgs_ds.options.train import LoraOptions
 
-STREAM = AudioStream(num_codebooks=8, bos_id=1024, eos_id=1025)
+STREAM = FramedStream(num_codebooks=8, bos_id=1024, eos_id=1025)
 CPU = torch.device("cpu")
 DECODED = ("text_ids", "codes", "positions", "places", "audio_rows", "audio_at")
 

@@ -16,7 +16,7 @@ import pytest
 from higgs_ds.common import files
 from higgs_ds.common.errors import InputError, SaveError
 from higgs_ds.data.formats.reader import read_entries
-from higgs_ds.data.sample import Entry, Sample
+from higgs_ds.model.sample import Entry, Sample
 from higgs_ds.options.train import DataOptions
 from higgs_ds.reviewing import review_list
 from higgs_ds.reviewing.review_list import DROPPED, KEPT, ReviewList, StaleError, opened_list

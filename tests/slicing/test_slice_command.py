@@ -26,7 +26,7 @@ from silero_vad import get_speech_timestamps, load_silero_vad
 
 from higgs_ds import cli
 from higgs_ds.data.audio import read_audio
-from higgs_ds.data.sample import AudioClip
+from higgs_ds.model.sample import AudioClip
 from higgs_ds.slicing import voice_activity
 from higgs_ds.speech.measures import word_errors, words_of
 from higgs_ds.speech.recognizers import open_recognizer

@@ -11,7 +11,7 @@ from conftest import PROJECT, VOICES
 
 from higgs_ds.common.errors import InputError
 from higgs_ds.data.audio import read_audio
-from higgs_ds.data.sample import AudioClip
+from higgs_ds.model.sample import AudioClip
 from higgs_ds.speech.measures import agreement, median_pitch_hz, mel_distance_db, word_errors, words_of
 from higgs_ds.speech.recognizers import check_recognizer, open_recognizer
 

@@ -23,8 +23,8 @@ from higgs_ds.checkpoints.folder import manifest_of
 from higgs_ds.common.errors import InputError
 from higgs_ds.model import loading
 from higgs_ds.model.head_loss import Chunks, head_loss
-from higgs_ds.model.higgs import DualLossModel
 from higgs_ds.model.loading import load_base
+from higgs_ds.model.v2.loss_model import DualLossModel
 from higgs_ds.options.commands import GenerateOptions
 from higgs_ds.speech.generate import conversation, generation_settings, speak
 from higgs_ds.training.deepspeed_start import disable_compiled_collectives

@@ -22,7 +22,7 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.data.codec import Codec
 from higgs_ds.data.formats.reader import read_entries
 from higgs_ds.model.full import group_of
-from higgs_ds.model.layouts import original_name
+from higgs_ds.model.v2.layouts import original_name
 from higgs_ds.options.commands import ExportOptions, InspectOptions
 from higgs_ds.options.fields import TRAIN_GROUPS
 from higgs_ds.options.train import DataOptions

@@ -18,9 +18,10 @@ from higgs_ds.adapters.merge import merge
 from higgs_ds.bases.conversion import native_folder
 from higgs_ds.common.errors import InputError
 from higgs_ds.data.codec_info import find_codec
-from higgs_ds.model.config import parts_of, read_config
+from higgs_ds.model.config import read_config
 from higgs_ds.model.loading import load_base
-from higgs_ds.model.streaming import all_logits
+from higgs_ds.model.parts import parts_of
+from higgs_ds.model.v2.probe import all_logits
 from higgs_ds.options.commands import ConvertOptions, GenerateOptions
 from higgs_ds.speech.generate import main as generate
 

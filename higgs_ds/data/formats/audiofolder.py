@@ -16,7 +16,7 @@ from higgs_ds.data.formats import csv_file, flat, table
 from higgs_ds.data.formats.checks import printable
 from higgs_ds.data.formats.folders import walk
 from higgs_ds.data.formats.splits import split_fault
-from higgs_ds.data.sample import Entry, PendingEntry
+from higgs_ds.model.sample import Entry, PendingEntry
 from higgs_ds.options.train import DataOptions
 
 PARQUET_NAME = "metadata.parquet"

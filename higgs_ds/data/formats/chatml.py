@@ -28,7 +28,7 @@ from higgs_ds.data.formats.checks import (
 )
 from higgs_ds.data.formats.jsonio import json_items
 from higgs_ds.data.formats.turns import Dialect, messages_of, object_of
-from higgs_ds.data.sample import ROLES, AudioClip, PendingEntry, Sample
+from higgs_ds.model.sample import ROLES, AudioClip, PendingEntry, Sample
 from higgs_ds.options.train import DataOptions
 
 SAMPLE_KEYS = ("messages", "start_index", "speaker", "language", "misc")

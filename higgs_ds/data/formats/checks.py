@@ -14,8 +14,8 @@ from typing import Any
 
 from higgs_ds.data.formats.jsonio import Item, Line, is_utf8, parsed
 from higgs_ds.data.normalize import normalize_text
-from higgs_ds.data.sample import ASSISTANT, USER, Entry, Message, PendingEntry, Sample
 from higgs_ds.data.templates import joined
+from higgs_ds.model.sample import ASSISTANT, USER, Entry, Message, PendingEntry, Sample
 from higgs_ds.options.train import DataOptions
 
 # The prompt layout adds these tokens itself. Inside a text they would be read as audio or as the end of a turn.

@@ -18,7 +18,7 @@ from typing import Any
 from higgs_ds.data.formats.checks import Reading, build_entry, path_of, printable, shown
 from higgs_ds.data.formats.jsonio import Line, text_lines
 from higgs_ds.data.formats.recordings import Columns, clip_of, columns_of, sample_of_row
-from higgs_ds.data.sample import Entry, Sample
+from higgs_ds.model.sample import Entry, Sample
 from higgs_ds.options.train import DataOptions
 
 FILE_NAME = "metadata.csv"  # read where a folder is given

@@ -41,8 +41,8 @@ from higgs_ds.data.formats.recordings import (
     sample_of_recording,
     words_of,
 )
-from higgs_ds.data.sample import AudioClip, PendingEntry, Sample
 from higgs_ds.data.templates import CONTEXT, IN_SYSTEM, Recording, Reference
+from higgs_ds.model.sample import AudioClip, PendingEntry, Sample
 from higgs_ds.options.train import DataOptions
 
 FILE_NAME = "metadata.jsonl"  # read where a folder is given

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from higgs_ds.data.formats.checks import printable
-from higgs_ds.data.sample import Entry
+from higgs_ds.model.sample import Entry
 
 _NUMBERS = re.compile(r"([0-9]+)")
 

@@ -23,7 +23,7 @@ from typing import Any
 from higgs_ds.data.formats.checks import Reading, build_entry, path_of, printable, shown
 from higgs_ds.data.formats.keyed_lines import KeyedLines
 from higgs_ds.data.formats.recordings import sample_of, words_of
-from higgs_ds.data.sample import AudioClip, Entry, Sample
+from higgs_ds.model.sample import AudioClip, Entry, Sample
 from higgs_ds.options.train import DataOptions
 
 FILE_NAME, TEXT = "wav.scp", "text"

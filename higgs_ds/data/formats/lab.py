@@ -19,7 +19,7 @@ from higgs_ds.data.formats.checks import Reading, shown
 from higgs_ds.data.formats.paired import read_pairs
 from higgs_ds.data.formats.recordings import sample_of, transcript_of
 from higgs_ds.data.formats.speakers import speaker_of_folder
-from higgs_ds.data.sample import AudioClip, Entry, PendingEntry, Sample
+from higgs_ds.model.sample import AudioClip, Entry, PendingEntry, Sample
 from higgs_ds.options.train import DataOptions
 
 TEXT_SUFFIX = ".lab"

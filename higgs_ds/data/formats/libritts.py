@@ -18,7 +18,7 @@ from higgs_ds.data.formats.folders import Listing
 from higgs_ds.data.formats.recordings import AUDIO_SUFFIXES, sample_of, transcript_of
 from higgs_ds.data.formats.speakers import speaker_of_chapter
 from higgs_ds.data.formats.splits import read_split
-from higgs_ds.data.sample import AudioClip, Entry, Sample
+from higgs_ds.model.sample import AudioClip, Entry, Sample
 from higgs_ds.options.train import DataOptions
 
 TEXT_ENDINGS = (".normalized.txt", ".original.txt")  # the first that exists is read

@@ -27,7 +27,7 @@ from higgs_ds.data.formats.checks import Reading, build_entry, name_of, path_of,
 from higgs_ds.data.formats.csv_file import FILE_NAME
 from higgs_ds.data.formats.jsonio import text_lines
 from higgs_ds.data.formats.recordings import AUDIO_SUFFIXES, clip_of, sample_of, words_of
-from higgs_ds.data.sample import Entry, Sample
+from higgs_ds.model.sample import Entry, Sample
 from higgs_ds.options.train import DataOptions
 
 HEAD = 1000  # lines from which the layout is detected

@@ -29,8 +29,8 @@ from higgs_ds.data.formats.checks import (
 )
 from higgs_ds.data.formats.jsonio import array_items
 from higgs_ds.data.formats.recordings import clip_of, sample_of_recording, transcript_of, words_of
-from higgs_ds.data.sample import PendingEntry, Sample
 from higgs_ds.data.templates import CONTEXT, QUIET_ROOM, Recording, Reference
+from higgs_ds.model.sample import PendingEntry, Sample
 from higgs_ds.options.train import DataOptions
 
 FILE_NAME = "metadata.json"

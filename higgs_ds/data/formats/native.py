@@ -29,8 +29,8 @@ from higgs_ds.data.formats.checks import (
 )
 from higgs_ds.data.formats.jsonio import json_items
 from higgs_ds.data.formats.turns import Dialect, messages_of, object_of
-from higgs_ds.data.sample import ROLES, SYSTEM, AudioClip, Message, PendingEntry, Sample
 from higgs_ds.data.templates import joined, scene_block
+from higgs_ds.model.sample import ROLES, SYSTEM, AudioClip, Message, PendingEntry, Sample
 from higgs_ds.options.train import DataOptions
 
 SCENE = "scene"

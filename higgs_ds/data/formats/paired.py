@@ -17,7 +17,7 @@ from typing import Any
 from higgs_ds.data.formats.checks import Build, Reading, build_entry, printable
 from higgs_ds.data.formats.folders import walk
 from higgs_ds.data.formats.recordings import AUDIO_SUFFIXES, sample_of, transcript_of
-from higgs_ds.data.sample import AudioClip, Entry, PendingEntry, Sample
+from higgs_ds.model.sample import AudioClip, Entry, PendingEntry, Sample
 from higgs_ds.options.train import DataOptions
 
 TEXT_SUFFIX = ".txt"

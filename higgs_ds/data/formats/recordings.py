@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from higgs_ds.data.formats.checks import Reading, name_of, text_of
 from higgs_ds.data.references import plain_form
-from higgs_ds.data.sample import AudioClip, Sample
 from higgs_ds.data.templates import Recording, conversation, system_message
+from higgs_ds.model.sample import AudioClip, Sample
 
 LONGEST_TRANSCRIPT = 1 << 20  # bytes
 AUDIO_SUFFIXES = (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from higgs_ds.data.formats.checks import printable
 from higgs_ds.data.formats.folders import Listing, walk
-from higgs_ds.data.sample import Entry
+from higgs_ds.model.sample import Entry
 from higgs_ds.options.train import DataOptions
 
 TRAIN = "train"

@@ -23,8 +23,8 @@ from higgs_ds.data.formats.chatml import speaker_and_language
 from higgs_ds.data.formats.checks import Reading, check_keys, kind_of, path_of, read_items, text_of
 from higgs_ds.data.formats.jsonio import json_items
 from higgs_ds.data.formats.turns import object_of, role_of
-from higgs_ds.data.sample import ASSISTANT, ROLES, SYSTEM, USER, AudioClip, Message, PendingEntry, Sample
 from higgs_ds.data.templates import Recording, system_message
+from higgs_ds.model.sample import ASSISTANT, ROLES, SYSTEM, USER, AudioClip, Message, PendingEntry, Sample
 from higgs_ds.options.train import DataOptions
 
 TAG = "<audio>"

@@ -20,7 +20,7 @@ from higgs_ds.data.formats.checks import Reading, build_entry, kind_of, path_of,
 from higgs_ds.data.formats.folders import list_files
 from higgs_ds.data.formats.recordings import Columns, clip_of, columns_of, sample_of_row
 from higgs_ds.data.formats.splits import split_of
-from higgs_ds.data.sample import AudioClip, Entry, Sample
+from higgs_ds.model.sample import AudioClip, Entry, Sample
 from higgs_ds.options.train import DataOptions
 
 PARQUET, ARROW = ".parquet", ".arrow"

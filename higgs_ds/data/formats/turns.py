@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from higgs_ds.data.formats.checks import LAYOUT_TOKENS, Reading, check_keys, kind_of, shown, text_of
-from higgs_ds.data.sample import ASSISTANT, AudioClip, Message
+from higgs_ds.model.sample import ASSISTANT, AudioClip, Message
 
 TEXT_KEYS = ("type", "text")
 MESSAGE_KEYS = ("role", "content", "recipient")

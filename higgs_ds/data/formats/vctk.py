@@ -19,7 +19,7 @@ from higgs_ds.data.formats.checks import Reading, build_entry, printable
 from higgs_ds.data.formats.folders import Listing, walk
 from higgs_ds.data.formats.recordings import AUDIO_SUFFIXES, sample_of, transcript_of
 from higgs_ds.data.formats.speakers import speaker_of_folder
-from higgs_ds.data.sample import AudioClip, Entry, Sample
+from higgs_ds.model.sample import AudioClip, Entry, Sample
 from higgs_ds.options.train import DataOptions
 
 TEXT_FOLDER = "txt"

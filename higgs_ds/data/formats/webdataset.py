@@ -23,7 +23,7 @@ from higgs_ds.data.formats.checks import Reading, build_entry, kind_of, printabl
 from higgs_ds.data.formats.folders import list_files
 from higgs_ds.data.formats.recordings import AUDIO_COLUMNS, AUDIO_SUFFIXES, LONGEST_TRANSCRIPT, TEXT_COLUMNS
 from higgs_ds.data.formats.splits import split_fault
-from higgs_ds.data.sample import Entry, Sample
+from higgs_ds.model.sample import Entry, Sample
 from higgs_ds.options.train import DataOptions
 
 SUFFIX = ".tar"

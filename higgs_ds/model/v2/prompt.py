@@ -1,18 +1,13 @@
-"""Convert a sample to token ids and text labels, in the layout that the model was pretrained on."""
+"""The prompt of Higgs Audio v2: a conversation to token ids and text labels, in the layout of its pretraining."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import zip_longest
-from typing import Protocol
 
-from tokenizers import Tokenizer as TextEncoder
-
-from higgs_ds.data.delay_pattern import AudioStream
-from higgs_ds.data.sample import ASSISTANT, AudioClip, Message, Sample
 from higgs_ds.model.labels import IGNORE_INDEX
+from higgs_ds.model.prompt import Prompt, Segment, Stretch, Tokenizer, stretches_of
+from higgs_ds.model.sample import ASSISTANT, Message
+from higgs_ds.model.stream import AudioStream
 
 BEGIN_OF_TEXT = "<|begin_of_text|>"
 END_OF_TURN, END_OF_MESSAGE = "<|eot_id|>", "<|eom_id|>"
@@ -24,79 +19,6 @@ REQUIRED_TOKENS = (
     BEGIN_OF_TEXT, "<|start_header_id|>", "<|end_header_id|>", END_OF_TURN, END_OF_MESSAGE,
     AUDIO_IN_BOS, AUDIO_IN, AUDIO_EOS, AUDIO_OUT_BOS, AUDIO_OUT, AUDIO_DELAY,
 )  # fmt: skip
-
-
-class Tokenizer(Protocol):
-    """The methods of a transformers tokenizer that are used here."""
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
-
-    def convert_tokens_to_ids(self, tokens: str) -> int: ...
-
-
-class BatchTokenizer(Tokenizer, Protocol):
-    """A tokenizer that can also count the tokens of many texts at once."""
-
-    def count(self, texts: Sequence[str]) -> list[int]: ...
-
-
-class CachedTokenizer:
-    """A tokenizer that caches recent texts: headers and system prompts occur in every sample."""
-
-    def __init__(self, tokenizer: TextEncoder) -> None:
-        """Wrap a tokenizer of the `tokenizers` library: transformers' own methods take ten times as long."""
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self._ids = tokenizer.get_vocab()
-        self._encode_batch = tokenizer.encode_batch_fast
-        self._encode = lru_cache(maxsize=4096)(lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        assert not add_special_tokens
-        return self._encode(text)
-
-    def count(self, texts: Sequence[str]) -> list[int]:
-        """Return the number of tokens of each text. Other threads run meanwhile, unlike during `encode`."""
-        return [len(encoding) for encoding in self._encode_batch(texts, add_special_tokens=False)]
-
-    def convert_tokens_to_ids(self, tokens: str) -> int:
-        return self._ids[tokens]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of the prompt: text with special tokens, or the place of one clip."""
-
-    text: str
-    is_target: bool
-    clip: AudioClip | None = None
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Unshifted token ids and labels of one sample, positions of its audio tokens, and which of its clips are targets.
-
-    `heard_columns`: positions of a Whisper tower's outputs. A clip of several stretches counts as several clips.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    audio_columns: list[int]
-    target_clips: list[bool]
-    heard_columns: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """A clip, or the part of one that a Whisper tower encodes at once: its tower outputs and codec frames."""
-
-    num_outputs: int
-    num_frames: int
-
-
-def stretches_of(num_frames: Sequence[int], heard: Sequence[Sequence[Stretch]]) -> list[Sequence[Stretch]]:
-    """Return the stretches of each clip. A clip that no tower encodes is one stretch without outputs."""
-    return [stretches or [Stretch(0, n)] for n, stretches in zip_longest(num_frames, heard)]
 
 
 def header(role: str) -> str:
@@ -176,17 +98,6 @@ def tokenize(
         input_ids += ids
         labels += ids if has_labels else [IGNORE_INDEX] * len(ids)
     return Prompt(input_ids, labels, audio_columns, target_clips, heard_columns)
-
-
-def prompt_of(
-    sample: Sample,
-    num_frames: Sequence[int],
-    tokenizer: Tokenizer,
-    stream: AudioStream,
-    heard: Sequence[Sequence[Stretch]] = (),
-) -> Prompt:
-    """Return token ids and labels of a training sample. Arguments are those of `tokenize`."""
-    return tokenize(render(sample.messages, sample.start_index), num_frames, tokenizer, stream, heard)
 
 
 def missing_tokens(vocabulary: dict[str, int]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Decoder layers for batches in which text and audio are each contiguous, and heads that compute their loss.
+"""Decoder layers of Higgs Audio v2 for batches in which text and audio are each contiguous.
 
 transformers' layer selects text and audio by a mask, again in every layer, which synchronizes with the GPU each time.
 Here all layers share the order in which the batch is packed (`data.collate.Batch`). Results are bit-identical.
@@ -8,24 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
     HiggsAudioV2Attention,
     HiggsAudioV2DecoderLayer,
     HiggsAudioV2MLP,
     HiggsAudioV2RMSNorm,
-    eager_attention_forward,
 )
 
-from higgs_ds.model.fused_lora import Recipe, fused_ffn, fused_linears
+from higgs_ds.model.fused_lora import Recipe
 from higgs_ds.model.gathering import GatheringLinear
-from higgs_ds.model.head_loss import Chunks, head_loss
-from higgs_ds.model.lean_ops import Permute, RMSNorm, Rotate, scaled
-from higgs_ds.model.part_modules import AudioAttentionLayer
+from higgs_ds.model.lean_layers import AttentionForward, FFNForward, LossHead, NormForward
+from higgs_ds.model.lean_ops import Permute, scaled
+from higgs_ds.model.v2.part_modules import AudioAttentionLayer
 
 
 @dataclass(frozen=True)
@@ -74,46 +71,16 @@ class Routing:
         return replace(self, audio_rotations=(cos[0][columns], sin[0][columns]))
 
 
-class LeanNorm(HiggsAudioV2RMSNorm):
-    """A norm that keeps only its input for the backward pass; transformers' norm also keeps float32 copies."""
-
-    def forward(self, x: torch.Tensor, with_recipe: bool = False) -> Any:
-        """Return the normed rows; `with_recipe`, also how to compute them again."""
-        normed, scale = RMSNorm.apply(x, self.weight, self.variance_epsilon)
-        if not with_recipe:
-            return normed
-        # A copy of the weight, because ZeRO-3 takes its values away after this call.
-        return normed, Recipe(scaled, (x.detach(), self.weight.detach().clone(), scale))
+class LeanNorm(NormForward, HiggsAudioV2RMSNorm):
+    """A norm that keeps only its input."""
 
 
-class LeanAttention(HiggsAudioV2Attention):
-    """transformers' attention, without a cache and with fused projections."""
-
-    def forward(
-        self, x: torch.Tensor, rotations: tuple[torch.Tensor, torch.Tensor], recipe: Recipe | None = None
-    ) -> torch.Tensor:
-        """Return the outputs (B, T, H) of the attention over x (B, T, H).
-
-        Args:
-            rotations: cosines and sines (B or 1, T, D).
-            recipe: how to compute `x` again.
-        """
-        projected = fused_linears([self.q_proj, self.k_proj, self.v_proj], x, recipe)
-        query, key, value = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
-        cos, sin = (rotation.unsqueeze(2) for rotation in rotations)
-        query, key = Rotate.apply(query, cos, sin), Rotate.apply(key, cos, sin)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        by_head = (heads.transpose(1, 2) for heads in (query, key, value))
-        attended, _ = attend(self, *by_head, None, dropout=dropout, scaling=self.scaling)
-        return fused_linears([self.o_proj], attended.flatten(2).contiguous())[0]
+class LeanAttention(AttentionForward, HiggsAudioV2Attention):
+    """An attention with fused projections."""
 
 
-class LeanMLP(HiggsAudioV2MLP):
-    """A fused FFN, for x (N, H)."""
-
-    def forward(self, x: torch.Tensor, recipe: Recipe | None = None) -> torch.Tensor:
-        return fused_ffn((self.gate_proj, self.up_proj, self.down_proj), self.act_fn, x, recipe)
+class LeanMLP(FFNForward, HiggsAudioV2MLP):
+    """A fused FFN."""
 
 
 class RoutedLayer(HiggsAudioV2DecoderLayer):
@@ -183,21 +150,6 @@ TRAINING_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     HiggsAudioV2RMSNorm: LeanNorm,
     nn.Linear: GatheringLinear,
 }
-
-
-class LossHead(nn.Linear):
-    """A head that returns its loss. A loaded head is converted by changing its class.
-
-    The loss is computed here because ZeRO-3 gathers a head's weight only around calls of its module.
-    """
-
-    chunks: Chunks | None = None  # those for the device
-
-    def forward(  # type: ignore[override]
-        self, hidden: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return `head_loss` of hidden states (K, H) and targets (K, P)."""
-        return head_loss(hidden, self.weight, targets, target_weights, self.chunks)
 
 
 # Classes that the modules are changed back to for generation.

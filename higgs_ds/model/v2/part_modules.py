@@ -21,9 +21,12 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.tensor_files import read_tensor, weight_locations
-from higgs_ds.model.config import ExtendedConfig, parts_of, with_parts
-from higgs_ds.model.parts import Parts
+from higgs_ds.model.parts import Parts, parts_of
+from higgs_ds.model.v2.config import ExtendedConfig, extended
+from higgs_ds.model.v2.layouts import DUPLICATE_HEADS
 
+# Copies of the heads, which transformers would report as unknown weights; the heads themselves are loaded.
+HiggsAudioV2ForConditionalGeneration._keys_to_ignore_on_load_unexpected += DUPLICATE_HEADS
 # transformers 5.24 renamed the argument.
 _CACHE = "cache" if "cache" in inspect.signature(HiggsAudioV2Attention.forward).parameters else "past_key_values"
 _ENCODER_PREFIXES = ("model.encoder.", "encoder.")  # in a Whisper checkpoint, with and without its text head
@@ -175,9 +178,9 @@ class ExtendedModel(HiggsAudioV2ForConditionalGeneration):
     @torch.no_grad()
     def make_parts(self, added: Parts) -> None:
         """Add parts that the base does not have, uninitialized, in the dtype and on the device of its norms."""
-        extended = with_parts(self.config, added)
+        values = extended(self.config, added)
         for name in ("audio_self_attention", "audio_tower", "audio_in_token_id"):
-            setattr(self.config, name, getattr(extended, name))  # all modules share this one configuration
+            setattr(self.config, name, getattr(values, name))  # all modules share this one configuration
         with init_empty_weights():
             self._make_modules(added)
         norm_weight = self.model.norm.weight

@@ -6,18 +6,15 @@ The tensors are identical in both. Tests compare the native model with numbers f
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from higgs_ds.common.errors import InputError
+from higgs_ds.model.parts import EXTENDED_TYPE, TOWER_GEOMETRY
 from higgs_ds.options.fields import NATIVE, ORIGINAL
 
-EXTENDED_TYPE = "higgs_audio_v2_extended"  # native names, with parts that transformers' own model does not have
 MODEL_TYPES = {"higgs_audio_v2": NATIVE, EXTENDED_TYPE: NATIVE, "higgs_audio": ORIGINAL}
-CODEC_TYPE = "higgs_audio_v2_tokenizer"
 # Name prefixes in the original layout, and the corresponding prefixes in the native layout.
 _PREFIXES = {
     "embed_tokens.": "model.embed_tokens.",
@@ -36,46 +33,6 @@ _SPLIT_ROWS = re.compile(r"^(?P<whole>.+)\.(embedding|linear)_(?P<part>frozen|tr
 # A native checkpoint may still contain these copies of the heads in addition to the heads themselves.
 DUPLICATE_PREFIX = "audio_decoder_proj."
 DUPLICATE_HEADS = (f"{DUPLICATE_PREFIX}audio_lm_head.weight", f"{DUPLICATE_PREFIX}text_lm_head.weight")
-
-
-def read_json_config(folder: Path, asked_by: str) -> dict[str, Any]:
-    """Read a model's config.json in either layout. Raises InputError, prefixed `asked_by`, for any other folder."""
-    path, where = folder / "config.json", f"{asked_by} {folder}"
-    expected = " or ".join(f"'{model_type}' ({layout})" for model_type, layout in MODEL_TYPES.items())
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(f"{where}: is an adapter; give the base that it was trained on")
-    if not path.is_file():
-        run = "; it holds checkpoints of a run" if any(folder.glob("checkpoint-*")) else ""
-        raise InputError(f"{where}: is not a model folder: it has no config.json{run}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        model_type = config.get("model_type")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{where}: its config.json is not a JSON object: {error}") from error
-    if model_type == CODEC_TYPE:
-        raise InputError(f"{where}: is an audio codec, which --codec_ckpt takes; a base has model_type {expected}")
-    if model_type not in MODEL_TYPES:
-        raise InputError(f"{where}: model_type is {model_type!r}; a Higgs Audio v2 model has {expected}")
-    if "quantization_config" in config:
-        raise InputError(f"{where}: its weights are quantized; give the unquantized base (and --load_in_4bit)")
-    return config
-
-
-def read_native_config(folder: Path, asked_by: str) -> dict[str, Any]:
-    """Return the values of a model's config.json in the native layout. Raises as `read_json_config`."""
-    config = read_json_config(folder, asked_by)
-    if MODEL_TYPES[config["model_type"]] == NATIVE:
-        return config
-    return native_config(config, special_tokens(folder), str(folder / "config.json"))
-
-
-def special_tokens(folder: Path) -> dict[str, int]:
-    """Return the ids of the tokenizer's special tokens by token; empty if there is no tokenizer.json."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return {}
-    tokens = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
-    return {token["content"]: token["id"] for token in tokens}
 
 
 def native_name(name: str) -> str | None:
@@ -116,11 +73,6 @@ _SUPPORTED_FLAGS = {
     "audio_decoder_proj_num_layers": (0, None),
     "encode_audio_in_tokens": (True,),
 }
-# Fields that determine the shapes and the computation of the tower, with the same names in both layouts.
-TOWER_GEOMETRY = (
-    "num_mel_bins", "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "max_source_positions",
-    "activation_function", "dropout", "attention_dropout", "activation_dropout",
-)  # fmt: skip
 # Fields of the decoder, with the same names in both layouts.
 _DECODER_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

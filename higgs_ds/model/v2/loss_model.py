@@ -1,20 +1,19 @@
-"""Higgs Audio v2 as this trainer uses it. The quirks of transformers' model class are handled here."""
+"""Higgs Audio v2 in training. The quirks of transformers' model class are handled here."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel
-from torch import nn
-from transformers import GenerationConfig, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import HiggsAudioV2Config
 
-from higgs_ds.model.config import parts_of
-from higgs_ds.model.offload import HostModule, save_on_host
-from higgs_ds.model.routed_layers import GENERATION_CLASSES, TRAINING_CLASSES, LossHead, Routing
+from higgs_ds.model.head_loss import Chunks
+from higgs_ds.model.lean_layers import LossHead
+from higgs_ds.model.loss_model import LossModel
+from higgs_ds.model.offload import save_on_host
+from higgs_ds.model.parts import parts_of
+from higgs_ds.model.v2.routed_layers import GENERATION_CLASSES, TRAINING_CLASSES, Routing
 
 
 def describe_model(config: HiggsAudioV2Config) -> str:
@@ -29,64 +28,21 @@ def describe_model(config: HiggsAudioV2Config) -> str:
     )
 
 
-def checkpoint_layers(higgs: HiggsAudioV2ForConditionalGeneration, every: int) -> None:
-    """Recompute every `every`-th decoder layer, starting with the first, in the backward pass from its input."""
-    higgs.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for i, layer in enumerate(higgs.model.layers):
-        layer.gradient_checkpointing = i % every == 0
+class DualLossModel(LossModel):
+    """The model with its loss, which is that of the text and of the audio."""
 
+    training_classes = TRAINING_CLASSES
+    generation_classes = GENERATION_CLASSES
 
-def offload_embeddings(higgs: HiggsAudioV2ForConditionalGeneration) -> None:
-    """Keep the text and code embeddings in host memory: a step needs only a few rows of each."""
-    higgs.model.embed_tokens = HostModule(higgs.model.embed_tokens.cpu())
-    higgs.model.embed_audio_tokens = HostModule(higgs.model.embed_audio_tokens.cpu())
-
-
-class DualLossModel(nn.Module):
-    """The trained model and its loss in one forward; the heads are applied only at positions with a target.
-
-    Both heads are called in every forward, if necessary on zero rows, so that all ranks run the same collectives.
-    """
-
-    def __init__(
-        self, adapted: PeftModel | HiggsAudioV2ForConditionalGeneration, offload_checkpoints: bool = False
-    ) -> None:
-        """Wrap a model with adapters, or one whose own weights are trained.
-
-        Args:
-            offload_checkpoints: keep the inputs of recomputed layers in host memory until the backward pass.
-        """
-        super().__init__()
-        self.adapted = adapted
-        self.offload_checkpoints = offload_checkpoints
-        for module in self.higgs.model.modules():
-            if type(module) in TRAINING_CLASSES:
-                module.__class__ = TRAINING_CLASSES[type(module)]
+    def __init__(self, adapted: Any, offload_checkpoints: bool = False) -> None:
+        super().__init__(adapted, offload_checkpoints)
         self.higgs.text_lm_head.__class__ = LossHead
         self.higgs.audio_lm_head.__class__ = LossHead
 
-    @contextlib.contextmanager
-    def generation_mode(self, folder: Path) -> Iterator[PeftModel | HiggsAudioV2ForConditionalGeneration]:
-        """Within the block, yield the model with transformers' own layers and the generation settings of `folder`."""
-        changed = [(module, type(module)) for module in self.modules() if type(module) in GENERATION_CLASSES]
-        was_training = self.training
-        if (folder / GENERATION_CONFIG_NAME).is_file():
-            self.higgs.generation_config = GenerationConfig.from_pretrained(folder)
-        self.eval()
-        for module, trained_as in changed:
-            module.__class__ = GENERATION_CLASSES[trained_as]
-        try:
-            yield self.adapted
-        finally:
-            for module, trained_as in changed:
-                module.__class__ = trained_as
-            self.train(was_training)
+    def set_chunks(self, chunks: Chunks) -> None:
+        self.higgs.text_lm_head.chunks = self.higgs.audio_lm_head.chunks = chunks
 
-    @property
-    def higgs(self) -> HiggsAudioV2ForConditionalGeneration:
-        return self.adapted.get_base_model() if isinstance(self.adapted, PeftModel) else self.adapted
-
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         text_ids: torch.Tensor,
         codes: torch.Tensor,
@@ -101,16 +57,10 @@ class DualLossModel(nn.Module):
         audio_at: torch.Tensor,
         **heard: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Compute the loss, its unweighted sums and the number of correct predictions for a `data.collate.Batch`.
+        """Compute the loss, as `LossModel.forward`.
 
         Args:
-            target_weights: float32 (1 + C,), weight in the loss of one target of the text and of each codebook.
             heard: for a model with a Whisper tower, the batch's mel features and where their outputs are inserted.
-
-        Returns:
-            The weighted loss, a float32 scalar; the detached sums, float32 (1 + C,); and hits, float32 (1 + C + 2,):
-            targets with the highest logit, of the text, of each codebook and of the codes that end a stream, followed
-            by the number of targets that end a stream.
         """
         hidden = self.decode(text_ids, codes, positions, places, audio_rows, audio_at, **heard)
         selected = self.higgs.model.norm(hidden[torch.cat([text_places, audio_places])])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 ROLES = (SYSTEM, USER, ASSISTANT)
+SPEAKER_TAG = re.compile(r"\[SPEAKER\d+\]")  # before the words of one of several speakers
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Entry:
-    """A reader's result for one sample of a manifest: the sample, or its faults ("field: reason")."""
+    """A reader's result for one sample of a manifest: the sample, or its faults ("field: reason").
+
+    `left_out`: what of the sample a family's prompt has no place for.
+    """
 
     source: str
     sample: Sample | None
     faults: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 PendingEntry = Callable[[], Entry]  # an entry that is built when it is called: those of other ranks are not

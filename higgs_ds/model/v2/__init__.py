@@ -1,0 +1,1 @@
+"""Higgs Audio v2."""
