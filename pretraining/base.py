@@ -14,15 +14,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import HiggsAudioV2ForConditionalGeneration, PreTrainedTokenizerFast
 
-from higgs_ds.bases.tiny_random import (
-    CODEBOOK_SIZE,
-    base_config,
-    build_processor,
-    greedy_generation,
-    save_model,
-    with_special_tokens,
-)
+from higgs_ds.bases.tiny_random import CODEBOOK_SIZE, save_model
 from higgs_ds.common.console import quiet_libraries
+from higgs_ds.model.v2.tiny import base_config, build_processor, greedy_generation, with_special_tokens
 
 WIDTH = 192
 VOCABULARY = 371  # text tokens, without special tokens

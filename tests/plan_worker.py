@@ -29,6 +29,7 @@ from higgs_ds.common.precision import torch_dtype  # noqa: E402
 from higgs_ds.common.process import run_command, run_ranks  # noqa: E402
 from higgs_ds.common.resources import default_cache_dir  # noqa: E402
 from higgs_ds.data.collate import Batch  # noqa: E402
+from higgs_ds.model.families import family_of  # noqa: E402
 from higgs_ds.model.full import make_trainable  # noqa: E402
 from higgs_ds.model.loading import load_base, load_base_in_4bit  # noqa: E402
 from higgs_ds.model.loss import LossWeights  # noqa: E402

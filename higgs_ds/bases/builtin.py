@@ -12,13 +12,15 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import new_folder, saving, write_json
 from higgs_ds.common.hub import resolve_folder
 from higgs_ds.common.tensor_files import weight_shapes
+from higgs_ds.model.families import FAMILIES, family_of
 
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_BASE, SPEAKING_CODEC, RANDOM_BASE = "speaking-base", "speaking-codec", "tiny-random-base"
+RANDOM_BASES = {f"{RANDOM_BASE}{family.suffix}": family for family in FAMILIES}
 # Descriptions for users.
 BUILT_IN = {
     DEFAULT_BASE: "built in, small: speaks digits, for trying out the trainer",
-    RANDOM_BASE: "built in, random weights: generates noise, for trying out the trainer",
+    **dict.fromkeys(RANDOM_BASES, "built in, random weights: generates noise, for trying out the trainer"),
 }
 RANDOM_VERSION = "3"  # part of the random base's folder: raise it with every change to what `tiny_random` builds
 WEIGHTS = "model.safetensors"
@@ -68,12 +70,12 @@ def builtin_base(name: str, cache_dir: Path) -> Path:
         SaveError: the base cannot be written to the cache.
     """
     _check_builtin(name)
-    if name == RANDOM_BASE:
-        base = cache_dir / f"builtin-{RANDOM_VERSION}" / RANDOM_BASE
+    if name in RANDOM_BASES:
+        base = cache_dir / f"builtin-{RANDOM_VERSION}" / name
         if not base.is_dir():
             from higgs_ds.bases.tiny_random import build_random_base  # its imports take seconds
 
-            build_random_base(base)
+            build_random_base(base, RANDOM_BASES[name])
         return base
     home = cache_dir / f"speaking-{_assets_digest()[:12]}"
     codec, base = home / SPEAKING_CODEC, home / DEFAULT_BASE
@@ -96,8 +98,8 @@ def builtin_config(name: str) -> Any:
     from higgs_ds.bases.tiny_random import random_config
     from higgs_ds.model.config import read_config
 
-    if name == RANDOM_BASE:
-        return random_config()
+    if name in RANDOM_BASES:
+        return random_config(RANDOM_BASES[name])
     config = read_config(ASSETS / DEFAULT_BASE)
     config.dtype = torch.float32
     return config
@@ -107,7 +109,7 @@ def _check_builtin(name: str) -> None:
     """Raise InputError if there is no built-in base of that name, or if some of its files are missing or damaged."""
     if not is_builtin(name):
         raise InputError(f"{name}: is not a built-in base; choose {' or '.join(BUILT_IN)}")
-    if name == RANDOM_BASE:
+    if name in RANDOM_BASES:
         return
     paths = [ASSETS / folder / part for folder, parts in PARTS.items() for part in parts]
     missing = [str(path.relative_to(ASSETS)) for path in paths if not path.is_file()]
@@ -134,8 +136,6 @@ def _copy_in_float32(asset: str, target: Path, codec: Path | None = None) -> Non
     from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
 
-    from higgs_ds.bases.tiny_random import build_processor
-
     source = ASSETS / asset
     with saving(target), new_folder(target) as folder:
         for path in source.iterdir():
@@ -148,7 +148,8 @@ def _copy_in_float32(asset: str, target: Path, codec: Path | None = None) -> Non
         in_float32 = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors}
         save_file(in_float32, folder / WEIGHTS, {"format": "pt"})
         if codec is not None:
-            build_processor(AutoTokenizer.from_pretrained(source), codec).save_pretrained(folder)
+            tiny = family_of(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]).tiny()
+            tiny.write_companions(folder, AutoTokenizer.from_pretrained(source), codec)
 
 
 def _set_dtype_float32(values: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer as TextEncoder
 
 from higgs_ds.bases.builtin import find_base, which_builtin
-from higgs_ds.bases.conversion import native_codec, native_folder
+from higgs_ds.bases.conversion import bundled_codec, native_codec, native_folder
 from higgs_ds.bases.tokenizer import read_tokenizer
 from higgs_ds.common import distributed
 from higgs_ds.common.errors import InputError
@@ -20,7 +20,14 @@ from higgs_ds.common.files import sha256_of
 from higgs_ds.common.hub import resolve_folder
 from higgs_ds.common.tensor_files import sampled_digest, weight_files, weight_shapes
 from higgs_ds.data.code_cache import CodeCache
-from higgs_ds.data.codec_info import CodecInfo, codec_digest, find_codec, read_codec_info
+from higgs_ds.data.codec_info import (
+    CODEC_SUBFOLDER,
+    ORIGINAL_CODEC,
+    CodecInfo,
+    codec_digest,
+    find_codec,
+    read_codec_info,
+)
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.mel_features import POSITIONS_PER_S, MelFeatureStore
 from higgs_ds.model.families import MODEL_TYPES, family_of, read_json_config, read_native_config
@@ -146,7 +153,7 @@ def open_bundle(name: str | None, revision: str | None, codec_name: str | None, 
     family = family_of(values["model_type"])
     values = family.with_defaults(values)
     weight_files(folder)
-    codec_folder = native_codec(find_codec(folder, codec_name), "--codec_ckpt", cache_dir)
+    codec_folder = _codec_folder(folder, family, codec_name, cache_dir)
     codec = read_codec_info(codec_folder)
     weight_shapes(weight_files(codec_folder))
     tokenizer = read_tokenizer(folder)
@@ -155,6 +162,16 @@ def open_bundle(name: str | None, revision: str | None, codec_name: str | None, 
     if problems:
         raise InputError(problems)
     return Bundle(reported_name, folder, values, tokenizer, codec, layout)
+
+
+def _codec_folder(folder: Path, family: Family, name: str | None, cache_dir: Path) -> Path:
+    """Return the codec that is named or that the base has, in transformers' layout."""
+    if name is None and family.codec_prefix is not None and not (folder / CODEC_SUBFOLDER).is_dir():
+        bundled = bundled_codec(folder, family.codec_prefix, "--base_ckpt", cache_dir)
+        if bundled is not None:
+            return bundled
+        name = ORIGINAL_CODEC
+    return native_codec(find_codec(folder, name), "--codec_ckpt", cache_dir)
 
 
 def open_for_training(options: ModelOptions, cache_dir: Path) -> Bundle:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from higgs_ds.common.tensor_files import (
     indexed_files,
     read_tensor,
     weight_files,
+    weight_locations,
     weight_shapes,
     write_shards,
 )
@@ -66,12 +67,16 @@ def native_folder(folder: Path, asked_by: str, cache_dir: Path) -> Path:
     if MODEL_TYPES[config["model_type"]] == NATIVE and not pickled_files(folder):
         return folder
     weights = pickled_files(folder) or weight_files(folder)
-    stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+    stamps = _stamps(weights)
     identity = hashlib.sha256(repr((_CACHE_VERSION, sha256_of(folder / "config.json"), stamps)).encode()).hexdigest()
     target = cache_dir / "converted" / identity[:32]
     if not target.is_dir():
         rewrite(folder, target, NATIVE, asked_by)
     return target
+
+
+def _stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+    return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
 def native_codec(folder: Path, asked_by: str, cache_dir: Path) -> Path:
@@ -90,25 +95,58 @@ def native_codec(folder: Path, asked_by: str, cache_dir: Path) -> Path:
     identity = hashlib.sha256(f"{sha256_of(folder / 'config.json')} {sha256_of(path)}".encode()).hexdigest()
     target = cache_dir / "converted" / f"codec-{identity[:32]}"
     if not target.is_dir():
-        import torch
-        from safetensors.torch import save_file
-
-        from higgs_ds.data.codec import check_codec_tensors
-        from higgs_ds.data.codec_layout import native_codec_config, native_codec_tensors
-
-        tensors = _load_pickled(path)
-        new_config = native_codec_config(config, tensors, where)
-        weights = native_codec_tensors(tensors, len(config["ratios"]))
-        check_codec_tensors(where, new_config, weights)
-        new_config.architectures, new_config.dtype = ["HiggsAudioV2TokenizerModel"], torch.float32
-        with saving(target), new_folder(target) as temporary:
-            new_config.save_pretrained(temporary)
-            save_file(
-                {name: t.float().contiguous() for name, t in weights.items()},
-                temporary / "model.safetensors",
-                {"format": "pt"},
-            )
+        write_codec(target, config, _load_pickled(path), where)
     return target
+
+
+def bundled_codec(folder: Path, prefix: str, asked_by: str, cache_dir: Path) -> Path | None:
+    """Return the cached folder of a codec that is in a base's own files; None if there is none.
+
+    Args:
+        prefix: of the names of the codec's tensors.
+
+    Raises:
+        InputError: the tensors are not those of a codec. The message begins with `asked_by`.
+        SaveError: writing fails.
+    """
+    from higgs_ds.data.codec_layout import RELEASED
+
+    places = {name: path for name, path in weight_locations(folder).items() if name.startswith(prefix)}
+    if not places:
+        return None
+    stamps = _stamps(sorted(set(places.values())))
+    target = cache_dir / "converted" / f"codec-{hashlib.sha256(repr(stamps).encode()).hexdigest()[:32]}"
+    if not target.is_dir():
+        tensors = {name.removeprefix(prefix): read_tensor(path, name) for name, path in places.items()}
+        write_codec(target, RELEASED, tensors, f"{asked_by} {folder}: its audio codec")
+    return target
+
+
+def write_codec(target: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Write a codec as a new folder that transformers reads, in float32.
+
+    Args:
+        config: the values of its configuration in the original layout that its tensors do not show.
+        tensors: by their names in either layout.
+
+    Raises:
+        InputError: starting with `where`; the tensors are not those of a codec.
+        SaveError: writing fails.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from higgs_ds.data.codec import check_codec_tensors
+    from higgs_ds.data.codec_layout import native_codec_config, native_codec_tensors
+
+    new_config = native_codec_config(config, tensors, where)
+    weights = native_codec_tensors(tensors, len(config["ratios"]))
+    check_codec_tensors(where, new_config, weights)
+    new_config.architectures, new_config.dtype = ["HiggsAudioV2TokenizerModel"], torch.float32
+    with saving(target), new_folder(target) as temporary:
+        new_config.save_pretrained(temporary)
+        in_float32 = {n: t.float().contiguous() if t.is_floating_point() else t for n, t in weights.items()}
+        save_file(in_float32, temporary / "model.safetensors", {"format": "pt"})
 
 
 def rewrite(source: Path, target: Path, to: str, asked_by: str) -> list[str]:

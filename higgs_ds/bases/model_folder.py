@@ -167,6 +167,9 @@ def _copy_companion_files(base_folder: Path, folder: Path, codec_folder: Path | 
     for path in companion_files(base_folder):
         shutil.copy(path, folder)
     if not (folder / PROCESSOR_CONFIG).is_file():
+        codec = next((c for c in (codec_folder, base_folder / CODEC_SUBFOLDER) if c is not None and c.is_dir()), None)
+        if codec is not None:
+            shutil.copytree(codec, folder / CODEC_SUBFOLDER)
         return
     config = json.loads((folder / PROCESSOR_CONFIG).read_text(encoding="utf-8"))
     reference = config.get("audio_tokenizer") or {}

@@ -1,4 +1,4 @@
-"""The random base: a tiny Higgs Audio v2 with its codec and tokenizer, for trying out the trainer and for tests.
+"""The random bases: a tiny model of a family with its codec and tokenizer, for trying out the trainer and for tests.
 
 It has the classes, layout and special tokens of a real base, and the same code loads it. Its weights are random: it
 generates noise until it is trained, and its codec decodes any codes to noise. It is built from fixed seeds, so that it
@@ -10,55 +10,47 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    DacFeatureExtractor,
-    GenerationConfig,
-    HiggsAudioV2Config,
-    HiggsAudioV2ForConditionalGeneration,
-    HiggsAudioV2Processor,
     HiggsAudioV2TokenizerConfig,
     HiggsAudioV2TokenizerModel,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from higgs_ds.common.files import new_folder, saving
+from higgs_ds.model.family import Family
 
 CODEC_NAME = "tiny-random-codec"
-# In the order of their ids, which follow those of the text.
-SPECIAL_TOKENS = [
-    "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
-    "<|recipient|>", "<|scene_desc_start|>", "<|scene_desc_end|>", "<|audio_bos|>", "<|audio_eos|>",
-    "<|audio_out_bos|>", "<|reserved_special_token_6|>", "<|AUDIO|>", "<|AUDIO_OUT|>",
-]  # fmt: skip
 CODEBOOK_SIZE = 1024
 
 
-def build_random_base(base: Path) -> None:
+def build_random_base(base: Path, family: Family) -> None:
     """Build the random base and, beside it, its codec, unless they exist. Several processes may call it at once.
 
     Raises:
         SaveError: it cannot be written.
     """
-    codec = base.with_name(CODEC_NAME)
+    codec, tiny = base.with_name(CODEC_NAME), family.tiny()
     if not codec.is_dir():
         with saving(codec), new_folder(codec) as folder, _seeded(21):
             save_model(_build_codec(), folder)
     if not base.is_dir():
         with saving(base), new_folder(base) as folder, _seeded(20):
-            tokenizer = _build_tokenizer()
-            model = _build_model(tokenizer)
+            tokenizer = tiny.with_special_tokens(_byte_tokenizer())
+            model = tiny.random_model(tokenizer)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if parameter.ndim == 2:
+                        parameter.copy_(_uniform(parameter.shape, tiny.weight_std(name, parameter)))
+            model = model.to(torch.bfloat16)
             save_model(model, folder)
             model.generation_config.save_pretrained(folder)
-            build_processor(tokenizer, codec).save_pretrained(folder)
+            tiny.write_companions(folder, tokenizer, codec)
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
@@ -84,92 +76,19 @@ def _uniform(shape: torch.Size, std: float) -> torch.Tensor:
     return (2 * torch.rand(shape) - 1) * (std * math.sqrt(3))
 
 
-def _build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a byte-level tokenizer without merges: one token per byte, and the special tokens."""
+def random_config(family: Family) -> Any:
+    """Return the configuration of a random base without building the base."""
+    tiny = family.tiny()
+    return tiny.base_config(tiny.with_special_tokens(_byte_tokenizer()))
+
+
+def _byte_tokenizer() -> Tokenizer:
+    """Build a byte-level tokenizer without merges: one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return with_special_tokens(backend)
-
-
-def with_special_tokens(backend: Tokenizer) -> PreTrainedTokenizerFast:
-    """Append the special tokens to a tokenizer and wrap it for transformers. Changes `backend` in place."""
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<|begin_of_text|>",
-        eos_token="<|eot_id|>",
-        pad_token="<|end_of_text|>",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def random_config() -> HiggsAudioV2Config:
-    """Return the configuration of the random base without building the base."""
-    return base_config(_build_tokenizer())
-
-
-def base_config(tokenizer: PreTrainedTokenizerFast, **geometry: Any) -> HiggsAudioV2Config:
-    """Return the configuration of a base with this tokenizer.
-
-    Args:
-        geometry: values that replace the default of two dual-FFN layers of width 256.
-    """
-    token = tokenizer.convert_tokens_to_ids
-    values = {
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-    }
-    return HiggsAudioV2Config(
-        **values | geometry,
-        vocab_size=len(tokenizer),
-        num_codebooks=8,
-        codebook_size=CODEBOOK_SIZE + 2,
-        pad_token_id=token("<|end_of_text|>"),
-        bos_token_id=token("<|begin_of_text|>"),
-        eos_token_id=token("<|eot_id|>"),
-        audio_token_id=token("<|AUDIO_OUT|>"),
-        audio_bos_token_id=token("<|audio_out_bos|>"),
-        audio_delay_token_id=token("<|reserved_special_token_6|>"),
-        audio_stream_bos_id=CODEBOOK_SIZE,
-        audio_stream_eos_id=CODEBOOK_SIZE + 1,
-    )
-
-
-def greedy_generation(config: HiggsAudioV2Config) -> GenerationConfig:
-    """Return the default generation settings of a base: greedy, at most 30 s."""
-    return GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-        do_sample=False,
-        max_new_tokens=750,  # 25 frames/s
-    )
-
-
-def _build_model(tokenizer: PreTrainedTokenizerFast) -> HiggsAudioV2ForConditionalGeneration:
-    """Build a model with weights large enough that adapters alone can memorize clips."""
-    config = base_config(tokenizer)
-    model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
-                parameter.copy_(_uniform(parameter.shape, _weight_std(name, parameter)))
-    model.generation_config = greedy_generation(config)
-    return model.to(torch.bfloat16)
-
-
-def _weight_std(name: str, parameter: torch.Tensor) -> float:
-    if "embed_audio_tokens" in name:
-        return 1 / math.sqrt(8)  # eight of them are summed at each position
-    if "embed_tokens" in name:
-        return 1.0
-    return (1.5 if "lm_head" in name else 1.0) / math.sqrt(parameter.shape[1])
+    return backend
 
 
 def codec_config(latent: int, encoder: int, decoder: int, semantic: int) -> HiggsAudioV2TokenizerConfig:
@@ -246,13 +165,3 @@ def _scale_layers(model: HiggsAudioV2TokenizerModel, noise: torch.Tensor) -> Non
         quantizer.project_in.weight /= size(quantizer.project_in(model.fc(joined)))
         quantizer.project_out.weight /= len(model.quantizer.quantizers)
     decoder.conv2.weight /= 8 * size(model.decode(model.encode(noise).audio_codes).audio_values)
-
-
-def build_processor(tokenizer: PreTrainedTokenizerBase, codec_folder: Path) -> HiggsAudioV2Processor:
-    """Build transformers' processor with this project's chat template. The saved processor names the codec's folder."""
-    return HiggsAudioV2Processor(
-        feature_extractor=DacFeatureExtractor(sampling_rate=24000, hop_length=1),
-        tokenizer=tokenizer,
-        audio_tokenizer=HiggsAudioV2TokenizerModel.from_pretrained(codec_folder),
-        chat_template=files("higgs_ds.bases").joinpath("assets/chat_template.jinja").read_text(encoding="utf-8"),
-    )

@@ -23,6 +23,21 @@ _REPLACED = {
     ".conv2.conv.": ".conv2.",
 }
 _TRAINING_ONLY = "semantic_model.masked_spec_embed"
+# Names of the tensors whose shapes are the geometry of a codec, in either layout.
+_ORIGINAL_NAMES = {
+    "codebook": "quantizer.vq.layers.{}._codebook.embed",
+    "encoder": f"encoder.block.0{_DIRECTION}",
+    "decoder": f"decoder_2.model.0{_DIRECTION}",
+    "latent": f"encoder.block.{{}}{_DIRECTION}",
+}
+_NATIVE_NAMES = {
+    "codebook": "quantizer.quantizers.{}.codebook.embed",
+    "encoder": "acoustic_encoder.conv1.weight",
+    "decoder": "acoustic_decoder.conv1.weight",
+    "latent": "acoustic_encoder.conv2.weight",
+}
+# The values that no tensor shows, of the one codec that was released.
+RELEASED = {"ratios": [8, 5, 4, 2, 3], "sample_rate": 24000, "target_bandwidths": [0.5, 1, 1.5, 2], "bins": 1024}
 _NEEDED = ("ratios", "sample_rate", "target_bandwidths", "bins")
 
 
@@ -31,6 +46,9 @@ def native_codec_config(
 ) -> HiggsAudioV2TokenizerConfig:
     """Return a codec's configuration in transformers' layout; values missing from the original come from the tensors.
 
+    Args:
+        tensors: by their names in either layout.
+
     Raises:
         InputError: starting with `where`; this is not a codec in the original layout.
     """
@@ -38,6 +56,7 @@ def native_codec_config(
     if missing:
         raise InputError(f"{where}: its config.json has no {', '.join(missing)}")
     ratios, semantic = list(config["ratios"]), "semantic_model"
+    names = _NATIVE_NAMES if is_native(tensors) else _ORIGINAL_NAMES
     try:
         convolutions = [
             tensors[f"{semantic}.feature_extractor.conv_layers.{i}.conv.weight"].shape
@@ -51,12 +70,12 @@ def native_codec_config(
             sample_rate=config["sample_rate"],
             semantic_sample_rate=config.get("semantic_sample_rate") or 16000,
             codebook_size=config["bins"],
-            codebook_dim=tensors["quantizer.vq.layers.0._codebook.embed"].shape[1],
+            codebook_dim=tensors[names["codebook"].format(0)].shape[1],
             acoustic_model_config={
                 "model_type": "dac",
-                "encoder_hidden_size": len(tensors[f"encoder.block.0{_DIRECTION}"]),
-                "decoder_hidden_size": len(tensors[f"decoder_2.model.0{_DIRECTION}"]),
-                "hidden_size": len(tensors[f"encoder.block.{len(ratios) + 2}{_DIRECTION}"]),
+                "encoder_hidden_size": len(tensors[names["encoder"]]),
+                "decoder_hidden_size": len(tensors[names["decoder"]]),
+                "hidden_size": len(tensors[names["latent"].format(len(ratios) + 2)]),
                 "downsampling_ratios": ratios,
                 "upsampling_ratios": ratios,
             },
@@ -75,8 +94,8 @@ def native_codec_config(
             },
         )
     except (KeyError, StopIteration) as error:
-        raise InputError(f"{where}: not an audio codec in the original layout: missing {error}") from error
-    num_codebooks = sum(name.endswith("._codebook.embed") for name in tensors)
+        raise InputError(f"{where}: not an audio codec: missing {error}") from error
+    num_codebooks = sum(name.endswith("codebook.embed") for name in tensors)
     if native.num_quantizers != num_codebooks:
         raise InputError(
             f"{where}: contains {num_codebooks} codebooks, but the target_bandwidths of its config.json give "
@@ -85,19 +104,28 @@ def native_codec_config(
     return native
 
 
+def is_native(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether a codec's tensors have transformers' names."""
+    return _NATIVE_NAMES["codebook"].format(0) in tensors
+
+
 def native_codec_tensors(tensors: Mapping[str, torch.Tensor], num_blocks: int) -> dict[str, torch.Tensor]:
     """Return a codec's tensors by transformers' names, with the acoustic parts' weight normalization folded in.
 
     Args:
+        tensors: by their names in either layout.
         num_blocks: number of blocks of the encoder, and of the decoder.
     """
     native = {}
+    has_native_names = is_native(tensors)
     for name, tensor in tensors.items():
         if name == _TRAINING_ONLY:
             continue
         if name.startswith("semantic_model."):
             renamed = name.replace(_GAIN, ".parametrizations.weight.original0")
             native[renamed.replace(_DIRECTION, ".parametrizations.weight.original1")] = tensor
+        elif has_native_names:
+            native[name] = tensor
         elif name.endswith(_GAIN):
             direction = tensors[name.removesuffix(_GAIN) + _DIRECTION]
             norm = torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True)

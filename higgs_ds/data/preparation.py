@@ -14,7 +14,6 @@ import shutil
 import socket
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +36,16 @@ from higgs_ds.data.joined_index import join
 from higgs_ds.data.reference_choice import reference_problems, references_of
 from higgs_ds.data.reference_index import add_references
 from higgs_ds.data.summary import describe
-from higgs_ds.data.survey import MAX_SHOWN, Checker, MissingClips, Share, SurveyResult, missing_clips, survey
+from higgs_ds.data.survey import (
+    MAX_SHOWN,
+    Checker,
+    MissingClips,
+    Share,
+    SurveyResult,
+    describe_left_out,
+    missing_clips,
+    survey,
+)
 from higgs_ds.options.flags import FlagOptions
 from higgs_ds.options.train import DataOptions
 
@@ -128,7 +136,8 @@ class Preparation:
         findings, missing = self._survey(path, folder, identity["num_files"])
         gathered = [one for of_rank in distributed.gather_objects(findings) for one in of_rank]
         checked = CheckedManifest(path, findings=gathered, missing=missing, folder=folder, identity=identity)
-        self._report_left_out(checked)
+        for line in describe_left_out(gathered, self.coder):
+            say(f"{path}: {line}")
         if checked.num_bad and self.options.skip_bad is not None:
             self._list_bad(folder, self.options.skip_bad)
             say(f"skipped {checked.num_bad:,} bad samples of {path}; they are listed in {self.options.skip_bad}")
@@ -140,13 +149,6 @@ class Preparation:
             checked.index = Index(folder)
             self._add_references(checked.index)
         return checked
-
-    def _report_left_out(self, checked: CheckedManifest) -> None:
-        for what, count in sum((found.left_out for found in checked.findings), Counter()).items():
-            assert self.coder is not None
-            say(
-                f"{checked.path}: {what} of {count:,} samples is left out: {self.coder.family.title} has no place for it"
-            )
 
     def _survey(self, path: Path, folder: Path, num_files: int) -> tuple[list[SurveyResult], MissingClips]:
         """Check this rank's share of a manifest: in several processes if it is large, else in threads."""

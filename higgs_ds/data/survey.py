@@ -309,3 +309,10 @@ def missing_clips(path: Path, checker: Checker, missing: MissingClips) -> Iterat
                 yield ClipToEncode(part, facts.key, facts.num_samples, facts.quality, bool(facts.num_outputs))
         if wanted is None:
             return
+
+
+def describe_left_out(findings: Sequence[SurveyResult], coder: Coder | None) -> list[str]:
+    """Return what of the samples the base's prompt has no place for, one line each."""
+    counts = sum((found.left_out for found in findings), Counter[str]())
+    title = coder.family.title if coder else ""
+    return [f"{what} of {count:,} samples left out: {title} has no place for it" for what, count in counts.items()]

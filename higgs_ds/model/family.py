@@ -39,6 +39,7 @@ class Family(ABC):
 
     title: ClassVar[str]  # for users
     tag: ClassVar[str]  # of model cards
+    suffix: ClassVar[str]  # of the names of its built-in bases
     model_types: ClassVar[Mapping[str, str]]  # the layout of each `model_type` of config.json
     name_prefixes: ClassVar[tuple[str, ...]]  # of all weights, in the native layout
     layers: ClassVar[str]  # the decoder layers' name in a native model
@@ -46,6 +47,7 @@ class Family(ABC):
     norms: ClassVar[Mapping[str, str]]  # the --train_groups group of each norm of a layer
     outside_layers: ClassVar[Mapping[str, str]]  # the --train_groups group of each module outside them, by its name
     text_targets: ClassVar[int]  # of a speech sample
+    codec_prefix: ClassVar[str | None] = None  # of the tensors of a codec in a base's own files
     licence: ClassVar[str | None] = None  # a sentence for users on the terms of the released weights
 
     # Configuration and files.
@@ -208,6 +210,10 @@ class Family(ABC):
     @abstractmethod
     def probe(self, model: Any, config: Any) -> torch.Tensor:
         """Return the logits (N, K) of a model for a fixed random input, to compare two models of one configuration."""
+
+    @abstractmethod
+    def tiny(self) -> Any:
+        """Return the module that makes small models of the family."""
 
     def audio_mask(self, prompt: Prompt) -> torch.Tensor:
         """Return the `audio_input_ids_mask` of the model's forward and `generate` for a prompt of one sequence."""

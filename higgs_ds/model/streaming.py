@@ -37,12 +37,17 @@ class _StreamedModule(nn.Module):
 
 
 def streaming_model(config: Any, source: WeightSource) -> Any:
-    """Build a float32 model that holds only the weights it currently computes with."""
+    """Build a float32 model that holds only the weights it currently computes with.
+
+    A module that does more than a linear layer or an embedding has a method `streamed`, which returns its replacement.
+    """
     config.dtype = torch.float32
     with init_empty_weights():
         model = family_of(config.model_type).build(config)
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
+        if hasattr(module, "streamed"):
+            model.set_submodule(name, module.streamed(source, name))
+        elif isinstance(module, nn.Linear):
             model.set_submodule(name, _StreamedModule(source.linear, name))
         elif isinstance(module, nn.Embedding):
             model.set_submodule(name, _StreamedModule(source.rows, f"{name}.weight"))

@@ -37,6 +37,7 @@ from higgs_ds.common.files import sha256_of
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.codec import Codec
 from higgs_ds.model.sample import AudioClip, Message
+from higgs_ds.model.v2.family import HiggsAudioV2
 from higgs_ds.model.v2.prompt import render_generation, tokenize
 from higgs_ds.options.command_line import parse_train_options
 from higgs_ds.planning import dry_run
@@ -193,7 +194,7 @@ def test_a_folder_of_the_same_name_comes_first(
     bundle = open_bundle(name, None, None, cache_dir)
     assert (bundle.name, bundle.folder) == (name, tmp_path / name)
     setting = dry_run.make_setting(*parse_train_options(["--dry_run", "--base_ckpt", name]))
-    expected = random_config() if other == base else builtin_config(DEFAULT_BASE)
+    expected = random_config(HiggsAudioV2()) if other == base else builtin_config(DEFAULT_BASE)
     assert setting.config.hidden_size == expected.hidden_size
     assert find_base(None, "--base_ckpt", cache_dir) == speaking  # no name, no search
 

@@ -36,6 +36,7 @@ class HiggsAudioV2(Family):
 
     title = "Higgs Audio v2"
     tag = "higgs-audio-v2"
+    suffix = ""
     model_types = layouts.MODEL_TYPES
     name_prefixes = ("model.", "text_lm_head.", "audio_lm_head.")
     layers = "model.layers"
@@ -152,6 +153,11 @@ class HiggsAudioV2(Family):
 
     def with_num_layers(self, config: Any, num_layers: int) -> Any:
         return self.config_of(config.to_dict() | {"num_hidden_layers": num_layers})
+
+    def tiny(self) -> Any:
+        from higgs_ds.model.v2 import tiny
+
+        return tiny
 
     def loss_model(self, adapted: nn.Module, offload_checkpoints: bool = False) -> LossModel:
         from higgs_ds.model.v2.loss_model import DualLossModel

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 
 class HiggsAudioV3(Family):
-    """The models whose runtimes call them HiggsMultimodalQwen3."""
+    """The models whose `model_type` is higgs_multimodal_qwen3."""
 
     title = "Higgs Audio v3"
     tag = "higgs-audio-v3"
+    suffix = "-v3"
     model_types = {layout.MODEL_TYPE: NATIVE}
     name_prefixes = ("tied.", "body.")
     layers = "body.layers"
@@ -42,6 +43,7 @@ class HiggsAudioV3(Family):
         "body.norm": HEADS,
     }
     text_targets = 0
+    codec_prefix = layout.CODEC_PREFIX
     licence = "the released weights of Higgs Audio v3 are for research and non-commercial use"
 
     def native_config(self, values: Mapping[str, Any], token_ids: Mapping[str, int], where: str) -> dict[str, Any]:
@@ -102,9 +104,9 @@ class HiggsAudioV3(Family):
         return describe_model(config)
 
     def model_class(self, config: Any) -> type[Any]:
-        from higgs_ds.model.v3.modeling import HiggsMultimodalQwen3
+        from higgs_ds.model.v3.modeling import HiggsMultimodalQwen3ForConditionalGeneration
 
-        return HiggsMultimodalQwen3
+        return HiggsMultimodalQwen3ForConditionalGeneration
 
     def build(self, config: Any) -> Any:
         return self.model_class(config)(config)
@@ -113,6 +115,11 @@ class HiggsAudioV3(Family):
         values = config.to_dict()
         trunk = values["text_config"] | {"num_hidden_layers": num_layers}
         return self.config_of(values | {"text_config": {k: v for k, v in trunk.items() if k != "layer_types"}})
+
+    def tiny(self) -> Any:
+        from higgs_ds.model.v3 import tiny
+
+        return tiny
 
     def loss_model(self, adapted: nn.Module, offload_checkpoints: bool = False) -> LossModel:
         from higgs_ds.model.v3.loss_model import AudioLossModel

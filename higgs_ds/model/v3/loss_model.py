@@ -50,7 +50,8 @@ class LeanLayer(Qwen3DecoderLayer):
     def forward(self, hidden: torch.Tensor, rotations: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         normed, recipe = self.input_layernorm(hidden, with_recipe=True)
         hidden = hidden + self.self_attn(normed, rotations, recipe)
-        return hidden + self.mlp(*self.post_attention_layernorm(hidden, with_recipe=True))
+        rows = hidden.flatten(0, 1)
+        return (rows + self.mlp(*self.post_attention_layernorm(rows, with_recipe=True))).view_as(hidden)
 
 
 TRAINING_CLASSES: dict[type[nn.Module], type[nn.Module]] = {

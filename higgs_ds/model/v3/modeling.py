@@ -51,9 +51,28 @@ class AudioTable(nn.Embedding):
         """
         if function is not None:
             return function(codes, self.weight)
-        size = self.num_embeddings // codes.shape[-1]
-        offsets = torch.arange(codes.shape[-1], device=codes.device) * size
-        return super().forward(codes + offsets).sum(-2)
+        return super().forward(_with_offsets(codes, self.num_embeddings)).sum(-2)
+
+    def streamed(self, source: Any, name: str) -> nn.Module:
+        """Return a table whose weight is read from a `streaming.WeightSource` by the name of this module."""
+        return _StreamedTable(source, name, self.num_embeddings)
+
+
+class _StreamedTable(nn.Module):
+    def __init__(self, source: Any, name: str, num_codes: int) -> None:
+        super().__init__()
+        self.source, self.name, self.num_codes = source, name, num_codes
+
+    def forward(self, x: torch.Tensor, function: Any = None) -> torch.Tensor:
+        if function is not None:  # the product with the head
+            return self.source.linear(self.name, x)
+        return self.source.rows(f"{self.name}.weight", _with_offsets(x, self.num_codes)).sum(-2)
+
+
+def _with_offsets(codes: torch.Tensor, num_codes: int) -> torch.Tensor:
+    """Return the rows (..., C) of a table of `num_codes` rows for codes (..., C)."""
+    size = num_codes // codes.shape[-1]
+    return codes + torch.arange(codes.shape[-1], device=codes.device) * size
 
 
 class AudioHead(nn.Linear):
@@ -61,6 +80,10 @@ class AudioHead(nn.Linear):
 
     def forward(self, x: torch.Tensor, function: Callable[[torch.Tensor, torch.Tensor], Any] | None = None) -> Any:
         return super().forward(x) if function is None else function(x, self.weight)
+
+    def streamed(self, source: Any, name: str) -> nn.Module:
+        """Return a head whose weight is read from a `streaming.WeightSource` by the name of this module."""
+        return _StreamedTable(source, name, self.out_features)
 
 
 class _AudioEmbedding(nn.Module):
@@ -91,7 +114,7 @@ class _Tied(nn.Module):
             self.head = _Heads(config)
 
 
-class HiggsMultimodalQwen3(PreTrainedModel):
+class HiggsMultimodalQwen3ForConditionalGeneration(PreTrainedModel):
     """The model without a text head, which nothing here needs: no text is predicted."""
 
     config: HiggsQwen3Config
