@@ -15,6 +15,7 @@ from higgs_ds.data import dataset
 from higgs_ds.model.labels import IGNORE_INDEX
 from higgs_ds.model.v2 import prompt
 from higgs_ds.model.v2.stream import FramedStream
+from higgs_ds.model.v3.stream import BareStream
 
 WRONG_GRADIENT = "base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight"
 WRONG_GRADIENT_STEP = 3
@@ -72,6 +73,42 @@ def reference_trained() -> None:
     prompt.render = render_all_as_target
 
 
+def v3_row_shifted() -> None:
+    """Each position learns its own row."""
+    audio_unshifted()
+
+
+def v3_end_not_trained() -> None:
+    """The first codebook's EOC is not learned."""
+    labels_of = BareStream.labels
+
+    def labels_without_end(stream: Any, codes: torch.Tensor) -> torch.Tensor:
+        labels = labels_of(stream, codes)
+        return labels.masked_fill(labels == stream.eos_id, IGNORE_INDEX)
+
+    BareStream.labels = labels_without_end  # type: ignore[method-assign]
+
+
+def v3_reference_trained() -> None:
+    """Rows of the reference get the labels of the target, as if they were learned."""
+    from higgs_ds.model.v3 import prompt as v3_prompt
+
+    tokenize = v3_prompt.tokenize
+
+    def tokenize_all_as_target(*args: Any, **kwargs: Any) -> Any:
+        tokens = tokenize(*args, **kwargs)
+        return replace(tokens, target_clips=[True] * len(tokens.target_clips))
+
+    v3_prompt.tokenize = tokenize_all_as_target
+
+
+def v3_other_rotary_base() -> None:
+    """The rotary embedding has transformers' default base."""
+    from higgs_ds.model.v3 import layout
+
+    layout.ROPE_THETA = 10_000
+
+
 def gradient_off() -> None:
     """The gradient of one matrix is 1 % too large, in one step."""
     from higgs_ds.training.engine import Engine  # here, since it takes seconds
@@ -92,5 +129,6 @@ def gradient_off() -> None:
 MUTANTS: dict[str, Callable[[], None]] = {
     mutant.__name__: mutant for mutant in (eos_masked, delay_off, audio_unshifted, reference_trained)
 }
+V3_MUTANTS: dict[str, Callable[[], None]] = {mutant.__name__: mutant for mutant in (v3_row_shifted, v3_end_not_trained)}
 # These change too little for tests of what a model has learned.
 GRADIENT_MUTANTS: dict[str, Callable[[], None]] = {gradient_off.__name__: gradient_off}

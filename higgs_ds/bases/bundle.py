@@ -57,6 +57,7 @@ class Bundle:
     layout: str
     added: Parts = NO_PARTS
     whisper_folder: Path | None = None
+    train_fill: bool = False  # see `Family.stream`
 
     @property
     def family(self) -> Family:
@@ -104,7 +105,7 @@ class Bundle:
 
     @property
     def stream(self) -> AudioStream:
-        return self.family.stream(self.values)
+        return self.family.stream(self.values, self.train_fill)
 
     def coder(self, cache_dir: Path) -> Coder:
         """Return the coder that turns samples into token ids and audio codes of this base."""
@@ -185,6 +186,8 @@ def open_for_training(options: ModelOptions, cache_dir: Path) -> Bundle:
 
     def open_with_parts() -> Bundle:
         bundle = open_bundle(options.base_ckpt, options.base_revision, options.codec_ckpt, cache_dir)
+        bundle = replace(bundle, train_fill=options.train_fill)
+        assert bundle.stream  # raises InputError if the family has no fill
         if not options.audio_self_attention and not options.whisper_conditioning:
             return bundle
         from higgs_ds.model.config import parts_to_add

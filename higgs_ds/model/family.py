@@ -124,8 +124,12 @@ class Family(ABC):
     # Prompt and labels.
 
     @abstractmethod
-    def stream(self, values: Mapping[str, Any]) -> AudioStream:
-        """Return the audio stream of a base, given its native config.json with defaults."""
+    def stream(self, values: Mapping[str, Any], train_fill: bool = False) -> AudioStream:
+        """Return the audio stream of a base, given its native config.json with defaults.
+
+        Raises:
+            InputError: `train_fill`, but the family has no codes that its runtimes force.
+        """
 
     @abstractmethod
     def render(self, messages: Sequence[Message], start_index: int) -> Iterator[Segment]:

@@ -136,6 +136,11 @@ class ModelOptions:
     offload_checkpoints: bool = option(
         False, "keep the inputs of recomputed layers in host memory until the backward pass needs them"
     )
+    train_fill: bool = option(
+        False,
+        "also learn the codes before and after each codebook's own that a model's runtimes force; it changes the "
+        "loss, and nothing that is heard",
+    )
     audio_self_attention: bool = option(
         False, "fully fine-tune the attention among audio positions; it is added to a base model that does not have it"
     )

@@ -47,6 +47,7 @@ NOT_RECORDED: dict[str, Any] = {
     "also_train": [],
     "mix": None,
     "trim_silence": None,
+    "train_fill": False,
 }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as TextEncoder
 
+from higgs_ds.common.errors import InputError
 from higgs_ds.model.family import Family
 from higgs_ds.model.parts import ATTENTION_MODULES, Parts
 from higgs_ds.model.prompt import Prompt, Segment, Stretch, Tokenizer
@@ -119,7 +120,9 @@ class HiggsAudioV2(Family):
     def codebook_size(self, values: Mapping[str, Any]) -> int:
         return values["codebook_size"]
 
-    def stream(self, values: Mapping[str, Any]) -> AudioStream:
+    def stream(self, values: Mapping[str, Any], train_fill: bool = False) -> AudioStream:
+        if train_fill:
+            raise InputError(f"--train_fill: {self.title} has no codes that its runtimes force; omit this option")
         return FramedStream(values["num_codebooks"], values["audio_stream_bos_id"], values["audio_stream_eos_id"])
 
     def render(self, messages: Sequence[Message], start_index: int) -> Iterator[Segment]:

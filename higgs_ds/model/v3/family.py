@@ -73,8 +73,8 @@ class HiggsAudioV3(Family):
     def pad_id(self, values: Mapping[str, Any]) -> int:
         return 0
 
-    def stream(self, values: Mapping[str, Any]) -> AudioStream:
-        return BareStream(values["audio_encoder_config"]["num_codebooks"], layout.BOC_ID, layout.EOC_ID)
+    def stream(self, values: Mapping[str, Any], train_fill: bool = False) -> AudioStream:
+        return BareStream(values["audio_encoder_config"]["num_codebooks"], layout.BOC_ID, layout.EOC_ID, train_fill)
 
     def render(self, messages: Sequence[Message], start_index: int) -> Iterator[Segment]:
         return prompt.render(messages)

@@ -21,9 +21,10 @@ SPECIAL_TOKENS = (END_OF_TEXT, *LAYOUT_TOKENS)  # in the order of their ids, whi
 NUM_CODEBOOKS = 8
 
 
-def with_special_tokens(backend: Tokenizer) -> PreTrainedTokenizerFast:
+def with_special_tokens(backend: Tokenizer, inline_tags: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     """Append the special tokens to a tokenizer and wrap it for transformers. Changes `backend` in place."""
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokens = [AddedToken(token, special=True, normalized=False) for token in (*SPECIAL_TOKENS, *inline_tags)]
+    backend.add_special_tokens(tokens)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, clean_up_tokenization_spaces=False
     )
