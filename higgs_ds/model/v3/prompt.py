@@ -95,7 +95,7 @@ def spoken_messages(
     if not messages or messages[-1].role != USER or not _text_of(messages[-1]).strip():
         return (
             [],
-            ["messages: the turn before the clip to be learned must be a user's, with the text that it speaks"],
+            ["messages: the turn before the clip must be a user's, with the text that it speaks"],
             (),
         )
     if any(message.role == SYSTEM and _text_of(message).strip() for message in messages):
