@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from higgs_ds.adapters.load import Adapter, BaseWeights, check_fit, read_adapter
+from higgs_ds.adapters.recorded_base import describe_recorded_base, find_recorded_base
 from higgs_ds.adapters.verify import Agreement, compare_merged, compare_with_peft
 from higgs_ds.bases.builtin import find_base
 from higgs_ds.bases.conversion import native_folder
@@ -25,17 +26,22 @@ LARGEST_DIFFERENCE = 0.1  # relative, root mean square, of the logits; rounding 
 
 @dataclass
 class MergeReport:
-    """What a merge was made from. `differing`: weights that quantize differently here than in training."""
+    """What a merge was made from. `differing`: weights that quantize differently here than in training.
+
+    `base`: a line about a base that the adapter names; empty if the caller gave one.
+    """
 
     merge_base: str
     strength: float = 1.0
     quantized: int = 0
     differing: list[str] = field(default_factory=list)
     agreement: Agreement | None = None
+    base: str = ""
 
     def lines(self) -> list[str]:
         """Return the lines to print for the user."""
-        lines = [f"Merged into: the {self.merge_base} weights" if self.quantized else "Merged into: the base's weights"]
+        into = f"the {self.merge_base} weights" if self.quantized else "the base's weights"
+        lines = [*([self.base] if self.base else []), f"Merged into: {into}"]
         if self.strength != 1:
             lines.append(f"Strength: the adapter's change times {self.strength:g} (--lora_scale)")
         if self.differing:
@@ -54,7 +60,8 @@ def main(options: MergeOptions) -> None:
     problems = check_lora_scale(options.lora_scale, options.lora_adapter_path)
     if problems:
         raise InputError(problems)
-    base = find_base(options.base_model_path, "--base_model_path", default_cache_dir())
+    given = options.base_model_path
+    base = None if given is None else find_base(given, "--base_model_path", default_cache_dir())
     report = merge(
         base,
         options.lora_adapter_path,
@@ -62,14 +69,14 @@ def main(options: MergeOptions) -> None:
         options.merge_base,
         verify=not options.no_verify,
         export_layout=options.export_layout,
-        codec_folder=named_codec(base, options.codec_ckpt),
+        codec_folder=named_codec(options.codec_ckpt),
         strength=options.lora_scale,
     )
     print("\n".join([*report.lines(), f"Merged model: {options.output_path}"]))
 
 
 def merge(
-    base_folder: Path,
+    base_folder: Path | None,
     adapter_folder: Path,
     output_folder: Path,
     merge_base: str | None = None,
@@ -84,6 +91,7 @@ def merge(
     Peak memory is about the largest tensor of the base, in float32.
 
     Args:
+        base_folder: None for the base that the adapter names, see `find_recorded_base`.
         merge_base: "dequantized" merges into the dequantized weights of a 4-bit base, the function that QLoRA trained;
             "original" merges into the base's own weights; None stands for what the adapter was trained on.
         verify: compare the merged model's logits with those of the base with the unmerged adapter, and the merged
@@ -96,8 +104,11 @@ def merge(
         InputError: a folder is not what it should be, they do not fit together, or the output already exists.
         SaveError: writing or the comparison fails. Nothing is left on disk, and a folder to overwrite is unchanged.
     """
-    base_folder = native_folder(base_folder, "--base_model_path", default_cache_dir())
     adapter = read_adapter(adapter_folder, strength)
+    described = describe_recorded_base(adapter) if base_folder is None else ""
+    if base_folder is None:
+        base_folder = find_recorded_base(adapter, adapter_folder)
+    base_folder = native_folder(base_folder, "--base_model_path", default_cache_dir())
     config = with_parts(read_config(base_folder, "--base_model_path"), adapter.full.parts)
     check_layout(parts_of(config), export_layout)
     if merge_base is None:
@@ -117,7 +128,7 @@ def merge(
             write_shard(shard, native / shard.name, changed, lambda name, old: _merged_value(name, old, adapter, base))
         if added:
             add_parts(native, shards, added, config)
-        report = MergeReport(merge_base, strength, base.quantized, base.differing)
+        report = MergeReport(merge_base, strength, base.quantized, base.differing, base=described)
         if verify:
             report.agreement = _verify(base_folder, native, adapter, merge_base)
             compare_with_peft(

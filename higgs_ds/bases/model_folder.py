@@ -24,6 +24,7 @@ from higgs_ds.common.files import (
     why_not_writable,
     write_json,
 )
+from higgs_ds.common.hub import PINNED, is_hub_id
 from higgs_ds.common.lock import lock_beside, locked
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.common.tensor_files import WEIGHT_INDEX, byte_ranges, companion_files, read_tensor, weight_shapes
@@ -32,15 +33,20 @@ from higgs_ds.model.parts import Parts
 from higgs_ds.options.fields import NATIVE, ORIGINAL
 
 PARTS_FILE = "parts.safetensors"
+# Keys whose values may be paths of the machine that a model was saved on.
+PATH_KEYS = {
+    "config.json": ("_name_or_path",),
+    "tokenizer_config.json": ("name_or_path", "special_tokens_map_file", "tokenizer_file"),
+}
 
 
-def named_codec(base_folder: Path, name: str | None) -> Path | None:
+def named_codec(name: str | None) -> Path | None:
     """Return the native folder of the codec that --codec_ckpt names, or None if `name` is None.
 
     Raises:
         InputError: there is no such codec.
     """
-    return None if name is None else native_codec(find_codec(base_folder, name), "--codec_ckpt", default_cache_dir())
+    return None if name is None else native_codec(find_codec(Path(), name), "--codec_ckpt", default_cache_dir())
 
 
 @contextlib.contextmanager
@@ -61,6 +67,8 @@ def model_folder(
             for a native model of `needed_bytes` (and its other layout).
         SaveError: writing fails.
     """
+    codec = _codec_to_store(base_folder, codec_folder)
+    needed_bytes += sum(path.stat().st_size for path in codec.rglob("*") if path.is_file()) if codec else 0
     needed_bytes *= 1 if export_layout == NATIVE else 2  # another layout is written from the native one
     check_output(output_folder, needed_bytes, overwrite)
     with (
@@ -71,7 +79,7 @@ def model_folder(
         check_output(output_folder, needed_bytes, overwrite)  # again: another process may have just finished
         native = folder if export_layout == NATIVE else folder / NATIVE
         native.mkdir(exist_ok=True)
-        _copy_companion_files(base_folder, native, codec_folder)
+        _copy_companion_files(base_folder, native, codec)
         yield native
         if export_layout != NATIVE:
             rewrite(native, folder / ORIGINAL, ORIGINAL, "merged model")
@@ -159,24 +167,51 @@ def check_layout(parts: Parts, export_layout: str) -> None:
         )
 
 
-def _copy_companion_files(base_folder: Path, folder: Path, codec_folder: Path | None) -> None:
-    """Copy the base's files except its weights, and the codec if it is a folder on this machine.
+def _copy_companion_files(base_folder: Path, folder: Path, codec: Path | None) -> None:
+    """Copy the base's files except its weights, and `codec`.
 
     A copied codec is referenced relative to the model's folder, so that the model can be moved or uploaded.
     """
     for path in companion_files(base_folder):
         shutil.copy(path, folder)
+    _remove_paths(folder)
+    if codec is None:
+        return
+    shutil.copytree(codec, folder / CODEC_SUBFOLDER)
+    _remove_paths(folder / CODEC_SUBFOLDER)
     if not (folder / PROCESSOR_CONFIG).is_file():
-        codec = next((c for c in (codec_folder, base_folder / CODEC_SUBFOLDER) if c is not None and c.is_dir()), None)
-        if codec is not None:
-            shutil.copytree(codec, folder / CODEC_SUBFOLDER)
         return
     config = json.loads((folder / PROCESSOR_CONFIG).read_text(encoding="utf-8"))
     reference = config.get("audio_tokenizer") or {}
-    named = Path(reference.get("audio_tokenizer_name_or_path") or "")
-    candidates = [codec_folder, base_folder / CODEC_SUBFOLDER, named if named.is_absolute() else None]
-    codec = next((candidate for candidate in candidates if candidate is not None and candidate.is_dir()), None)
-    if codec is not None:
-        shutil.copytree(codec, folder / CODEC_SUBFOLDER)
-        reference["audio_tokenizer_name_or_path"] = CODEC_SUBFOLDER
-        write_json(folder / PROCESSOR_CONFIG, config)
+    config["audio_tokenizer"] = reference | {"audio_tokenizer_name_or_path": CODEC_SUBFOLDER}
+    write_json(folder / PROCESSOR_CONFIG, config)
+
+
+def _remove_paths(folder: Path) -> None:
+    """Remove the absolute paths that versions of transformers wrote into a model's files."""
+    for name, keys in PATH_KEYS.items():
+        if (folder / name).is_file():
+            values = json.loads((folder / name).read_text(encoding="utf-8"))
+            found = {key for key in keys if Path(str(values.get(key))).is_absolute()}
+            if found:
+                write_json(folder / name, {key: value for key, value in values.items() if key not in found})
+
+
+def _codec_to_store(base_folder: Path, given: Path | None) -> Path | None:
+    """Return the native codec to store in a model's folder.
+
+    None if the base has none in a folder of its own, or if transformers gets this codec by the hub id that the base names. For
+    an id in PINNED it does not: it reads the newest revision, which may be another codec, or in the original layout.
+
+    Raises:
+        InputError: the base names a codec that does not exist.
+    """
+    path, inside = base_folder / PROCESSOR_CONFIG, base_folder / CODEC_SUBFOLDER
+    if not path.is_file():
+        return given or (inside if inside.is_dir() else None)
+    reference = json.loads(path.read_text(encoding="utf-8")).get("audio_tokenizer") or {}
+    name = reference.get("audio_tokenizer_name_or_path") or ""
+    on_hub = is_hub_id(name) and name not in PINNED and not Path(name).is_dir() if name else True
+    if given is not None or (on_hub and not (base_folder / CODEC_SUBFOLDER).is_dir()):
+        return given
+    return native_codec(find_codec(base_folder, None), "--codec_ckpt", default_cache_dir())

@@ -24,7 +24,7 @@ def main(options: ExportOptions) -> None:
     """Make a complete model as the options say, and print its folder."""
     base = options.base_model_path or read_trained(options.checkpoint_path)[1].base
     folder = find_base(base, "--base_model_path", default_cache_dir())
-    codec_folder = named_codec(folder, options.codec_ckpt)
+    codec_folder = named_codec(options.codec_ckpt)
     complete_model(
         options.checkpoint_path, folder, options.output_path, options.export_layout, codec_folder=codec_folder,
         averaged=options.ema,

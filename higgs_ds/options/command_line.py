@@ -102,7 +102,7 @@ def parse_merge_options(argv: Sequence[str] | None = None, prog: str | None = No
     parser = Parser(
         **_usage(
             "launch/merge.py",
-            "python launch/merge.py --base_model_path BASE --lora_adapter_path DIR --output_path DIR [options]",
+            "python launch/merge.py --lora_adapter_path DIR --output_path DIR [options]",
             prog,
         ),
         description="Merge a LoRA adapter into its base model, in float32, tensor by tensor. The merged model loads "

@@ -38,9 +38,14 @@ class PrepareOptions:
 class MergeOptions:
     """Merging"""
 
-    base_model_path: str = option(REQUIRED, "base model, a folder or a hub id", metavar="BASE")
     lora_adapter_path: Path = option(REQUIRED, "adapter to merge: lora_adapters/, not a checkpoint-N/", metavar="DIR")
     output_path: Path = option(REQUIRED, "new folder for the merged model", metavar="DIR")
+    base_model_path: str | None = option(
+        None,
+        "base model, a folder or a hub id (default: the one that the adapter names, which must have the weights that "
+        "the adapter was trained on)",
+        metavar="BASE",
+    )
     lora_scale: float = option(1.0, SCALE_HELP)
     merge_base: str | None = option(
         None,

@@ -141,10 +141,11 @@ def test_merge_and_speak(main_job: tuple[Path, subprocess.CompletedProcess[str]]
     for path in (output / where).glob("adapter_*"):
         assert path.read_bytes() == (output / f"checkpoint-{steps(done.stdout)}" / where / path.name).read_bytes()
     base = json.loads((output / where / "adapter_config.json").read_text())["base_model_name_or_path"]
-    merge = ["--base_model_path", base, "--lora_adapter_path", str(output / where), "--output_path", "merged"]
+    merge = ["--lora_adapter_path", str(output / where), "--output_path", "merged"]
     done = run_script("merge", merge, tmp_path)
     assert done.returncode == 0, done.stderr
-    first, check, last = done.stdout.splitlines()
+    named, first, check, last = done.stdout.splitlines()
+    assert named == f"Base: {base}, named by the adapter; its weights are those of the training"
     assert (first, last) == ("Merged into: the base's weights", "Merged model: merged")
     assert re.fullmatch(r"Self-check: merged and adapted logits differ by \S+ at most, 0\.\d+% on average, .*", check)
     speak = ["--text", "seven two", "--max_new_tokens", "40"]
@@ -180,11 +181,11 @@ def test_merge_at_the_end_on_two_ranks(tmp_path: Path) -> None:
     assert "Merged into: the dequantized weights" in done.stdout
     assert "Self-check: merged and adapted logits differ by " in done.stdout
     assert "Merged model: out/merged_model" in done.stdout
-    for name in ("final_model", "adapter"):
-        assert (tmp_path / "out" / name / "adapter_model.safetensors").read_bytes() == (
-            tmp_path / "out" / "lora_adapters" / "adapter_model.safetensors"
-        ).read_bytes()
-        assert (tmp_path / "out" / name / "tokenizer.json").is_file()
+    assert (tmp_path / "out" / "final_model" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "out" / "lora_adapters" / "adapter_model.safetensors"
+    ).read_bytes()
+    assert (tmp_path / "out" / "final_model" / "tokenizer.json").is_file()
+    assert not (tmp_path / "out" / "adapter").exists()
     assert (tmp_path / "out" / "merged_model" / "audio_tokenizer" / "model.safetensors").is_file()
     # On the base in 4 bits, as in training.
     speak = ["--text", "Hello.", "--max_new_tokens", "20", "--lora_adapter_path", "out/lora_adapters"]
@@ -198,7 +199,7 @@ def test_failed_merge_leaves_the_training_done(tmp_path: Path) -> None:
     done = train(tmp_path, "--output_dir out --max_steps 1 --batch_size 1 --grad_accum 1 --merge_adapter_with_base")
     assert done.returncode == 5, done.stderr[-4000:]
     assert "error: training has finished and its adapter is in out/lora_adapters, but merging it failed" in done.stderr
-    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "out" / "final_model" / "adapter_model.safetensors").is_file()
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["finished"] is True
 
 
