@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from higgs_ds.adapters.files import recorded_digest
 from higgs_ds.adapters.load import Adapter, check_fit, read_adapter
 from higgs_ds.adapters.lora_config import LoraValues
 from higgs_ds.adapters.save import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from higgs_ds.bases.builtin import find_base
 from higgs_ds.bases.conversion import native_folder
+from higgs_ds.checkpoints.choice import recommend, run_of
 from higgs_ds.checkpoints.folder import (
     MANIFEST_FILE,
     OPTIMIZER_FILE,
@@ -53,6 +55,8 @@ class FoundAdapter:
     in_full: str = "none"
     of_step: int | None = None
     changed: str = ""
+    same_as: str | None = None  # the run's adapter, if this is a copy of it
+    take: str | None = None  # why this one is recommended, if it is
 
     def lines(self) -> list[str]:
         """Return the lines to print."""
@@ -60,6 +64,8 @@ class FoundAdapter:
             return [f"{self.path}", f"  unusable: {self.problem}"]
         four_bit = ", quantized to 4 bits" if self.base_in_4bit else ""
         step = f"step {self.of_step}, " if self.of_step is not None else ""
+        if self.same_as is not None:
+            return [f"{self.path}", f"  {step}the same adapter as {self.same_as}"]
         return [
             f"{self.path}",
             f"  rank {self.rank}, alpha {self.alpha}, on {', '.join(self.targets)}; "
@@ -70,7 +76,7 @@ class FoundAdapter:
 
 
 def find_adapters(options: InspectOptions) -> None:
-    """List the adapters below a folder or, if there are none, say where to search.
+    """List the adapters below a folder, and say which one to take; if there are none, say where to search.
 
     Raises:
         InputError: there is no such folder.
@@ -78,16 +84,18 @@ def find_adapters(options: InspectOptions) -> None:
     if not options.path.is_dir():
         raise InputError(f"{options.path}: is not a folder")
     found = [describe_adapter(path.parent) for path in sorted(options.path.rglob(ADAPTER_CONFIG))]
+    chosen = recommend(options.path, [Path(adapter.path) for adapter in found if adapter.problem is None])
+    found = [replace(adapter, take=chosen.get(Path(adapter.path))) for adapter in found]
     if options.as_json:
         print(json.dumps([asdict(adapter) for adapter in found], indent=2))
     elif not found:
         print("\n".join(_tips(options.path)))
     else:
         print("\n".join(line for adapter in found for line in adapter.lines()))
-        if any(adapter.of_step is not None for adapter in found):
-            print(
-                f"Merge one with {command('merge')} --lora_adapter_path; those in checkpoint-N are from earlier steps."
-            )
+        for adapter in found:
+            if adapter.take is not None:
+                print(f"Take {adapter.path}: {adapter.take}")
+        print(f"Merge one: {command('merge')} --lora_adapter_path ADAPTER --output_path MERGED")
 
 
 def describe_adapter(folder: Path) -> FoundAdapter:
@@ -111,7 +119,17 @@ def describe_adapter(folder: Path) -> FoundAdapter:
         in_full=str(adapter.full),
         of_step=step,
         changed=time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime)),
+        same_as=_copied_from(folder, adapter.record.sha256),
     )
+
+
+def _copied_from(folder: Path, sha256: str) -> str | None:
+    """Return the adapter of the same run that `folder` has a copy of."""
+    run = run_of(folder)
+    original = run / ADAPTER_FOLDER if run else folder
+    if original == folder or not (original / ADAPTER_WEIGHTS).is_file():
+        return None
+    return str(original) if recorded_digest(original) == sha256 else None
 
 
 def _tips(folder: Path) -> list[str]:

@@ -7,7 +7,9 @@ FLAGGED_FILE = "flagged_samples.tsv"
 METRICS_FILE, STATE_FILE = "metrics.jsonl", "trainer_state.json"
 SAMPLES_FOLDER, PROMPTS_FILE, REFERENCE_FOLDER = "samples", "prompts.json", "reference"
 ADAPTER_FOLDER, AVERAGED_ADAPTER_FOLDER = "lora_adapters", "lora_adapters_ema"
-FINAL_MODEL, ADAPTER_COPY, MERGED_MODEL = "final_model", "adapter", "merged_model"
+FINAL_MODEL, MERGED_MODEL = "final_model", "merged_model"
+ADAPTER_COPY = "adapter"  # the same as FINAL_MODEL, in runs of earlier versions
+TO_PUBLISH = "to_publish"  # a copy of the adapter without paths, until it is uploaded
 # Inside a checkpoint.
 TRAINED_FOLDER, AVERAGED_TRAINED_FOLDER = "trained_weights", "trained_weights_ema"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state of each parameter, besides its step count

@@ -52,6 +52,33 @@ def test_adapters_below_a_folder(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert "step 2, 16 tensors" in shown
 
 
+def test_which_adapter_to_take(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That of the lowest validation loss, if it was saved; copies of the run's adapter are said to be copies."""
+
+    def taken(folder: Path) -> str:
+        find_adapters(InspectOptions(folder))
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Take ")]
+        return line.removeprefix(f"Take {folder}/")
+
+    assert taken(run).startswith("lora_adapters: it is of the last step, 3; ")
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.copytree(copy / "lora_adapters", copy / "final_model")
+    state = json.loads((copy / "trainer_state.json").read_text())
+    for losses, expected in (
+        ({"2": 3.5, "3": 4.0}, f"checkpoint-2/lora_adapters: its validation loss, 3.5, is the lowest; {copy}/lora"),
+        ({"2": 4.5, "3": 4.0}, "lora_adapters: it is of the last step, 3; its validation loss, 4, is the lowest"),
+        ({"1": 3.5, "3": 4.0}, "lora_adapters: it is of the last step, 3; the validation loss was lower at step 1, of"),
+        ({}, "lora_adapters: it is of the last step, 3; nothing was validated, which would show"),
+    ):
+        (copy / "trainer_state.json").write_text(json.dumps(state | {"val_losses": losses}))
+        assert taken(copy).startswith(expected)
+    find_adapters(InspectOptions(copy, as_json=True))
+    found = {Path(adapter["path"]).relative_to(copy).as_posix(): adapter for adapter in as_json(capsys)}
+    assert {name for name, adapter in found.items() if adapter["take"]} == {"lora_adapters"}
+    same = {name for name, adapter in found.items() if adapter["same_as"] == f"{copy}/lora_adapters"}
+    assert same == {"checkpoint-3/lora_adapters", "final_model"}
+
+
 def test_a_damaged_adapter_is_listed_as_such(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(shutil.copytree(run / "lora_adapters", tmp_path / "run" / "lora_adapters"))
     data = bytearray((folder / "adapter_model.safetensors").read_bytes())
@@ -156,7 +183,7 @@ def test_built_in_bases_by_name(run: Path, base: Path, tmp_path: Path) -> None:
         validate_adapter(InspectOptions(adapter, "speaking-base"))
     files: dict[str, list[str]] = {}
     for number, name in enumerate(("tiny-random-base", str(base))):
-        merge.main(MergeOptions(name, adapter, tmp_path / f"merged-{number}", no_verify=True))
+        merge.main(MergeOptions(adapter, tmp_path / f"merged-{number}", name, no_verify=True))
         convert.main(ConvertOptions(Path(name), tmp_path / f"converted-{number}", "original"))
         written = sorted(
             path for kind in ("merged", "converted") for path in (tmp_path / f"{kind}-{number}").glob("*.s*")

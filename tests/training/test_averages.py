@@ -193,7 +193,7 @@ def test_folders_and_commands(runs: Path, small_base: Path, capsys: pytest.Captu
     assert "| val_ema/loss |" in card
     assert "exponential moving average" not in card
     # The plain adapter is merged.
-    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == (run / ADAPTER).read_bytes()
+    assert (run / "final_model" / "adapter_model.safetensors").read_bytes() == (run / ADAPTER).read_bytes()
     find_adapters(InspectOptions(run))
     assert f"{run}/lora_adapters_ema\n  rank 16" in capsys.readouterr().out
     validate_adapter(InspectOptions(run / "lora_adapters_ema", str(small_base)))
