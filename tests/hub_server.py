@@ -5,12 +5,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 TOKEN = "hf_ofThisTestOnlyAndNoOther"
 COMMIT = "0" * 40
@@ -26,6 +30,16 @@ class Hub:
     objects: dict[str, bytes] = field(default_factory=dict)  # LFS objects by SHA-256
     asked: list[str] = field(default_factory=list)
     drops: str | None = None  # requests whose path contains this are cut off
+    licences: tuple[str, ...] = ("apache-2.0", "cc-by-4.0", "other")  # that it accepts in model cards
+
+    def clear(self) -> None:
+        """Forget everything but the address."""
+        self.__init__(self.address)  # type: ignore[misc]
+
+    def add(self, name: str, folder: Path) -> None:
+        """Add the files of a folder as a repository."""
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        self.repositories[name] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 @contextmanager
@@ -62,7 +76,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.connection.close()
                 return
             path = self.path.partition("?")[0]
-            if not path.startswith("/objects/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            is_open = path.startswith("/objects/") or path == "/api/validate-yaml"
+            if not is_open and self.headers.get("Authorization") != f"Bearer {TOKEN}":
                 self._send(401, {"error": "Invalid username or password."})
                 return
             code, value = self._reply(path, body)
@@ -78,18 +93,14 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 hub.repositories.setdefault(name, {})
                 hub.private.setdefault(name, bool(asked.get("private") or asked.get("visibility") == "private"))
                 return (409 if known else 200), {"url": f"{hub.address}/{name}", "name": name}
-            if path.startswith("/api/datasets/"):
-                name = "/".join(path.split("/")[3:5])
-                files = hub.repositories[name]
-                if "/tree/" in path:
-                    return 200, [{"type": "file", "path": file, "size": len(content), "oid": "1" * 40}
-                                 for file, content in files.items()]  # fmt: skip
-                return 200, {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
-            if path.startswith("/datasets/"):
-                _, _, owner, name, _, _, file = path.split("/", 6)
-                return 200, hub.repositories[f"{owner}/{name}"][file]
+            download = self._download(path)
+            if download is not None:
+                return download
             if path == "/api/validate-yaml":
-                return 200, {"errors": [], "warnings": []}
+                licence = yaml.safe_load(json.loads(body or b"{}")["content"].split("---")[1]).get("license")
+                if licence in (None, *hub.licences):
+                    return 200, {"errors": [], "warnings": []}
+                return 400, f'"license" must be one of {", ".join(hub.licences)}'.encode()
             if path.startswith("/objects/"):
                 content, name = body or b"", path.removeprefix("/objects/")
                 assert hashlib.sha256(content).hexdigest() == name
@@ -111,9 +122,22 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 if what == "commit":
                     self._commit(hub.repositories[name], (body or b"").splitlines())
                     return 200, {"commitUrl": f"{hub.address}/{name}/commit/1", "commitOid": "1" * 40, "success": True}
-                if what == "revision":
-                    return 200, {"id": name, "sha": COMMIT, "siblings": []}
             return 404, {"error": f"no such path: {path}"}
+
+        def _download(self, path: str) -> tuple[int, Any] | None:
+            """Answer a request for a repository's list of files, or for one of them; None for other requests."""
+            listed = re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/.*)?", path)
+            if listed and listed[1] in hub.repositories:
+                files = hub.repositories[listed[1]]
+                if listed[2] == "tree":
+                    return 200, [{"type": "file", "path": file, "size": len(content), "oid": "1" * 40}
+                                 for file, content in files.items()]  # fmt: skip
+                siblings = [{"rfilename": file} for file in files]
+                return 200, {"id": listed[1], "sha": _commit_of(path), "siblings": siblings}
+            file = re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
+            if file and file[2] in hub.repositories.get(file[1], {}):
+                return 200, hub.repositories[file[1]][file[2]]
+            return None
 
         def _commit(self, files: dict[str, bytes], lines: list[bytes]) -> None:
             for line in lines:
@@ -131,7 +155,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(content)))
             if isinstance(value, bytes):
                 self.send_header("ETag", f'"{hashlib.sha256(value).hexdigest()}"')
-                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("X-Repo-Commit", _commit_of(self.path))
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(content)
@@ -140,6 +164,12 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             pass
 
     return Handler
+
+
+def _commit_of(path: str) -> str:
+    """Return the commit that a path asks for, by itself or as the newest of its repository."""
+    asked = re.search(r"/(?:revision|resolve)/([0-9a-f]{40})\b", path)
+    return asked[1] if asked else COMMIT
 
 
 def _mode(asked: dict[str, Any]) -> dict[str, Any]:

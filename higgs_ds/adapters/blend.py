@@ -17,6 +17,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from higgs_ds.adapters.card import adapter_card, base_in_card
 from higgs_ds.adapters.files import PEFT_PREFIX, Factors
 from higgs_ds.adapters.load import Adapter, read_adapter
 from higgs_ds.adapters.low_rank import Loss, total, truncate, weighted_sum
@@ -27,8 +28,6 @@ from higgs_ds.adapters.save import (
     BASE_KEY,
     DIGEST_KEY,
     QUANTIZATION_KEY,
-    adapter_card,
-    base_in_card,
     digest,
 )
 from higgs_ds.bases.model_folder import sole_writer

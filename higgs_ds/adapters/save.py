@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from higgs_ds.adapters.card import adapter_card, base_in_card
 from higgs_ds.adapters.origin import Origin, describe_origins, origins_to_json
 from higgs_ds.common.errors import NotFiniteError, SaveError
 from higgs_ds.common.files import write_json, write_text
@@ -144,38 +145,4 @@ def _card(form: AdapterFormat) -> str:
     on = base_in_card(config.base_model_name_or_path, form.quantization)
     averaged = "\nThe weights are an exponential moving average over the steps.\n" if form.averaged else ""
     made = f"Trained with higgs_ds on {on}: rank {config.r}, alpha {config.lora_alpha}, float32.\n"
-    return adapter_card(config.base_model_name_or_path, made + averaged + full + started)
-
-
-def base_in_card(base: str | None, quantization: BaseQuantization | None) -> str:
-    """Return how a card names the base of an adapter."""
-    return f"`{base}`" + (", with its decoder quantized to 4 bits (NF4)" if quantization else "")
-
-
-def adapter_card(base: str | None, how_it_was_made: str) -> str:
-    """Return the card of an adapter; `how_it_was_made` ends with a line feed."""
-    return f"""---
-library_name: peft
-base_model: {json.dumps(base)}
-tags: [lora, text-to-speech, higgs-audio-v2]
----
-
-# LoRA adapter for Higgs Audio v2
-
-{how_it_was_made}
-{how_to_use_adapter("BASE")}
-"""
-
-
-def how_to_use_adapter(base: str) -> str:
-    """Return the part of a model card that says how to use an adapter."""
-    return f"""Merge it into its base:
-
-    python launch/merge.py --base_model_path {base} --lora_adapter_path THIS_FOLDER --output_path MERGED
-
-Or load it with PEFT:
-
-    from peft import PeftModel
-    from transformers import HiggsAudioV2ForConditionalGeneration
-    model = HiggsAudioV2ForConditionalGeneration.from_pretrained("{base}")
-    model = PeftModel.from_pretrained(model, "THIS_FOLDER")"""
+    return adapter_card(config.base_model_name_or_path, made + averaged + full + started, bool(form.full.parts))

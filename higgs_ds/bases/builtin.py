@@ -10,7 +10,7 @@ from typing import Any
 
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import new_folder, saving, write_json
-from higgs_ds.common.hub import resolve_folder
+from higgs_ds.common.hub import is_hub_id, resolve_folder
 from higgs_ds.common.tensor_files import weight_shapes
 from higgs_ds.model.families import FAMILIES, family_of
 
@@ -43,6 +43,14 @@ def which_builtin(name: str | None) -> str | None:
     if name is None:
         return DEFAULT_BASE
     return name if is_builtin(name) and not Path(name).is_dir() else None
+
+
+def portable_name(base: str) -> str:
+    """Return the name of a base without the folders of this machine: a hub id, or the last part of a path.
+
+    A built-in base is in a folder of its name.
+    """
+    return base if is_hub_id(base) and not Path(base).is_dir() else Path(base).name
 
 
 def find_base(name: str | None, asked_by: str, cache_dir: Path, revision: str | None = None) -> Path:

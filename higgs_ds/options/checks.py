@@ -162,7 +162,7 @@ def check_options(options: TrainOptions) -> list[str]:
                 problems.append(f"--{name}: only applies to --dry_run")
     if flat["push_to_hub"] and flat["hub_repo_id"] is None:
         problems.append("--push_to_hub: needs --hub_repo_id OWNER/NAME")
-    for name in ("hub_repo_id", "hub_private", "upload_merged_model"):
+    for name in ("hub_repo_id", "hub_private", "hub_license", "upload_merged_model"):
         if flat[name] and not flat["push_to_hub"]:
             problems.append(f"--{name}: needs --push_to_hub")
     if flat["upload_merged_model"] and not flat["merge_adapter_with_base"] and not options.is_full_finetuning:

@@ -42,8 +42,8 @@ class RunOptions:
     )
     merge_adapter_with_base: bool = option(
         False,
-        "merge the adapter into the base model at the end, and write final_model/, adapter/ and merged_model/ (with "
-        "--finetune full, final_model/ is the complete model anyway)",
+        "merge the adapter into the base model at the end, and write merged_model/, and final_model/ with the adapter "
+        "and its tokenizer (with --finetune full, final_model/ is the complete model anyway)",
     )
     export_layout: str = option(NATIVE, EXPORT_HELP, (*LAYOUTS, BOTH_LAYOUTS))
     push_to_hub: bool = option(
@@ -54,6 +54,12 @@ class RunOptions:
         None, "hub repository to upload to, created if it does not exist", metavar="OWNER/NAME"
     )
     hub_private: bool = option(False, "create the hub repository as private")
+    hub_license: str | None = option(
+        None,
+        "licence to publish under, as the hub names it, for instance apache-2.0 (default: that of the base, where it "
+        "is known; otherwise this is needed)",
+        metavar="ID",
+    )
     upload_merged_model: bool = option(
         False, "upload the merged model instead of the adapter (needs --merge_adapter_with_base)"
     )

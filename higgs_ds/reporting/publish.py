@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import json
+import shutil
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import HfApi, ModelCardData, get_token
+from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
 
-from higgs_ds.adapters.origin import Origin, describe_origins
-from higgs_ds.adapters.save import how_to_use_adapter
+from higgs_ds.adapters.save import ADAPTER_CONFIG
+from higgs_ds.bases.builtin import portable_name
+from higgs_ds.bases.bundle import Bundle
+from higgs_ds.bases.licence import licence_of
 from higgs_ds.common.errors import InputError, PublishError
-from higgs_ds.common.files import saving, write_text
-from higgs_ds.common.hub import is_hub_id
-from higgs_ds.common.run_files import SUMMARY_FILE
-from higgs_ds.model.parts import Parts
+from higgs_ds.common.files import replaced_folder, saving, write_json
+from higgs_ds.common.run_files import TO_PUBLISH
 from higgs_ds.options.run import RunOptions
-from higgs_ds.options.train import TrainOptions
-from higgs_ds.reporting.metrics_log import last_values, losses_of_manifests, read_metrics
 
-CARD = "README.md"
-# Options that only concern this machine, or this one call of the command.
-_MACHINE_OPTIONS = {
-    "train_manifest", "val_manifest", "skip_bad", "cache_dir", "output_dir", "deepspeed", "resume", "base_ckpt",
-    "codec_ckpt", "whisper_ckpt", "push_to_hub", "hub_repo_id", "hub_private", "upload_merged_model", "report_to",
-    "quiet", "no_report", "num_workers", "init_from",
-}  # fmt: skip
 NOT_UPLOADED = ["**/.*"]
 
 
 def check_login(options: RunOptions) -> None:
-    """Raise InputError if publishing would fail: no token, one that the hub rejects, or no connection to the hub."""
+    """Raise InputError if publishing would fail.
+
+    The reasons are: no token, one that the hub rejects, no connection to it, or a licence that it does not know.
+    """
     if not options.push_to_hub:
         return
     if get_token() is None:
@@ -47,6 +40,54 @@ def check_login(options: RunOptions) -> None:
             f"--push_to_hub: the hub cannot be reached ({_reason(error)}); leave the option out, and publish later "
             "with `hf upload`"
         ) from error
+    _check_licence_id(options.hub_license)
+
+
+def _check_licence_id(given: str | None) -> None:
+    if given is None:
+        return
+    try:
+        ModelCard(f"---\nlicense: {json.dumps(given)}\n---\n").validate()
+    except ValueError as error:
+        raise InputError(
+            f"--hub_license {given}: the hub does not accept it ({_reason(error)}); its list is at "
+            "https://huggingface.co/docs/hub/repositories-licenses"
+        ) from error
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise InputError(f"--hub_license {given}: the hub could not check it: {_reason(error)}") from error
+
+
+def check_licence(options: RunOptions, bundle: Bundle | None) -> None:
+    """Raise InputError if something is to be published, and neither the base's licence nor another one is known.
+
+    `bundle`: None if the base could not be opened, which is another problem.
+    """
+    if bundle is None or not options.push_to_hub or options.hub_license is not None:
+        return
+    if licence_of(bundle.name, bundle.folder) is None:
+        raise InputError(
+            f"--push_to_hub: the licence of the base {bundle.name} is not known; name the one to publish under with "
+            "--hub_license, as the hub names it (apache-2.0, cc-by-nc-4.0, other, ...)"
+        )
+
+
+def adapter_to_publish(adapter: Path) -> Path:
+    """Return a folder to upload for an adapter: itself, or a copy that does not name its base by a path.
+
+    The copy names a built-in base by its name, and another one by the name of its folder.
+
+    Raises:
+        SaveError: the copy cannot be written.
+    """
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    name = portable_name(config["base_model_name_or_path"])
+    if name == config["base_model_name_or_path"]:
+        return adapter
+    copy = adapter.parent / TO_PUBLISH
+    with saving(copy), replaced_folder(copy) as folder:
+        shutil.copytree(adapter, folder, dirs_exist_ok=True)
+        write_json(folder / ADAPTER_CONFIG, config | {"base_model_name_or_path": name})
+    return copy
 
 
 def upload(folder: Path, options: RunOptions) -> str:
@@ -79,106 +120,3 @@ def upload(folder: Path, options: RunOptions) -> str:
 def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def write_card(folder: Path, kind: str, facts: dict[str, Any], averaged: bool = False) -> None:
-    """Write the model card of an adapter or a model: its base, how to use it, losses, data, settings.
-
-    Args:
-        kind: "adapter", "merged" or "full".
-        facts: what `card_facts` returns.
-        averaged: whether the weights are averages over the steps (--ema_decay).
-
-    Raises:
-        SaveError: the card cannot be written.
-    """
-    base = facts["base"]
-    header = ModelCardData(
-        base_model=base if is_hub_id(base) else None,
-        library_name="peft" if kind == "adapter" else "transformers",
-        pipeline_tag="text-to-speech",
-        tags=["higgs-audio-v2", "text-to-speech", *(["lora"] if kind == "adapter" else [])],
-    )
-    title = "LoRA adapter for Higgs Audio v2" if kind == "adapter" else "Higgs Audio v2, fine-tuned"
-    average = " The weights are an exponential moving average over the steps." if averaged else ""
-    losses = "\n".join(f"| {name} | {value} |" for name, value in facts["losses"].items())
-    settings = "\n".join(f"    --{name} {value}" for name, value in facts["settings"].items())
-    data = "\n".join(f"    {line}" for line in facts["data"].splitlines())
-    text = f"""---
-{header.to_yaml()}
----
-
-# {title}
-
-Trained with higgs_ds from `{base}`{facts["fully_trained"]}.{facts["origins"]}{average}
-
-## How to use it
-
-{_use(kind, facts)}
-
-## Losses
-
-| metric | last value |
-|---|---|
-{losses}
-
-## Data
-
-{data}
-
-## Settings
-
-{settings}
-"""
-    with saving(folder / CARD):
-        write_text(folder / CARD, text)
-
-
-def _use(kind: str, facts: dict[str, Any]) -> str:
-    if kind == "adapter":
-        return how_to_use_adapter(facts["base"])
-    if facts["layout"] == "original":
-        return "Load it with boson_multimodal's `serve_engine`, like its base."
-    return """    import contextlib
-    from transformers import AutoProcessor, HiggsAudioV2ForConditionalGeneration
-    model = HiggsAudioV2ForConditionalGeneration.from_pretrained("THIS_FOLDER")
-    with contextlib.chdir("THIS_FOLDER"):  # a codec in this folder has a path relative to it
-        processor = AutoProcessor.from_pretrained(".")"""
-
-
-def _without_folders(summary: str) -> str:
-    """Shorten the manifests that a data summary names, in its headers and in front of their samples, to their names."""
-    for manifest in re.findall(r"^(?! )(.+):$", summary, flags=re.MULTILINE):
-        folder = manifest.rpartition("/")[0]
-        if folder:
-            summary = re.sub(rf"(?<![^\s,]){re.escape(folder)}/", "", summary)
-    return summary
-
-
-def card_facts(
-    run_folder: Path, base: str, full_parts: Parts, options: TrainOptions, origins: Sequence[Origin] = ()
-) -> dict[str, Any]:
-    """Return what a card says about a run. Of the base's path, only the folder's name is kept; others are left out."""
-    last = last_values(read_metrics(run_folder))
-    shown = [f"{kind}/{name}" for kind in ("train", "val", "val_ema") for name in ("loss", "text_loss", "audio_loss")]
-    shown += losses_of_manifests(last)
-    shown += ["val/text_accuracy", "val/audio_accuracy", "val/eos_accuracy"]
-    losses = {name: f"{last[name]:.4g}" for name in shown if name in last}
-    defaults = TrainOptions().flat()
-    changed = {
-        name: " ".join(map(str, value)) if isinstance(value, tuple) else value
-        for name, value in options.flat().items()
-        if value != defaults[name] and name not in _MACHINE_OPTIONS
-    }
-    summary = (run_folder / SUMMARY_FILE).read_text(encoding="utf-8")
-    trained = [*(options.tune.train_groups if options.is_full_finetuning else options.lora.also_train)]
-    trained += [str(full_parts)] if full_parts else []
-    return {
-        "base": base if is_hub_id(base) else Path(base).name,
-        "fully_trained": f"; fully fine-tuned: {', '.join(trained)}" if trained else "",
-        "origins": f" {describe_origins(origins)}" if origins else "",
-        "layout": options.run.export_layout,
-        "settings": changed,
-        "data": _without_folders(summary),
-        "losses": losses | ({"step": last["step"]} if "step" in last else {}),
-    }

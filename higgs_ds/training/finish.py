@@ -14,8 +14,9 @@ from higgs_ds.common.console import say, warn
 from higgs_ds.common.errors import HiggsError, MergeError
 from higgs_ds.common.files import replaced_folder
 from higgs_ds.common.resources import command
-from higgs_ds.common.run_files import ADAPTER_COPY, ADAPTER_FOLDER, AVERAGED_ADAPTER_FOLDER, FINAL_MODEL, MERGED_MODEL
-from higgs_ds.reporting.publish import card_facts, upload, write_card
+from higgs_ds.common.run_files import ADAPTER_FOLDER, AVERAGED_ADAPTER_FOLDER, FINAL_MODEL, MERGED_MODEL
+from higgs_ds.reporting.model_card import ADAPTER, FULL_MODEL, MERGED, card_facts, write_card
+from higgs_ds.reporting.publish import adapter_to_publish, upload
 from higgs_ds.training.run import Run
 
 
@@ -54,10 +55,9 @@ def _report_adapters(run: Run) -> None:
     say(f"LoRA adapters: {adapters}")
     if run.engine.keeps_average:
         say(f"LoRA adapters of the averaged weights: {run.output_dir / AVERAGED_ADAPTER_FOLDER}")
-    say(
-        f"Merge them: {command('merge')} --base_model_path {run.bundle.name} "
-        f"--lora_adapter_path {adapters} --output_path MERGED"
-    )
+    # The adapter names its base without the revision.
+    base = f"--base_model_path {run.bundle.folder} " if run.options.model.base_revision else ""
+    say(f"Merge them: {command('merge')} {base}--lora_adapter_path {adapters} --output_path MERGED")
     say(f"Give the merge command {adapters}, not a checkpoint-N directory: checkpoints are for --resume.")
 
 
@@ -77,7 +77,7 @@ def make_complete_model(run: Run) -> None:
         try:
             layout = run.options.run.export_layout
             complete_model(checkpoint, run.bundle.folder, final, layout, overwrite=True, codec_folder=_given_codec(run))
-            _write_card(run, FINAL_MODEL, "full")
+            _write_card(run, FINAL_MODEL, FULL_MODEL)
         except (HiggsError, OSError) as error:
             raise MergeError(
                 f"training has finished and its weights are in {checkpoint}, but writing the complete model failed: "
@@ -92,7 +92,7 @@ def make_complete_model(run: Run) -> None:
 
 
 def merge_into_folders(run: Run) -> None:
-    """Write final_model/ and adapter/ (the adapter, ready to load) and merged_model/. Every rank must call this.
+    """Write final_model/ (the adapter and its tokenizer) and merged_model/. Every rank must call this.
 
     Raises:
         MergeError: on every rank, if the merge fails; training has finished by then, and its adapter is saved.
@@ -100,14 +100,13 @@ def merge_into_folders(run: Run) -> None:
 
     def copy_and_merge() -> MergeReport:
         try:
-            for name in (FINAL_MODEL, ADAPTER_COPY):
-                _copy_adapter(run, run.output_dir / name)
+            _copy_adapter(run, run.output_dir / FINAL_MODEL)
             adapter, merged = run.output_dir / ADAPTER_FOLDER, run.output_dir / MERGED_MODEL
             report = merge(
                 run.bundle.folder, adapter, merged, export_layout=run.options.run.export_layout, overwrite=True,
                 codec_folder=_given_codec(run),
             )  # fmt: skip
-            _write_card(run, MERGED_MODEL, "merged")
+            _write_card(run, MERGED_MODEL, MERGED)
             return report
         except (HiggsError, OSError) as error:
             raise MergeError(
@@ -127,24 +126,37 @@ def _given_codec(run: Run) -> Path | None:
 
 def _write_card(run: Run, folder: str, kind: str, averaged: bool = False) -> None:
     """Write a model card, which describes the whole run."""
-    origins = run.form.origins if isinstance(run.form, AdapterFormat) else ()
-    facts = card_facts(run.output_dir, run.bundle.name, run.form.full_parts, run.options, origins)
-    write_card(run.output_dir / folder, kind, facts, averaged)
+    form = run.form
+    origins, quantization = (form.origins, form.quantization) if isinstance(form, AdapterFormat) else ((), None)
+    facts = card_facts(run.output_dir, run.bundle, form.full_parts, run.options, origins, quantization)
+    repo_id = run.options.run.hub_repo_id if folder == _published_folder(run) else None
+    write_card(run.output_dir / folder, kind, facts, repo_id, averaged)
+
+
+def _published_folder(run: Run) -> str:
+    if run.options.is_full_finetuning:
+        return FINAL_MODEL
+    return MERGED_MODEL if run.options.run.upload_merged_model else ADAPTER_FOLDER
 
 
 def _write_adapter_cards(run: Run) -> None:
-    _write_card(run, ADAPTER_FOLDER, "adapter")
+    _write_card(run, ADAPTER_FOLDER, ADAPTER)
     if run.engine.keeps_average:
-        _write_card(run, AVERAGED_ADAPTER_FOLDER, "adapter", averaged=True)
+        _write_card(run, AVERAGED_ADAPTER_FOLDER, ADAPTER, averaged=True)
 
 
 def publish(run: Run) -> None:
     """Upload the adapter, merged or complete model. Every rank must call this. Raises PublishError on every rank."""
-    options = run.options.run
-    folder = MERGED_MODEL if options.upload_merged_model else ADAPTER_FOLDER
-    folder = FINAL_MODEL if run.options.is_full_finetuning else folder
-    address = distributed.on_main(lambda: upload(run.output_dir / folder, options))
-    say(f"published: {address}")
+    say(f"published: {distributed.on_main(lambda: _upload(run))}")
+
+
+def _upload(run: Run) -> str:
+    folder = run.output_dir / _published_folder(run)
+    copy = adapter_to_publish(folder) if folder.name == ADAPTER_FOLDER else folder
+    address = upload(copy, run.options.run)
+    if copy != folder:
+        shutil.rmtree(copy)
+    return address
 
 
 def _copy_adapter(run: Run, folder: Path) -> None:

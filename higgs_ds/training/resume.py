@@ -25,14 +25,14 @@ WRITTEN_BY_RUNS = re.compile(
     r"checkpoint-\d+|lora_adapters(?:_ema)?|trainer_state\.json|settings\.json|metrics\.jsonl|dropped_samples\.txt|"
     r"flagged_samples\.tsv|data_summary\.txt|report\.html"
 )
-WRITTEN = re.compile(rf"{WRITTEN_BY_RUNS.pattern}|final_model|adapter|merged_model")
+WRITTEN = re.compile(rf"{WRITTEN_BY_RUNS.pattern}|final_model|adapter|merged_model|to_publish")
 # Options that may differ when a run is resumed: they do not change what is trained. Batch size and accumulation may
 # differ if the number of samples per step stays the same.
 FREE_ON_RESUME = (
     "output_dir", "resume", "log_steps", "val_steps", "save_steps", "keep_checkpoints", "on_nonfinite",
     "merge_adapter_with_base", "export_layout", "deepspeed", "cache_dir", "early_stopping_patience",
     "early_stopping_min_delta", "report_to", "quiet", "no_report", "sample_steps", "num_samples", "sample_temperature",
-    "push_to_hub", "hub_repo_id", "hub_private", "upload_merged_model",
+    "push_to_hub", "hub_repo_id", "hub_private", "hub_license", "upload_merged_model",
     "activation_checkpointing", "offload_embeddings", "offload_checkpoints", "attn_implementation",
     "batch_size", "grad_accum", "epochs", "max_steps",
     "train_manifest", "mix", "val_manifest", "val_split", "split_by", "format", "reference", "normalize_text",

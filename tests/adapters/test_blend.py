@@ -197,7 +197,8 @@ def test_command(tiny: Path, adapters: dict[str, Path], tmp_path: Path, capsys: 
         f"Blended adapter: {made}",
     ]
     card = (made / "README.md").read_text()
-    assert f"`{tiny}`" in card
+    assert f"`{tiny.name}`" in card
+    assert str(tiny.parent) not in card
     assert all(f"- {line}" in card for line in lines[:3])
     assert (
         lines[4] == f'Generate: python launch/generate.py --lora_adapter_path {made} --text "Hello." --output hello.wav'
