@@ -121,19 +121,6 @@ def _read_files(folder: Path) -> AdapterFiles:
     )
 
 
-def recorded_digest(folder: Path) -> str | None:
-    """Return the digest that an adapter of this trainer records, without comparing; None for other adapters.
-
-    Raises:
-        InputError: its file of weights is damaged.
-    """
-    try:
-        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            return (file.metadata() or {}).get(DIGEST_KEY)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder}: its adapter cannot be read: {error}") from error
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if not isinstance(written, dict):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from higgs_ds.bases.builtin import BUILT_IN, portable_name
-from higgs_ds.common.hub import PINNED
 
 _RELEASED_ON = "https://huggingface.co/bosonai/higgs-audio-v2-generation-3B-base"
 
@@ -45,8 +44,11 @@ BOSON = Licence(
     "Boson AI USA, Inc., All Rights Reserved and Meta Llama 3 licensed under the Meta Llama 3 Community License, "
     "Copyright Meta Platforms, Inc., All Rights Reserved.",
 )
-# PINNED also names a codec, which is under the same licence.
-KNOWN = dict.fromkeys(PINNED, BOSON) | dict.fromkeys(BUILT_IN, Licence("apache-2.0"))
+KNOWN = {
+    "bosonai/higgs-audio-v2-generation-3B-base": BOSON,
+    "bosonai/higgs-tts-2-3b-base": BOSON,  # its name since April 2026
+    **dict.fromkeys(BUILT_IN, Licence("apache-2.0")),
+}
 
 
 def licence_of(base: str | None, folder: Path | None = None) -> Licence | None:

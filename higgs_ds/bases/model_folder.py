@@ -211,7 +211,7 @@ def _codec_to_store(base_folder: Path, given: Path | None) -> Path | None:
         return given or (inside if inside.is_dir() else None)
     reference = json.loads(path.read_text(encoding="utf-8")).get("audio_tokenizer") or {}
     name = reference.get("audio_tokenizer_name_or_path") or ""
-    on_hub = is_hub_id(name) and name not in PINNED and not Path(name).is_dir() if name else True
-    if given is not None or (on_hub and not (base_folder / CODEC_SUBFOLDER).is_dir()):
+    is_valid_name = not name or (is_hub_id(name) and name not in PINNED and not Path(name).is_dir())
+    if given is not None or (is_valid_name and not (base_folder / CODEC_SUBFOLDER).is_dir()):
         return given
     return native_codec(find_codec(base_folder, None), "--codec_ckpt", default_cache_dir())

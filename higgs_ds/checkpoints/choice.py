@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from higgs_ds.checkpoints.folder import adapter_folder, checkpoint_folder, read_state, step_of
@@ -20,15 +20,14 @@ def run_of(adapter: Path) -> Path | None:
     return run if (run / STATE_FILE).is_file() else None
 
 
-def recommend(searched: Path, usable: Iterable[Path]) -> dict[Path, str]:
+def recommend(searched: Path, usable: Collection[Path]) -> dict[Path, str]:
     """Return, for each run in the folder `searched`, which of its usable adapters to take, and why."""
-    usable = list(usable)
     runs = {run for run in map(run_of, usable) if run is not None and (run == searched or searched in run.parents)}
     chosen = [_choose(run, usable) for run in sorted(runs)]
     return dict(choice for choice in chosen if choice is not None)
 
 
-def _choose(run: Path, usable: list[Path]) -> tuple[Path, str] | None:
+def _choose(run: Path, usable: Collection[Path]) -> tuple[Path, str] | None:
     try:
         state = read_state(run)
     except InputError:  # of another version

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from higgs_ds.adapters.files import recorded_digest
 from higgs_ds.adapters.load import Adapter, check_fit, read_adapter
 from higgs_ds.adapters.lora_config import LoraValues
 from higgs_ds.adapters.save import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -55,6 +54,7 @@ class FoundAdapter:
     in_full: str = "none"
     of_step: int | None = None
     changed: str = ""
+    sha256: str = ""  # see `adapters.save.digest`
     same_as: str | None = None  # the run's adapter, if this is a copy of it
     take: str | None = None  # why this one is recommended, if it is
 
@@ -83,9 +83,8 @@ def find_adapters(options: InspectOptions) -> None:
     """
     if not options.path.is_dir():
         raise InputError(f"{options.path}: is not a folder")
-    found = [describe_adapter(path.parent) for path in sorted(options.path.rglob(ADAPTER_CONFIG))]
-    chosen = recommend(options.path, [Path(adapter.path) for adapter in found if adapter.problem is None])
-    found = [replace(adapter, take=chosen.get(Path(adapter.path))) for adapter in found]
+    folders = [path.parent for path in sorted(options.path.rglob(ADAPTER_CONFIG))]
+    found = _compared(options.path, [describe_adapter(folder) for folder in folders])
     if options.as_json:
         print(json.dumps([asdict(adapter) for adapter in found], indent=2))
     elif not found:
@@ -119,17 +118,23 @@ def describe_adapter(folder: Path) -> FoundAdapter:
         in_full=str(adapter.full),
         of_step=step,
         changed=time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime)),
-        same_as=_copied_from(folder, adapter.record.sha256),
+        sha256=adapter.record.sha256,
     )
 
 
-def _copied_from(folder: Path, sha256: str) -> str | None:
-    """Return the adapter of the same run that `folder` has a copy of."""
-    run = run_of(folder)
-    original = run / ADAPTER_FOLDER if run else folder
-    if original == folder or not (original / ADAPTER_WEIGHTS).is_file():
-        return None
-    return str(original) if recorded_digest(original) == sha256 else None
+def _compared(searched: Path, found: list[FoundAdapter]) -> list[FoundAdapter]:
+    """Return the adapters with what is known from comparing them: `same_as` and `take`."""
+    usable = {Path(adapter.path): adapter.sha256 for adapter in found if adapter.problem is None}
+    chosen = recommend(searched, usable)
+
+    def original(folder: Path) -> str | None:
+        run = run_of(folder)
+        of_run = run / ADAPTER_FOLDER if run else folder
+        return str(of_run) if of_run != folder and folder in usable and usable.get(of_run) == usable[folder] else None
+
+    return [
+        replace(adapter, same_as=original(Path(adapter.path)), take=chosen.get(Path(adapter.path))) for adapter in found
+    ]
 
 
 def _tips(folder: Path) -> list[str]:

@@ -189,6 +189,30 @@ def test_a_moved_model_brings_its_codec_along(base: Path, adapter: Path, tmp_pat
     assert load(moved).config.num_codebooks == 8
 
 
+def test_no_path_of_this_machine_is_written(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Neither what other versions of transformers wrote, nor that of a codec that is gone; a codec's hub id stays."""
+    copy = Path(shutil.copytree(base, tmp_path / "base"))
+    for name, keys in (("config.json", ["_name_or_path"]), ("tokenizer_config.json", ["name_or_path"])):
+        values = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps(values | dict.fromkeys(keys, str(copy))))
+    config = json.loads((copy / "processor_config.json").read_text())
+    named = str(tmp_path / "gone")
+    for name in (named, "owner/codec"):
+        config["audio_tokenizer"]["audio_tokenizer_name_or_path"] = name
+        (copy / "processor_config.json").write_text(json.dumps(config))
+        if name == named:
+            assert f"audio codec {named}: no such folder" in refusal(copy, adapter, tmp_path / "merged")
+            merge(copy, adapter, tmp_path / "given", codec_folder=base.parent / "tiny-random-codec")
+        else:
+            merge(copy, adapter, tmp_path / "merged")
+    written = [path for name in ("given", "merged") for path in (tmp_path / name).rglob("*.json")]
+    assert not [path for path in written if str(tmp_path) in path.read_text()]
+    assert processor_in(tmp_path / "given").audio_tokenizer.config.num_quantizers == 8
+    of_hub = json.loads((tmp_path / "merged" / "processor_config.json").read_text())["audio_tokenizer"]
+    assert of_hub["audio_tokenizer_name_or_path"] == "owner/codec"
+    assert not (tmp_path / "merged" / "audio_tokenizer").exists()
+
+
 def refusal(base: Path, adapter: Path, output: Path) -> str:
     with pytest.raises(InputError) as caught:
         merge(base, adapter, output)

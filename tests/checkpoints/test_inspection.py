@@ -84,8 +84,13 @@ def test_a_damaged_adapter_is_listed_as_such(run: Path, tmp_path: Path, capsys: 
     data = bytearray((folder / "adapter_model.safetensors").read_bytes())
     data[-7] ^= 1
     (folder / "adapter_model.safetensors").write_bytes(data)
+    shutil.copytree(run / "lora_adapters", tmp_path / "run" / "final_model")
+    shutil.copy(run / "trainer_state.json", tmp_path / "run")
     find_adapters(InspectOptions(tmp_path))
-    assert "unusable: " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "unusable: " in shown
+    assert "Take " not in shown
+    assert "the same adapter" not in shown
 
 
 def test_tips_where_there_are_none(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
