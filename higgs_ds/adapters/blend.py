@@ -34,6 +34,7 @@ from higgs_ds.bases.model_folder import sole_writer
 from higgs_ds.common.errors import InputError, SaveError, collect_problems
 from higgs_ds.common.files import check_folders, new_folder, saving, write_json, write_text
 from higgs_ds.common.resources import command
+from higgs_ds.model.families import family_of_weight
 from higgs_ds.model.v2.layouts import original_name
 from higgs_ds.options.commands import BlendOptions, parse_parts
 from higgs_ds.options.fields import NATIVE, ORIGINAL
@@ -248,10 +249,11 @@ def _write(made: Blend, target: Path) -> None:
     metadata |= {BASE_KEY: weights} if weights and not others else {}
     lines = "\n".join(f"- {line}" for line in made.how_it_was_made())
     card = f"Blended with higgs_ds from adapters for {base_in_card(made.base, quantization)}, float32:\n\n{lines}\n"
+    family = family_of_weight(next(iter(made.factors)))
     with saving(target), new_folder(target) as folder:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS, metadata)
         write_json(folder / ADAPTER_CONFIG, config)
-        write_text(folder / ADAPTER_CARD, adapter_card(made.base, card))
+        write_text(folder / ADAPTER_CARD, adapter_card(made.base, family, card))
         try:
             read_adapter(folder)  # compares with the digest
         except InputError as error:

@@ -12,10 +12,10 @@ from huggingface_hub import ModelCardData
 from higgs_ds.bases.builtin import BUILT_IN, portable_name
 from higgs_ds.bases.licence import Licence, licence_of
 from higgs_ds.common.hub import is_hub_id
+from higgs_ds.model.family import Family
 from higgs_ds.model.quantization import BaseQuantization
 
 THIS_FOLDER, BASE = "THIS_FOLDER", "BASE"  # stand for folders that a card cannot know
-ADAPTER_TITLE = "# LoRA adapter for Higgs Audio v2"
 VOICES = """## Voices
 
 The model speaks in the voices of its training data, and imitates those of reference clips. Use and publish it only with
@@ -40,14 +40,18 @@ class Place:
         return [f"hf download {self.repo_id} --local-dir {self.folder}"] if self.repo_id else []
 
 
-def header(base: str | None, library: str, licence: Licence | None, *tags: str) -> str:
+def adapter_title(family: Family) -> str:
+    return f"# LoRA adapter for {family.title}"
+
+
+def header(base: str | None, family: Family, library: str, licence: Licence | None, *tags: str) -> str:
     """Return the header of a card. A base that is not on the hub is left out, as the hub refuses other names."""
     on_hub = base is not None and is_hub_id(base)
     data = ModelCardData(
         base_model=base if on_hub else None,
         library_name=library,
         pipeline_tag="text-to-speech",
-        tags=["higgs-audio-v2", "text-to-speech", *tags],
+        tags=[family.tag, "text-to-speech", *tags],
     )
     for name, value in (licence.header() if licence else {}).items():
         data[name] = value
@@ -60,13 +64,13 @@ def base_in_card(base: str | None, quantization: BaseQuantization | None) -> str
     return name + (", with its decoder quantized to 4 bits (NF4)" if quantization else "")
 
 
-def adapter_card(base: str | None, how_it_was_made: str, has_parts: bool = False) -> str:
+def adapter_card(base: str | None, family: Family, how_it_was_made: str, has_parts: bool = False) -> str:
     """Return the card of an adapter; `how_it_was_made` ends with a line feed."""
     name = portable_name(base) if base else None
-    licence = licence_of(base)
-    return f"""{header(name, "peft", licence, "lora")}
+    licence = licence_of(base, family=family)
+    return f"""{header(name, family, "peft", licence, "lora")}
 
-{ADAPTER_TITLE}
+{adapter_title(family)}
 
 {how_it_was_made}
 {adapter_commands(name, Place(), has_parts)}

@@ -21,6 +21,7 @@ from higgs_ds.adapters.save import (
     DIGEST_KEY,
     ORIGINS_KEY,
     PARTS_KEY,
+    PEFT_PREFIX,
     QUANTIZATION_KEY,
     digest,
 )
@@ -32,7 +33,6 @@ from higgs_ds.model.fully_trained import FullyTrained, is_own_weight
 from higgs_ds.model.parts import NO_PARTS, Parts
 from higgs_ds.model.quantization import BaseQuantization
 
-PEFT_PREFIX = "base_model.model."
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 OTHER_FACTORS = {".lora_B.bias": "bias", ".lora_magnitude_vector": "magnitude"}
 _NATIVE_PREFIXES = tuple(prefix for family in FAMILIES for prefix in family.name_prefixes)

@@ -17,6 +17,8 @@ from higgs_ds.adapters.card import adapter_card, base_in_card
 from higgs_ds.adapters.origin import Origin, describe_origins, origins_to_json
 from higgs_ds.common.errors import NotFiniteError, SaveError
 from higgs_ds.common.files import write_json, write_text
+from higgs_ds.model.families import family_of_weight
+from higgs_ds.model.family import Family
 from higgs_ds.model.fully_trained import NOTHING_FULLY_TRAINED, FullyTrained
 from higgs_ds.model.parts import Parts
 from higgs_ds.model.quantization import BaseQuantization
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 QUANTIZATION_KEY, DIGEST_KEY, PARTS_KEY = "base_quantization", "sha256", "parts_in_full"
 BASE_KEY, ORIGINS_KEY = "base_weights", "started_from"
+PEFT_PREFIX = "base_model.model."
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
@@ -103,7 +106,8 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], form: AdapterF
     write_json(folder / ADAPTER_CONFIG, dict(sorted(written.items())))
     in_order = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     save_file(in_order, folder / ADAPTER_WEIGHTS, form.metadata(tensors, written))
-    write_text(folder / ADAPTER_CARD, _card(form))
+    family = family_of_weight(next(iter(tensors)).removeprefix(PEFT_PREFIX))
+    write_text(folder / ADAPTER_CARD, _card(form, family))
     verify_adapter(folder, tensors, must_have_moved)
 
 
@@ -138,11 +142,12 @@ def verify_adapter(folder: Path, tensors: dict[str, torch.Tensor], must_have_mov
         raise SaveError(f"{folder}: every lora_B is zero although the model was trained: the adapter has no effect")
 
 
-def _card(form: AdapterFormat) -> str:
+def _card(form: AdapterFormat, family: Family) -> str:
     config = form.config
     full = f"\nFully trained, and stored with the adapter: {form.full}.\n" if form.full else ""
     started = f"\n{describe_origins(form.origins)}\n" if form.origins else ""
     on = base_in_card(config.base_model_name_or_path, form.quantization)
     averaged = "\nThe weights are an exponential moving average over the steps.\n" if form.averaged else ""
     made = f"Trained with higgs_ds on {on}: rank {config.r}, alpha {config.lora_alpha}, float32.\n"
-    return adapter_card(config.base_model_name_or_path, made + averaged + full + started, bool(form.full.parts))
+    how = made + averaged + full + started
+    return adapter_card(config.base_model_name_or_path, family, how, bool(form.full.parts))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from higgs_ds.bases.builtin import BUILT_IN, portable_name
+from higgs_ds.model.family import Family
 
 _RELEASED_ON = "https://huggingface.co/bosonai/higgs-audio-v2-generation-3B-base"
 
@@ -51,16 +52,19 @@ KNOWN = {
 }
 
 
-def licence_of(base: str | None, folder: Path | None = None) -> Licence | None:
+def licence_of(base: str | None, folder: Path | None = None, family: Family | None = None) -> Licence | None:
     """Return the licence of a base, by its name or by the card in its folder; None if it is not known.
 
     Args:
         folder: the base's folder, if it is not the one that `base` names.
+        family: that the base belongs to; the licence of its released weights may hold for copies of them, too.
     """
+    of_family = Licence("other", *family.licence) if family and family.licence else None
     if base is None:
-        return None
+        return of_family
     known = KNOWN.get(portable_name(base))
-    return known or _in_card((folder or Path(base)) / "README.md") or _in_card(Path(base) / "README.md")
+    in_card = _in_card((folder or Path(base)) / "README.md") or _in_card(Path(base) / "README.md")
+    return known or in_card or of_family
 
 
 def _in_card(path: Path) -> Licence | None:

@@ -200,8 +200,9 @@ def _remove_paths(folder: Path) -> None:
 def _codec_to_store(base_folder: Path, given: Path | None) -> Path | None:
     """Return the native codec to store in a model's folder.
 
-    None if the base has none in a folder of its own, or if transformers gets this codec by the hub id that the base names. For
-    an id in PINNED it does not: it reads the newest revision, which may be another codec, or in the original layout.
+    None if the base has none in a folder of its own, or if transformers gets this codec by the hub id that the base
+    names. For an id in PINNED it does not: it reads the newest revision, which may be another codec, or in the original
+    layout.
 
     Raises:
         InputError: the base names a codec that does not exist.

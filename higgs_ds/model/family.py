@@ -48,7 +48,9 @@ class Family(ABC):
     outside_layers: ClassVar[Mapping[str, str]]  # the --train_groups group of each module outside them, by its name
     text_targets: ClassVar[int]  # of a speech sample
     codec_prefix: ClassVar[str | None] = None  # of the tensors of a codec in a base's own files
-    licence: ClassVar[str | None] = None  # a sentence for users on the terms of the released weights
+    in_transformers: ClassVar[bool]  # whether transformers has a class for its native layout
+    # Name, address and conditions of the licence of the released weights, if it also holds for unnamed copies of them.
+    licence: ClassVar[tuple[str, str, str] | None] = None
 
     # Configuration and files.
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from higgs_ds.adapters.card import (
-    ADAPTER_TITLE,
     VOICES,
     Place,
     adapter_commands,
+    adapter_title,
     base_in_card,
     fenced,
     header,
@@ -26,6 +26,7 @@ from higgs_ds.bases.licence import Licence, licence_of
 from higgs_ds.common.files import saving, write_text
 from higgs_ds.common.hub import is_hub_id
 from higgs_ds.common.run_files import SUMMARY_FILE
+from higgs_ds.model.family import Family
 from higgs_ds.model.parts import Parts
 from higgs_ds.model.quantization import BaseQuantization
 from higgs_ds.options.fields import BOTH_LAYOUTS, HEADS, NATIVE, ORIGINAL
@@ -52,6 +53,7 @@ class CardFacts:
     """
 
     base: CardBase
+    family: Family
     licence: Licence | None
     given_licence: str | None
     layout: str
@@ -83,7 +85,8 @@ def card_facts(
     trained = [*(options.tune.train_groups if options.is_full_finetuning else options.lora.also_train)]
     return CardFacts(
         base=CardBase(name, bundle.layout, options.model.base_revision if is_hub_id(name) else None),
-        licence=licence_of(bundle.name, bundle.folder),
+        family=bundle.family,
+        licence=licence_of(bundle.name, bundle.folder, bundle.family),
         given_licence=options.run.hub_license,
         layout=options.run.export_layout,
         trained=[*trained, str(full_parts)] if full_parts else trained,
@@ -109,14 +112,15 @@ def write_card(folder: Path, kind: str, facts: CardFacts, repo_id: str | None = 
     """
     is_adapter = kind == ADAPTER
     licence = Licence(facts.given_licence) if facts.given_licence else facts.licence
-    title = ADAPTER_TITLE if is_adapter else "# Higgs Audio v2, fine-tuned"
+    title = adapter_title(facts.family) if is_adapter else f"# {facts.family.title}, fine-tuned"
     base = base_in_card(facts.base.name, facts.quantization)
     fully_trained = f"; fully fine-tuned: {', '.join(facts.trained)}" if facts.trained else ""
     origins = f" {describe_origins(facts.origins)}" if facts.origins else ""
     average = " The weights are an exponential moving average over the steps." if averaged else ""
     losses = "\n".join(f"| {name} | {value} |" for name, value in facts.losses.items())
     data, settings = ("\n".join(f"    {line}" for line in lines) for lines in (facts.data.splitlines(), facts.settings))
-    head = header(facts.base.name, "peft" if is_adapter else "transformers", licence, *(["lora"] if is_adapter else []))
+    library = "peft" if is_adapter else "transformers"
+    head = header(facts.base.name, facts.family, library, licence, *(["lora"] if is_adapter else []))
     text = f"""{head}
 
 {title}
@@ -154,6 +158,8 @@ def _use_of_adapter(facts: CardFacts, place: Place) -> str:
     # The name of a base stands for its default revision.
     get_base = f"hf download {base.name} --revision {base.revision} --local-dir BASE" if base.revision else None
     commands = adapter_commands(base.name, place, bool(facts.parts), get_base)
+    if not facts.family.in_transformers:
+        return f"{commands}\n\nvLLM-Omni and SGLang-Omni serve the merged model as they serve its base."
     if facts.parts:
         return f"{commands}\n\nOnly higgs_ds and boson_multimodal have a place for its {facts.parts}, not transformers."
     if facts.quantization is not None or base.layout == ORIGINAL:
@@ -174,6 +180,8 @@ def _use_of_model(facts: CardFacts, place: Place) -> str:
         f'python launch/generate.py --base_model_path {place.folder}{within} --text "Hello." --output hello.wav',
     ]
     commands = f"In a checkout of higgs_ds:\n\n{fenced('bash', lines)}"
+    if not facts.family.in_transformers:
+        return f"{commands}\n\nvLLM-Omni and SGLang-Omni serve this folder as they serve its base."
     original = "boson_multimodal's `serve_engine` reads {} as it reads its base."
     if facts.layout == ORIGINAL:
         return f"{commands}\n\n{original.format('this folder')}"

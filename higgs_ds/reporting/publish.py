@@ -64,7 +64,7 @@ def check_licence(options: RunOptions, bundle: Bundle | None) -> None:
     """
     if bundle is None or not options.push_to_hub or options.hub_license is not None:
         return
-    if licence_of(bundle.name, bundle.folder) is None:
+    if licence_of(bundle.name, bundle.folder, bundle.family) is None:
         raise InputError(
             f"--push_to_hub: the licence of the base {bundle.name} is not known; name the one to publish under with "
             "--hub_license, as the hub names it (apache-2.0, cc-by-nc-4.0, other, ...)"

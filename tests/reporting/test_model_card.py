@@ -19,6 +19,7 @@ from higgs_ds.bases.licence import Licence, licence_of
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.run_files import METRICS_FILE, SUMMARY_FILE
 from higgs_ds.model.parts import NO_PARTS, Parts
+from higgs_ds.model.v2.family import HiggsAudioV2
 from higgs_ds.options.command_line import parse_train_options
 from higgs_ds.options.run import RunOptions
 from higgs_ds.options.train import TrainOptions
@@ -61,7 +62,7 @@ def test_no_folder_is_published(bundle: Bundle, tmp_path: Path, manifest: str) -
         text = text_of(tmp_path, kind, facts)
         assert "from `my-base`" in text
         assert str(bundle.folder.parent) not in text
-    early = adapter_card(bundle.name, "Trained.\n")
+    early = adapter_card(bundle.name, bundle.family, "Trained.\n")
     assert "`my-base`" in early
     assert str(bundle.folder.parent) not in early
 
@@ -110,7 +111,9 @@ def test_licences(bundle: Bundle, tmp_path: Path) -> None:
     released = licence_of(RELEASED)
     assert released is not None
     assert released.header()["license"] == "other"
-    assert "Built with Higgs Materials licensed from Boson AI USA, Inc." in adapter_card(RELEASED, "Trained.\n")
+    assert "Built with Higgs Materials licensed from Boson AI USA, Inc." in adapter_card(
+        RELEASED, HiggsAudioV2(), "Trained.\n"
+    )
     assert licence_of("/anywhere/cache/speaking-base") == Licence("apache-2.0")
     assert licence_of(str(tmp_path)) is None
     for header, expected in (

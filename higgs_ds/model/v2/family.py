@@ -38,6 +38,7 @@ class HiggsAudioV2(Family):
     title = "Higgs Audio v2"
     tag = "higgs-audio-v2"
     suffix = ""
+    in_transformers = True
     model_types = layouts.MODEL_TYPES
     name_prefixes = ("model.", "text_lm_head.", "audio_lm_head.")
     layers = "model.layers"

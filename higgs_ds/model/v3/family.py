@@ -30,6 +30,7 @@ class HiggsAudioV3(Family):
     title = "Higgs Audio v3"
     tag = "higgs-audio-v3"
     suffix = "-v3"
+    in_transformers = False
     model_types = {layout.MODEL_TYPE: NATIVE}
     name_prefixes = ("tied.", "body.")
     layers = "body.layers"
@@ -44,7 +45,11 @@ class HiggsAudioV3(Family):
     }
     text_targets = 0
     codec_prefix = layout.CODEC_PREFIX
-    licence = "the released weights of Higgs Audio v3 are for research and non-commercial use"
+    licence = (
+        "Boson Higgs TTS 3 Research and Non-Commercial License",
+        "https://huggingface.co/bosonai/higgs-tts-3-4b/blob/main/LICENSE",
+        "It allows research and non-commercial use only.",
+    )
 
     def native_config(self, values: Mapping[str, Any], token_ids: Mapping[str, int], where: str) -> dict[str, Any]:
         return dict(values)
