@@ -1,6 +1,7 @@
 """Copy a trained codec and base, in float16, to the package's assets.
 
 python pretraining/ship.py outputs/codec/speaking-codec outputs/base/final_model
+python pretraining/ship.py outputs/codec/speaking-codec outputs/base-v3/final_model --as speaking-base-v3
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from higgs_ds.bases.builtin import ASSETS, DEFAULT_BASE, PARTS, SPEAKING_CODEC, WEIGHTS
+from higgs_ds.bases.builtin import ASSETS, DEFAULT_BASE, PARTS, SPEAKING_BASES, SPEAKING_CODEC, WEIGHTS
 
 LIMIT = 20_000_000  # bytes, both together
 
@@ -22,9 +23,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("codec", type=Path)
     parser.add_argument("base", type=Path)
+    parser.add_argument("--as", dest="name", choices=SPEAKING_BASES, default=DEFAULT_BASE)
     parser.add_argument("--assets", type=Path, default=ASSETS)
     options = parser.parse_args(argv)
-    codec, base = options.assets / SPEAKING_CODEC, options.assets / DEFAULT_BASE
+    codec, base = options.assets / SPEAKING_CODEC, options.assets / options.name
     ship(options.codec, codec)
     ship(options.base, base)
     size = sum(path.stat().st_size for folder in (codec, base) for path in folder.iterdir())

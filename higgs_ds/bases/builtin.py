@@ -16,16 +16,20 @@ from higgs_ds.model.families import FAMILIES, family_of
 
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_BASE, SPEAKING_CODEC, RANDOM_BASE = "speaking-base", "speaking-codec", "tiny-random-base"
+SPEAKING_BASES = [f"{DEFAULT_BASE}{family.suffix}" for family in FAMILIES]
 RANDOM_BASES = {f"{RANDOM_BASE}{family.suffix}": family for family in FAMILIES}
 # Descriptions for users.
 BUILT_IN = {
-    DEFAULT_BASE: "built in, small: speaks digits, for trying out the trainer",
+    **dict.fromkeys(SPEAKING_BASES, "built in, small: speaks digits, for trying out the trainer"),
     **dict.fromkeys(RANDOM_BASES, "built in, random weights: generates noise, for trying out the trainer"),
 }
 RANDOM_VERSION = "3"  # part of the random base's folder: raise it with every change to what `tiny_random` builds
 WEIGHTS = "model.safetensors"
 PARTS = {
-    DEFAULT_BASE: ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS),
+    **dict.fromkeys(
+        SPEAKING_BASES,
+        ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS),
+    ),
     SPEAKING_CODEC: ("config.json", WEIGHTS),
 }
 
@@ -86,11 +90,11 @@ def builtin_base(name: str, cache_dir: Path) -> Path:
             build_random_base(base, RANDOM_BASES[name])
         return base
     home = cache_dir / f"speaking-{_assets_digest()[:12]}"
-    codec, base = home / SPEAKING_CODEC, home / DEFAULT_BASE
+    codec, base = home / SPEAKING_CODEC, home / name
     if not codec.is_dir():
         _copy_in_float32(SPEAKING_CODEC, codec)
     if not base.is_dir():
-        _copy_in_float32(DEFAULT_BASE, base, codec)
+        _copy_in_float32(name, base, codec)
     return base
 
 
@@ -108,7 +112,7 @@ def builtin_config(name: str) -> Any:
 
     if name in RANDOM_BASES:
         return random_config(RANDOM_BASES[name])
-    config = read_config(ASSETS / DEFAULT_BASE)
+    config = read_config(ASSETS / name)
     config.dtype = torch.float32
     return config
 

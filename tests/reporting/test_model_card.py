@@ -111,9 +111,8 @@ def test_licences(bundle: Bundle, tmp_path: Path) -> None:
     released = licence_of(RELEASED)
     assert released is not None
     assert released.header()["license"] == "other"
-    assert "Built with Higgs Materials licensed from Boson AI USA, Inc." in adapter_card(
-        RELEASED, HiggsAudioV2(), "Trained.\n"
-    )
+    card = adapter_card(RELEASED, HiggsAudioV2(), "Trained.\n")
+    assert "Built with Higgs Materials licensed from Boson AI USA, Inc." in card
     assert licence_of("/anywhere/cache/speaking-base") == Licence("apache-2.0")
     assert licence_of(str(tmp_path)) is None
     for header, expected in (
