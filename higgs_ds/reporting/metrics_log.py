@@ -7,7 +7,7 @@ import math
 import re
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from higgs_ds.common.distributed import is_main
 from higgs_ds.common.errors import NotFiniteError
 from higgs_ds.common.files import saving, write_text
 from higgs_ds.common.run_files import METRICS_FILE
-from higgs_ds.reporting.trackers import Tracker
+from higgs_ds.reporting.trackers import Sound, Tracker
 
 # The metrics that the progress bar shows beside the remaining time, with their short names.
 _PROGRESS_BAR_KEYS = {
@@ -99,6 +99,12 @@ class MetricsLog:
                 error = NotFiniteError(f"{key} is {values[key]} at step {step}; see {self.path}. Lower --lr")
                 error.on_all_ranks = True
                 raise error
+
+    def write_sounds(self, step: int, sounds: Sequence[Sound]) -> None:
+        """Pass samples on to the trackers; `metrics.jsonl` has none."""
+        for tracker in self.trackers:
+            for sound in sounds:
+                tracker.write_sound(step, sound)
 
     def _compare_with_limit(self, step: int, step_time_s: float | None) -> None:
         """After the first log line, print a note if the steps will take longer than the time limit allows."""

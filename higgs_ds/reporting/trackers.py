@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import threading
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import write_json
 from higgs_ds.common.run_files import METRICS_FILE
 from higgs_ds.options.fields import TENSORBOARD, WANDB
@@ -18,12 +21,24 @@ from higgs_ds.reporting.optional import OptionalOutput
 TENSORBOARD_FOLDER = "tensorboard"
 _SHOWN = {TENSORBOARD: "TensorBoard", WANDB: "Weights & Biases"}
 WANDB_FILE = "wandb_run.json"  # the id of the output folder's W&B run, for --resume
+_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")  # modes of W&B that send nothing
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A sample or a reference, as a mono WAV file of 16 bits, with the words of its prompt."""
+
+    name: str
+    path: Path
+    words: str
 
 
 class Tracker(Protocol):
-    """Receives the metrics of a step."""
+    """Receives the metrics and the samples of a step."""
 
     def write(self, step: int, values: dict[str, float]) -> None: ...
+
+    def write_sound(self, step: int, sound: Sound) -> None: ...
 
     def close(self) -> None: ...
 
@@ -39,6 +54,13 @@ class _TensorBoard:
     def write(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
+
+    def write_sound(self, step: int, sound: Sound) -> None:
+        import soundfile
+
+        waveform, sample_rate = soundfile.read(sound.path, dtype="float32")
+        self.writer.add_audio(sound.name, waveform, step, sample_rate)
+        self.writer.add_text(sound.name, sound.words, step)
 
     def close(self) -> None:
         self.writer.close()
@@ -78,6 +100,11 @@ class _Wandb:
     def write(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
 
+    def write_sound(self, step: int, sound: Sound) -> None:
+        import wandb
+
+        self.run.log({sound.name: wandb.Audio(str(sound.path), caption=sound.words)}, step=step)
+
     def close(self) -> None:
         self.run.finish()
 
@@ -96,9 +123,37 @@ class _Optional:
         if tracker is not None and not self.output.failed:
             self.output.attempt(lambda: tracker.write(step, values))
 
+    def write_sound(self, step: int, sound: Sound) -> None:
+        tracker = self.tracker
+        if tracker is not None and not self.output.failed:
+            self.output.attempt(lambda: tracker.write_sound(step, sound))
+
     def close(self) -> None:
         if self.tracker is not None:
             self.output.attempt(self.tracker.close)
+
+
+def check_wandb_login(names: Sequence[str]) -> None:
+    """Raise InputError if a W&B run could not start: no login, one that the server rejects, or no connection to it.
+
+    The modes of W&B that send nothing need no login. A package that is not installed is reported elsewhere.
+    """
+    if WANDB not in names or importlib.util.find_spec("wandb") is None:
+        return
+    import wandb
+
+    advice = (
+        "run `wandb login` or set WANDB_API_KEY; or set WANDB_MODE=offline, and send the run later with `wandb sync`"
+    )
+    try:
+        mode = wandb.setup(wandb.Settings(silent=True)).settings.mode
+        if mode not in _WITHOUT_LOGIN and not wandb.login(prompt=False, verify=True):
+            raise InputError(f"--report_to wandb: you are not logged in to Weights & Biases; {advice}")
+    except (wandb.Error, ValueError) as error:  # ValueError: of a setting
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"--report_to wandb: the login cannot be verified ({reason}); {advice}") from error
+    finally:
+        wandb.teardown()  # its service has threads, and this process may still fork
 
 
 def open_trackers(names: Sequence[str], output_dir: Path, first_step: int, settings: dict[str, Any]) -> list[Tracker]:

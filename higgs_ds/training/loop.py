@@ -150,6 +150,7 @@ def _write_samples(run: Run, log: MetricsLog, writer: SampleWriter) -> None:
     values = writer.write_samples()
     if values:
         log.write(run.state.step, run.state.epoch, values)
+        log.write_sounds(run.state.step, writer.written)
 
 
 @waiting("after the report, with a checkpoint")

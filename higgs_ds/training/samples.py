@@ -10,6 +10,7 @@ from higgs_ds.common.run_files import PROMPTS_FILE, REFERENCE_FOLDER, SAMPLES_FO
 from higgs_ds.data.audio import write_audio
 from higgs_ds.data.codec import Codec
 from higgs_ds.reporting.optional import OptionalOutput
+from higgs_ds.reporting.trackers import Sound
 from higgs_ds.speech.generate import Speech, generation_settings, speak
 from higgs_ds.speech.prompts import Prompt, prompts_of
 from higgs_ds.training.run import Run
@@ -24,6 +25,7 @@ class SampleWriter:
         """Take the prompts from the validation samples, or from the training samples if there are none."""
         self.run, self.every = run, run.options.run.sample_steps
         self.folder = run.output_dir / SAMPLES_FOLDER
+        self.written: list[Sound] = []  # by the last `write_samples`, on rank 0
         self.output = OptionalOutput("generating samples", "they are tried again when they are next due")
         data = run.val if len(run.val) else run.train
         # At stage 3 the ranks share the weights, and all of them generate: each layer's are gathered when it runs.
@@ -59,6 +61,7 @@ class SampleWriter:
         return spoken
 
     def _write_all(self, spoken: list[Speech]) -> dict[str, float]:
+        self.written = []
         codec = Codec(self.run.bundle.codec.folder, torch.device("cpu"))
         if not (self.folder / PROMPTS_FILE).is_file():
             self._write_references(codec)
@@ -93,3 +96,5 @@ class SampleWriter:
             # An untrained model may generate the stream's special tokens between the codes.
             waveform = codec.decode(codes.clamp(max=self.run.bundle.stream.bos_id - 1))
             write_audio(path, waveform, codec.sample_rate)
+            kind = REFERENCE_FOLDER if name == REFERENCE_FOLDER else "sample"
+            self.written.append(Sound(f"{kind}/{number}", path, self.prompts[number].words))

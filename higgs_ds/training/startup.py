@@ -31,6 +31,7 @@ from higgs_ds.options.checks import check_options
 from higgs_ds.options.compatibility import unsupported
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.reporting.publish import check_licence, check_login
+from higgs_ds.reporting.trackers import check_wandb_login
 from higgs_ds.training.loading import load_run
 from higgs_ds.training.resume import find_resume_checkpoint
 from higgs_ds.training.run import Inputs, Run
@@ -67,6 +68,7 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
     start = collect_problems(problems, lambda: _compare_with_base(start, options, bundle))
     collect_problems(problems, lambda: distributed.on_main(lambda: check_login(options.run)))
     collect_problems(problems, lambda: check_licence(options.run, bundle))
+    collect_problems(problems, lambda: distributed.on_main(lambda: check_wandb_login(options.run.report_to)))
     distributed.raise_problems(problems + no_scratch if no_scratch else [])
     if not all(distributed.gather_objects(bundle is not None)):
         bundle = None

@@ -1,7 +1,8 @@
-"""TensorBoard's files and an offline W&B run have the values of metrics.jsonl; --quiet prints nothing."""
+"""TensorBoard's files and an offline W&B run have the values of metrics.jsonl and the samples; --quiet prints nothing."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -10,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 from conftest import PROJECT, read_metrics
 from launcher import RANDOM, free_port, overriding, rank_environment, train_runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -35,6 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, ds_file:
     folder = tmp_path_factory.mktemp("reported") / "run"
     os.environ |= {"WANDB_MODE": "offline", "WANDB_DIR": str(folder)}
     argv = [*options(mixed_manifest, ds_file(2), folder), "--report_to", "tensorboard", "wandb"]
+    argv += ["--sample_steps", "2", "--num_samples", "1"]
     train_runs(2, [argv])
     train_runs(2, [[*argv, "--resume", str(folder / "checkpoint-2")]])
     return folder
@@ -70,6 +74,38 @@ def test_wandb_offline(run: Path) -> None:
         assert name.encode() in written
         assert json.dumps(value).encode() in written or repr(value).encode() in written, (name, value)
     assert b"lora_alpha" in written
+
+
+def test_samples_in_tensorboard(run: Path) -> None:
+    """Each sample once, at its step, although the run was resumed between them; and the reference, at the first."""
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    heard = {tag: {event.step: event for event in events.Audio(tag)} for tag in events.Tags()["audio"]}
+    assert {tag: sorted(by_step) for tag, by_step in heard.items()} == {"sample/0": [2, 4], "reference/0": [2]}
+    files = {(f"step-{step}", step, "sample/0") for step in (2, 4)} | {("reference", 2, "reference/0")}
+    for folder, step, tag in files:
+        written, rate = soundfile.read(run / "samples" / folder / "0.wav")
+        shown, shown_rate = soundfile.read(io.BytesIO(heard[tag][step].encoded_audio_string))
+        assert (rate, len(written)) == (shown_rate, len(shown))
+        assert np.abs(written - shown).max() < 1e-4  # both have 16 bits
+    (words,) = json.loads((run / "samples" / "prompts.json").read_text())
+    shown = events.Tensors("sample/0/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert shown == words
+
+
+def test_samples_in_wandb(run: Path) -> None:
+    (words,) = json.loads((run / "samples" / "prompts.json").read_text())
+    sent = []
+    for folder in sorted((run / "wandb").glob("offline-run-*")):
+        (log,) = folder.glob("*.wandb")
+        for path in sorted((folder / "files" / "media" / "audio").rglob("*.wav")):
+            step = path.stem.split("_")[1]
+            name = "reference" if path.parent.name == "reference" else f"step-{step}"
+            assert path.read_bytes() == (run / "samples" / name / "0.wav").read_bytes()
+            assert path.name.encode() in log.read_bytes()
+            sent.append(name)
+        assert json.dumps(words).encode() in log.read_bytes()
+    assert sorted(sent) == ["reference", "step-2", "step-4", "step-4"]  # step 4 in both starts
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,9 +37,9 @@ FAULTS = {
         "--no_report --report_to tensorboard",
         TRACKER.format("TensorBoard", "FileNotFoundError: [Errno 2] No such file or directory: b'.*tfevents.*'"),
     ),
-    "wandb_without_login": (
+    "wandb_out_of_reach": (
         "--no_report --report_to wandb",
-        TRACKER.format("Weights & Biases", "UsageError: No API key configured. Log in"),
+        TRACKER.format("Weights & Biases", "CommError: No connection. Try again"),
     ),
     "wandb_log_fails": (
         "--no_report --report_to wandb",
