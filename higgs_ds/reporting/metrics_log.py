@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from higgs_ds.common.distributed import is_main
 from higgs_ds.common.errors import NotFiniteError
 from higgs_ds.common.files import saving, write_text
 from higgs_ds.common.run_files import METRICS_FILE
+from higgs_ds.reporting.log_lines import log_lines
 from higgs_ds.reporting.trackers import Sound, Tracker
 
 # The metrics that the progress bar shows beside the remaining time, with their short names.
@@ -70,7 +69,7 @@ class MetricsLog:
         self.bar.update()
 
     def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Append one line and print its main values. The loss of a part without targets is written as null.
+        """Append one line and print its main values, as `log_lines` does. The loss of a part without targets is written as null.
 
         Raises:
             NotFiniteError: the total loss is not finite; the line is written first.
@@ -83,16 +82,13 @@ class MetricsLog:
                 file.write(json.dumps(clean) + "\n")
             for tracker in self.trackers:
                 tracker.write(step, {key: value for key, value in clean.items() if value is not None and key != "step"})
-        # Neither the losses of codebooks, nor the parts of a manifest's loss.
-        shown = {key: value for key, value in values.items() if key.count("/") < 2 or key.endswith("/loss")}
         self.bar.set_postfix(
             {short: f"{values[key]:.4g}" for key, short in _PROGRESS_BAR_KEYS.items() if key in values}
         )
         step_time_s = values.get("step_time_s")
-        left_s = (self.total_steps - step) * (step_time_s or 0)
-        left = f", {timedelta(seconds=round(left_s))} left" if left_s else ""
-        numbers = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
-        say(f"step {step} (epoch {epoch:.2f}{left}): {numbers}")
+        left_s = None if step_time_s is None else (self.total_steps - step) * step_time_s
+        for text in log_lines(step, self.total_steps, values, left_s):
+            say(text)
         self._compare_with_limit(step, step_time_s)
         for key in ("train/loss", "val/loss"):
             if not math.isfinite(values.get(key, 0.0)):
@@ -124,12 +120,6 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's `metrics.jsonl`; none before the first is written."""
     path = output_dir / METRICS_FILE
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
-def losses_of_manifests(keys: Iterable[str], kind: str = "val") -> dict[str, str]:
-    """Return the keys of the losses of single manifests, each with the name of its manifest."""
-    found = (re.fullmatch(rf"{kind}/(.+)/loss", key) for key in dict.fromkeys(keys))
-    return {match[0]: match[1] for match in found if match}
 
 
 def last_values(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -32,7 +32,8 @@ from higgs_ds.model.quantization import BaseQuantization
 from higgs_ds.options.fields import BOTH_LAYOUTS, HEADS, NATIVE, ORIGINAL
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.reporting.card_code import CardBase, adapter_code, model_code
-from higgs_ds.reporting.metrics_log import last_values, losses_of_manifests, read_metrics
+from higgs_ds.reporting.log_lines import losses_of_manifests
+from higgs_ds.reporting.metrics_log import last_values, read_metrics
 
 CARD = "README.md"
 ADAPTER, MERGED, FULL_MODEL = "adapter", "merged", "full"  # kinds of cards

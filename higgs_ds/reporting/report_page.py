@@ -39,7 +39,8 @@ from higgs_ds.common.run_files import (
 from higgs_ds.data.audio import as_ogg
 from higgs_ds.options.fields import FULL
 from higgs_ds.options.train import TrainOptions
-from higgs_ds.reporting.metrics_log import last_values, losses_of_manifests, read_metrics
+from higgs_ds.reporting.log_lines import losses_of_manifests
+from higgs_ds.reporting.metrics_log import last_values, read_metrics
 from higgs_ds.reporting.optional import OptionalOutput
 
 REPORT_FILE = "report.html"

@@ -324,7 +324,7 @@ def test_table_at_the_start(runs: Path, base: Path, options: Options, tmp_path: 
         shown.append(" ".join(done.stdout.split()))
     assert f"start {runs}/first: rank 16, alpha 32, trained on this base" in shown[0]
     assert "trained on elsewhere/on/a/disk, which could not be compared with this base; its layers fit" in shown[1]
-    assert "step 0 (epoch 0.00): val/loss" in shown[0]
+    assert "step 0/1: validation: loss " in shown[0]
 
 
 # What is refused
