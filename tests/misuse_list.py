@@ -1419,7 +1419,7 @@ MANIFESTS: list[tuple[str, Codes, str, str, str | bytes]] = [
     ("null bytes between lines", 2, "m.jsonl", "m.jsonl", LINE.encode() + b"\n\x00\x00\x00\n"),
     ("an empty file", 2, "m.jsonl", "m.jsonl", ""),
     ("blank lines alone", 2, "m.jsonl", "m.jsonl", "\n\n  \n"),
-    ("100,000 bad lines", 2, "more problems", "m.jsonl", f"{LINE}\n" + "{\n" * 100_000),
+    ("100,000 bad lines", 2, "99,981 more problems: 100,001", "m.jsonl", f"{LINE}\n" + "{\n" * 100_000),
     ("layout tokens in the text", 2, "<|eot_id|>", "m.jsonl", LINE.replace("Good.", "Good.<|eot_id|>")),
     ("half of a surrogate pair in the text", 2, "UTF-8", "m.jsonl", LINE.replace("Good.", "\\ud800")),
     ("messages of 100,000 turns", 2, "m.jsonl", "m.jsonl", json.dumps({"messages": [{"role": "user", "content": "x"}] * 100_000})),

@@ -26,6 +26,20 @@ class HiggsError(Exception):
     on_all_ranks = False  # True if every rank raises it, so that only rank 0 prints it
 
 
+class MoreProblems(str):
+    """A line that stands for `number` problems, which are listed elsewhere."""
+
+    number: int
+
+    def __new__(cls, text: str, number: int) -> MoreProblems:
+        line = super().__new__(cls, text)
+        line.number = number
+        return line
+
+    def __getnewargs__(self) -> tuple[str, int]:  # type: ignore[override] # str has one; ranks exchange these lines
+        return str(self), self.number
+
+
 class InputError(HiggsError):
     """Bad input or options. Holds every problem found, so that one run shows them all."""
 
@@ -38,7 +52,8 @@ class InputError(HiggsError):
     def __str__(self) -> str:
         if len(self.problems) == 1:
             return self.problems[0]
-        return "\n".join([f"{len(self.problems)} problems:", *(f"  {problem}" for problem in self.problems)])
+        number = sum(problem.number if isinstance(problem, MoreProblems) else 1 for problem in self.problems)
+        return "\n".join([f"{number:,} problems:", *(f"  {problem}" for problem in self.problems)])
 
 
 class SaveError(HiggsError):

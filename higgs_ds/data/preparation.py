@@ -23,21 +23,28 @@ import numpy as np
 
 from higgs_ds.common import distributed
 from higgs_ds.common.console import say, warn
-from higgs_ds.common.errors import SaveError
+from higgs_ds.common.errors import MoreProblems, SaveError
 from higgs_ds.common.files import flush_folder, saving, write_json, write_text
 from higgs_ds.common.forks import may_fork, run_in_forks
 from higgs_ds.common.lock import OutputLock, lock_beside
+from higgs_ds.common.words import counted
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.flags import Flagged, find_flags
 from higgs_ds.data.formats.folders import list_files
 from higgs_ds.data.index import Index, open_kept, stamp_of
 from higgs_ds.data.index_writer import DESCRIPTION, VERSION, CheckedSample, PartWriter
 from higgs_ds.data.joined_index import join
+from higgs_ds.data.problem_list import (
+    LIST_FOLDER,
+    open_problems,
+    problem_lines,
+    shown_problems,
+    write_problem_list,
+)
 from higgs_ds.data.reference_choice import reference_problems, references_of
 from higgs_ds.data.reference_index import add_references
 from higgs_ds.data.summary import describe
 from higgs_ds.data.survey import (
-    MAX_SHOWN,
     Checker,
     MissingClips,
     Share,
@@ -52,7 +59,6 @@ from higgs_ds.options.train import DataOptions
 if TYPE_CHECKING:
     import torch
 
-BAD_LINES = "bad-{:05d}.txt"
 UNUSED_AFTER_S = 30 * 24 * 3600  # age at which an index that no run has used is removed
 # Options that affect the content of an index.
 INDEXED_OPTIONS = (
@@ -67,7 +73,7 @@ class CheckedManifest:
     """A manifest that has been checked, or whose kept index is still valid."""
 
     path: Path
-    problems: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # of the whole; `Preparation.problems` adds those of samples
     index: Index | None = None  # set if there is a base, and no problem or --skip_bad
     findings: list[SurveyResult] = field(default_factory=list)  # of every rank; empty for a kept index
     missing: MissingClips = field(default_factory=MissingClips)  # of this rank's share
@@ -140,15 +146,30 @@ class Preparation:
             say(f"{path}: {line}")
         if checked.num_bad and self.options.skip_bad is not None:
             self._list_bad(folder, self.options.skip_bad)
-            say(f"skipped {checked.num_bad:,} bad samples of {path}; they are listed in {self.options.skip_bad}")
+            say(f"skipped {counted(checked.num_bad, 'bad sample')} of {path}, listed in {self.options.skip_bad}")
             if checked.num_bad == sum(findings.num_entries for findings in checked.findings):
                 checked.problems.append(f"{path}: every sample is bad, see {self.options.skip_bad}")
-        else:
-            checked.problems += _merged_problems(checked.findings)
-        if self.coder is not None and not checked.problems:
+        is_refused = checked.num_bad > 0 and self.options.skip_bad is None
+        if self.coder is not None and not checked.problems and not is_refused:
             checked.index = Index(folder)
             self._add_references(checked.index)
         return checked
+
+    def problems(self, checked: Sequence[CheckedManifest], list_file: Path | None = None) -> list[str]:
+        """Return why these manifests cannot be used; empty if they can.
+
+        If there are too many problems to print, all of them are listed in a file: `list_file`, or one in the cache.
+        """
+        of_manifests = [problem for manifest in checked for problem in manifest.problems]
+        refused = [m for m in checked if m.num_bad and self.options.skip_bad is None]
+        if list_file is None:
+            name = hashlib.sha256(repr(([str(m.path.absolute()) for m in checked], self.shard)).encode()).hexdigest()
+            list_file = self.cache_dir / LIST_FOLDER / f"{name[:16]}.txt"
+        lines = shown_problems([m.findings for m in refused], list_file)
+        if any(isinstance(line, MoreProblems) for line in lines):
+            folders = [m.folder for m in refused if m.folder is not None]
+            distributed.on_main(lambda: write_problem_list(folders, list_file))
+        return of_manifests + lines
 
     def _survey(self, path: Path, folder: Path, num_files: int) -> tuple[list[SurveyResult], MissingClips]:
         """Check this rank's share of a manifest: in several processes if it is large, else in threads."""
@@ -298,12 +319,8 @@ class Preparation:
         """Write the bad samples that each rank has skipped to one file, in manifest order."""
 
         def collect() -> None:
-            lines = []
-            for part in sorted(folder.glob(BAD_LINES.format(0).replace("00000", "*"))):
-                lines += part.read_text(encoding="utf-8").splitlines(keepends=True)
-            lines.sort(key=lambda line: int(line.split("\t", 1)[0]))
             with saving(target), target.open("a", encoding="utf-8") as file:
-                file.writelines(line.split("\t", 1)[1] for line in lines)
+                file.writelines(problem_lines(folder))
 
         distributed.on_main(collect)
 
@@ -322,30 +339,14 @@ def check_references(options: DataOptions, checked: Sequence[CheckedManifest]) -
 @contextlib.contextmanager
 def _open_part(folder: Path, rank: int) -> Iterator[tuple[Callable[[CheckedSample], None], Callable[[int, str], None]]]:
     """Open the files of one rank; yield the functions that write its good samples and the problems of the others."""
-    bad_lines = folder / BAD_LINES.format(rank)
     with saving(folder):
         writer = PartWriter(folder, rank)
-        bad = bad_lines.open("w", encoding="utf-8", errors="backslashreplace", buffering=1)
 
     def keep(sample: CheckedSample) -> None:
         with saving(folder):
             writer.add(sample)
 
-    def report_invalid(number: int, line: str) -> None:
-        with saving(folder):
-            print(number, " ".join(line.splitlines()), sep="\t", file=bad)
-
-    with bad:
+    with open_problems(folder, rank) as report_invalid:
         yield keep, report_invalid
     with saving(folder):
         writer.close()
-        if not bad_lines.stat().st_size:
-            bad_lines.unlink()
-
-
-def _merged_problems(findings: list[SurveyResult]) -> list[str]:
-    """Return the problems of all ranks in manifest order, up to MAX_SHOWN of them."""
-    lines = [line for _, line in sorted(problem for f in findings for problem in f.problems)]
-    left_out = sum(f.num_problems for f in findings) - min(len(lines), MAX_SHOWN)
-    more = [f"and {left_out:,} more problems; --skip_bad LIST_FILE writes all of them to a file"] if left_out else []
-    return lines[:MAX_SHOWN] + more

@@ -28,7 +28,7 @@ from higgs_ds.options.train import DataOptions
 
 CHUNK = 128  # entries that a thread takes at a time
 REMEMBERED = 1 << 14  # files and clips that are not examined again
-MAX_SHOWN = 1000  # problems that are kept for display
+MAX_SHOWN = 20  # problems that are kept for display; a list in a file has all
 T = TypeVar("T")
 MISSING = -1, -1  # instead of a file's size and modification time
 USUAL_RATE_AND_HOP = 24000, 960

@@ -43,16 +43,13 @@ def log_lines(step: int, total_steps: int, values: Mapping[str, float], left_s: 
 
 
 def _training_line(start: str, values: Mapping[str, float], left_s: float | None) -> str:
-    if "train/loss" in values:
-        first = f"{start}{_losses('train', values)}"
-    else:
-        first = f"{start}no step was applied"
+    losses = _losses("train", values) if "train/loss" in values else "no step was applied"
     speed = values.get("tokens_per_s")
     parts = [f"lr {values['lr']:.3g}"] if "lr" in values else []
     parts += [] if speed is None else [f"{speed:.0f} tok/s" if speed < 9999.5 else f"{speed / 1000:.0f}k tok/s"]
     parts += [f"{_duration(left_s)} left"] if left_s else []
     parts += [f"{int(values['skipped_steps'])} skipped"] if "skipped_steps" in values else []
-    return _joined(first, *parts)
+    return _joined(f"{start}{losses}", *parts)
 
 
 def _joined(*parts: str) -> str:

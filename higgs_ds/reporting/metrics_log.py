@@ -69,7 +69,7 @@ class MetricsLog:
         self.bar.update()
 
     def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Append one line and print its main values, as `log_lines` does. The loss of a part without targets is written as null.
+        """Append one line and print its main values (see `log_lines`). A part without targets has a loss of null.
 
         Raises:
             NotFiniteError: the total loss is not finite; the line is written first.

@@ -81,7 +81,7 @@ def _evaluate(options: EvaluateOptions, lock: FolderLock) -> None:
     coder = speaker.bundle.coder(cache_dir) if speaker else None
     with Preparation(data, coder, cache_dir) as preparation:
         checked = preparation.check(options.test_manifest)
-        distributed.raise_problems(problems + checked.problems)
+        distributed.raise_problems(problems + preparation.problems([checked]))
         assert speaker and preparation.coder and checked.index  # noqa: PT018 - a missing one has raised a problem
         preparation.encode(checked, distributed.device())
         index = preparation.keep(checked)

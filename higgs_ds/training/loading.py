@@ -20,7 +20,7 @@ from higgs_ds.common.console import say, warn
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import saving, write_json, write_text
 from higgs_ds.common.precision import BF16, native_precision, torch_dtype
-from higgs_ds.common.run_files import DROPPED_FILE, FLAGGED_FILE, SETTINGS_FILE, SUMMARY_FILE
+from higgs_ds.common.run_files import DROPPED_FILE, FLAGGED_FILE, INVALID_FILE, SETTINGS_FILE, SUMMARY_FILE
 from higgs_ds.common.tensor_files import weight_files
 from higgs_ds.data.flags import write_list
 from higgs_ds.data.sampler import WindowSampler
@@ -138,6 +138,7 @@ def _write_run_files(inputs: Inputs, state: TrainerState) -> None:
     with saving(inputs.output_dir):
         write_json(inputs.output_dir / SETTINGS_FILE, inputs.options.flat())
         write_text(inputs.output_dir / SUMMARY_FILE, inputs.summary)
+        (inputs.output_dir / INVALID_FILE).unlink(missing_ok=True)  # of a start that failed
         if inputs.too_long:
             write_text(inputs.output_dir / DROPPED_FILE, "\n".join(inputs.too_long) + "\n")
         if any(flagged.flags for flagged in inputs.flagged):

@@ -35,7 +35,7 @@ def main(options: DataOptions, model: ModelOptions, how: PrepareOptions, flags: 
             if manifest.index is not None:
                 say(f"{manifest.path}:\n{textwrap.indent(preparation.describe(manifest), '  ')}")
         distributed.on_main(lambda: _report_flagged(preparation, checked, how.flagged_list, flags))
-        problems = [problem for manifest in checked for problem in manifest.problems]
+        problems = preparation.problems(checked)
         if shard == WHOLE:
             problems += check_references(options, checked)
         distributed.raise_problems(problems)

@@ -23,7 +23,7 @@ from higgs_ds.training.run import Inputs
 # What a run first writes under a temporary name, which remains after a kill. Models may also be written by a command.
 WRITTEN_BY_RUNS = re.compile(
     r"checkpoint-\d+|lora_adapters(?:_ema)?|trainer_state\.json|settings\.json|metrics\.jsonl|dropped_samples\.txt|"
-    r"flagged_samples\.tsv|data_summary\.txt|report\.html"
+    r"flagged_samples\.tsv|invalid_samples\.txt|data_summary\.txt|report\.html"
 )
 WRITTEN = re.compile(rf"{WRITTEN_BY_RUNS.pattern}|final_model|adapter|merged_model|to_publish")
 # Options that may differ when a run is resumed: they do not change what is trained. Batch size and accumulation may

@@ -19,7 +19,7 @@ from higgs_ds.common.files import check_folders
 from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.common.precision import AUTO, PRECISIONS, native_precision
 from higgs_ds.common.resources import default_cache_dir
-from higgs_ds.common.run_files import FLAGGED_FILE
+from higgs_ds.common.run_files import FLAGGED_FILE, INVALID_FILE
 from higgs_ds.data.flags import say_flagged
 from higgs_ds.data.preparation import CheckedManifest, Preparation, check_references
 from higgs_ds.data.scratch import scratch_problems
@@ -59,6 +59,7 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
     problems += check_folders(output_dir=output_dir)
     no_scratch = scratch_problems(options.data, cache_dir)
     resume_from = collect_problems(problems, lambda: _open_output(options, output_dir, lock))
+    list_of_invalid = None if problems else output_dir / INVALID_FILE  # the folder may be another run's
     found = collect_problems(problems, lambda: starting_point(options, given, output_dir, resume_from))
     start, options = found or (None, options)
     native = _native_precision(options, resume_from, problems)
@@ -77,7 +78,7 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
     with Preparation(options.data, coder, cache_dir) as preparation:
         manifests = (*options.data.train_manifests, *(options.data.val_manifest or ()))
         checked = [preparation.check(path) for path in manifests]
-        problems += [problem for manifest in checked for problem in manifest.problems]
+        problems += preparation.problems(checked, list_of_invalid)
         problems += check_references(options.data, checked)
         distributed.raise_problems(problems)
         assert resolved and bundle and preparation.coder  # noqa: PT018 - a missing one has raised a problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import dataclasses
 import json
 import os
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from higgs_ds.bases.bundle import Bundle, open_bundle
-from higgs_ds.common.errors import InputError
+from higgs_ds.common.errors import InputError, MoreProblems
 from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.data import encode, preparation, survey
 from higgs_ds.data.audio import read_audio
@@ -28,10 +29,12 @@ from higgs_ds.data.code_cache import CachedCodes, CodeCache
 from higgs_ds.data.codec import Codec
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.index import Index
+from higgs_ds.data.problem_list import shown_problems
 from higgs_ds.data.quality import ClipQuality, decoded
 from higgs_ds.data.reference_index import REFERENCES
 from higgs_ds.data.survey import Share
 from higgs_ds.model.sample import AudioClip
+from higgs_ds.options.command_line import parse_train_options
 from higgs_ds.options.commands import PrepareOptions
 from higgs_ds.options.train import DataOptions, ModelOptions, TrainOptions
 from higgs_ds.training.prepare import main
@@ -197,10 +200,11 @@ def audio_faults(folder: Path) -> list[tuple[dict[str, Any], str]]:
     ]
 
 
+@pytest.mark.parametrize("half", [0, 1])
 def test_every_fault_in_one_run_and_nothing_written(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, base: Path, half: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    faults = audio_faults(tmp_path)
+    faults = audio_faults(tmp_path)[half::2]  # so that all are printed
     good = speech_sample("Good.", "anna_00.flac")
     path = write_manifest(tmp_path / "m.jsonl", [good, *(sample for sample, _ in faults), good])
     cache = tmp_path / "cache"
@@ -218,9 +222,60 @@ def test_every_fault_in_one_run_and_nothing_written(
     main(dataclasses.replace(options, skip_bad=bad_list), ModelOptions(base_ckpt=str(base)), PrepareOptions())
     assert bad_list.read_text().splitlines() == [" ".join(p.splitlines()) for p in caught.value.problems]
     printed = capsys.readouterr().out
-    assert f"skipped {len(faults)} bad samples of {path}; they are listed in {bad_list}" in printed
+    assert f"skipped {len(faults)} bad samples of {path}, listed in {bad_list}" in printed
     assert "samples: 2" in printed
     assert len(files_below(cache / "codes")) == 1
+
+
+@pytest.mark.parametrize("num_bad", [20, 21, 3000])
+def test_many_bad_samples_are_counted_and_listed(tmp_path: Path, base: Path, num_bad: int) -> None:
+    """Of two manifests: 20 lines, the number of all, and a file with all of them in their order."""
+    paths = [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
+    bad = [speech_sample(f"Bad {i}.", f"none_{i}.flac") for i in range(num_bad)]
+    write_manifest(paths[0], [speech_sample("Good.", "anna_00.flac"), *bad[: num_bad - 3]])
+    write_manifest(paths[1], bad[num_bad - 3 :])
+    cache = tmp_path / "cache"
+    options = DataOptions(train_manifest=tuple(paths), cache_dir=cache)
+    with pytest.raises(InputError) as caught:
+        main(options, ModelOptions(base_ckpt=str(base)), PrepareOptions())
+    expected = [f"{paths[0]}:{i + 2}: " for i in range(num_bad - 3)] + [f"{paths[1]}:{i + 1}: " for i in range(3)]
+    shown, lists = str(caught.value).splitlines(), list((cache / "invalid").glob("*"))
+    assert shown[0] == f"{num_bad:,} problems:"
+    assert all(line.startswith(f"  {source}") for line, source in zip(shown[1:21], expected, strict=False))
+    if num_bad == 20:
+        assert (len(shown), lists) == (21, [])
+        return
+    (of_all,) = lists
+    more = "1 more problem" if num_bad == 21 else "2,980 more problems"
+    assert shown[21:] == [
+        f"  and {more}: {num_bad:,} in {num_bad:,} samples, all of which are listed in {of_all}; --skip_bad LIST_FILE "
+        "leaves these samples out"
+    ]
+    listed = of_all.read_text().splitlines()
+    assert len(listed) == num_bad
+    assert all(line.startswith(source) for line, source in zip(listed, expected, strict=True))
+    assert [f"  {line}" for line in listed[:20]] == shown[1:21]
+
+
+def test_the_list_of_a_training_is_in_its_folder(tmp_path: Path, base: Path, manifest: Path) -> None:
+    """It is removed when a run starts; a folder that another run has is not touched."""
+    bad = write_manifest(tmp_path / "bad.jsonl", [speech_sample("Bad.", f"none_{i}.flac") for i in range(30)])
+    line = ["--base_ckpt", str(base), "--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "run")]
+    argv = [*line, "--train_manifest", str(bad), "--deepspeed", "zero2.json", "--precision", "fp32"]
+    with FolderLock() as lock, pytest.raises(InputError, match=rf"listed in {tmp_path}/run/invalid_samples.txt"):
+        _check_and_encode(*parse_train_options(argv), lock)
+    assert len((tmp_path / "run" / "invalid_samples.txt").read_text().splitlines()) == 30
+    (tmp_path / "run" / "invalid_samples.txt").unlink()
+    (tmp_path / "run" / "checkpoint-3").mkdir()
+    with FolderLock() as lock, pytest.raises(InputError, match=r"contains checkpoint-3") as caught:
+        _check_and_encode(*parse_train_options(argv), lock)
+    assert f"{tmp_path}/cache/invalid/" in str(caught.value)
+    assert not (tmp_path / "run" / "invalid_samples.txt").exists()
+
+
+def test_a_line_that_stands_for_problems_of_all_ranks() -> None:
+    problems = ["one", copy.copy(MoreProblems("and 2 more", 2))]  # as pickle copies it
+    assert str(InputError(problems)) == "3 problems:\n  one\n  and 2 more"
 
 
 def test_fault_of_a_paired_file_names_it_once(tmp_path: Path, base: Path) -> None:
@@ -303,14 +358,15 @@ def test_processes_find_the_same_as_threads(bundle: Bundle, tmp_path: Path, monk
         with preparation.Preparation(options, coder, tmp_path / "cache") as started:
             checked = started.check(path)
             assert checked.index is not None
-            problems = preparation._merged_problems(checked.findings)
+            problems = shown_problems([checked.findings], tmp_path / "all.txt")
             missing = sorted(checked.missing.keys), round(checked.missing.seconds, 6)
             clips = [clip.key for clip in survey.missing_clips(path, started.checker, checked.missing)]
             rows = rows_of(checked.index)
             found.append((problems, missing, clips, rows, bad.read_text(), started.describe(checked)))
             assert len(checked.findings) == (3 if limit == 0 else 1)
     assert found[0] == found[1]
-    assert len(found[0][0]) == len(audio_faults(tmp_path))
+    assert len(found[0][0]) == survey.MAX_SHOWN + 1
+    assert f": {len(audio_faults(tmp_path))} in " in found[0][0][-1]
 
 
 def test_columns_of_references_are_added_to_a_kept_index(bundle: Bundle, manifest: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""TensorBoard's files and an offline W&B run have the values of metrics.jsonl and the samples; --quiet prints nothing."""
+"""TensorBoard's files and an offline W&B run have the metrics and samples of the run; --quiet prints nothing."""
 
 from __future__ import annotations
 
