@@ -11,6 +11,7 @@ from torch import nn
 from higgs_ds.adapters.files import name_in_base
 from higgs_ds.adapters.save import AdapterFormat, trained_parameters
 from higgs_ds.adapters.starting_point import StartingPoint, compare_quantization
+from higgs_ds.bases.builtin import which_builtin
 from higgs_ds.checkpoints.folder import masters_in, read_state
 from higgs_ds.checkpoints.save import load_into_engine, load_masters_into, publish
 from higgs_ds.checkpoints.state import TrainerState
@@ -30,10 +31,11 @@ from higgs_ds.model.loading import empty_model, load_base, load_base_in_4bit, nu
 from higgs_ds.model.loss import LossWeights
 from higgs_ds.model.loss_model import checkpoint_layers
 from higgs_ds.model.quantization import BaseQuantization
-from higgs_ds.options.train import recompute_every
+from higgs_ds.options.train import ModelOptions, recompute_every
 from higgs_ds.planning.plan import with_checkpointing
 from higgs_ds.planning.weights import Setting
 from higgs_ds.reporting.report_page import Reporter
+from higgs_ds.training.constant_codebooks import ConstantCodebooks
 from higgs_ds.training.engine import Engine
 from higgs_ds.training.overview import overview
 from higgs_ds.training.preflight import check_room
@@ -98,8 +100,12 @@ def load_run(inputs: Inputs) -> Run:
     reporter = Reporter(inputs.output_dir, not options.run.no_report)
     return Run(
         options, inputs.output_dir, bundle, inputs.train, inputs.val, sampler, engine, form, state, inputs.lock,
-        reporter,
+        reporter, ConstantCodebooks.of(inputs.train, weights, _has_builtin_codec(options.model)),
     )  # fmt: skip
+
+
+def _has_builtin_codec(options: ModelOptions) -> bool:
+    return which_builtin(options.base_ckpt) is not None and options.codec_ckpt is None
 
 
 def _masters_to_start_from(start: StartingPoint | None, trained: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:

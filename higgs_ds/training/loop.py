@@ -128,7 +128,9 @@ def _log(run: Run, log: MetricsLog, meter: Meter, rates: dict[str, float]) -> No
     values = meter.read() | rates | {"grad_norm": run.engine.grad_norm}
     if run.engine.scaling is not None:
         values |= {"loss_scale": run.engine.scaling.scale, "overflows": run.state.overflows}
+    values |= run.codebooks.losses_of_others(values)
     log.write(run.state.step, run.state.epoch, values | run.state.skips())
+    run.codebooks.report_once(run.state.step, values)
     meter.reset()
 
 
@@ -139,7 +141,7 @@ def _validate(run: Run, log: MetricsLog, signals: StopSignals) -> None:
     state.validation_due = True
     values = validate(run.engine, run.val, run.options.optim.batch_size, signals)
     if values is not None:
-        log.write(state.step, state.epoch, values)
+        log.write(state.step, state.epoch, values | run.codebooks.losses_of_others(values))
         if state.step:  # there is no checkpoint of step 0 to keep or to return to
             state.val_losses[str(state.step)] = values["val/loss"]
         state.validation_due = False

@@ -22,6 +22,7 @@ from higgs_ds.model.lora import AdaptedLayer
 from higgs_ds.model.parts import Parts
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.reporting.report_page import Reporter
+from higgs_ds.training.constant_codebooks import ConstantCodebooks
 from higgs_ds.training.engine import Engine
 
 
@@ -40,6 +41,7 @@ class Run:
     state: TrainerState
     lock: FolderLock
     reporter: Reporter
+    codebooks: ConstantCodebooks
 
 
 @dataclass(frozen=True)
