@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,19 @@ class TrainerState:
         return without >= patience
 
 
-def check_same_run(saved: TrainerState, fresh: TrainerState, folder: Path) -> None:
-    """Raise InputError if a checkpoint's settings differ from those of the run that is to resume from it."""
-    names = saved.settings.keys() | fresh.settings.keys()
+def check_same_run(
+    saved: TrainerState, fresh: TrainerState, folder: Path, in_words: Mapping[str, str] | None = None
+) -> None:
+    """Raise InputError if a checkpoint's settings differ from those of the run that is to resume from it.
+
+    Args:
+        in_words: what to print instead of the values of a setting that differs.
+    """
+    words = in_words or {}
     problems = [
-        f"{folder}: was trained with {name} {saved.settings.get(name)!r}, but this run has {fresh.settings.get(name)!r}"
-        for name in sorted(names)
-        if saved.settings.get(name) != fresh.settings.get(name)
+        f"{folder}: {words.get(name, f'was trained with {name} {before!r}, but this run has {after!r}')}"
+        for name in sorted(saved.settings.keys() | fresh.settings.keys())
+        if (before := saved.settings.get(name)) != (after := fresh.settings.get(name))
     ]
     if saved.total_steps > fresh.total_steps:
         problems.append(

@@ -1,4 +1,4 @@
-"""Locations of the project's own files and of its cache."""
+"""Locations of the project's own files and of its cache, and the memory of this process."""
 
 from __future__ import annotations
 
@@ -27,3 +27,9 @@ def command(name: str) -> str:
 def default_cache_dir() -> Path:
     """Return $HIGGS_DS_CACHE, or ~/.cache/higgs_ds if it is not set."""
     return Path(os.environ.get("HIGGS_DS_CACHE") or Path.home() / ".cache" / "higgs_ds")
+
+
+def resident_bytes() -> int:
+    """Return the memory of this process that is in use now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -78,7 +78,7 @@ def _samples_line(start: str, values: Mapping[str, float]) -> str:
     rate = values["sample/stop_rate"]
     verdict = " (bad: none ended on its own)" if rate == 0 else ""
     length = values.get("sample/length_ratio")
-    parts = [] if length is None else [f"{length:.3g} times as long as the references"]
+    parts = [] if length is None else [f"length {length:.3g} of the references'"]
     return _joined(f"{start}samples: stop rate {rate:.3g}{verdict}", *parts)
 
 

@@ -70,8 +70,8 @@ class ConstantCodebooks:
         if self.is_expected:
             return f"note: {which}: unused by the codec of the built-in base; {losses}"
         return (
-            f"warning: {which}: the same code in {counted(self.num_checked, 'training sample')}, all that were checked; "
-            f"{losses}. Listen to recordings that went through this codec: does it code such voices?"
+            f"warning: {which}: the same code in {counted(self.num_checked, 'training sample')}, all that were checked"
+            f"; {losses}. Listen to recordings that went through this codec: does it code such voices?"
         )
 
 

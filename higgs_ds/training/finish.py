@@ -15,6 +15,7 @@ from higgs_ds.common.errors import HiggsError, MergeError
 from higgs_ds.common.files import replaced_folder
 from higgs_ds.common.resources import command
 from higgs_ds.common.run_files import ADAPTER_FOLDER, AVERAGED_ADAPTER_FOLDER, FINAL_MODEL, MERGED_MODEL
+from higgs_ds.reporting.metrics_log import peak_memory_gib
 from higgs_ds.reporting.model_card import ADAPTER, FULL_MODEL, MERGED, card_facts, write_card
 from higgs_ds.reporting.publish import adapter_to_publish, upload
 from higgs_ds.training.run import Run
@@ -40,6 +41,8 @@ def finish(run: Run) -> None:
 
 def _report_outcome(run: Run) -> None:
     state, best = run.state, run.state.best_step
+    if run.memory is not None:
+        say(run.memory.compared_with(peak_memory_gib()))
     run.reporter.report_path()
     if state.stopped_early:
         say(

@@ -36,11 +36,12 @@ from higgs_ds.planning.plan import with_checkpointing
 from higgs_ds.planning.weights import Setting
 from higgs_ds.reporting.report_page import Reporter
 from higgs_ds.training.constant_codebooks import ConstantCodebooks
+from higgs_ds.training.data_changes import record_training_data
 from higgs_ds.training.engine import Engine
-from higgs_ds.training.overview import overview
+from higgs_ds.training.overview import overview, plan_memory
 from higgs_ds.training.preflight import check_room
-from higgs_ds.training.resume import initial_state
-from higgs_ds.training.run import Inputs, Run
+from higgs_ds.training.resume import describe_finished, initial_state
+from higgs_ds.training.run import Inputs, PlannedMemory, Run
 
 
 def _resolve_activation_checkpointing(inputs: Inputs) -> Inputs:
@@ -76,7 +77,7 @@ def load_run(inputs: Inputs) -> Run:
         mix=inputs.train.mix,
     )
     state = distributed.run_on_all_ranks(lambda: initial_state(inputs, sampler))
-    distributed.run_on_all_ranks(lambda: _check_and_announce(inputs, sampler, state))
+    memory = distributed.run_on_all_ranks(lambda: _check_and_announce(inputs, sampler, state))
     model, quantization = distributed.run_on_all_ranks(lambda: _model_to_train(inputs))
     trained = trained_parameters(model)
     masters = masters_in(resume_from) if resume_from else _masters_to_start_from(inputs.start, trained)
@@ -100,7 +101,7 @@ def load_run(inputs: Inputs) -> Run:
     reporter = Reporter(inputs.output_dir, not options.run.no_report)
     return Run(
         options, inputs.output_dir, bundle, inputs.train, inputs.val, sampler, engine, form, state, inputs.lock,
-        reporter, ConstantCodebooks.of(inputs.train, weights, _has_builtin_codec(options.model)),
+        reporter, ConstantCodebooks.of(inputs.train, weights, _has_builtin_codec(options.model)), memory,
     )  # fmt: skip
 
 
@@ -149,12 +150,13 @@ def _write_run_files(inputs: Inputs, state: TrainerState) -> None:
             write_text(inputs.output_dir / DROPPED_FILE, "\n".join(inputs.too_long) + "\n")
         if any(flagged.flags for flagged in inputs.flagged):
             write_list(inputs.output_dir / FLAGGED_FILE, inputs.flagged)
+    record_training_data(inputs.output_dir, inputs.train)
     if inputs.resume_from is not None:
         publish(inputs.resume_from, inputs.output_dir, state, inputs.options.run.keep_checkpoints)
 
 
-def _check_and_announce(inputs: Inputs, sampler: WindowSampler, state: TrainerState) -> None:
-    """Check the free disk space, and print the table at the start of a run, on rank 0.
+def _check_and_announce(inputs: Inputs, sampler: WindowSampler, state: TrainerState) -> PlannedMemory | None:
+    """Check the free disk space, and print the table at the start of a run, on rank 0. Return its planned memory.
 
     Raises:
         InputError: the outputs do not fit on the disk, or --lora_targets is not in the base.
@@ -165,18 +167,24 @@ def _check_and_announce(inputs: Inputs, sampler: WindowSampler, state: TrainerSt
     trained_bytes = 4 * sum(parameter.numel() for parameter in trained_parameters(shapes).values())
     base_bytes = sum(path.stat().st_size for path in weight_files(inputs.bundle.folder))
     if not distributed.is_main():
-        return
+        return None
     averaged = options.optim.ema_decay is not None
     check_room(inputs.output_dir, state, options.run, trained_bytes, base_bytes, options.is_full_finetuning, averaged)
+    memory = None
     if not options.run.quiet:
+        memory = plan_memory(inputs)
         base_parameters = num_parameters(inputs.bundle.folder, inputs.full_parts)
         trained = describe(shapes, options.tune, base_parameters, inputs.fully_trained)
-        say(overview(inputs, sampler, state, trained))
+        say(overview(inputs, sampler, state, trained, memory))
+        finished = describe_finished(state, options) if inputs.resume_from else ""
+        if finished:
+            say(finished)
     if options.is_full_finetuning and options.run.merge_adapter_with_base:
         warn("warning: --merge_adapter_with_base: --finetune full leaves nothing to merge; final_model/ is complete")
     native = native_precision(distributed.device())
     if options.model.precision == BF16 != native:
         say(f"note: this device has no instructions for bf16; --precision {native} is much faster here")
+    return memory
 
 
 def _model_to_train(inputs: Inputs) -> tuple[nn.Module, BaseQuantization | None]:

@@ -9,21 +9,22 @@ import torch
 from higgs_ds.bases.builtin import BUILT_IN, which_builtin
 from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.common import distributed
+from higgs_ds.common.resources import resident_bytes
 from higgs_ds.common.run_files import DROPPED_FILE
 from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.options.train import OptimOptions
 from higgs_ds.planning.plan import plan
 from higgs_ds.planning.weights import Setting
 from higgs_ds.training.preflight import GIB, seconds_left
-from higgs_ds.training.run import Inputs
+from higgs_ds.training.run import Inputs, PlannedMemory
 from higgs_ds.training.selection import describe_manifests
 
 NAMES = 10  # width of the column of names, in characters
 WIDTH = 110  # width of the column of texts
 
 
-def overview(inputs: Inputs, sampler: WindowSampler, state: TrainerState, adapters: str) -> str:
-    """Return the lines of the table. For a large base, planning takes a few seconds.
+def overview(inputs: Inputs, sampler: WindowSampler, state: TrainerState, adapters: str, memory: PlannedMemory) -> str:
+    """Return the lines of the table.
 
     Args:
         adapters: one line that describes what is trained.
@@ -38,7 +39,7 @@ def overview(inputs: Inputs, sampler: WindowSampler, state: TrainerState, adapte
         "reference": _references(inputs),
         "left out": _left_out(inputs),
         "steps": _steps(inputs, sampler, state),
-        "memory": _memory(inputs),
+        "memory": _memory(inputs, memory),
         "time": _time(inputs),
         "output": str(inputs.output_dir),
         "resumed": f"{inputs.resume_from}, at step {state.step}" if inputs.resume_from else "",
@@ -120,15 +121,21 @@ def _learning_rates(optim: OptimOptions) -> str:
     return ", ".join([f"{optim.lr:g}", *(optim.group_lr or ())]) + f"{factors}, {optim.lr_scheduler_type}"
 
 
-def _memory(inputs: Inputs) -> str:
-    """Describe the plan for the longest sample, which needs the most memory."""
-    device = distributed.device()
-    on_gpu = device.type == "cuda"
+def plan_memory(inputs: Inputs) -> PlannedMemory:
+    """Plan for the longest sample, which needs the most memory. For a large base, this takes a few seconds."""
+    on_gpu = distributed.device().type == "cuda"
     longest = inputs.options.replace(max_seq_len=inputs.longest)
     ranks = distributed.world_size()
     planned = plan(Setting(inputs.bundle.config, longest, inputs.ds_settings, ranks, on_gpu, inputs.adapted))
+    return PlannedMemory(planned, 0 if on_gpu else resident_bytes())
+
+
+def _memory(inputs: Inputs, memory: PlannedMemory) -> str:
+    planned, device = memory.plan, distributed.device()
+    on_gpu = device.type == "cuda"
     weights = sum(planned.weights.values()) + planned.quantization
     parts = {
+        **({} if on_gpu else {"Python and its libraries": memory.libraries}),
         "weights": weights,
         "trained parameters with gradients and optimizer state": planned.resident - weights,
         "peak of a pass or an optimizer step": planned.total - planned.resident,
@@ -136,7 +143,7 @@ def _memory(inputs: Inputs) -> str:
     capacity = f" of {torch.cuda.get_device_properties(device).total_memory / GIB:.1f} GiB" if on_gpu else ""
     host = f"; host memory {_gib(sum(planned.host.values()))}" if planned.host else ""
     return (
-        f"planned per {'GPU' if on_gpu else 'rank, without the libraries'}: {_gib(planned.total)} GiB{capacity} ("
+        f"planned per {'GPU, without the CUDA context' if on_gpu else 'rank'}: {memory.gib:.2f} GiB{capacity} ("
         + ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
         + f"{host}), at ZeRO stage {inputs.zero_stage}"
     )

@@ -14,16 +14,18 @@ from higgs_ds.common import distributed
 from higgs_ds.common.console import warn
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import restore_leftovers, saving
+from higgs_ds.common.words import counted
 from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.options.fields import RESUME_AUTO, RESUME_NEVER
 from higgs_ds.options.flags import FlagOptions
 from higgs_ds.options.train import TrainOptions
+from higgs_ds.training.data_changes import describe_data_change
 from higgs_ds.training.run import Inputs
 
 # What a run first writes under a temporary name, which remains after a kill. Models may also be written by a command.
 WRITTEN_BY_RUNS = re.compile(
     r"checkpoint-\d+|lora_adapters(?:_ema)?|trainer_state\.json|settings\.json|metrics\.jsonl|dropped_samples\.txt|"
-    r"flagged_samples\.tsv|invalid_samples\.txt|data_summary\.txt|report\.html"
+    r"training_data\.npz|flagged_samples\.tsv|invalid_samples\.txt|data_summary\.txt|report\.html"
 )
 WRITTEN = re.compile(rf"{WRITTEN_BY_RUNS.pattern}|final_model|adapter|merged_model|to_publish")
 # Options that may differ when a run is resumed: they do not change what is trained. Batch size and accumulation may
@@ -97,12 +99,40 @@ def initial_state(inputs: Inputs, sampler: WindowSampler) -> TrainerState:
         saved = read_state(inputs.resume_from)
         missing = (NOT_RECORDED.keys() & fresh.settings.keys()) - saved.settings.keys()
         saved.settings |= {name: NOT_RECORDED[name] for name in sorted(missing)}
-        check_same_run(saved, fresh, inputs.resume_from)
+        check_same_run(saved, fresh, inputs.resume_from, _differences_in_words(saved, fresh, inputs))
         fresh = saved
     if fresh.warmup_steps is None:
         fresh.warmup_steps = int(optim.warmup_ratio * fresh.total_steps)
     fresh.total_steps = total_steps
     return fresh
+
+
+def describe_finished(state: TrainerState, options: TrainOptions) -> str:
+    """Say that a resumed run is finished, and what trains it further; empty if it is not finished."""
+    run, optim = options.run, options.optim
+    if state.step >= state.total_steps:
+        length = f"--epochs ({optim.epochs})" if optim.max_steps is None else f"--max_steps ({optim.max_steps})"
+        return (
+            f"this run is finished: all of its {counted(state.total_steps, 'step')} are done, and none is trained now; "
+            f"to train further, resume it with more {length}"
+        )
+    if state.is_out_of_patience(run.early_stopping_patience, run.early_stopping_min_delta):
+        return (
+            f"this run is finished: --early_stopping_patience {run.early_stopping_patience} ended it at step "
+            f"{state.step} of {state.total_steps}, and no step is trained now; to train further, resume it with more "
+            "patience"
+        )
+    return ""
+
+
+def _differences_in_words(saved: TrainerState, fresh: TrainerState, inputs: Inputs) -> dict[str, str]:
+    """Describe the differences of settings whose values are digests."""
+    assert inputs.resume_from is not None
+    words = {"base": "was trained on another base: its config.json, or the name or size of a weight file, differs"}
+    identity = saved.settings.get("training_data")
+    if identity != fresh.settings["training_data"]:
+        words["training_data"] = describe_data_change(inputs.resume_from.parent, identity, inputs.train)
+    return words
 
 
 def _training_settings(inputs: Inputs, sampler: WindowSampler) -> dict[str, Any]:

@@ -21,9 +21,28 @@ from higgs_ds.model.fully_trained import FullyTrained
 from higgs_ds.model.lora import AdaptedLayer
 from higgs_ds.model.parts import Parts
 from higgs_ds.options.train import TrainOptions
+from higgs_ds.planning.zero_stages import Plan
 from higgs_ds.reporting.report_page import Reporter
 from higgs_ds.training.constant_codebooks import ConstantCodebooks
 from higgs_ds.training.engine import Engine
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class PlannedMemory:
+    """The planned peak of a rank, as `peak_memory_gib` measures it: on a GPU without its context, which no allocator
+    knows; else with the memory that Python and its libraries have at the start."""
+
+    plan: Plan
+    libraries: int  # in bytes; 0 on a GPU
+
+    @property
+    def gib(self) -> float:
+        return (self.plan.total + self.libraries) / GIB
+
+    def compared_with(self, measured_gib: float) -> str:
+        return f"peak memory of rank 0: {measured_gib:.2f} GiB, planned {self.gib:.2f} GiB"
 
 
 @dataclass
@@ -42,6 +61,7 @@ class Run:
     lock: FolderLock
     reporter: Reporter
     codebooks: ConstantCodebooks
+    memory: PlannedMemory | None  # on rank 0, unless --quiet
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ def test_main_job(main_job: tuple[Path, subprocess.CompletedProcess[str]]) -> No
         "report.html",
         "settings.json",
         "trainer_state.json",
+        "training_data.npz",
     ]
     adapters = output.relative_to(folder) / "lora_adapters"
     assert f"LoRA adapters: {adapters}" in done.stdout

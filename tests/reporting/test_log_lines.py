@@ -59,8 +59,8 @@ def test_validation_with_averages_and_manifests() -> None:
 @pytest.mark.parametrize(
     ("rate", "line"),
     [
-        (0.5, "step 5/9: samples: stop rate 0.5, 1.02 times as long as the references"),
-        (0.0, "step 5/9: samples: stop rate 0 (bad: none ended on its own), 1.02 times as long as the references"),
+        (0.5, "step 5/9: samples: stop rate 0.5, length 1.02 of the references'"),
+        (0.0, "step 5/9: samples: stop rate 0 (bad: none ended on its own), length 1.02 of the references'"),
     ],
 )
 def test_samples(rate: float, line: str) -> None:
