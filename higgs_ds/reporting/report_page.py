@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-import io
 import json
-import os
-import re
-import sys
+import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jinja2
@@ -36,43 +31,55 @@ from higgs_ds.common.run_files import (
     STATE_FILE,
     SUMMARY_FILE,
 )
+from higgs_ds.common.words import counted
 from higgs_ds.data.audio import as_ogg
 from higgs_ds.options.fields import FULL
 from higgs_ds.options.train import TrainOptions
+from higgs_ds.reporting.curves import Points, curves_of, draw, is_flat
 from higgs_ds.reporting.log_lines import losses_of_manifests
 from higgs_ds.reporting.metrics_log import last_values, read_metrics
 from higgs_ds.reporting.optional import OptionalOutput
+from higgs_ds.reporting.verdicts import bad_signs
 
 REPORT_FILE = "report.html"
 EVERY_S = 60.0
+SHARE = 0.02  # of a run's time that drawing may take
 SOUND_BYTES = 2_500_000  # of Ogg Vorbis in the page, where base64 makes it a third larger
-MOST_POINTS = 1000  # per curve; of more points, every n-th is drawn
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A plot of metrics over steps: their keys, and the label of each."""
+class RunFacts:
+    """What a run knows that is not in its files."""
 
-    title: str
-    keys: dict[str, str]
-    logarithmic: bool = False
+    total_steps: int | None = None
+    overruled: Sequence[str] = ()  # options whose value is not what the run does, one line each
+    has_builtin_codec: bool = False  # which leaves codebooks unused
+
+
+NO_FACTS = RunFacts()
 
 
 class Reporter:
     """Writes a run's page, during the run at most once in EVERY_S. Every rank must call its methods."""
 
-    def __init__(self, output_dir: Path, wanted: bool) -> None:
-        self.output_dir, self.wanted = output_dir, wanted
+    def __init__(self, output_dir: Path, wanted: bool, facts: RunFacts) -> None:
+        self.output_dir, self.wanted, self.facts = output_dir, wanted, facts
         self.output = OptionalOutput(f"writing {REPORT_FILE}", "the page is tried again at a later validation")
-        self.tried_at = -EVERY_S
+        self.due_at = -math.inf
 
-    def write(self, at_end: bool = False) -> None:
-        """Write the page, if it is due. A failure is reported once, and does not end the run."""
+    def write(self, at_end: bool = False, reason: str = "") -> None:
+        """Write the page, if it is due. A failure is reported once, and does not end the run.
+
+        Args:
+            reason: the error that ends the run, if one does.
+        """
 
         def write() -> None:
-            if at_end or time.monotonic() - self.tried_at > EVERY_S:
-                self.output.attempt(lambda: write_report(self.output_dir))
-                self.tried_at = time.monotonic()
+            started = time.monotonic()
+            if at_end or started > self.due_at:
+                self.output.attempt(lambda: write_report(self.output_dir, self.facts, not at_end, reason))
+                ended = time.monotonic()
+                self.due_at = ended + max(EVERY_S, (ended - started) / SHARE)
 
         if self.wanted:
             on_main(write)
@@ -83,142 +90,89 @@ class Reporter:
             say(f"report: {self.output_dir / REPORT_FILE}")
 
 
-TRAIN_AND_VAL = {"train": "training", "val": "validation", "val_ema": "validation, averaged weights"}
+def write_report(output_dir: Path, facts: RunFacts = NO_FACTS, is_running: bool = False, reason: str = "") -> Path:
+    """Write the page from a run's metrics, state and settings; return its path. Raises OSError.
 
-
-def _train_and_val_curve(title: str, name: str) -> Curve:
-    return Curve(title, {f"{kind}/{name}": shown for kind, shown in TRAIN_AND_VAL.items()})
-
-
-def _by_codebook(kind: str, shown: str, num_codebooks: int) -> Curve:
-    return Curve(f"audio loss by codebook, {shown}", {f"{kind}/audio_loss/cb{k}": str(k) for k in range(num_codebooks)})
-
-
-def _curves(num_codebooks: int, groups: Sequence[str], keys: Collection[str]) -> list[Curve]:
-    return [
-        _train_and_val_curve("loss", "loss"),
-        *(
-            Curve(f"loss by manifest, {shown}", losses_of_manifests(keys, kind))
-            for kind, shown in TRAIN_AND_VAL.items()
-        ),
-        _train_and_val_curve("text loss", "text_loss"),
-        _train_and_val_curve("audio loss", "audio_loss"),
-        *(_by_codebook(kind, shown, num_codebooks) for kind, shown in TRAIN_AND_VAL.items()),
-        _train_and_val_curve("text accuracy", "text_accuracy"),
-        _train_and_val_curve("audio accuracy", "audio_accuracy"),
-        _train_and_val_curve("accuracy of the end-of-stream code", "eos_accuracy"),
-        Curve("learning rate", {"lr": "--lr" if groups else ""} | {f"lr/{group}": group for group in groups}),
-        Curve("gradient norm", {"grad_norm": ""}, logarithmic=True),
-        Curve("tokens per second", {"tokens_per_s": ""}),
-        Curve("peak memory, GiB", {"peak_memory_gib": ""}),
-        Curve("share of positions that are padding", {"padding": ""}),
-        Curve("share of samples that stopped on their own", {"sample/stop_rate": ""}),
-        Curve("length of samples relative to the reference", {"sample/length_ratio": ""}),
-    ]
-
-
-def write_report(output_dir: Path) -> Path:
-    """Write the page from a run's metrics, state and settings; return its path. Raises OSError."""
+    Args:
+        is_running: whether the page is to renew itself in the browser, every EVERY_S.
+        reason: the error that has ended the run, if one has.
+    """
     lines = read_metrics(output_dir)
     settings = json.loads((output_dir / SETTINGS_FILE).read_text(encoding="utf-8"))
     state_file, summary = output_dir / STATE_FILE, output_dir / SUMMARY_FILE
     state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}
     last = lines[-1] if lines else {"step": 0, "epoch": 0.0}
-    num_codebooks = len({key for line in lines for key in line if re.fullmatch(r"train/audio_loss/cb\d+", key)})
-    groups = sorted({key.removeprefix("lr/") for line in lines for key in line if key.startswith("lr/")})
-    keys = dict.fromkeys(key for line in lines for key in line)
-    drawn = [(curve, _points(lines, curve)) for curve in _curves(num_codebooks, groups, keys)]
+    is_finished = state.get("finished") and state.get("step") == last["step"]
+    drawn = [(curve, points, is_flat(points)) for curve, points in curves_of(lines)]
+    bad = bad_signs(lines)
+    if facts.has_builtin_codec:
+        bad.pop("train/audio_loss", None)
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         files("higgs_ds.reporting").joinpath("report.html.j2").read_text(encoding="utf-8")
     )
     page = template.render(
         name=output_dir.resolve().name,
-        status="finished" if state.get("finished") and state.get("step") == last["step"] else "running or interrupted",
+        status="running" if is_running else "finished" if is_finished else "ended before its last step",
+        reload_ms=round(EVERY_S * 1000) if is_running else None,
         step=last["step"],
         epoch=last["epoch"],
-        total_steps=state.get("total_steps", "?"),
+        total_steps=facts.total_steps or state.get("total_steps", "?"),
         written=time.strftime("%Y-%m-%d %H:%M:%S"),
-        numbers=_numbers(lines),
-        curves=[{"title": curve.title, "svg": draw(curve, points)} for curve, points in drawn if points],
+        bad=[*filter(None, [reason]), *bad.values(), *_bad_samples(output_dir)],
+        numbers=_numbers(lines, bad),
+        curves=[{"title": curve.title, "svg": draw(curve, points)} for curve, points, is_flat in drawn if not is_flat],
+        not_drawn=[f"{curve.title} ({_flat_values(points)})" for curve, points, is_flat in drawn if is_flat],
         spoken=_spoken(output_dir / SAMPLES_FOLDER),
         data_summary=summary.read_text(encoding="utf-8") if summary.is_file() else "",
         outputs=_outputs(output_dir, settings.get("finetune") == FULL),
+        overruled=facts.overruled,
         settings=_settings(settings),
     )
     write_text(output_dir / REPORT_FILE, page)
     return output_dir / REPORT_FILE
 
 
-def _points(lines: Sequence[dict[str, Any]], curve: Curve) -> dict[str, tuple[list[int], list[float]]]:
-    """Return steps and values of each of a curve's metrics that has values."""
-    found = {}
-    for key, label in curve.keys.items():
-        at = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-        if at:
-            every = -(-len(at) // MOST_POINTS)
-            kept = [*at[:-1:every], at[-1]]
-            found[label] = ([step for step, _ in kept], [value for _, value in kept])
-    return found
+def _bad_samples(output_dir: Path) -> list[str]:
+    """Say how many samples are listed as possibly bad."""
+    path = output_dir / FLAGGED_FILE
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    number = len({line.split("\t", 1)[0] for line in lines})
+    return [f"{counted(number, 'sample')} of the data may be bad: see {FLAGGED_FILE}"] if number else []
 
 
-def draw(curve: Curve, points: dict[str, tuple[list[int], list[float]]]) -> str:
-    """Draw a curve as SVG, with matplotlib."""
-    mpl = _import_matplotlib()
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": curve.title, "font.size": 9}):
-        figure = Figure(figsize=(4.6, 2.8))
-        axes = figure.add_axes((0.13, 0.1, 0.84, 0.79))
-        for label, (steps, values) in points.items():
-            axes.plot(steps, values, label=label, linewidth=1.2, marker="." if len(steps) < 30 else None)
-        axes.set_title(curve.title, fontsize=10)
-        axes.grid(alpha=0.3)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        numbers = [value for _, values in points.values() for value in values]
-        if curve.logarithmic and min(numbers) > 0 and max(numbers) > 10 * min(numbers):
-            axes.set_yscale("log")
-        else:
-            axes.ticklabel_format(axis="y", scilimits=(-3, 5))
-        if len(points) > 1 or "" not in points:
-            axes.legend(fontsize=7, ncols=2)
-        content = io.StringIO()
-        figure.savefig(content, format="svg", metadata={"Date": None})
-    return content.getvalue()[content.getvalue().index("<svg") :]
+def _flat_values(points: Points) -> str:
+    """Return the values of a curve that has one for each of its metrics."""
+    values = {f"{values[0]:.4g}" for _, values in points.values()}
+    return values.pop() if len(values) == 1 else f"{len(points)} constants"
 
 
-def _import_matplotlib() -> ModuleType:
-    """Import matplotlib, whatever backend MPLBACKEND names: an image file needs none.
+def _numbers(lines: Sequence[dict[str, Any]], bad: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the last value of each metric that training and validation share, and of some others, if it has any.
 
-    Notebooks hand the variable down to their commands, and the import fails if that backend is not installed there.
-    Other code of this process gets the backend as usual.
+    `bad`: the metrics in which something bad shows.
     """
-    first = "matplotlib" not in sys.modules
-    backend = os.environ.pop("MPLBACKEND", None)
-    try:
-        import matplotlib as mpl
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-    if first and backend:
-        with contextlib.suppress(ValueError):  # it is not installed
-            mpl.rcParams["backend"] = backend
-    return mpl
-
-
-def _numbers(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Return the last value of each metric that training and validation share, and of some others."""
     last = last_values(lines)
-
-    def shown(key: str) -> str:
-        return f"{last[key]:.4g}" if key in last else ""
-
-    shared = ("loss", "text_loss", "audio_loss", "text_accuracy", "audio_accuracy", "eos_accuracy")
-    alone = ("lr", "grad_norm", "tokens_per_s", "samples_per_s", "peak_memory_gib", "padding")
-    rows = [{"name": name, "train": shown(f"train/{name}"), "val": shown(f"val/{name}")} for name in shared]
-    by_manifest = losses_of_manifests(last)
-    rows += [{"name": f"loss, {name}", "train": "", "val": shown(key)} for key, name in by_manifest.items()]
-    return rows + [{"name": name, "train": shown(name), "val": ""} for name in alone]
+    shared = (
+        "loss",
+        "text_loss",
+        "audio_loss",
+        "audio_loss_varying",
+        "text_accuracy",
+        "audio_accuracy",
+        "eos_accuracy",
+    )
+    alone = ("lr", "grad_norm", "tokens_per_s", "samples_per_s", "peak_memory_gib", "padding", "skipped_steps")
+    keys = {name: (f"train/{name}", f"val/{name}") for name in shared}
+    keys |= {f"loss, {name}": ("", key) for key, name in losses_of_manifests(last).items()}
+    keys |= {name: (name, "") for name in alone}
+    keys |= {name: ("", f"sample/{name}") for name in ("stop_rate", "length_ratio")}
+    return [
+        {"name": name, "values": [(f"{last[key]:.4g}" if key in last else "", key in bad) for key in pair]}
+        for name, pair in keys.items()
+        if any(key in last for key in pair)
+    ]
 
 
 def _spoken(folder: Path) -> list[dict[str, Any]]:

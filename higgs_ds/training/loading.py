@@ -31,13 +31,14 @@ from higgs_ds.model.loading import empty_model, load_base, load_base_in_4bit, nu
 from higgs_ds.model.loss import LossWeights
 from higgs_ds.model.loss_model import checkpoint_layers
 from higgs_ds.model.quantization import BaseQuantization
-from higgs_ds.options.train import ModelOptions, recompute_every
+from higgs_ds.options.train import recompute_every
 from higgs_ds.planning.plan import with_checkpointing
 from higgs_ds.planning.weights import Setting
-from higgs_ds.reporting.report_page import Reporter
+from higgs_ds.reporting.report_page import Reporter, RunFacts
 from higgs_ds.training.constant_codebooks import ConstantCodebooks
 from higgs_ds.training.data_changes import record_training_data
 from higgs_ds.training.engine import Engine
+from higgs_ds.training.overruled import overruled_by_data
 from higgs_ds.training.overview import overview, plan_memory
 from higgs_ds.training.preflight import check_room
 from higgs_ds.training.resume import describe_finished, initial_state
@@ -56,7 +57,8 @@ def _resolve_activation_checkpointing(inputs: Inputs) -> Inputs:
         decided = with_checkpointing(setting, torch.cuda.get_device_properties(here).total_memory)
         choice = distributed.broadcast_object(decided.options.model.activation_checkpointing)
     say(f"--activation_checkpointing auto: {choice}")
-    return replace(inputs, options=inputs.options.replace(activation_checkpointing=choice))
+    options = inputs.options.replace(activation_checkpointing=choice)
+    return replace(inputs, options=options, overruled=(*inputs.overruled, f"--activation_checkpointing auto: {choice}"))
 
 
 def load_run(inputs: Inputs) -> Run:
@@ -98,15 +100,17 @@ def load_run(inputs: Inputs) -> Run:
         engine.set_masters(masters)
     distributed.on_main(lambda: _write_run_files(inputs, state))
     form = _output_format(inputs, model, quantization)
-    reporter = Reporter(inputs.output_dir, not options.run.no_report)
+    overruled = [
+        *inputs.overruled,
+        *overruled_by_data(options, len(inputs.train), state.total_steps, state.warmup_steps or 0),
+    ]
+    has_builtin_codec = which_builtin(options.model.base_ckpt) is not None and options.model.codec_ckpt is None
+    facts = RunFacts(state.total_steps, overruled, has_builtin_codec)
+    reporter = Reporter(inputs.output_dir, not options.run.no_report, facts)
     return Run(
         options, inputs.output_dir, bundle, inputs.train, inputs.val, sampler, engine, form, state, inputs.lock,
-        reporter, ConstantCodebooks.of(inputs.train, weights, _has_builtin_codec(options.model)), memory,
+        reporter, ConstantCodebooks.of(inputs.train, weights, has_builtin_codec), memory,
     )  # fmt: skip
-
-
-def _has_builtin_codec(options: ModelOptions) -> bool:
-    return which_builtin(options.base_ckpt) is not None and options.codec_ckpt is None
 
 
 def _masters_to_start_from(start: StartingPoint | None, trained: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:

@@ -44,6 +44,10 @@ def main(options: TrainOptions, given: set[str]) -> None:
         try:
             train(run)
             finish(run)
+        except NotFiniteError as error:
+            if error.on_all_ranks:
+                run.reporter.write(at_end=True, reason=str(error).splitlines()[0])
+            raise
         finally:
             _free_memory(run)
 
@@ -90,11 +94,14 @@ def train(run: Run) -> None:
             state.has_learned |= rates["lr"] > 0 and result.applied
             log.advance()
             last = state.step == state.total_steps
-            if last or state.step % options.run.log_steps == 0:
+            is_logged = last or state.step % options.run.log_steps == 0
+            is_validated = bool(len(run.val)) and (last or state.step % options.run.val_steps == 0)
+            if is_logged:
                 _log(run, log, meter, rates)
             with meter.paused():
-                if len(run.val) and (last or state.step % options.run.val_steps == 0):
+                if is_validated:
                     _validate(run, log, signals)
+                if (is_logged or is_validated) and not last:
                     _draw(run)
                 if writer.is_due(last):
                     _write_samples(run, log, writer)

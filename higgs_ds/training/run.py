@@ -80,6 +80,7 @@ class Inputs:
     lock: FolderLock  # of the output folder
     start: StartingPoint | None = None
     flagged: Sequence[Flagged] = ()  # of each manifest, on rank 0
+    overruled: tuple[str, ...] = ()  # see `training.overruled`
 
     @property
     def adapted(self) -> tuple[AdaptedLayer, ...]:

@@ -33,6 +33,7 @@ from higgs_ds.options.train import TrainOptions
 from higgs_ds.reporting.publish import check_licence, check_login
 from higgs_ds.reporting.trackers import check_wandb_login
 from higgs_ds.training.loading import load_run
+from higgs_ds.training.overruled import overruled_by_file
 from higgs_ds.training.resume import find_resume_checkpoint
 from higgs_ds.training.run import Inputs, Run
 from higgs_ds.training.selection import describe_manifests, select
@@ -84,6 +85,7 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
         assert resolved and bundle and preparation.coder  # noqa: PT018 - a missing one has raised a problem
         if options.model.precision == AUTO:
             say(f"--precision auto: {resolved[1].model.precision}")
+        overruled = overruled_by_file(options, resolved[1], options.run.deepspeed)
         settings, options = resolved
         for manifest in checked:
             preparation.encode(manifest, distributed.device())
@@ -103,7 +105,19 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
     lines = describe_manifests(train, val)
     summary += "".join(f"{line}\n" for line in ["manifests:", *(f"  {line}" for line in lines)]) if lines else ""
     return Inputs(
-        options, settings, output_dir, bundle, train, val, too_long, summary, resume_from, lock, start, flagged
+        options,
+        settings,
+        output_dir,
+        bundle,
+        train,
+        val,
+        too_long,
+        summary,
+        resume_from,
+        lock,
+        start,
+        flagged,
+        tuple(overruled),
     )
 
 

@@ -95,8 +95,9 @@ def test_first_run_prints_what_matters(main_job: tuple[Path, subprocess.Complete
     assert sum("real_accelerator.py" in line for line in launchers) <= 2
     ours = [line.split(" ")[0] for line in lines if line not in launchers]
     before = ["--precision", "base", "model", "trained", "data", "steps", "memory", "time", "output"]
-    after = ["report:", "LoRA", "Merge", "Give"]
-    assert [word for word in ours if word] == [*before, "step", "step", *after]
+    after = ["peak", "report:", "LoRA", "Merge", "Give"]
+    # The note is about codebooks that the built-in codec does not use.
+    assert [word for word in ours if word] == [*before, "step", "note:", "step", *after]
 
 
 def test_table_at_the_start(main_job: tuple[Path, subprocess.CompletedProcess[str]], cache_dir: Path) -> None:
@@ -127,8 +128,11 @@ def test_table_at_the_start(main_job: tuple[Path, subprocess.CompletedProcess[st
     last = steps(done.stdout)
     expected = f"{last} ({last // 2} in the first epoch) of 16 samples each (2 per rank x 8 accumulated x 1 rank);"
     assert rows["steps"].startswith(expected)
-    planned, weights, to_train, in_pass = (float(n) for n in re.findall(r"0\.\d+", rows["memory"]))
-    assert planned == pytest.approx(weights + to_train + in_pass, abs=0.002)
+    planned, libraries, weights, to_train, in_pass = (float(n) for n in re.findall(r"\d+\.\d+", rows["memory"]))
+    assert planned == pytest.approx(libraries + weights + to_train + in_pass, abs=0.012)
+    (measured,) = re.findall(rf"peak memory of rank 0: (\S+) GiB, planned {planned:.2f} GiB", done.stdout)
+    # Both with the libraries, which take far more than this run. Measured, there is also what drawing imports.
+    assert planned / 1.5 < float(measured) < planned * 1.5
     # Weights and adapters in 16 bits; gradients, master weights and Adam's two moments in 32.
     assert weights + to_train == pytest.approx((2 * parameters + 16 * trained) / 2**30, abs=0.001)
     assert rows["memory"].endswith("at ZeRO stage 2")

@@ -14,7 +14,7 @@ from conftest import play, read_metrics
 from launcher import train_runs
 
 from higgs_ds.options.train import TrainOptions
-from higgs_ds.reporting.report_page import write_report
+from higgs_ds.reporting.report_page import RunFacts, write_report
 
 pytestmark = pytest.mark.slow
 
@@ -99,8 +99,58 @@ def test_a_thousand_steps(tmp_path: Path, page: Any) -> None:
     path = write_report(tmp_path)
     assert path.stat().st_size < 5e6
     page.goto(path.as_uri())
-    assert "running or interrupted, at step 1000" in page.locator("body").inner_text()
-    assert page.locator("figure svg").count() == 8
+    assert "ended before its last step, at step 1000" in page.locator("body").inner_text()
+    assert page.locator("figure svg").count() == 7
+    assert page.locator("#flat").inner_text() == "Not drawn, as they have one value only: text loss (0.1)."
+
+
+def test_what_is_bad_is_marked(tmp_path: Path, page: Any) -> None:
+    lines = [
+        {"step": 10, "epoch": 1.0, "train/loss": 3.0, "train/text_loss": None, "train/audio_loss": 3.0, "lr": 1e-4},
+        {"step": 10, "epoch": 1.0, "val/loss": 2.0},
+        {"step": 20, "epoch": 2.0, "train/loss": 2.0, "train/text_loss": None, "train/audio_loss": 2.0, "lr": 1e-4},
+        {"step": 20, "epoch": 2.0, "val/loss": 2.5},
+        {"step": 20, "epoch": 2.0, "sample/stop_rate": 0.0, "sample/length_ratio": 1.1},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "settings.json").write_text(json.dumps(TrainOptions().flat()))
+    (tmp_path / "flagged_samples.tsv").write_text("m:1\tsilence\t1\ta\nm:1\tlevel\t1\tb\nm:7\tlevel\t1\tb\n")
+    facts = RunFacts(30, ["--precision auto: fp32"])
+    page.goto(write_report(tmp_path, facts, reason="val/loss is <inf>").as_uri())
+    assert page.locator("#bad li").all_inner_texts() == [
+        "val/loss is <inf>",
+        "the validation loss rises: 2.0000 at step 10, 2.5000 at step 20; a checkpoint near step 10 is likely to be "
+        "better",
+        "stop rate 0: none of the last samples ended on its own",
+        "2 samples of the data may be bad: see flagged_samples.tsv",
+    ]
+    assert page.locator("#numbers .bad").all_inner_texts() == ["2.5", "0"]
+    rows = page.locator("#numbers tr td:first-child").all_inner_texts()
+    assert rows == ["loss", "audio_loss", "lr", "stop_rate", "length_ratio"]  # no row without a value
+    assert page.locator("#overruled li").all_inner_texts() == ["--precision auto: fp32"]
+    assert "at step 20 of 30" in page.locator("body").inner_text()
+    flat = page.locator("#flat").inner_text()
+    assert all(f"{title} (" in flat for title in ("learning rate", "share of samples that stopped on their own"))
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_the_page_renews_itself_while_the_run_goes_on(tmp_path: Path, page: Any, is_running: bool) -> None:
+    """After a minute, but not while a sample plays."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "settings.json").write_text(json.dumps(TrainOptions().flat()))
+    page.clock.install()
+    path = write_report(tmp_path, is_running=is_running)
+    page.goto(path.as_uri())
+    assert page.locator("p").first.inner_text().startswith("running" if is_running else "ended before its last step")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 7, "epoch": 1.0, "train/loss": 2.0}) + "\n")
+    write_report(tmp_path, is_running=is_running)
+    page.evaluate("playing = document.body.appendChild(document.createElement('audio'))")
+    page.evaluate("Object.defineProperty(playing, 'paused', {value: false, configurable: true})")
+    page.clock.run_for(61_000)
+    assert "at step 0" in page.locator("p").first.inner_text()
+    page.evaluate("Object.defineProperty(playing, 'paused', {value: true})")
+    page.clock.run_for(61_000)
+    page.wait_for_function(f"document.title.includes('step {7 if is_running else 0} ')")
 
 
 def test_before_the_first_numbers(tmp_path: Path, page: Any) -> None:
