@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from higgs_ds.common.errors import InputError
+from higgs_ds.common.words import counted
 
 
 @dataclass
@@ -69,8 +70,8 @@ def check_same_run(
     ]
     if saved.total_steps > fresh.total_steps:
         problems.append(
-            f"{folder}: is of a run of {saved.total_steps} steps, but this one has {fresh.total_steps}; --epochs and "
-            "--max_steps can make a run longer, not shorter"
+            f"{folder}: is of a run of {counted(saved.total_steps, 'step')}, but this one has {fresh.total_steps}; "
+            "--epochs and --max_steps can make a run longer, not shorter"
         )
     if problems:
         raise InputError([*problems, "--resume needs the same settings; start a new run in another --output_dir"])

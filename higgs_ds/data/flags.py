@@ -14,6 +14,7 @@ import numpy as np
 
 from higgs_ds.common.console import say
 from higgs_ds.common.files import check_folders, replaced_file, saving
+from higgs_ds.common.words import counted
 from higgs_ds.data.index import Index
 from higgs_ds.data.medians import Groups, Medians, groups_of, rates_of
 from higgs_ds.data.repeats import like_texts, same_audio
@@ -228,7 +229,7 @@ def _script(index: Index, options: FlagOptions) -> Flag:
 def say_flagged(path: Path, flagged: Flagged, where: str) -> None:
     """Print what is flagged of a manifest, if anything is; `where` says where the whole list is."""
     if flagged.flags or flagged.num_uncompared:
-        count = f"{len(flagged.rows):,} of {len(flagged.index):,} samples"
+        count = f"{len(flagged.rows):,} of {counted(len(flagged.index), 'sample')}"
         say(f"{path}: {count} may be bad; none of them is left out; {where}")
         say("\n".join(f"  {line}" for line in flagged.describe()))
 

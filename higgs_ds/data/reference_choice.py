@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from higgs_ds.common.words import counted
 from higgs_ds.data.joined_index import AnyIndex
 from higgs_ds.options.train import DataOptions
 
@@ -100,11 +101,11 @@ class References:
             "have their own": own,
             f"have none ({why})" if why else "have none": none,
         }
-        found = ", ".join(f"{count:,} samples {what}" for what, count in counts.items() if count)
+        found = ", ".join(_in_number(count, what) for what, count in counts.items() if count)
         if not self._dropout or not with_dropout:
             return found
         first = int(self.in_epoch(0).left_out[slice(None) if first_epoch is None else first_epoch].sum())
-        return f"{found}; left out with probability {self._dropout:g}, of {first:,} samples in the first epoch"
+        return f"{found}; left out with probability {self._dropout:g}, of {counted(first, 'sample')} in the first epoch"
 
 
 class RandomReferences:
@@ -224,3 +225,10 @@ def reference_problems(options: DataOptions, index: AnyIndex) -> list[str]:
             "the option, or let samples get references (--reference random)"
         ]
     return []
+
+
+def _in_number(count: int, what: str) -> str:
+    """Return "2 samples have none" or "1 sample has none"; `what` is a predicate in plural."""
+    verb, rest = what.split(" ", 1)
+    verb_of_one = {"have": "has", "get": "gets"}[verb]
+    return f"{counted(count, 'sample')} {verb_of_one if count == 1 else verb} {rest}"

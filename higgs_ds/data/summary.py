@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 
+from higgs_ds.common.words import counted
 from higgs_ds.data.index import Index
 from higgs_ds.data.medians import rates_of
 
@@ -72,7 +73,8 @@ def _label_line(index: Index, name: str) -> str:
     named = "".join(f", {words[number]} ({count:,})" for number, count in counts[:NAMED])
     more = f", {len(counts) - NAMED:,} more" if len(counts) > NAMED else ""
     unnamed = int((numbers < 0).sum())
-    return f"{name}s: {len(counts):,}{named}{more}{f'; {unnamed:,} samples without a {name}' if unnamed else ''}"
+    without = f"; {counted(unnamed, 'sample')} without a {name}" if unnamed else ""
+    return f"{name}s: {len(counts):,}{named}{more}{without}"
 
 
 def _repeated(digests: np.ndarray) -> np.ndarray:

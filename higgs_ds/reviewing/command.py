@@ -7,6 +7,7 @@ import signal
 from higgs_ds.common.console import say
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.interrupts import Interrupted
+from higgs_ds.common.words import counted
 from higgs_ds.options.reviewing import ReviewOptions, check_review_options
 from higgs_ds.reviewing.review_list import ReviewList, opened_list
 from higgs_ds.reviewing.server import ReviewServer
@@ -18,7 +19,7 @@ def main(options: ReviewOptions) -> None:
     if problems:
         raise InputError(problems)
     with opened_list(options.path, options.format) as review, _server(review, options) as server:
-        say(f"{review.path}: {len(review.rows):,} clips, {review.num_dropped():,} of them dropped")
+        say(f"{review.path}: {counted(len(review.rows), 'clip')}, {review.num_dropped():,} of them dropped")
         say(f"Open {server.url} in a browser{' on this machine' if server.is_local() else ''}. Ctrl-C ends the review.")
         try:
             server.serve_forever()
@@ -27,7 +28,8 @@ def main(options: ReviewOptions) -> None:
                 raise
         finally:
             review.writing.acquire()  # a change that is being written is completed, and is the last one
-        say(f"{review.path}: {review.num_dropped():,} of {len(review.rows):,} clips dropped; every change is written")
+        dropped = f"{review.num_dropped():,} of {counted(len(review.rows), 'clip')} dropped"
+        say(f"{review.path}: {dropped}; every change is written")
 
 
 def _server(review: ReviewList, options: ReviewOptions) -> ReviewServer:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from higgs_ds.common.console import say, warn
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.folder_lock import SLICING_LOCK, FolderLock
+from higgs_ds.common.words import counted
 from higgs_ds.data.audio import AudioError
 from higgs_ds.options.slicing import SliceOptions
 from higgs_ds.slicing.clips import line_of, write_clips
@@ -91,8 +92,8 @@ def _slice(
     ]
     kept = [clip for clip, done in zip(plan.clips, written, strict=True) if done.text]
     say(
-        f"{source.path}: {_time(activity.duration_s)}, of which {_time(activity.speech_s)} speech; {len(kept)} clips, "
-        f"{_time(sum(clip.duration_s for clip in kept))} with their pauses"
+        f"{source.path}: {_time(activity.duration_s)}, of which {_time(activity.speech_s)} speech; "
+        f"{counted(len(kept), 'clip')}, {_time(sum(clip.duration_s for clip in kept))} with their pauses"
     )
 
 
@@ -107,7 +108,8 @@ def _report(options: SliceOptions, sliced: Sliced) -> None:
         say(f"list of what is left out: {options.output_dir / LEFT_OUT_FILE}")
     if sliced.quieter:
         warn(
-            f"note: {sliced.quieter} clips stay quieter than --loudness {options.loudness:g}, as they would be clipped"
+            f"note: the level of {counted(sliced.quieter, 'clip')} stays below --loudness {options.loudness:g}, to "
+            "avoid clipping"
         )
     if not sliced.metadata:
         raise InputError(f"--output_dir {options.output_dir}: there is no clip; {LEFT_OUT_FILE} lists why")

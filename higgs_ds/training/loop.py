@@ -212,7 +212,7 @@ def _record_skipped_step(run: Run, meter: Meter, window: Window, batches: Sequen
         return
     if state.step and not checkpoint_folder(run.output_dir, state.step).exists():
         _save(run, meter)
-    advice = f"{len(state.skipped)} earlier steps were skipped" if skips else "or resume with --on_nonfinite skip"
+    advice = f"steps skipped earlier: {len(state.skipped)}" if skips else "or resume with --on_nonfinite skip"
     if in_fp16:
         other = "fp16 holds nothing above 65,504: use --precision bf16 on a GPU that computes in it, or fp32"
         advice = other if result.at_minimum else f"{advice}. {other}"

@@ -11,6 +11,7 @@ from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.common import distributed
 from higgs_ds.common.resources import resident_bytes
 from higgs_ds.common.run_files import DROPPED_FILE
+from higgs_ds.common.words import counted
 from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.options.train import OptimOptions
 from higgs_ds.planning.plan import plan
@@ -80,7 +81,7 @@ def _data(inputs: Inputs, sampler: WindowSampler) -> str:
     varies = train.references is not None or train.mix is not None
     mixed = "" if train.mix is None else f" ({len(in_first):,} in the first epoch)"
     return (
-        f"{len(train):,} training samples{mixed}, {len(inputs.val):,} validation samples; "
+        f"{counted(len(train), 'training sample')}{mixed}, {counted(len(inputs.val), 'validation sample')}; "
         f"{sum(lengths[i] for i in in_first):,} tokens {'in the first' if varies else 'per'} epoch, "
         f"{train.longest:,} in the longest sample, {sampler.padding():.1%} padding"
     )
@@ -100,8 +101,8 @@ def _left_out(inputs: Inputs) -> str:
     if not inputs.too_long:
         return ""
     return (
-        f"{len(inputs.too_long):,} samples longer than --max_seq_len {inputs.options.data.max_seq_len}, for instance "
-        f"{inputs.too_long[0]}; all are listed in {inputs.output_dir / DROPPED_FILE}"
+        f"{counted(len(inputs.too_long), 'sample')} longer than --max_seq_len {inputs.options.data.max_seq_len}, for "
+        f"instance {inputs.too_long[0]}; all are listed in {inputs.output_dir / DROPPED_FILE}"
     )
 
 

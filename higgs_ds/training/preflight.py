@@ -10,6 +10,7 @@ from pathlib import Path
 from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import free_bytes
+from higgs_ds.common.words import counted
 from higgs_ds.options.fields import NATIVE
 from higgs_ds.options.run import RunOptions
 
@@ -40,7 +41,7 @@ def check_room(
     at_once = saves if options.keep_checkpoints is None else min(saves, options.keep_checkpoints + 2)
     takes = {
         # The trained weights, Adam's two moments, and averages.
-        f"{at_once} checkpoints": at_once * (4 if averaged else 3) * trained_bytes,
+        counted(at_once, "checkpoint"): at_once * (4 if averaged else 3) * trained_bytes,
     }
     model_bytes = (1 if options.export_layout == NATIVE else 2) * base_bytes  # others are converted from native
     if is_full_finetuning:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from higgs_ds.common.errors import InputError
+from higgs_ds.common.words import counted
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.formats.checks import printable
@@ -33,7 +34,7 @@ def select(options: TrainOptions, indexes: Sequence[Index], coder: Coder) -> tup
     lengths = [lengths_of_forms(index, data) for index in indexes]
     short = [np.flatnonzero(tokens <= (data.max_seq_len or np.inf)) for tokens in lengths]
     too_long = [
-        f"{source}: {tokens[row]} tokens"
+        f"{source}: {counted(int(tokens[row]), 'token')}"
         for index, tokens, rows in zip(indexes, lengths, short, strict=True)
         for row in np.setdiff1d(np.arange(len(index)), rows)
         for source in index.sources([row])
@@ -82,8 +83,9 @@ def _speakers(index: AnyIndex) -> np.ndarray:
     unnamed = int((numbers < 0).sum())
     if unnamed or len(names) < 2:
         raise InputError(
-            f"--split_by speaker: {unnamed} samples name no speaker, the others name {len(names)}; every sample must "
-            "name one, and there must be two or more. Use --split_by sample or --val_manifest"
+            f"--split_by speaker: {counted(unnamed, 'sample')} name{'s' if unnamed == 1 else ''} no speaker, the "
+            f"others name {len(names)}; every sample must name one, and there must be two or more. Use --split_by "
+            "sample or --val_manifest"
         )
     return numbers
 
@@ -144,10 +146,10 @@ def describe_manifests(train: Dataset, val: Dataset) -> list[str]:
     lines = _describe_training(train) if train.manifests else {}
     for name, samples in val.manifests.items():
         if name in held_out:
-            lines[name] += f"; {len(samples):,} validation samples"
+            lines[name] += f"; {counted(len(samples), 'validation sample')}"
     described = [f"{name}: {line}" for name, line in lines.items()]
     described += [
-        f"{name}: {len(samples):,} validation samples, {_hours(val, samples):.2f} hours"
+        f"{name}: {counted(len(samples), 'validation sample')}, {_hours(val, samples):.2f} hours"
         for name, samples in val.manifests.items()
         if name not in held_out
     ]
@@ -162,8 +164,8 @@ def _describe_training(train: Dataset) -> dict[str, str]:
     counts = train.mix.num_samples(0) if train.mix else list(map(len, train.manifests.values()))
     numbers = train.mix.numbers if train.mix else (1.0,) * len(counts)
     return {
-        name: f"{len(samples):,} training samples, {_hours(train, samples):.2f} hours; mix {number:g}: {count:,} "
-        f"samples per epoch, {count / sum(counts):.1%} of all"
+        name: f"{counted(len(samples), 'training sample')}, {_hours(train, samples):.2f} hours; mix {number:g}: "
+        f"{counted(count, 'sample')} per epoch, {count / sum(counts):.1%} of all"
         for (name, samples), number, count in zip(train.manifests.items(), numbers, counts, strict=True)
     }
 

@@ -116,7 +116,7 @@ def test_left_out_is_the_sample_of_reference_none(start: Start, clips: Path, tmp
     assert inputs.longest == max(len(sample.prompt.input_ids) for sample in with_it + without)
     assert inputs.train.references is not None
     assert inputs.train.references.describe().startswith(
-        "2 samples have their own, 1 samples have none; left out with probability 0.5, of "
+        "2 samples have their own, 1 sample has none; left out with probability 0.5, of "
     )
 
 
@@ -265,7 +265,7 @@ def test_what_is_reported(start: Start, clips: Path) -> None:
     entries += [recording("ben_3", ref_audio="ben_0.wav", ref_text="Its own.", text="Words of ben_1.")]
     inputs = start(write_manifest(clips / "reported.jsonl", entries), reference="random")
     expected = (
-        "3 samples get another clip of their speaker, 1 samples have their own, 3 samples have none (1 name no "
+        "3 samples get another clip of their speaker, 1 sample has their own, 3 samples have none (1 name no "
         "speaker; 1 are more than one text and its clip; 1 have no other clip of their speaker, with other words and "
         "short enough)"
     )

@@ -27,7 +27,7 @@ def test_summary_lines(tmp_path: Path) -> None:
     assert lines == [
         "samples: 6",
         "clips: 6, 0.01 hours, 1.00 to 6.00 s, median 3.50 s, 95th percentile 5.75 s",
-        "speakers: 2, s0 (3), s1 (2); 1 samples without a speaker",
+        "speakers: 2, s0 (3), s1 (2); 1 sample without a speaker",
         "languages: 1, en (6)",
         "tokens: 615, 100 to 105 per sample",
         "samples longer than --max_seq_len 103: 2: m:5, m:6",

@@ -62,7 +62,7 @@ def test_room_for_full_fine_tuning(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     state, options = TrainerState(10, {}), RunOptions(merge_adapter_with_base=True)
     check_room(tmp_path, state, options, int(free * 0.2), int(free * 0.3), is_full_finetuning=True)
-    with pytest.raises(InputError, match=r"GiB for 1 checkpoints, .* GiB for the complete model\)"):
+    with pytest.raises(InputError, match=r"GiB for 1 checkpoint, .* GiB for the complete model\)"):
         check_room(tmp_path, state, options, int(free * 0.2), int(free * 0.5), is_full_finetuning=True)
 
 
