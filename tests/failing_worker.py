@@ -67,7 +67,7 @@ def page_once_without_space(folder: Path) -> Any:
 
 
 def page_never(folder: Path) -> Any:
-    return patch.object(report_page, "draw", side_effect=AssertionError)
+    return patch.object(report_page, "curves_of", side_effect=AssertionError)
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ class Reporter:
 
     def __init__(self, output_dir: Path, wanted: bool, facts: RunFacts) -> None:
         self.output_dir, self.wanted, self.facts = output_dir, wanted, facts
-        self.output = OptionalOutput(f"writing {REPORT_FILE}", "the page is tried again at a later validation")
+        self.output = OptionalOutput(f"writing {REPORT_FILE}", "the page is tried again later")
         self.due_at = -math.inf
 
     def write(self, at_end: bool = False, reason: str = "") -> None:

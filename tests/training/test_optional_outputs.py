@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 ADAPTER = "lora_adapters/adapter_model.safetensors"
 RANKS = 2
-REPORT = "warning: writing report.html failed: {}. The run goes on; the page is tried again at a later validation"
+REPORT = "warning: writing report.html failed: {}. The run goes on; the page is tried again later"
 SAMPLES = "warning: generating samples failed: {}. The run goes on; they are tried again when they are next due"
 TRACKER = (
     "warning: logging to {} failed: {}. The run goes on; no more metrics are sent there, but metrics.jsonl has all of "
