@@ -24,7 +24,7 @@ from higgs_ds.bases.model_folder import sole_writer
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import check_folders, new_folder, saving, write_json
 from higgs_ds.common.resources import default_cache_dir
-from higgs_ds.common.run_files import ADAPTER_FOLDER
+from higgs_ds.common.run_files import ADAPTER_FOLDER, SPEAKERS_FILE
 from higgs_ds.model.families import MODEL_TYPES, family_of_weight, read_json_config
 from higgs_ds.model.fully_trained import is_own_weight
 from higgs_ds.options.commands import ConvertOptions
@@ -98,8 +98,9 @@ def convert_adapter(source: Path, target: Path, to: str) -> None:
     with saving(target), new_folder(target) as folder:
         save_file(renamed, folder / ADAPTER_WEIGHTS, metadata)
         write_json(folder / ADAPTER_CONFIG, config)
-        if (source / ADAPTER_CARD).is_file():
-            shutil.copy(source / ADAPTER_CARD, folder)
+        for name in (ADAPTER_CARD, SPEAKERS_FILE):
+            if (source / name).is_file():
+                shutil.copy(source / name, folder)
 
 
 def _original_name(name: str) -> str | None:

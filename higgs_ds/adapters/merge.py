@@ -9,6 +9,7 @@ import torch
 
 from higgs_ds.adapters.load import Adapter, BaseWeights, check_fit, read_adapter
 from higgs_ds.adapters.recorded_base import describe_recorded_base, find_recorded_base
+from higgs_ds.adapters.speakers import read_speakers
 from higgs_ds.adapters.verify import Agreement, compare_merged, compare_with_peft
 from higgs_ds.bases.builtin import find_base
 from higgs_ds.bases.conversion import native_folder
@@ -104,7 +105,7 @@ def merge(
         InputError: a folder is not what it should be, they do not fit together, or the output already exists.
         SaveError: writing or the comparison fails. Nothing is left on disk, and a folder to overwrite is unchanged.
     """
-    adapter = read_adapter(adapter_folder, strength)
+    adapter, speakers = read_adapter(adapter_folder, strength), read_speakers(adapter_folder)
     described = describe_recorded_base(adapter) if base_folder is None else ""
     if base_folder is None:
         base_folder = find_recorded_base(adapter, adapter_folder)
@@ -128,6 +129,7 @@ def merge(
             write_shard(shard, native / shard.name, changed, lambda name, old: _merged_value(name, old, adapter, base))
         if added:
             add_parts(native, shards, added, config)
+        speakers.write(native)
         report = MergeReport(merge_base, strength, base.quantized, base.differing, base=described)
         if verify:
             report.agreement = _verify(base_folder, native, adapter, merge_base)

@@ -15,6 +15,7 @@ from torch import nn
 
 from higgs_ds.adapters.card import adapter_card, base_in_card
 from higgs_ds.adapters.origin import Origin, describe_origins, origins_to_json
+from higgs_ds.adapters.speakers import NO_SPEAKERS, TrainedSpeakers
 from higgs_ds.common.errors import NotFiniteError, SaveError
 from higgs_ds.common.files import write_json, write_text
 from higgs_ds.model.families import family_of_weight
@@ -56,6 +57,7 @@ class AdapterFormat:
     base_weights: str | None = None
     origins: tuple[Origin, ...] = ()
     averaged: bool = False
+    speakers: TrainedSpeakers = NO_SPEAKERS
 
     @property
     def full_parts(self) -> Parts:
@@ -108,6 +110,7 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], form: AdapterF
     save_file(in_order, folder / ADAPTER_WEIGHTS, form.metadata(tensors, written))
     family = family_of_weight(next(iter(tensors)).removeprefix(PEFT_PREFIX))
     write_text(folder / ADAPTER_CARD, _card(form, family))
+    form.speakers.write(folder)
     verify_adapter(folder, tensors, must_have_moved)
 
 
@@ -149,5 +152,6 @@ def _card(form: AdapterFormat, family: Family) -> str:
     on = base_in_card(config.base_model_name_or_path, form.quantization)
     averaged = "\nThe weights are an exponential moving average over the steps.\n" if form.averaged else ""
     made = f"Trained with higgs_ds on {on}: rank {config.r}, alpha {config.lora_alpha}, float32.\n"
-    how = made + averaged + full + started
+    speakers = f"\n{form.speakers.in_card().rstrip()}\n" if form.speakers.voices else ""
+    how = made + averaged + full + started + speakers
     return adapter_card(config.base_model_name_or_path, family, how, bool(form.full.parts))

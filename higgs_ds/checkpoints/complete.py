@@ -75,6 +75,7 @@ def complete_model(
             write_shard(shard, native / shard.name, changed, lambda name, _: weights[source_of(name)])
         if added:
             add_parts(native, shards, {name: weights[name] for name in added}, config)
+        form.speakers.write(native)
 
 
 def _check_base(folder: Path, checkpoint: Path, form: FullFormat) -> None:

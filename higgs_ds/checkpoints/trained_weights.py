@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from higgs_ds.adapters.save import check_finite
+from higgs_ds.adapters.speakers import NO_SPEAKERS, TrainedSpeakers, read_speakers
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import write_json
 from higgs_ds.common.run_files import AVERAGED_TRAINED_FOLDER, TRAINED_FOLDER
@@ -32,6 +33,7 @@ class FullFormat:
     base: str
     base_identity: str
     full_parts: Parts = NO_PARTS
+    speakers: TrainedSpeakers = NO_SPEAKERS
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -72,6 +74,7 @@ def write_trained(folder: Path, sizes: Mapping[str, int], tensors: Iterator[torc
     folder.mkdir(parents=True, exist_ok=True)
     write_shards(sizes, checked_tensors(), folder)
     write_json(folder / FACTS_FILE, form.to_json())
+    form.speakers.write(folder)
 
 
 def read_trained(checkpoint: Path, averaged: bool = False) -> tuple[StoredTensors, FullFormat]:
@@ -91,6 +94,7 @@ def read_trained(checkpoint: Path, averaged: bool = False) -> tuple[StoredTensor
         )
     try:
         form = FullFormat.from_json(json.loads((folder / FACTS_FILE).read_text(encoding="utf-8")))
+        form = replace(form, speakers=read_speakers(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: {FACTS_FILE} cannot be read ({type(error).__name__})") from error
     return StoredTensors(shard_files(folder)), form

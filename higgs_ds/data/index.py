@@ -74,6 +74,10 @@ class Index:
         """Return the number of each row's speaker, -1 for none."""
         return self.labels("speaker")[0]
 
+    def prompts(self) -> np.ndarray:
+        """Return numbers that are equal for rows whose prompts differ at most in the words to speak."""
+        return _numbers(self._facts["prompt"].combine_chunks())[self._order]
+
     def reference_column(self, name: str) -> np.ndarray:
         """Return a column of those that `reference_index` has added, in manifest order."""
         return _numbers(_mapped(self.folder, "references")[name].combine_chunks())[self._order]

@@ -13,10 +13,11 @@ import pyarrow as pa
 
 from higgs_ds.data.code_cache import KEY_BYTES
 from higgs_ds.data.references import PlainForm, number_of
+from higgs_ds.data.speaker_prompts import prompt_number
 from higgs_ds.data.spoken_text import NO_QUALITY, TEXT, SampleQuality
 from higgs_ds.model.sample import Message, Sample
 
-VERSION = 4  # increment it with every change to the files
+VERSION = 5  # increment it with every change to the files
 ROWS_PER_BATCH = 1024
 DIGEST_BYTES = 16
 DESCRIPTION = "index.json"
@@ -32,6 +33,7 @@ FACTS = pa.schema(
         ("speaker", pa.string()),
         ("language", pa.string()),
         ("digest", pa.binary(DIGEST_BYTES)),  # equal for two samples that are the same to the model
+        ("prompt", pa.int64()),  # equal for two samples whose prompts differ at most in the words to speak
     ]
 )
 # Columns that are read when a sample is used.
@@ -91,7 +93,10 @@ class CheckedSample:
         last = sample.clips[-1] if self.clips else None
         last_file = None if last is None or last.data is not None else number_of(str(last.path))
         return {
-            "facts": (self.number, self.num_tokens, num_frames, num_outputs, speaker, language, digest),
+            "facts": (
+                self.number, self.num_tokens, num_frames, num_outputs, speaker, language, digest,
+                prompt_number(sample, keys),
+            ),
             "content": (
                 sample.source, messages, sample.start_index, _plain_to_json(self.plain), key_bytes,
                 last_file, last.offset_s if last else None, self.last_clip_s,

@@ -52,6 +52,9 @@ class JoinedIndex:
             [np.where(column < 0, -1, column + first) for column, first in zip(columns, firsts[:-1], strict=True)]
         )
 
+    def prompts(self) -> np.ndarray:
+        return np.concatenate([part.prompts() for part in self._parts])
+
     def reference_column(self, name: str) -> np.ndarray:
         return np.concatenate([part.reference_column(name) for part in self._parts])
 

@@ -14,7 +14,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,6 @@ from higgs_ds.data.flags import Flagged, find_flags
 from higgs_ds.data.formats.folders import list_files
 from higgs_ds.data.index import Index, open_kept, stamp_of
 from higgs_ds.data.index_writer import DESCRIPTION, VERSION, CheckedSample, PartWriter
-from higgs_ds.data.joined_index import join
 from higgs_ds.data.problem_list import (
     LIST_FOLDER,
     open_problems,
@@ -41,7 +40,7 @@ from higgs_ds.data.problem_list import (
     shown_problems,
     write_problem_list,
 )
-from higgs_ds.data.reference_choice import reference_problems, references_of
+from higgs_ds.data.reference_choice import references_of
 from higgs_ds.data.reference_index import add_references
 from higgs_ds.data.summary import describe
 from higgs_ds.data.survey import (
@@ -54,6 +53,7 @@ from higgs_ds.data.survey import (
     survey,
 )
 from higgs_ds.options.flags import FlagOptions
+from higgs_ds.options.speakers import read_descriptions
 from higgs_ds.options.train import DataOptions
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ UNUSED_AFTER_S = 30 * 24 * 3600  # age at which an index that no run has used is
 # Options that affect the content of an index.
 INDEXED_OPTIONS = (
     "format", "reference_placement", "normalize_text", "allow_text_targets", "max_clip_s", "trim_silence", "silence_db",
+    "speaker_prompt",
 )  # fmt: skip
 WHOLE = Share()
 WORTH_BYTES, WORTH_FILES = 4 << 20, 4096  # of a manifest or a folder, above which processes are faster than threads
@@ -282,6 +283,8 @@ class Preparation:
         """
         assert self.coder is not None
         values = [getattr(self.options, name) for name in INDEXED_OPTIONS]
+        descriptions = self.options.speaker_descriptions
+        values.append(dict(read_descriptions(descriptions)) if descriptions else None)
         name = hashlib.sha256(json.dumps([str(path.absolute()), *values, self.coder.identity]).encode()).hexdigest()
         return self.cache_dir / "index" / name[:32]
 
@@ -323,17 +326,6 @@ class Preparation:
                 file.writelines(problem_lines(folder))
 
         distributed.on_main(collect)
-
-
-def check_references(options: DataOptions, checked: Sequence[CheckedManifest]) -> list[str]:
-    """Return why the references of the training samples cannot be what the options ask for; empty if they can.
-
-    Args:
-        checked: all manifests, those of the training samples first.
-    """
-    of_train = checked[: len(options.train_manifests)]
-    indexes = [manifest.index for manifest in of_train if manifest.index is not None]
-    return reference_problems(options, join(indexes)) if len(indexes) == len(of_train) else []
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 
 from higgs_ds.common.words import counted
 from higgs_ds.data.joined_index import AnyIndex
+from higgs_ds.options.fields import RANDOM_REFERENCE
 from higgs_ds.options.train import DataOptions
 
 LONGEST = 2**31 - 1
@@ -215,8 +216,9 @@ def reference_problems(options: DataOptions, index: AnyIndex) -> list[str]:
         rows = np.arange(len(index))
         references = References(index, rows, rows, options, seed=0)
         if not (references.in_epoch(None).rows >= 0).any():
+            option = "--reference random" if options.reference == RANDOM_REFERENCE else "--speaker_prompt reference"
             return [
-                f"--reference random: no training sample can get another clip of its speaker: {references.describe()}; "
+                f"{option}: no training sample can get another clip of its speaker: {references.describe()}; "
                 "name speakers of two or more clips, or use --reference context"
             ]
     elif options.reference_dropout and not index.reference_column("plain_tokens").any():

@@ -54,8 +54,11 @@ def plain_form(sample: Sample) -> PlainForm | None:
         messages.append(message)
     if len(kept) == number:
         return None
-    if sample.plain_system is not None:
+    if sample.plain_system is not None and messages[0].role == SYSTEM:
         messages[0] = sample.plain_system
+    elif sample.plain_system is not None:
+        messages.insert(0, sample.plain_system)
+        num_removed -= 1
     return PlainForm(tuple(messages), max(0, sample.start_index - num_removed), tuple(kept))
 
 

@@ -10,6 +10,7 @@ from higgs_ds.common.resources import command
 from higgs_ds.options.fields import EMBEDDINGS, RESUME_AUTO, TRAIN_GROUPS
 from higgs_ds.options.flags import check_flag_options
 from higgs_ds.options.learning_rates import check_learning_rates
+from higgs_ds.options.speakers import check_speaker_options
 from higgs_ds.options.train import DataOptions, TrainOptions
 
 MOST_REPETITIONS = 1000  # of a sample in an epoch; larger numbers of --mix are taken for mistakes
@@ -17,7 +18,7 @@ MOST_REPETITIONS = 1000  # of a sample in an epoch; larger numbers of --mix are 
 
 def check_data_options(options: DataOptions) -> list[str]:
     """Return the problems of data options; empty if there are none."""
-    problems = _check_manifests(options)
+    problems = _check_manifests(options) + check_speaker_options(options)
     if not 0 <= options.val_split < 1:
         problems.append(f"--val_split {options.val_split}: must be from 0 to below 1")
     if not 0 <= options.reference_dropout < 1:

@@ -22,6 +22,9 @@ BOTH_LAYOUTS = "both"
 MERGE_DEQUANTIZED, MERGE_ORIGINAL = "dequantized", "original"
 RESUME_NEVER, RESUME_AUTO = "never", "auto"
 RANDOM_REFERENCE = "random"
+SPEAKER_PROMPTS = NO_SPEAKER_PROMPT, SPEAKER_TAG, SPEAKER_DESCRIPTION, SPEAKER_REFERENCE = (
+    "none", "tag", "description", "reference",
+)  # fmt: skip
 TENSORBOARD, WANDB = "tensorboard", "wandb"
 REQUIRED = dataclasses.MISSING  # the default of an option that must be given
 

@@ -17,9 +17,12 @@ from higgs_ds.options.fields import (
     FULL,
     LORA,
     LORA_TARGET_GROUPS,
+    NO_SPEAKER_PROMPT,
     OPTIMIZERS,
     QLORA,
     RANDOM_REFERENCE,
+    SPEAKER_PROMPTS,
+    SPEAKER_REFERENCE,
     TRAIN_GROUPS,
     option,
 )
@@ -63,6 +66,19 @@ class DataOptions:
         "fraction of the samples that leave out their reference, in each epoch others, so that the model learns to "
         "speak with and without one; 0 to below 1",
     )
+    speaker_prompt: str = option(
+        NO_SPEAKER_PROMPT,
+        "what tells the speakers apart in the prompts, so that one model learns several voices: nothing that the data "
+        "does not have (none), the speaker's name in the system message (tag), a description of the voice there "
+        "(description), or another clip of the speaker (reference, the same as --reference random)",
+        SPEAKER_PROMPTS,
+    )
+    speaker_descriptions: Path | None = option(
+        None,
+        "YAML or JSON file with a description of each speaker's voice by the speaker's name, for --speaker_prompt "
+        "description; those in the samples come first",
+        metavar="FILE",
+    )
     normalize_text: bool = option(
         False, "normalize sound tags ([laugh]), units and punctuation in spoken texts as the base model's example does"
     )
@@ -91,7 +107,7 @@ class DataOptions:
 
     @property
     def has_random_references(self) -> bool:
-        return self.reference == RANDOM_REFERENCE
+        return self.reference == RANDOM_REFERENCE or self.speaker_prompt == SPEAKER_REFERENCE
 
     @property
     def reference_placement(self) -> str:

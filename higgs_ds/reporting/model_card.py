@@ -20,6 +20,7 @@ from higgs_ds.adapters.card import (
     licence_section,
 )
 from higgs_ds.adapters.origin import Origin, describe_origins
+from higgs_ds.adapters.speakers import NO_SPEAKERS, TrainedSpeakers
 from higgs_ds.bases.builtin import portable_name
 from higgs_ds.bases.bundle import Bundle
 from higgs_ds.bases.licence import Licence, licence_of
@@ -41,7 +42,7 @@ ADAPTER, MERGED, FULL_MODEL = "adapter", "merged", "full"  # kinds of cards
 _MACHINE_OPTIONS = {
     "train_manifest", "val_manifest", "skip_bad", "cache_dir", "output_dir", "deepspeed", "resume", "base_ckpt",
     "codec_ckpt", "whisper_ckpt", "push_to_hub", "hub_repo_id", "hub_private", "hub_license", "upload_merged_model",
-    "report_to", "quiet", "no_report", "num_workers", "init_from",
+    "report_to", "quiet", "no_report", "num_workers", "init_from", "speaker_descriptions",
 }  # fmt: skip
 
 
@@ -62,6 +63,7 @@ class CardFacts:
     parts: Parts
     quantization: BaseQuantization | None
     origins: Sequence[Origin]
+    speakers: str
     losses: dict[str, Any]
     data: str
     settings: Sequence[str]
@@ -74,6 +76,7 @@ def card_facts(
     options: TrainOptions,
     origins: Sequence[Origin] = (),
     quantization: BaseQuantization | None = None,
+    speakers: TrainedSpeakers = NO_SPEAKERS,
 ) -> CardFacts:
     """Collect what a card says about a run. Of paths, only the last part is kept."""
     last = last_values(read_metrics(run_folder))
@@ -94,6 +97,7 @@ def card_facts(
         parts=full_parts,
         quantization=quantization,
         origins=origins,
+        speakers=speakers.in_card(),
         losses=losses | ({"step": last["step"]} if "step" in last else {}),
         data=_without_folders(summary),
         settings=_changed_settings(options),
@@ -136,7 +140,7 @@ Trained with higgs_ds from {base}{fully_trained}.{origins}{average}
 
 {VOICES}
 
-## Losses
+{facts.speakers}## Losses
 
 | metric | last value |
 |---|---|

@@ -131,7 +131,7 @@ def _write_card(run: Run, folder: str, kind: str, averaged: bool = False) -> Non
     """Write a model card, which describes the whole run."""
     form = run.form
     origins, quantization = (form.origins, form.quantization) if isinstance(form, AdapterFormat) else ((), None)
-    facts = card_facts(run.output_dir, run.bundle, form.full_parts, run.options, origins, quantization)
+    facts = card_facts(run.output_dir, run.bundle, form.full_parts, run.options, origins, quantization, form.speakers)
     repo_id = run.options.run.hub_repo_id if folder == _published_folder(run) else None
     write_card(run.output_dir / folder, kind, facts, repo_id, averaged)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from higgs_ds.adapters.files import name_in_base
 from higgs_ds.adapters.save import AdapterFormat, trained_parameters
+from higgs_ds.adapters.speakers import TrainedSpeakers
 from higgs_ds.adapters.starting_point import StartingPoint, compare_quantization
 from higgs_ds.bases.builtin import which_builtin
 from higgs_ds.checkpoints.folder import masters_in, read_state
@@ -25,6 +26,7 @@ from higgs_ds.common.run_files import DROPPED_FILE, FLAGGED_FILE, INVALID_FILE, 
 from higgs_ds.common.tensor_files import weight_files
 from higgs_ds.data.flags import write_list
 from higgs_ds.data.sampler import WindowSampler
+from higgs_ds.data.speakers import trained_voices
 from higgs_ds.model.full import describe, make_trainable
 from higgs_ds.model.fully_trained import is_own_weight
 from higgs_ds.model.loading import empty_model, load_base, load_base_in_4bit, num_parameters
@@ -137,11 +139,14 @@ def _output_format(
     inputs: Inputs, model: nn.Module, quantization: BaseQuantization | None
 ) -> AdapterFormat | FullFormat:
     """Return what a checkpoint records beside the trained tensors."""
-    bundle, tune = inputs.bundle, inputs.options.tune
+    bundle, tune, data = inputs.bundle, inputs.options.tune, inputs.options.data
+    speakers = TrainedSpeakers(data.speaker_prompt, trained_voices(inputs.train.index, inputs.train.rows, data))
     if isinstance(model, PeftModel):
         config, origins = model.peft_config["default"], inputs.start.origins if inputs.start else ()
-        return AdapterFormat(config, quantization, inputs.fully_trained, bundle.weights_digest, origins)
-    return FullFormat(tune.train_groups, bundle.name, bundle.identity, inputs.full_parts)
+        return AdapterFormat(
+            config, quantization, inputs.fully_trained, bundle.weights_digest, origins, speakers=speakers
+        )
+    return FullFormat(tune.train_groups, bundle.name, bundle.identity, inputs.full_parts, speakers)
 
 
 def _write_run_files(inputs: Inputs, state: TrainerState) -> None:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+import numpy as np
+
 from higgs_ds.bases.bundle import open_for_training
 from higgs_ds.common import distributed
-from higgs_ds.common.console import say
+from higgs_ds.common.console import say, warn
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.data.flags import list_problems, say_flagged, write_list
-from higgs_ds.data.preparation import WHOLE, CheckedManifest, Preparation, check_references
+from higgs_ds.data.joined_index import join
+from higgs_ds.data.preparation import WHOLE, CheckedManifest, Preparation
+from higgs_ds.data.reference_choice import references_of
 from higgs_ds.data.scratch import scratch_problems
+from higgs_ds.data.speakers import check_prompts, find_equal_prompts
 from higgs_ds.data.survey import Share
 from higgs_ds.options.checks import check_data_options
 from higgs_ds.options.commands import PrepareOptions, parse_shard
@@ -37,8 +42,9 @@ def main(options: DataOptions, model: ModelOptions, how: PrepareOptions, flags: 
         distributed.on_main(lambda: _report_flagged(preparation, checked, how.flagged_list, flags))
         problems = preparation.problems(checked)
         if shard == WHOLE:
-            problems += check_references(options, checked)
+            problems += check_prompts(options, checked)
         distributed.raise_problems(problems)
+        _warn_of_equal_prompts(options, checked, shard)
         if how.check_only:
             return
         for manifest in checked:
@@ -56,3 +62,15 @@ def _report_flagged(
         say_flagged(path, flagged, f"{target or '--flagged_list FILE'} lists all of them")
     if target is not None:
         write_list(target, [flagged for _, flagged in found])
+
+
+def _warn_of_equal_prompts(options: DataOptions, checked: list[CheckedManifest], shard: Share) -> None:
+    """Print which speakers of the training samples have the same prompts. A shard does not have all of them."""
+    if shard != WHOLE:
+        return
+    indexes = [manifest.index for manifest in checked[: len(options.train_manifests)] if manifest.index is not None]
+    index = join(indexes)
+    rows = np.arange(len(index))
+    references = references_of(index, rows, rows, options, seed=0)
+    if equal_prompts := find_equal_prompts(index, rows, references):
+        warn(f"warning: {equal_prompts.describe()}")

@@ -40,7 +40,7 @@ FREE_ON_RESUME = (
     "train_manifest", "mix", "val_manifest", "val_split", "split_by", "format", "reference", "normalize_text",
     "allow_text_targets", "max_clip_s", "max_seq_len", "skip_bad", "num_workers", "base_ckpt", "base_revision",
     "codec_ckpt", "dry_run", "device_memory_gib", "plan_ranks", "init_from",
-    "silence_db", *(flag.name for flag in fields(FlagOptions)),
+    "silence_db", "speaker_descriptions", *(flag.name for flag in fields(FlagOptions)),
 )  # fmt: skip
 # What checkpoints of earlier versions do not record, with the only value that it had.
 NOT_RECORDED: dict[str, Any] = {
@@ -50,6 +50,7 @@ NOT_RECORDED: dict[str, Any] = {
     "mix": None,
     "trim_silence": None,
     "train_fill": False,
+    "speaker_prompt": "none",
 }
 
 

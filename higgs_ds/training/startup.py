@@ -13,7 +13,7 @@ from higgs_ds.bases.bundle import Bundle, open_for_training
 from higgs_ds.bases.model_folder import check_layout
 from higgs_ds.checkpoints.folder import read_state
 from higgs_ds.common import distributed
-from higgs_ds.common.console import say
+from higgs_ds.common.console import say, warn
 from higgs_ds.common.errors import InputError, collect_problems
 from higgs_ds.common.files import check_folders
 from higgs_ds.common.folder_lock import FolderLock
@@ -21,8 +21,9 @@ from higgs_ds.common.precision import AUTO, PRECISIONS, native_precision
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.common.run_files import FLAGGED_FILE, INVALID_FILE
 from higgs_ds.data.flags import say_flagged
-from higgs_ds.data.preparation import CheckedManifest, Preparation, check_references
+from higgs_ds.data.preparation import CheckedManifest, Preparation
 from higgs_ds.data.scratch import scratch_problems
+from higgs_ds.data.speakers import check_prompts, find_equal_prompts
 from higgs_ds.model.loading import check_weights
 from higgs_ds.model.lora import check_biases
 from higgs_ds.model.parts import parts_of
@@ -80,7 +81,7 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
         manifests = (*options.data.train_manifests, *(options.data.val_manifest or ()))
         checked = [preparation.check(path) for path in manifests]
         problems += preparation.problems(checked, list_of_invalid)
-        problems += check_references(options.data, checked)
+        problems += check_prompts(options.data, checked)
         distributed.raise_problems(problems)
         assert resolved and bundle and preparation.coder  # noqa: PT018 - a missing one has raised a problem
         if options.model.precision == AUTO:
@@ -102,6 +103,8 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
         advice = "or put references there (--reference system, for recordings)"
         distributed.raise_problems([f"--whisper_conditioning: {nothing}, {advice}"])
     train, val, too_long = select(options, indexes, preparation.coder)
+    if equal_prompts := find_equal_prompts(train.index, train.rows, train.references):
+        warn(f"warning: {equal_prompts.describe()}")
     lines = describe_manifests(train, val)
     summary += "".join(f"{line}\n" for line in ["manifests:", *(f"  {line}" for line in lines)]) if lines else ""
     return Inputs(

@@ -28,6 +28,7 @@ from higgs_ds.data.formats import (
 from higgs_ds.data.formats.checks import printable
 from higgs_ds.data.formats.recognition import NO_SAMPLES, recognize
 from higgs_ds.model.sample import Entry, PendingEntry
+from higgs_ds.data.speaker_prompts import SpeakerPrompts
 from higgs_ds.options.fields import FORMATS
 from higgs_ds.options.train import DataOptions
 
@@ -73,9 +74,10 @@ def pending_entries(path: Path, options: DataOptions) -> Iterator[PendingEntry]:
     """Yield the entries of `read_entries`. Those that are not called for are not built, if the format allows it."""
     is_empty = True
     try:
+        prompts = SpeakerPrompts(options)
         for entry in READERS[_format_of(path, options)](path, options):
             is_empty = False
-            yield functools.partial(_built, path, entry)
+            yield functools.partial(_built, path, entry, prompts)
         fault = NO_SAMPLES if is_empty else ""
     except (InputError, OSError) as error:
         fault = _fault(path, error)
@@ -83,9 +85,9 @@ def pending_entries(path: Path, options: DataOptions) -> Iterator[PendingEntry]:
         yield functools.partial(_whole, path, fault)
 
 
-def _built(path: Path, entry: Entry | PendingEntry) -> Entry:
+def _built(path: Path, entry: Entry | PendingEntry, prompts: SpeakerPrompts) -> Entry:
     try:
-        return entry if isinstance(entry, Entry) else entry()
+        return prompts.apply(entry if isinstance(entry, Entry) else entry())
     except (InputError, OSError) as error:
         return _whole(path, _fault(path, error))
 
