@@ -17,10 +17,14 @@ IN_CARD = 20  # speakers that a card names
 
 @dataclass(frozen=True)
 class TrainedSpeakers:
-    """The --speaker_prompt of a run, and the text after `SPEAKER0: ` by speaker; None if only a clip told who spoke."""
+    """The --speaker_prompt of a run, and the text after `SPEAKER0: ` by speaker; None if only a clip told who spoke.
+
+    `path`: the file that it was read from.
+    """
 
     prompt: str = NO_SPEAKER_PROMPT
     voices: Mapping[str, str | None] = field(default_factory=dict)
+    path: Path | None = field(default=None, compare=False)
 
     def write(self, folder: Path) -> None:
         """Write the record, if there are speakers."""
@@ -53,7 +57,7 @@ def read_speakers(folder: Path) -> TrainedSpeakers:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         voices = {str(name): None if voice is None else str(voice) for name, voice in values["speakers"].items()}
-        return TrainedSpeakers(str(values["speaker_prompt"]), voices)
+        return TrainedSpeakers(str(values["speaker_prompt"]), voices, path)
     except FileNotFoundError:
         return NO_SPEAKERS
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -133,7 +133,21 @@ class InspectOptions:
 class GenerateOptions:
     """Generation"""
 
-    text: str = option("", "text to speak")
+    text: str = option("", 'text to speak; texts of several speakers have tags: "[SPEAKER0] Hello. [SPEAKER1] Hi."')
+    text_file: Path | None = option(
+        None, "file with the text to speak, in UTF-8: one text, however many lines it has", metavar="FILE"
+    )
+    each_line: bool = option(
+        False, "speak each line of --text_file on its own, into a file with the line's number: speech-1.wav, ..."
+    )
+    chunk_chars: int = option(
+        300,
+        "longest text in characters that is spoken at once; a longer text is cut at ends of sentences, and each piece "
+        "is spoken after the pieces before it",
+    )
+    chunk_context: int = option(
+        2, "number of pieces before it that a piece of a long text is spoken after, so that the voice stays the same"
+    )
     base_model_path: str | None = option(
         None,
         "base or merged model: a folder, a hub id or a built-in one (default: the adapter's base model, or "
@@ -144,10 +158,22 @@ class GenerateOptions:
     lora_scale: float = option(1.0, SCALE_HELP)
     codec_ckpt: str | None = option(None, "audio codec, a folder or a hub id (default: named by the base model)")
     output: Path = option(Path("speech.wav"), "WAV file to write", metavar="FILE")
-    ref_audio: Path | None = option(None, "reference clip of the voice to clone", metavar="FILE")
-    ref_text: str | None = option(None, "transcript of --ref_audio")
-    scene: str = option("Audio is recorded from a quiet room.", "description of the scene in the prompt")
-    max_new_tokens: int | None = option(None, "maximum length of the speech, in rows of codes, 25 per second")
+    speaker: tuple[str, ...] | None = option(
+        None,
+        "speaker of the training data to speak as, by the prompt that --speaker_prompt trained; of several, the first "
+        "is [SPEAKER0] in the text",
+        metavar="NAME",
+    )
+    ref_audio: tuple[Path, ...] | None = option(
+        None, "reference clip of the voice to clone; of several, the first is [SPEAKER0] in the text", metavar="FILE"
+    )
+    ref_text: tuple[str, ...] | None = option(None, "transcript of each --ref_audio")
+    scene: str = option(
+        "Audio is recorded from a quiet room.", "description of the scene in the prompt; empty for none"
+    )
+    max_new_tokens: int | None = option(
+        None, "maximum length of the speech, or of each piece of a long text, in rows of codes, 25 per second"
+    )
     temperature: float | None = option(
         None, "0 for greedy decoding, above 0 for sampling (default: the model's own settings)"
     )

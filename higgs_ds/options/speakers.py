@@ -55,6 +55,8 @@ def _parsed(path: Path, content: bytes) -> Mapping[str, str]:
         raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON: {error}") from error
+    if isinstance(values, dict) and isinstance(values.get("speakers"), dict):  # the record beside an adapter or a model
+        values = {name: voice for name, voice in values["speakers"].items() if voice is not None}
     if not isinstance(values, dict) or not values:
         raise InputError(
             f"{where}: must map the names of speakers to descriptions, for instance anna: a low, calm voice"

@@ -20,13 +20,21 @@ from higgs_ds.data.audio import write_audio
 from higgs_ds.data.codec import Codec
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.preparation import Preparation
+from higgs_ds.data.reference_choice import references_of
 from higgs_ds.data.scratch import scratch_problems
 from higgs_ds.options.commands import EvaluateOptions, check_lora_scale
 from higgs_ds.options.train import DataOptions
-from higgs_ds.speech.generate import generation_settings, load_generation_model, open_generation_model, speak
+from higgs_ds.speech.generate import (
+    generation_settings,
+    load_generation_model,
+    open_generation_model,
+    speak,
+    trained_speakers,
+)
 from higgs_ds.speech.measures import agreement, median_pitch_hz, mel_distance_db, word_errors, words_of
 from higgs_ds.speech.prompts import Prompt, prompts_of
 from higgs_ds.speech.recognizers import Recognizer, check_recognizer, open_recognizer
+from higgs_ds.speech.voices import with_trained_prompts
 
 RESULTS_FILE = "evaluation.json"
 REFERENCE = "reference"
@@ -78,6 +86,8 @@ def _evaluate(options: EvaluateOptions, lock: FolderLock) -> None:
             )
         ),
     )
+    trained = collect_problems(problems, lambda: trained_speakers(speaker)) if speaker else None
+    data = with_trained_prompts(data, trained) if trained else data
     coder = speaker.bundle.coder(cache_dir) if speaker else None
     with Preparation(data, coder, cache_dir) as preparation:
         checked = preparation.check(options.test_manifest)
@@ -86,7 +96,8 @@ def _evaluate(options: EvaluateOptions, lock: FolderLock) -> None:
         preparation.encode(checked, distributed.device())
         index = preparation.keep(checked)
     rows = torch.arange(len(index)).numpy()
-    prompts = prompts_of(Dataset(index, rows, preparation.coder), options.num_samples)
+    references = references_of(index, rows, rows, data, options.seed)
+    prompts = prompts_of(Dataset(index, rows, preparation.coder, references), options.num_samples)
     if not prompts:
         raise InputError(f"--test_manifest {options.test_manifest}: no sample has audio to generate")
     recognize = None

@@ -13,19 +13,24 @@ from peft.tuners.lora import LoraLayer
 from higgs_ds.adapters.convert import adapter_in_native_names
 from higgs_ds.adapters.load import Adapter, read_adapter
 from higgs_ds.adapters.save import ADAPTER_CONFIG
+from higgs_ds.adapters.speakers import NO_SPEAKERS, TrainedSpeakers, read_speakers
 from higgs_ds.bases.bundle import Bundle, open_bundle
 from higgs_ds.bases.conversion import SAMPLE_RATE
-from higgs_ds.common.errors import InputError
+from higgs_ds.common.console import warn
+from higgs_ds.common.errors import InputError, collect_problems
 from higgs_ds.common.files import saving, why_not_writable
 from higgs_ds.common.resources import default_cache_dir
-from higgs_ds.data.audio import WRITTEN_AS, AudioError, examine, read_audio, write_audio
+from higgs_ds.data.audio import WRITTEN_AS, read_audio, write_audio
 from higgs_ds.data.codec import Codec
+from higgs_ds.data.templates import Reference
 from higgs_ds.model.loading import load_for_generation
 from higgs_ds.model.parts import NO_PARTS, parts_of
-from higgs_ds.model.sample import ASSISTANT, SYSTEM, USER, AudioClip, Message
-from higgs_ds.options.commands import GenerateOptions, check_lora_scale
-
-MAX_REFERENCE_S = 60.0  # longer references are refused before they are decoded
+from higgs_ds.model.sample import Message
+from higgs_ds.options.commands import GenerateOptions
+from higgs_ds.options.generation import check_generate_options
+from higgs_ds.speech.long_texts import speak_chunks
+from higgs_ds.speech.texts import chunks_of, texts_to_speak
+from higgs_ds.speech.voices import clip_problems, name_some, prompt_of, tag_problems, voices_of
 
 
 @dataclass(frozen=True)
@@ -57,26 +62,64 @@ class GenerationModel:
     adapter_folder: Path | None
 
 
+@dataclass(frozen=True)
+class Request:
+    """What the options ask for: the text of each file to write, and its voices."""
+
+    speaker: GenerationModel
+    texts: dict[Path, str]
+    voices: tuple[Reference, ...]
+
+
 def main(options: GenerateOptions) -> None:
-    """Write a WAV file for the options. Raises InputError before any weight is loaded."""
-    speaker = _check(options)
-    bundle = speaker.bundle
+    """Write WAV files for the options. Raises InputError before any weight is loaded."""
+    request = _check(options)
+    bundle = request.speaker.bundle
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec = Codec(bundle.codec.folder, device)
-    messages = conversation(options)
-    references = [codec.encode(read_audio(clip, codec.sample_rate)) for message in messages for clip in message.clips]
-    model = load_generation_model(speaker, device)
-    torch.manual_seed(options.seed)
-    speech = speak(model, bundle, messages, references, _generation_settings(options))
-    speech.check()
-    if speech.codes.shape[1] == 0:
-        raise InputError("the model stopped before its first frame: there is nothing to write; is it trained?")
-    # An untrained model may generate the stream's special tokens between the codes; the codec cannot decode them.
-    waveform = codec.decode(speech.codes.clamp(max=bundle.stream.bos_id - 1))
-    with saving(options.output):
-        write_audio(options.output, waveform, bundle.codec.sample_rate)
-    ending = "stopped on its own" if speech.stopped else "cut off at --max_new_tokens, it did not stop on its own"
-    print(f"WAV: {options.output} ({len(waveform) / bundle.codec.sample_rate:.2f} s, {ending})")
+    clips = [voice.clip for voice in request.voices if voice.clip is not None]
+    references = [codec.encode(read_audio(clip, codec.sample_rate)) for clip in clips]
+    model = load_generation_model(request.speaker, device)
+    for output, text in request.texts.items():
+        torch.manual_seed(options.seed)  # for each, so that a line is spoken as it would be alone
+        codes, stopped = _speak_text(model, request, references, text, options)
+        waveform = codec.decode(codes)
+        with saving(output):
+            write_audio(output, waveform, bundle.codec.sample_rate)
+        print(f"WAV: {output} ({len(waveform) / bundle.codec.sample_rate:.2f} s, {_ending(stopped)})")
+
+
+def _ending(stopped: list[bool]) -> str:
+    """Describe how the pieces of a text ended."""
+    if len(stopped) == 1 and not stopped[0]:
+        return "cut off at --max_new_tokens, it did not stop on its own"
+    cut_off = f"{stopped.count(False)} of them cut off at --max_new_tokens, which did not stop on their own"
+    ending = "stopped on its own" if all(stopped) else cut_off
+    return f"in {len(stopped)} pieces, {ending}" if len(stopped) > 1 else ending
+
+
+def _speak_text(
+    model: Any, request: Request, references: list[torch.Tensor], text: str, options: GenerateOptions
+) -> tuple[torch.Tensor, list[bool]]:
+    """Return the codes (C, F) of a text, and whether the model stopped on its own at the end of each piece."""
+    bundle = request.speaker.bundle
+    pieces = chunks_of(text, options.chunk_chars)
+    stopped: list[bool] = []
+
+    def speak_piece(messages: list[Message], given: list[torch.Tensor]) -> torch.Tensor:
+        speech = speak(model, bundle, messages, given, _generation_settings(options))
+        speech.check()
+        if speech.codes.shape[1] == 0:
+            where = f" of piece {len(stopped) + 1} of {len(pieces)}" if len(pieces) > 1 else ""
+            raise InputError(
+                f"the model stopped before its first frame{where}: there is nothing to write; is it trained?"
+            )
+        stopped.append(speech.stopped)
+        # An untrained model may generate the stream's special tokens between the codes; the codec cannot decode them.
+        return speech.codes.clamp(max=bundle.stream.bos_id - 1)
+
+    prompt = prompt_of(text, request.voices, options.scene)
+    return speak_chunks(prompt, references, pieces, options.chunk_context, speak_piece), stopped
 
 
 def open_generation_model(
@@ -93,6 +136,12 @@ def open_generation_model(
     elif base_name and (Path(base_name) / ADAPTER_CONFIG).is_file():
         raise InputError(f"--base_model_path {base_name}: is an adapter; give it as --lora_adapter_path")
     return GenerationModel(open_bundle(base_name, None, codec_name, cache_dir), adapter, adapter_folder)
+
+
+def trained_speakers(speaker: GenerationModel) -> TrainedSpeakers:
+    """Return the speakers that the adapter, or the model without one, was trained with. Raises InputError."""
+    of_adapter = read_speakers(speaker.adapter_folder) if speaker.adapter_folder else NO_SPEAKERS
+    return of_adapter if of_adapter.voices else read_speakers(speaker.bundle.folder)
 
 
 def load_generation_model(speaker: GenerationModel, device: torch.device) -> Any:
@@ -112,12 +161,8 @@ def load_generation_model(speaker: GenerationModel, device: torch.device) -> Any
 
 
 def conversation(options: GenerateOptions) -> list[Message]:
-    """Return the prompt: the scene, the reference pair if a voice is to be cloned, the text."""
-    scene = f"<|scene_desc_start|>\n{options.scene}\n<|scene_desc_end|>"
-    messages = [Message(SYSTEM, (f"Generate audio following instruction.\n\n{scene}",))]
-    if options.ref_audio is not None and options.ref_text is not None:
-        messages += [Message(USER, (options.ref_text,)), Message(ASSISTANT, (AudioClip(options.ref_audio),))]
-    return [*messages, Message(USER, (options.text,))]
+    """Return the prompt of --text without speakers that the model was trained with."""
+    return prompt_of(options.text, voices_of(options, NO_SPEAKERS), options.scene)
 
 
 @torch.no_grad()
@@ -155,41 +200,42 @@ def speak(
     return Speech(stream.revert(new_rows), stream.has_ended(new_rows), bool(in_range[0]))
 
 
-def _check(options: GenerateOptions) -> GenerationModel:
-    problems = []
-    speaker = None
-    if not options.text.strip():
-        problems.append("--text: is empty; give the text to speak")
-    if (options.ref_audio is None) != (options.ref_text is None):
-        problems.append("--ref_audio and --ref_text: give both, a reference clip and its text, or neither")
+def _check(options: GenerateOptions) -> Request:
+    problems = check_generate_options(options)
     if options.output.suffix.lower() not in WRITTEN_AS:
         problems.append(f"--output {options.output}: must end in {' or '.join(WRITTEN_AS)}")
     reason = why_not_writable(options.output.parent)
     if reason or options.output.is_dir():
         problems.append(f"--output {options.output}: cannot be written to: {reason or 'is a folder'}")
-    problems += check_lora_scale(options.lora_scale, options.lora_adapter_path)
-    try:
-        speaker = open_generation_model(
+    speaker = collect_problems(
+        problems,
+        lambda: open_generation_model(
             options.base_model_path,
             options.lora_adapter_path,
             options.codec_ckpt,
             default_cache_dir(),
             options.lora_scale,
-        )
-    except InputError as error:
-        problems += error.problems
-    if options.ref_audio is not None:
-        try:
-            facts = examine(AudioClip(options.ref_audio), MAX_REFERENCE_S, SAMPLE_RATE)
-            if speaker is not None and facts.num_samples(SAMPLE_RATE) < speaker.bundle.codec.hop_length:
-                problems.append(f"--ref_audio {options.ref_audio}: is shorter than one frame of the codec")
-            if options.output.exists() and options.output.samefile(options.ref_audio):
-                problems.append(f"--output {options.output}: is --ref_audio, which it would overwrite")
-        except (AudioError, OSError) as error:
-            problems.append(f"--ref_audio {options.ref_audio}: {error}")
-    if problems or speaker is None:
+        ),
+    )
+    texts = collect_problems(problems, lambda: texts_to_speak(options)) or {}
+    hop_length = speaker.bundle.codec.hop_length if speaker else 1
+    problems += clip_problems(options, texts, SAMPLE_RATE, hop_length)
+    voices = None
+    if speaker and len(options.ref_audio or ()) == len(options.ref_text or ()):
+        voices = collect_problems(problems, lambda: _voices(options, speaker))
+    if voices is not None:
+        problems += tag_problems(texts, len(voices))
+    if problems or speaker is None or voices is None:
         raise InputError(problems)
-    return speaker
+    return Request(speaker, texts, voices)
+
+
+def _voices(options: GenerateOptions, speaker: GenerationModel) -> tuple[Reference, ...]:
+    trained = trained_speakers(speaker)
+    voices = voices_of(options, trained)
+    if trained.voices and not voices:
+        warn(f"warning: no --speaker is given, and the model's prompts say who speaks: {name_some(trained.voices)}")
+    return voices
 
 
 def _generation_settings(options: GenerateOptions) -> dict[str, Any]:
