@@ -68,7 +68,7 @@ def chunks_of(text: str, longest: int) -> list[str]:
     """Cut a text into as few chunks as fit, of about equal length, at ends of sentences where possible.
 
     Sentences that are too long are cut at ends of clauses, then between words, then anywhere. A chunk that begins
-    within what one speaker says gets the tag of the speaker again, which does not count.
+    within what one speaker says gets the tag of the speaker again, which may make it longer.
     """
     pieces = _pieces(text.strip(), longest)
     fewest = len(_packed(pieces, longest))
@@ -85,7 +85,7 @@ def _packed(pieces: list[str], limit: int) -> list[str]:
     """Join pieces in order into chunks of up to `limit` characters; longer pieces are chunks of their own."""
     packed: list[str] = []
     for piece in pieces:
-        if packed and (len((packed[-1] + piece).rstrip()) <= limit or SPEAKER_TAG.fullmatch(packed[-1].rstrip())):
+        if packed and len((packed[-1] + piece).rstrip()) <= limit:
             packed[-1] += piece
         else:
             packed.append(piece)
@@ -97,7 +97,14 @@ def _pieces(text: str, longest: int) -> list[str]:
     pieces = _cut(text, _SENTENCE_END)
     for pattern in (_CLAUSE_END, _SPACE):
         pieces = [part for p in pieces for part in ([p] if len(p.rstrip()) <= longest else _cut(p, pattern))]
-    return [part for p in pieces for part in ([p] if len(p.rstrip()) <= longest else _sliced(p, longest))]
+    pieces = [part for p in pieces for part in ([p] if len(p.rstrip()) <= longest else _sliced(p, longest))]
+    joined: list[str] = []
+    for piece in pieces:  # a tag stays with the words after it
+        if joined and not SPEAKER_TAG.sub("", joined[-1]).strip():
+            joined[-1] += piece
+        else:
+            joined.append(piece)
+    return joined
 
 
 def _cut(text: str, end: re.Pattern[str]) -> list[str]:
