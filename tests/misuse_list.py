@@ -150,6 +150,9 @@ evaluate: compared with deep JSON  | 2   | deep.json  | evaluate --test_manifest
 evaluate: a run as base            | 2   | run        | evaluate --test_manifest {clips} --base_model_path {run} --output_dir {here}/new
 generate: output is a folder       | 2   | empty      | generate --base_model_path {base} --text Hi --output {here}/empty
 generate: output is the base's file | 2  | config.json | generate --base_model_path {base} --text Hi --output {base}/config.json
+generate: text in a folder         | 2   | empty      | generate --base_model_path {base} --text_file {here}/empty --output {here}/a.wav
+generate: text of a device         | 2   | device     | generate --base_model_path {base} --text_file {here}/device --output {here}/a.wav
+generate: a speaker of no record   | 2   | speaker    | generate --base_model_path {base} --text Hi --speaker anna --output {here}/a.wav
 generate: output is a link to itself | 0 2 3 |        | generate --base_model_path {base} --text Hi --max_new_tokens 4 --output {here}/itself/a.wav
 validate_checkpoint_dir: a file    | 2   | file       | validate_checkpoint_dir {here}/file
 validate_checkpoint_dir: a run     | 2   | checkpoint | validate_checkpoint_dir {run}

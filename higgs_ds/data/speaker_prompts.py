@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from higgs_ds.data.references import SPEAKER_TAG, number_of, plain_form
-from higgs_ds.data.sample import SYSTEM, USER, Entry, Message, Sample
 from higgs_ds.data.templates import INSTRUCTION
+from higgs_ds.model.sample import SYSTEM, USER, Entry, Message, Sample
 from higgs_ds.options import fields
 from higgs_ds.options.speakers import OPTION, read_descriptions
 from higgs_ds.options.train import DataOptions

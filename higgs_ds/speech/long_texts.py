@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from higgs_ds.data.sample import ASSISTANT, USER, AudioClip, Message
+from higgs_ds.model.sample import ASSISTANT, USER, AudioClip, Message
 
 Speak = Callable[[list[Message], list[torch.Tensor]], torch.Tensor]
 

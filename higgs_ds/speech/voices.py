@@ -12,8 +12,8 @@ from higgs_ds.adapters.speakers import TrainedSpeakers
 from higgs_ds.common.errors import InputError
 from higgs_ds.data.audio import AudioError, examine
 from higgs_ds.data.references import SPEAKER_TAG
-from higgs_ds.data.sample import AudioClip, Message
 from higgs_ds.data.templates import CONTEXT, Recording, Reference, conversation
+from higgs_ds.model.sample import AudioClip, Message
 from higgs_ds.options.commands import GenerateOptions
 from higgs_ds.options.fields import SPEAKER_DESCRIPTION, SPEAKER_REFERENCE
 from higgs_ds.options.train import DataOptions

@@ -13,8 +13,8 @@ from test_references import Start, all_encoded, assert_forms, recording, same, s
 
 from higgs_ds.common.errors import InputError
 from higgs_ds.data.formats.reader import read_entries
-from higgs_ds.data.sample import Message
 from higgs_ds.data.speakers import find_equal_prompts, trained_voices
+from higgs_ds.model.sample import Message
 from higgs_ds.options.checks import check_data_options
 from higgs_ds.options.commands import PrepareOptions
 from higgs_ds.options.train import DataOptions, ModelOptions

@@ -18,9 +18,9 @@ from higgs_ds.cli import generate as generate_command
 from higgs_ds.common.errors import EXIT_BAD_INPUT, InputError
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.codec import Codec
-from higgs_ds.data.prompt import render_generation
-from higgs_ds.data.sample import AudioClip, Message
 from higgs_ds.model.loading import load_for_generation
+from higgs_ds.model.prompt import render_generation
+from higgs_ds.model.sample import AudioClip, Message
 from higgs_ds.options.commands import GenerateOptions
 from higgs_ds.speech.generate import conversation, generation_settings, speak
 from higgs_ds.speech.generate import main as generate

@@ -33,6 +33,7 @@ def forget_options(checkpoint: Path) -> None:
     assert state["settings"].pop("random_references") is False
     assert state["settings"].pop("mix") is None
     assert state["settings"].pop("trim_silence") is None
+    assert state["settings"].pop("speaker_prompt") == "none"
     path.write_text(json.dumps(state))
     (checkpoint / "manifest.json").unlink()
     (checkpoint / "manifest.json").write_text(json.dumps(manifest_of(checkpoint)))

@@ -27,8 +27,8 @@ from higgs_ds.data.formats import (
 )
 from higgs_ds.data.formats.checks import printable
 from higgs_ds.data.formats.recognition import NO_SAMPLES, recognize
-from higgs_ds.model.sample import Entry, PendingEntry
 from higgs_ds.data.speaker_prompts import SpeakerPrompts
+from higgs_ds.model.sample import Entry, PendingEntry
 from higgs_ds.options.fields import FORMATS
 from higgs_ds.options.train import DataOptions
 
