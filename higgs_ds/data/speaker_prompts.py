@@ -103,8 +103,10 @@ def prompt_number(sample: Sample, keys: Sequence[str]) -> int:
 
 def _name_in(words: str, speaker: str | None) -> str:
     """Return the beginning of the words if it may name who speaks them."""
-    if speaker and re.match(rf"\s*{re.escape(speaker)}\s*[:|>\]]", words, re.IGNORECASE):
-        return speaker
+    if speaker and words.lstrip().casefold().startswith(speaker.casefold()):
+        after = words.lstrip()[len(speaker) :].lstrip()
+        if after.startswith((":", "|", ">", "]")):
+            return speaker
     tag = _BRACKETED.match(words)
     return tag[0] if tag else ""
 

@@ -11,7 +11,7 @@ from higgs_ds.data.joined_index import AnyIndex, join
 from higgs_ds.data.preparation import CheckedManifest
 from higgs_ds.data.reference_choice import References, reference_problems
 from higgs_ds.data.speaker_prompts import voice_in
-from higgs_ds.options.fields import NO_SPEAKER_PROMPT, SPEAKER_DESCRIPTION, SPEAKER_TAG
+from higgs_ds.options.fields import NO_SPEAKER_PROMPT, SPEAKER_DESCRIPTION, SPEAKER_REFERENCE, SPEAKER_TAG
 from higgs_ds.options.train import DataOptions
 
 NAMED = 5  # speakers that are named
@@ -85,6 +85,9 @@ def trained_voices(index: AnyIndex, rows: np.ndarray, options: DataOptions) -> d
     bounds = np.searchsorted(numbers[by_speaker], np.arange(len(names) + 1))
     voices: dict[str, str | None] = {}
     for name, start, stop in zip(names, bounds, bounds[1:], strict=False):
+        if options.speaker_prompt == SPEAKER_REFERENCE and start < stop:
+            voices[name] = None
+            continue
         for row in by_speaker[start : min(stop, start + TRIED)].tolist():
             voices[name] = voices.get(name) or voice_in(index.sample(row, without_reference=True)[0])
     return dict(sorted(voices.items()))

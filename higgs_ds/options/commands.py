@@ -142,11 +142,10 @@ class GenerateOptions:
     )
     chunk_chars: int = option(
         300,
-        "longest text in characters that is spoken at once; a longer text is cut at ends of sentences, and each piece "
-        "is spoken after the pieces before it",
+        "longest text in characters that is spoken at once; a longer text is cut into chunks at ends of sentences",
     )
     chunk_context: int = option(
-        2, "number of pieces before it that a piece of a long text is spoken after, so that the voice stays the same"
+        2, "how many chunks of a long text each chunk has before it in its prompt, so that the voice stays the same"
     )
     base_model_path: str | None = option(
         None,
@@ -172,7 +171,7 @@ class GenerateOptions:
         "Audio is recorded from a quiet room.", "description of the scene in the prompt; empty for none"
     )
     max_new_tokens: int | None = option(
-        None, "maximum length of the speech, or of each piece of a long text, in rows of codes, 25 per second"
+        None, "maximum length of the speech, or of each chunk of a long text, in rows of codes, 25 per second"
     )
     temperature: float | None = option(
         None, "0 for greedy decoding, above 0 for sampling (default: the model's own settings)"

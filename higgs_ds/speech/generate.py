@@ -66,7 +66,7 @@ class GenerationModel:
 class Request:
     """What the options ask for: the text of each file to write, and its voices."""
 
-    speaker: GenerationModel
+    model: GenerationModel
     texts: dict[Path, str]
     voices: tuple[Reference, ...]
 
@@ -74,12 +74,12 @@ class Request:
 def main(options: GenerateOptions) -> None:
     """Write WAV files for the options. Raises InputError before any weight is loaded."""
     request = _check(options)
-    bundle = request.speaker.bundle
+    bundle = request.model.bundle
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec = Codec(bundle.codec.folder, device)
     clips = [voice.clip for voice in request.voices if voice.clip is not None]
     references = [codec.encode(read_audio(clip, codec.sample_rate)) for clip in clips]
-    model = load_generation_model(request.speaker, device)
+    model = load_generation_model(request.model, device)
     for output, text in request.texts.items():
         torch.manual_seed(options.seed)  # for each, so that a line is spoken as it would be alone
         codes, stopped = _speak_text(model, request, references, text, options)
@@ -90,27 +90,27 @@ def main(options: GenerateOptions) -> None:
 
 
 def _ending(stopped: list[bool]) -> str:
-    """Describe how the pieces of a text ended."""
+    """Describe how the chunks of a text ended."""
     if len(stopped) == 1 and not stopped[0]:
         return "cut off at --max_new_tokens, it did not stop on its own"
     cut_off = f"{stopped.count(False)} of them cut off at --max_new_tokens, which did not stop on their own"
     ending = "stopped on its own" if all(stopped) else cut_off
-    return f"in {len(stopped)} pieces, {ending}" if len(stopped) > 1 else ending
+    return f"in {len(stopped)} chunks, {ending}" if len(stopped) > 1 else ending
 
 
 def _speak_text(
     model: Any, request: Request, references: list[torch.Tensor], text: str, options: GenerateOptions
 ) -> tuple[torch.Tensor, list[bool]]:
-    """Return the codes (C, F) of a text, and whether the model stopped on its own at the end of each piece."""
-    bundle = request.speaker.bundle
-    pieces = chunks_of(text, options.chunk_chars)
+    """Return the codes (C, F) of a text, and whether the model stopped on its own at the end of each chunk."""
+    bundle = request.model.bundle
+    chunks = chunks_of(text, options.chunk_chars)
     stopped: list[bool] = []
 
-    def speak_piece(messages: list[Message], given: list[torch.Tensor]) -> torch.Tensor:
+    def speak_chunk(messages: list[Message], given: list[torch.Tensor]) -> torch.Tensor:
         speech = speak(model, bundle, messages, given, _generation_settings(options))
         speech.check()
         if speech.codes.shape[1] == 0:
-            where = f" of piece {len(stopped) + 1} of {len(pieces)}" if len(pieces) > 1 else ""
+            where = f" of chunk {len(stopped) + 1} of {len(chunks)}" if len(chunks) > 1 else ""
             raise InputError(
                 f"the model stopped before its first frame{where}: there is nothing to write; is it trained?"
             )
@@ -119,7 +119,7 @@ def _speak_text(
         return speech.codes.clamp(max=bundle.stream.bos_id - 1)
 
     prompt = prompt_of(text, request.voices, options.scene)
-    return speak_chunks(prompt, references, pieces, options.chunk_context, speak_piece), stopped
+    return speak_chunks(prompt, references, chunks, options.chunk_context, speak_chunk), stopped
 
 
 def open_generation_model(

@@ -142,23 +142,23 @@ def test_refused_before_weights_are_loaded(
         assert error.match(problem)
 
 
-def test_long_text_follows_its_last_pieces(base: Path, model: Any, bundle: Bundle, tmp_path: Path) -> None:
-    """Each piece is spoken after the reference and the two pieces before it, and a tag is repeated."""
-    pieces = [
+def test_long_text_follows_its_last_chunks(base: Path, model: Any, bundle: Bundle, tmp_path: Path) -> None:
+    """Each chunk is spoken after the reference and the two chunks before it, and a tag is repeated."""
+    chunks = [
         "[SPEAKER0] One, two, three.",
         "[SPEAKER0] Four, five, six.",
         "[SPEAKER0] Seven, eight, nine.",
         "[SPEAKER0] Ten, eleven.",
     ]
-    text = "[SPEAKER0] " + " ".join(piece.removeprefix("[SPEAKER0] ") for piece in pieces)
+    text = "[SPEAKER0] " + " ".join(chunk.removeprefix("[SPEAKER0] ") for chunk in chunks)
     system = ("system", f"{SYSTEM}\n\n{SCENE.format('Audio is recorded from a quiet room.')}")
     before: list[tuple[str, Any]] = [("user", "Good morning."), ("assistant", ANNA)]
     reference, said = encoded(bundle, ANNA), []
-    for number, piece in enumerate(pieces):
+    for number, chunk in enumerate(chunks):
         earlier = range(max(0, number - 2), number)
-        context = [turn for i in earlier for turn in (("user", pieces[i]), ("assistant", ANNA))]
+        context = [turn for i in earlier for turn in (("user", chunks[i]), ("assistant", ANNA))]
         given = [reference, *(said[i] for i in earlier)]
-        said.append(expected(model, bundle, [system, *before, *context, ("user", piece)], given)[0])
+        said.append(expected(model, bundle, [system, *before, *context, ("user", chunk)], given)[0])
     found = spoken(tmp_path, base, text=text, ref_audio=(ANNA,), ref_text=("Good morning.",), chunk_chars=27)
     assert_same_sound(found, Codec(bundle.codec.folder, CPU).decode(torch.cat(said, dim=1)))
     alone = spoken(tmp_path, base, text=text, ref_audio=(ANNA,), ref_text=("Good morning.",))
