@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from higgs_ds.common.console import warn
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import new_folder, saving, write_json
-from higgs_ds.common.hub import is_hub_id, resolve_folder
+from higgs_ds.common.hub import RELEASED_BASE, is_hub_id, resolve_folder
+from higgs_ds.common.resources import SAMPLES
 from higgs_ds.common.tensor_files import weight_shapes
 from higgs_ds.model.families import FAMILIES, family_of
 
@@ -55,6 +58,21 @@ def portable_name(base: str) -> str:
     A built-in base is in a folder of its name.
     """
     return base if is_hub_id(base) and not Path(base).is_dir() else Path(base).name
+
+
+def warn_of_builtin_base(name: str | None, manifests: Iterable[Path]) -> None:
+    """Print a warning if a built-in base, the default, is to learn manifests that are not the built-in samples."""
+    built_in, samples = which_builtin(name), SAMPLES.resolve()
+    if built_in is None or all(path.resolve().is_relative_to(samples) for path in manifests):
+        return
+    which = f"--base_ckpt {name}" if name else f"without --base_ckpt the base is {built_in}, which"
+    speaking = "it and its codec know only digits in a few synthetic voices, and cannot learn another voice"
+    random = "its weights and those of its codec are random, and it speaks only noise"
+    warn(
+        f"warning: {which} is built in for trying out the trainer: "
+        f"{speaking if built_in in SPEAKING_BASES else random}. For your own recordings, give "
+        f"--base_ckpt {RELEASED_BASE} (a download of 12 GB)"
+    )
 
 
 def find_base(name: str | None, asked_by: str, cache_dir: Path, revision: str | None = None) -> Path:

@@ -21,10 +21,12 @@ from transformers import (
     HiggsAudioV2TokenizerModel,
     PreTrainedModel,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from higgs_ds.common.files import new_folder, saving
 from higgs_ds.model.family import Family
 
+disable_progress_bar()  # over the tensors of a model; errors and warnings stay
 CODEC_NAME = "tiny-random-codec"
 CODEBOOK_SIZE = 1024
 

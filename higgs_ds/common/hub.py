@@ -7,9 +7,10 @@ from pathlib import Path
 
 from higgs_ds.common.errors import InputError
 
+RELEASED_BASE = "bosonai/higgs-audio-v2-generation-3B-base"
 # Default revisions of hub ids. The content of these repositories was replaced once, and may be again.
 PINNED = {
-    "bosonai/higgs-audio-v2-generation-3B-base": "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84",
+    RELEASED_BASE: "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84",
     "bosonai/higgs-tts-2-3b-base": "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84",  # its name since April 2026
     "bosonai/higgs-audio-v2-tokenizer": "9d4988fbd4ad07b4cac3a5fa462741a41810dbec",
 }

@@ -52,6 +52,10 @@ class Index:
     def sources(self, rows: Iterable[int]) -> list[str]:
         return [self._content["source"][int(self._order[row])].as_py() for row in rows]
 
+    def number(self, row: int) -> int:
+        """Return the number of a row's sample in its manifest, where bad samples count too."""
+        return self._facts["number"][int(self._order[row])].as_py()
+
     def labels(self, name: str) -> tuple[np.ndarray, list[str]]:
         """Return a column of strings (speaker, language): the index of each row's string, -1 for none; the strings.
 

@@ -37,6 +37,10 @@ class FlagOptions:
     flag_script_share: float = option(
         0.5, "flag texts with less than this fraction of their letters in the script of their language (0: none)"
     )
+    flag_codec_clips: int = option(
+        5,
+        "compare this many clips with themselves through the codec, and warn where they come back unlike (0: none)",
+    )
     flag_min_clips: int = option(10, "number of samples below which a language or speaker has no median of its own")
 
 
@@ -55,5 +59,6 @@ def check_flag_options(options: FlagOptions) -> list[str]:
     for name in ("flag_bandwidth", "flag_script_share"):
         expect(name, 0 <= getattr(options, name) <= 1, "from 0 to 1; 0 flags none")
     expect("flag_similarity", options.flag_similarity > 0.5, "above 0.5; 1 flags equal texts only, inf none")
+    expect("flag_codec_clips", options.flag_codec_clips >= 0, "0 or more; 0 compares none")
     expect("flag_min_clips", options.flag_min_clips >= 1, "1 or more")
     return problems

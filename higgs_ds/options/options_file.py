@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from higgs_ds.common.errors import InputError
-from higgs_ds.options.parser import Parser, meant_option
+from higgs_ds.options.parser import Parser, meant_choice, meant_option
 
 
 def read_options_file(path: Path, parser: Parser, also_known: Iterable[str] = ()) -> dict[str, Any]:
@@ -38,7 +38,8 @@ def read_options_file(path: Path, parser: Parser, also_known: Iterable[str] = ()
             try:
                 options[name] = _convert(actions[name], value)
             except (TypeError, ValueError):
-                problems.append(f"{where}: {name}: {value!r} is not {_expected_value(actions[name])}")
+                meant = meant_choice(value, actions[name].choices)
+                problems.append(f"{where}: {name}: {value!r} is not {_expected_value(actions[name])}{meant}")
     if problems:
         raise InputError(problems)
     return options

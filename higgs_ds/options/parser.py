@@ -9,7 +9,7 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -91,6 +91,13 @@ class Parser(argparse.ArgumentParser):
         meant = [f"; {name}{hint[1:]}" for name in unknown if (hint := meant_option(name, self.names()))]
         super().error(message + "".join(meant))
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += meant_choice(value, action.choices)
+            raise
+
     def names(self) -> list[str]:
         """Return the names of all options, without the leading dashes."""
         return [name.removeprefix("--") for action in self._actions for name in action.option_strings]
@@ -113,3 +120,9 @@ def meant_option(name: str, known: Sequence[str]) -> str:
     if option.split(" ")[0] not in known:
         option = next(iter(difflib.get_close_matches(plain, known, 1)), "")
     return f"; did you mean {'--' if name.startswith('--') else ''}{option}?" if option else ""
+
+
+def meant_choice(value: Any, choices: Iterable[Any] | None) -> str:
+    """Return "; did you mean CHOICE?" if a value is close to one of an option's choices, otherwise ""."""
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices or ()], 1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from higgs_ds.common import distributed
-from higgs_ds.common.console import say
+from higgs_ds.common.console import say, warn
 from higgs_ds.common.errors import InputError, collect_problems
 from higgs_ds.common.files import check_folders, saving, write_json
 from higgs_ds.common.folder_lock import EVALUATION_LOCK, FolderLock
@@ -31,7 +31,7 @@ from higgs_ds.speech.generate import (
     speak,
     trained_speakers,
 )
-from higgs_ds.speech.measures import agreement, median_pitch_hz, mel_distance_db, word_errors, words_of
+from higgs_ds.speech.measures import agreement, median_pitch_hz, mel_distance_db, stop_warning, word_errors, words_of
 from higgs_ds.speech.prompts import Prompt, prompts_of
 from higgs_ds.speech.recognizers import Recognizer, check_recognizer, open_recognizer
 from higgs_ds.speech.voices import with_trained_prompts
@@ -126,6 +126,8 @@ def _evaluate(options: EvaluateOptions, lock: FolderLock) -> None:
     results = used | summary([gathered[number] for number in sorted(gathered)])
     distributed.on_main(lambda: _write_results(options.output_dir, results))
     say(table(results, earlier))
+    if warning := stop_warning(results["stop_rate"]):
+        warn(warning)
     say(f"evaluation: {options.output_dir / RESULTS_FILE}")
 
 

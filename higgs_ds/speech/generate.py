@@ -29,6 +29,7 @@ from higgs_ds.model.sample import Message
 from higgs_ds.options.commands import GenerateOptions
 from higgs_ds.options.generation import check_generate_options
 from higgs_ds.speech.long_texts import speak_chunks
+from higgs_ds.speech.measures import stop_warning
 from higgs_ds.speech.texts import chunks_of, texts_to_speak
 from higgs_ds.speech.voices import clip_problems, name_some, prompt_of, tag_problems, voices_of
 
@@ -80,13 +81,17 @@ def main(options: GenerateOptions) -> None:
     clips = [voice.clip for voice in request.voices if voice.clip is not None]
     references = [codec.encode(read_audio(clip, codec.sample_rate)) for clip in clips]
     model = load_generation_model(request.model, device)
+    all_stopped: list[bool] = []
     for output, text in request.texts.items():
         torch.manual_seed(options.seed)  # for each, so that a line is spoken as it would be alone
         codes, stopped = _speak_text(model, request, references, text, options)
+        all_stopped += stopped
         waveform = codec.decode(codes)
         with saving(output):
             write_audio(output, waveform, bundle.codec.sample_rate)
         print(f"WAV: {output} ({len(waveform) / bundle.codec.sample_rate:.2f} s, {_ending(stopped)})")
+    if warning := stop_warning(sum(all_stopped) / len(all_stopped)):
+        print(warning)
 
 
 def _ending(stopped: list[bool]) -> str:

@@ -12,6 +12,8 @@ LOWEST_HZ, HIGHEST_HZ = 60, 500  # pitch of voices
 AUDIBLE_DB = -30.0  # relative to the loudest frame; below this, the pitch of a frame cannot be measured
 FRAME_S = 0.01
 NUM_MELS = 80
+SPEECH_BAND_HZ = {"f_min": 80, "f_max": 4000}  # words are in it; recordings at 8 kHz have nothing above it
+MEL_RANGE_DB = 50  # below the loudest band, under which differences are inaudible
 FLOOR = 1e-4  # magnitude of a mel band below which it counts as silence
 
 
@@ -49,6 +51,36 @@ def mel_distance_db(spoken: torch.Tensor, target: torch.Tensor, sample_rate: int
         spoken_mel[None], size=target_mel.shape[1], mode="linear", align_corners=False
     )[0]
     return float((stretched - target_mel).abs().mean())
+
+
+def spectral_similarity(spoken: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:
+    """Return how alike two waveforms' mel spectra change in time and frequency: 1 if the same, about 0 if unrelated.
+
+    This is the correlation of log mel spectra from 80 to 4,000 Hz in the target's loud frames. Each frame's and each
+    band's mean is subtracted first, so that neither loudness nor a filter changes it. The waveforms, (num_samples,),
+    have to begin at the same time. 0 if one of them does not change.
+    """
+    to_mel = torchaudio.transforms.MelSpectrogram(sample_rate, n_fft=1024, hop_length=256, n_mels=40, **SPEECH_BAND_HZ)
+    shared = min(len(spoken), len(target))
+    spoken_mel, target_mel = (10 * to_mel(w[:shared]).clamp(min=1e-12).log10() for w in (spoken, target))
+    loudest = target_mel.amax(dim=0)
+    loud = loudest > loudest.max() + AUDIBLE_DB
+    changes = []
+    for mel in (spoken_mel, target_mel):
+        mel = mel.clamp(min=mel.max() - MEL_RANGE_DB)[:, loud]
+        changes.append(mel - mel.mean(dim=0) - mel.mean(dim=1, keepdim=True) + mel.mean())
+    correlation = torch.corrcoef(torch.stack([change.flatten() for change in changes]))[0, 1]
+    return float(correlation.nan_to_num(0.0))
+
+
+def stop_warning(stop_rate: float) -> str | None:
+    """Return a warning if no generated sample has stopped on its own."""
+    if stop_rate > 0:
+        return None
+    return (
+        "warning: stop rate 0 is bad: no sample stopped on its own, each was cut off. A model that has learned to speak "
+        "ends its speech itself: train longer, or on recordings that the base's codec can code"
+    )
 
 
 def words_of(text: str) -> list[str]:

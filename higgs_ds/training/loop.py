@@ -21,6 +21,7 @@ from higgs_ds.options.train import TrainOptions
 from higgs_ds.reporting.meter import Meter
 from higgs_ds.reporting.metrics_log import MetricsLog
 from higgs_ds.reporting.trackers import Tracker, open_trackers
+from higgs_ds.speech.measures import stop_warning
 from higgs_ds.training.finish import finish
 from higgs_ds.training.loss_checks import (
     describe_first_module,
@@ -160,6 +161,8 @@ def _write_samples(run: Run, log: MetricsLog, writer: SampleWriter) -> None:
     if values:
         log.write(run.state.step, run.state.epoch, values)
         log.write_sounds(run.state.step, writer.written)
+        if warning := stop_warning(values["sample/stop_rate"]):
+            warn(warning)
 
 
 @waiting("after the report, with a checkpoint")

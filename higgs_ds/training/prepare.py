@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from higgs_ds.bases.builtin import warn_of_builtin_base
 from higgs_ds.bases.bundle import open_for_training
 from higgs_ds.common import distributed
 from higgs_ds.common.console import say, warn
@@ -22,6 +23,7 @@ from higgs_ds.options.checks import check_data_options
 from higgs_ds.options.commands import PrepareOptions, parse_shard
 from higgs_ds.options.flags import FlagOptions, check_flag_options
 from higgs_ds.options.train import DataOptions, ModelOptions
+from higgs_ds.speech.codec_check import check_codec
 
 DEFAULT_FLAGS = FlagOptions()
 
@@ -33,9 +35,11 @@ def main(options: DataOptions, model: ModelOptions, how: PrepareOptions, flags: 
     problems += scratch_problems(options, cache_dir) + list_problems(how.flagged_list)
     distributed.raise_problems(problems)
     bundle = open_for_training(model, cache_dir)
+    manifests = (*options.train_manifests, *(options.val_manifest or ()))
+    warn_of_builtin_base(model.base_ckpt, manifests)
     shard = Share(*parse_shard(how.shard))
     with Preparation(options, bundle.coder(cache_dir), cache_dir, shard) as preparation:
-        checked = [preparation.check(path) for path in (*options.train_manifests, *(options.val_manifest or ()))]
+        checked = [preparation.check(path) for path in manifests]
         for manifest in checked:
             if manifest.index is not None:
                 say(f"{manifest.path}:\n{textwrap.indent(preparation.describe(manifest), '  ')}")
@@ -45,6 +49,9 @@ def main(options: DataOptions, model: ModelOptions, how: PrepareOptions, flags: 
             problems += check_prompts(options, checked)
         distributed.raise_problems(problems)
         _warn_of_equal_prompts(options, checked, shard)
+        to_train, num_clips, keep = checked[: len(options.train_manifests)], flags.flag_codec_clips, not how.check_only
+        compared = distributed.on_main(lambda: check_codec(preparation, to_train, model, num_clips, keep))
+        say(compared.rstrip("\n"))
         if how.check_only:
             return
         for manifest in checked:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from higgs_ds.adapters.starting_point import StartingPoint, check_geometry, compare_bases, starting_point
+from higgs_ds.bases.builtin import warn_of_builtin_base
 from higgs_ds.bases.bundle import Bundle, open_for_training
 from higgs_ds.bases.model_folder import check_layout
 from higgs_ds.checkpoints.folder import read_state
@@ -33,6 +34,7 @@ from higgs_ds.options.compatibility import unsupported
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.reporting.publish import check_licence, check_login
 from higgs_ds.reporting.trackers import check_wandb_login
+from higgs_ds.speech.codec_check import check_codec
 from higgs_ds.training.loading import load_run
 from higgs_ds.training.overruled import overruled_by_file
 from higgs_ds.training.resume import find_resume_checkpoint
@@ -88,9 +90,12 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
             say(f"--precision auto: {resolved[1].model.precision}")
         overruled = overruled_by_file(options, resolved[1], options.run.deepspeed)
         settings, options = resolved
+        warn_of_builtin_base(options.model.base_ckpt, manifests)
+        to_train, num_clips = checked[: len(options.data.train_manifests)], options.flags.flag_codec_clips
+        compared = distributed.on_main(lambda: check_codec(preparation, to_train, options.model, num_clips))
         for manifest in checked:
             preparation.encode(manifest, distributed.device())
-        summary = distributed.on_main(lambda: _summary(preparation, checked))
+        summary = distributed.on_main(lambda: _summary(preparation, checked)) + compared
         indexes = [preparation.keep(manifest) for manifest in checked]
         flagged = [preparation.flagged(index, options.flags) for index in indexes] if distributed.is_main() else []
     for manifest, of_manifest in zip(checked, flagged, strict=False):  # only rank 0 has any
