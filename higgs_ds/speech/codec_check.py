@@ -28,7 +28,7 @@ from higgs_ds.data.coder import Coder
 from higgs_ds.data.formats.reader import pending_entries
 from higgs_ds.data.index import Index
 from higgs_ds.data.preparation import CheckedManifest, Preparation
-from higgs_ds.data.sample import AudioClip, Sample
+from higgs_ds.model.sample import AudioClip, Sample
 from higgs_ds.options.train import ModelOptions
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ class _Chosen:
     number: int  # of its sample in the manifest
     source: str
     turn: int  # of the sample's messages
+    text: str  # of the turn before, which the clip speaks
     key: str  # of its codes
 
 
@@ -133,7 +134,7 @@ def _compare_cached(preparation: Preparation, checked: CheckedManifest, count: i
     assert checked.index is not None
     assert preparation.coder is not None
     chosen = _choose(checked.index, preparation.coder, count)
-    content = json.dumps([VERSION, LONGEST_S, *(one.key for one in chosen)])
+    content = json.dumps([VERSION, LONGEST_S, *((one.key, one.text) for one in chosen)])
     kept = preparation.cache_dir / "codec_checks" / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"
     values: dict[str, Any] | None = None
     with contextlib.suppress(OSError, ValueError):
@@ -158,7 +159,8 @@ def _choose(index: Index, coder: Coder, count: int) -> list[_Chosen]:
             continue
         clip = clips[sum(len(message.clips) for message in sample.messages[: turns[0]])]
         if clip.num_frames * codec.hop_length >= SHORTEST_S * codec.sample_rate:
-            chosen.append(_Chosen(index.number(row), sample.source, turns[0], clip.key))
+            text = " ".join(part for part in sample.messages[turns[0] - 1].parts if isinstance(part, str))
+            chosen.append(_Chosen(index.number(row), sample.source, turns[0], text, clip.key))
         if len(chosen) == count:
             break
     return chosen
@@ -174,14 +176,12 @@ def _compare(preparation: Preparation, path: Path, chosen: Sequence[_Chosen]) ->
     samples = dict(_samples_at(preparation, path, {one.number for one in chosen}))
     similarities, spoken = [], []
     for one in chosen:
-        messages = samples[one.number].messages
-        recording = _read(messages[one.turn].clips[0], codec.sample_rate)
+        recording = _read(samples[one.number].messages[one.turn].clips[0], codec.sample_rate)
         middle = _middle(recording, round(LONGEST_S * codec.sample_rate))
         decoded = codec.decode(codec.encode(middle))
         similarities.append(spectral_similarity(decoded, middle, codec.sample_rate))
         if len(middle) == len(recording):
-            text = " ".join(part for part in messages[one.turn - 1].parts if isinstance(part, str))
-            spoken.append((text, middle, decoded))
+            spoken.append((one.text, middle, decoded))
     is_unlike = min(similarities) < UNLIKE
     return {"similarities": similarities, "words_wrong": _words_wrong(spoken, codec.sample_rate) if is_unlike else None}
 

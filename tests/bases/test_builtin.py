@@ -29,6 +29,7 @@ from higgs_ds.bases.builtin import (
     builtin_config,
     find_base,
     is_builtin,
+    warn_of_builtin_base,
 )
 from higgs_ds.bases.bundle import open_bundle
 from higgs_ds.bases.tiny_random import random_config
@@ -307,3 +308,24 @@ def test_two_processes_at_once(tmp_path: Path, speaking: Path) -> None:
         weights = f"{name}/model.safetensors"
         assert sha256_of(folder.parent / weights) == sha256_of(speaking.parent / weights)
     assert sorted(path.name for path in folder.parent.iterdir()) == [DEFAULT_BASE, SPEAKING_CODEC]
+
+
+@pytest.mark.parametrize(
+    ("name", "manifest", "words"),
+    [
+        (None, "my_clips", "warning: without --base_ckpt the base is speaking-base, which is built in for trying out"),
+        (RANDOM_BASE, "my_clips", f"warning: --base_ckpt {RANDOM_BASE} is built in for trying out the trainer"),
+        (None, "samples/digits.jsonl", ""),
+        (RANDOM_BASE, "samples/voices.jsonl", ""),
+        ("bosonai/higgs-audio-v2-generation-3B-base", "my_clips", ""),
+    ],
+)
+def test_warning_of_data_that_a_built_in_base_cannot_learn(
+    name: str | None, manifest: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(PROJECT)
+    warn_of_builtin_base(name, [Path("samples/digits.jsonl"), Path(manifest)])
+    printed = capsys.readouterr().out
+    assert printed.startswith(words)
+    assert bool(printed) == bool(words)
+    assert ("give --base_ckpt bosonai/higgs-audio-v2-generation-3B-base" in printed) == bool(words)

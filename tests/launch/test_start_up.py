@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,8 +44,16 @@ def imported_by(command: str, *options: object) -> set[str]:
 
 
 def test_check_of_data(base: Path, cache_dir: Path) -> None:
-    options = ("--check_only", "--base_ckpt", base, "--train_manifest", VOICES_MANIFEST)
+    options = ("--check_only", "--base_ckpt", base, "--train_manifest", VOICES_MANIFEST, "--flag_codec_clips", 0)
     assert imported_by("prepare", *options) == set()
+
+
+def test_check_with_a_new_cache_shows_no_bars_over_tensors(tmp_path: Path) -> None:
+    command = [sys.executable, str(PROJECT / "launch" / "prepare.py"), "--check_only"]
+    environment = os.environ | {"HIGGS_DS_CACHE": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "5 compared" in done.stdout
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("command", ["find_lora_adapters", "validate_adapter", "convert", "blend"])

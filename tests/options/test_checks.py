@@ -52,6 +52,7 @@ def test_all_bad_options_are_reported_at_once() -> None:
         "codebook_weights": (0.0,) * 8, "ema_decay": 1.0, "loraplus_lr_ratio": 0.5, "group_lr": ("audio_mlp=fast",),
         "reference_dropout": 1.0, "trim_silence": -0.1, "silence_db": 0.0, "flag_pause_s": -1.0, "flag_rate_ratio": 1.0,
         "flag_level_dbfs": 1.0, "flag_bandwidth": float("nan"), "flag_similarity": 0.5, "flag_min_clips": 0,
+        "flag_codec_clips": -1,
     }  # fmt: skip
     problems = check_options(TrainOptions().replace(**bad))
     for name in bad:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,17 @@ def test_every_hint_names_an_option() -> None:
 def test_other_names_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path / "run.yaml", {"learning_rate": 1e-4})
     assert "learning_rate: unknown option; did you mean lr?" in error_of(["--config", path], capsys)
+
+
+def test_misspelt_value_gets_a_suggestion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for value, hint in (("kalid", "did you mean kaldi?"), ("mp3", "")):
+        assert re.search(rf"argument --format: invalid choice: '{value}'.*\)(; )?{re.escape(hint)}$",
+                         error_of(["--format", value], capsys).strip(), re.M)  # fmt: skip
+    path = written(tmp_path / "run.yaml", {"format": "kalid", "lora_targets": ["atention"]})
+    problems = error_of(["--config", path], capsys)
+    assert "format: 'kalid' is not one of auto, " in problems
+    assert "; did you mean kaldi?" in problems
+    assert "; did you mean attention?" in problems
 
 
 @pytest.mark.parametrize(

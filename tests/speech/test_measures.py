@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
+import torchaudio
 from conftest import PROJECT, VOICES
 
 from higgs_ds.common.errors import InputError
 from higgs_ds.data.audio import read_audio
 from higgs_ds.model.sample import AudioClip
-from higgs_ds.speech.measures import agreement, median_pitch_hz, mel_distance_db, word_errors, words_of
+from higgs_ds.speech.measures import (
+    agreement,
+    median_pitch_hz,
+    mel_distance_db,
+    spectral_similarity,
+    stop_warning,
+    word_errors,
+    words_of,
+)
 from higgs_ds.speech.recognizers import check_recognizer, open_recognizer
 
 RATE = 24000
@@ -55,6 +66,27 @@ def test_mel_distance() -> None:
     assert mel_distance_db(other, one, RATE) > softer
     longer, higher = hum(110, 2.0), hum(220, 1.0)
     assert mel_distance_db(hum(110, 1.0), longer, RATE) < mel_distance_db(higher, longer, RATE) / 2
+
+
+def test_spectral_similarity() -> None:
+    one, other = (read_audio(AudioClip(VOICES / f"{name}.flac"), RATE) for name in ("anna_01", "ben_01"))
+    assert spectral_similarity(one, one, RATE) == pytest.approx(1)
+    softer = torchaudio.functional.treble_biquad(0.1 * one, RATE, -12)
+    assert spectral_similarity(softer, one, RATE) > 0.97  # neither loudness nor a filter matters
+    noisy = one + 0.03 * one.std() * torch.randn(len(one), generator=torch.Generator().manual_seed(0))
+    assert 0.9 < spectral_similarity(noisy, one, RATE) < 1
+    content = io.BytesIO()
+    soundfile.write(content, torchaudio.functional.resample(one, RATE, 8000).numpy(), 8000, "GSM610", format="WAV")
+    on_the_phone = torch.from_numpy(soundfile.read(io.BytesIO(content.getvalue()), dtype="float32")[0])
+    assert spectral_similarity(torchaudio.functional.resample(on_the_phone, 8000, RATE), one, RATE) > 0.8
+    for unlike in (other, one.flip(0), torch.randn(len(one), generator=torch.Generator().manual_seed(0))):
+        assert abs(spectral_similarity(unlike, one, RATE)) < 0.3
+    assert spectral_similarity(torch.zeros(len(one)), one, RATE) == 0
+
+
+def test_stop_rate() -> None:
+    assert "stop rate 0 is bad" in (stop_warning(0) or "")
+    assert stop_warning(0.1) is None
 
 
 @pytest.mark.parametrize(
