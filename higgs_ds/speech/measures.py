@@ -78,8 +78,8 @@ def stop_warning(stop_rate: float) -> str | None:
     if stop_rate > 0:
         return None
     return (
-        "warning: stop rate 0 is bad: no sample stopped on its own, each was cut off. A model that has learned to speak "
-        "ends its speech itself: train longer, or on recordings that the base's codec can code"
+        "warning: stop rate 0 is bad: no sample stopped on its own, each was cut off. A model that has learned to "
+        "speak ends its speech itself: train longer, or on recordings that the base's codec can code"
     )
 
 

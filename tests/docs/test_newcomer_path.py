@@ -45,7 +45,7 @@ def telephone(folder: Path) -> Path:
 
 @pytest.fixture
 def say(tmp_path: Path) -> Callable[..., str]:
-    """Return a function that runs a command of the README, with other words in place of some, and returns its output."""
+    """Return a function that runs a command of the README, with some words replaced, and returns its output."""
     for name in ("launch", "ds_configs", "samples"):
         (tmp_path / name).symlink_to(PROJECT / name)
 

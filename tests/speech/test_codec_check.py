@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,10 +38,8 @@ def bundle(cache_dir: Path) -> Bundle:
 def compare(bundle: Bundle, tmp_path: Path) -> Compare:
     """Return a function that checks manifests, compares some of their clips, and returns the lines of the summary."""
 
-    def run(
-        *manifests: Path, num_clips: int = 5, keep: bool = True, named: str | None = None, **options: object
-    ) -> str:
-        data = DataOptions(train_manifest=manifests, **options)  # type: ignore[arg-type]
+    def run(*manifests: Path, num_clips: int = 5, keep: bool = True, named: str | None = None, **options: Any) -> str:
+        data = DataOptions(train_manifest=manifests, **options)
         with Preparation(data, bundle.coder(tmp_path), tmp_path) as preparation:
             checked = [preparation.check(path) for path in manifests]
             return check_codec(preparation, checked, ModelOptions(base_ckpt=named), num_clips, keep)
