@@ -115,7 +115,7 @@ def check_codec(
         found = _compare_cached(preparation, manifest, -(-num_clips // len(checked)), keep)
         lines.append(f"  {manifest.path}: {found.describe()}")
         if found.unlike:
-            warn(found.warning(built_in or str(model.base_ckpt), is_builtin))
+            warn(found.warning(str(model.codec_ckpt or built_in or model.base_ckpt), is_builtin))
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -141,10 +141,10 @@ def _compare_cached(preparation: Preparation, checked: CheckedManifest, count: i
         values = json.loads(kept.read_text(encoding="utf-8"))
     if values is None:
         values = _compare(preparation, checked.path, chosen) if chosen else {"similarities": []}
-    if keep and not kept.is_file():
-        with saving(kept):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(kept, values)
+        if keep:
+            with saving(kept):
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_json(kept, values)
     return Comparison(checked.path, [one.source for one in chosen], **values)
 
 

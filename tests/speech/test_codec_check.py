@@ -143,6 +143,7 @@ def test_results_are_kept(compare: Compare, capsys: pytest.CaptureFixture[str], 
     capsys.readouterr()
     assert compare(VOICES_MANIFEST) == first
     assert capsys.readouterr().out == warned
+    assert json.loads(kept.read_text()) == values
 
 
 def test_a_clip_that_is_gone(bundle: Bundle, tmp_path: Path) -> None:
