@@ -20,14 +20,19 @@ PROGRAM = "higgs-ds"
 
 
 def train(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Train LoRA adapters, or the model's own weights. With --dry_run, print a memory plan."""
+    """Train LoRA adapters, or the model's own weights. With --dry_run, only plan its memory."""
     options, given = command_line.parse_train_options(argv, prog)
     quiet_libraries()
-    if options.run.dry_run:
+    if options.run.dry_run and options.data.train_manifest is None:
         with quick_imports():
             from higgs_ds.planning import dry_run
 
         return exit_code_of(lambda: dry_run.main(options, given))
+    if options.run.dry_run:
+        with quick_imports():
+            from higgs_ds.training import plan_for_data
+
+        return run_ranks(lambda: plan_for_data.main(options, given), together=False)
     with quick_imports():
         from higgs_ds.training import loop
 

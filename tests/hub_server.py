@@ -115,6 +115,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                                 for file in wanted],
                 }  # fmt: skip
             parts = path.split("/")
+            if len(parts) > 5 and parts[3] == "resolve":
+                file = hub.repositories.get("/".join(parts[1:3]), {}).get("/".join(parts[5:]))
+                return (404, {"error": f"no such file: {path}"}) if file is None else (200, file)
             if path.startswith("/api/models/") and len(parts) >= 7:
                 name, what = f"{parts[3]}/{parts[4]}", parts[5]
                 if what == "preupload":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,18 @@ def warn_of_builtin_base(name: str | None, manifests: Iterable[Path]) -> None:
     )
 
 
-def find_base(name: str | None, asked_by: str, cache_dir: Path, revision: str | None = None) -> Path:
+def find_base(
+    name: str | None,
+    asked_by: str,
+    cache_dir: Path,
+    revision: str | None = None,
+    resolve: Callable[[str, str, str | None], Path] = resolve_folder,
+) -> Path:
     """Return the folder of a base: a built-in one (DEFAULT_BASE for None), a folder, or a hub id at `revision`.
 
     Args:
         asked_by: the option that names the base, for error messages.
+        resolve: finds a folder or a hub id, with everything that is needed of it.
 
     Raises:
         InputError: there is no base of that name.
@@ -89,7 +96,7 @@ def find_base(name: str | None, asked_by: str, cache_dir: Path, revision: str | 
     if built_in is not None:
         return builtin_base(built_in, cache_dir)
     assert name is not None  # None is the built-in default
-    return resolve_folder(name, asked_by, revision)
+    return resolve(name, asked_by, revision)
 
 
 def builtin_base(name: str, cache_dir: Path) -> Path:

@@ -17,16 +17,19 @@ from higgs_ds.bases.tokenizer import read_tokenizer
 from higgs_ds.common import distributed
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import sha256_of
-from higgs_ds.common.hub import resolve_folder
+from higgs_ds.common.hub import resolve_config_folder, resolve_folder, resolve_without_weights
 from higgs_ds.common.tensor_files import sampled_digest, weight_files, weight_shapes
 from higgs_ds.data.code_cache import CodeCache
 from higgs_ds.data.codec_info import (
     CODEC_SUBFOLDER,
     ORIGINAL_CODEC,
+    PROCESSOR_CONFIG,
     CodecInfo,
     codec_digest,
     find_codec,
+    is_original_codec,
     read_codec_info,
+    read_codec_json,
 )
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.mel_features import POSITIONS_PER_S, MelFeatureStore
@@ -35,6 +38,7 @@ from higgs_ds.model.family import Family
 from higgs_ds.model.parts import NO_PARTS, Parts, parts_in
 from higgs_ds.model.prompt import CachedTokenizer
 from higgs_ds.model.stream import AudioStream
+from higgs_ds.options.fields import ORIGINAL
 from higgs_ds.options.train import ModelOptions
 
 if TYPE_CHECKING:
@@ -138,25 +142,33 @@ def base_identity(folder: Path) -> str:
     return hashlib.sha256(repr((sha256_of(folder / "config.json"), sizes)).encode()).hexdigest()
 
 
-def open_bundle(name: str | None, revision: str | None, codec_name: str | None, cache_dir: Path) -> Bundle:
+def open_bundle(
+    name: str | None, revision: str | None, codec_name: str | None, cache_dir: Path, weights: bool = True
+) -> Bundle:
     """Find a base, by default the built-in one, and its codec. Either is converted into the cache if it is not native.
+
+    Without `weights`, no weights are downloaded, converted or checked, except those of a codec in the original layout,
+    whose configuration is not enough. Such a bundle counts tokens, but cannot be trained.
 
     Raises:
         InputError: lists everything that does not fit together.
         SaveError: a converted base or codec cannot be written.
     """
-    folder = find_base(name, "--base_ckpt", cache_dir, revision)
+    folder = find_base(name, "--base_ckpt", cache_dir, revision, resolve_folder if weights else resolve_without_weights)
     # A built-in base is reported by its folder: programs that read an adapter do not know this project's names.
     reported_name = name if name and which_builtin(name) is None else str(folder)
     layout = MODEL_TYPES[read_json_config(folder, "--base_ckpt")["model_type"]]
-    folder = native_folder(folder, "--base_ckpt", cache_dir)
+    folder = native_folder(folder, "--base_ckpt", cache_dir) if weights else folder
     values = read_native_config(folder, "--base_ckpt")
     family = family_of(values["model_type"])
     values = family.with_defaults(values)
-    weight_files(folder)
-    codec_folder = _codec_folder(folder, family, codec_name, cache_dir)
+    if weights:
+        weight_files(folder)
+        codec_folder = _codec_folder(folder, family, codec_name, cache_dir)
+        weight_shapes(weight_files(codec_folder))
+    else:
+        codec_folder = _codec_without_weights(folder, family, codec_name, layout, cache_dir)
     codec = read_codec_info(codec_folder)
-    weight_shapes(weight_files(codec_folder))
     tokenizer = read_tokenizer(folder)
     problems = family.base_problems(folder, values, tokenizer)
     problems += [] if problems else _codec_problems(folder, family, values, codec)
@@ -175,25 +187,38 @@ def _codec_folder(folder: Path, family: Family, name: str | None, cache_dir: Pat
     return native_codec(find_codec(folder, name), "--codec_ckpt", cache_dir)
 
 
-def open_for_training(options: ModelOptions, cache_dir: Path) -> Bundle:
+def _codec_without_weights(folder: Path, family: Family, name: str | None, layout: str, cache_dir: Path) -> Path:
+    if family.codec_prefix is not None and any(folder.glob("*.safetensors")):
+        return _codec_folder(folder, family, name, cache_dir)
+    has_codec = any((folder / part).exists() for part in (CODEC_SUBFOLDER, PROCESSOR_CONFIG))
+    if (layout == ORIGINAL or family.codec_prefix is not None) and not has_codec:
+        name = name or ORIGINAL_CODEC  # as a conversion to the native layout would note
+    codec = find_codec(folder, name, resolve_without_weights)
+    if not is_original_codec(read_codec_json(codec)):
+        return codec
+    return native_codec(find_codec(folder, name), "--codec_ckpt", cache_dir)
+
+
+def open_for_training(options: ModelOptions, cache_dir: Path, weights: bool = True) -> Bundle:
     """Open a base together with the optional parts that are to be trained. Every rank must call this.
 
-    Only one rank downloads and converts files.
+    Only one rank downloads and converts files. For `weights`, see `open_bundle`.
 
     Raises:
         InputError, SaveError: on every rank, as for `open_bundle`.
     """
 
     def open_with_parts() -> Bundle:
-        bundle = open_bundle(options.base_ckpt, options.base_revision, options.codec_ckpt, cache_dir)
+        bundle = open_bundle(options.base_ckpt, options.base_revision, options.codec_ckpt, cache_dir, weights)
         bundle = replace(bundle, train_fill=options.train_fill)
         assert bundle.stream  # raises InputError if the family has no fill
         if not options.audio_self_attention and not options.whisper_conditioning:
             return bundle
         from higgs_ds.model.config import parts_to_add
 
-        added, whisper_folder = parts_to_add(options, parts_in(bundle.values), resolve_folder)
-        if whisper_folder is not None:
+        resolve = resolve_folder if weights else resolve_config_folder
+        added, whisper_folder = parts_to_add(options, parts_in(bundle.values), resolve)
+        if whisper_folder is not None and weights:
             weight_shapes(weight_files(whisper_folder))
         return replace(bundle, added=added, whisper_folder=whisper_folder)
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 EXIT_OK = 0
 EXIT_BUG = 1
+EXIT_DOES_NOT_FIT = 1  # the code with which grep and diff answer "no"
 EXIT_BAD_INPUT = 2
 EXIT_SAVE_FAILED = 3
 EXIT_NOT_FINITE = 4
@@ -54,6 +55,12 @@ class InputError(HiggsError):
             return self.problems[0]
         number = sum(problem.number if isinstance(problem, MoreProblems) else 1 for problem in self.problems)
         return "\n".join([f"{number:,} problems:", *(f"  {problem}" for problem in self.problems)])
+
+
+class DoesNotFitError(HiggsError):
+    """A memory plan that must fit does not."""
+
+    exit_code = EXIT_DOES_NOT_FIT
 
 
 class SaveError(HiggsError):

@@ -15,6 +15,8 @@ PINNED = {
     "bosonai/higgs-audio-v2-tokenizer": "9d4988fbd4ad07b4cac3a5fa462741a41810dbec",
 }
 
+TEXT_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]  # of a model: everything except its weights
+
 
 def resolve_folder(name: str, asked_by: str, revision: str | None = None) -> Path:
     """Return the folder of a model named by path or hub id. A hub id is downloaded into the hub's cache.
@@ -31,6 +33,17 @@ def resolve_folder(name: str, asked_by: str, revision: str | None = None) -> Pat
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(name, revision=revision or PINNED.get(name)))
+
+    return _resolve(name, asked_by, download)
+
+
+def resolve_without_weights(name: str, asked_by: str, revision: str | None = None) -> Path:
+    """Like `resolve_folder`, but download only the configurations and the tokenizer of a hub id."""
+
+    def download() -> Path:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, revision=revision or PINNED.get(name), allow_patterns=TEXT_FILES))
 
     return _resolve(name, asked_by, download)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,11 @@ def is_original_codec(config: Mapping[str, Any]) -> bool:
     return "model_type" not in config and "semantic_techer" in config
 
 
-def find_codec(base_folder: Path, name: str | None) -> Path:
+def find_codec(base_folder: Path, name: str | None, resolve: Callable[[str, str], Path] = resolve_folder) -> Path:
     """Return the codec's folder: the named one, else the one inside the base's folder, else the one the base refers to.
+
+    Args:
+        resolve: finds a folder or a hub id, with everything that is needed of it.
 
     Raises:
         InputError: no codec is named, or the named folder is not a codec.
@@ -41,7 +44,7 @@ def find_codec(base_folder: Path, name: str | None) -> Path:
         name, asked_by = reference.get("audio_tokenizer_name_or_path"), f"{processor_config}: audio codec"
     if not name:
         raise InputError(f"{base_folder}: names no audio codec; give one with --codec_ckpt")
-    folder = resolve_folder(name, asked_by)
+    folder = resolve(name, asked_by)
     config = read_codec_json(folder)
     if config.get("model_type") != MODEL_TYPE and not is_original_codec(config):
         raise InputError(

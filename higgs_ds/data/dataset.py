@@ -58,10 +58,14 @@ class Dataset:
         return self.index.num_tokens[self.rows].tolist()
 
     @property
+    def longest_lengths(self) -> np.ndarray:
+        """Upper limit of each sample's tokens in any epoch (N,)."""
+        return self.index.num_tokens[self.rows] if self.references is None else self.references.longest
+
+    @property
     def longest(self) -> int:
         """Upper limit of the tokens of a sample in any epoch; 0 without samples."""
-        lengths = self.index.num_tokens[self.rows] if self.references is None else self.references.longest
-        return int(lengths.max(initial=0))
+        return int(self.longest_lengths.max(initial=0))
 
     def samples_in(self, epoch: int) -> Sequence[int]:
         """Return the samples of an epoch, from 0, in no useful order."""

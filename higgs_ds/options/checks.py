@@ -161,6 +161,8 @@ def check_options(options: TrainOptions) -> list[str]:
             expect(name, 0 < flat[name] < float("inf"), "above 0")
             if not flat["dry_run"]:
                 problems.append(f"--{name}: only applies to --dry_run")
+    if flat["require_fit"] and not flat["dry_run"]:
+        problems.append("--require_fit: only applies to --dry_run")
     if flat["push_to_hub"] and flat["hub_repo_id"] is None:
         problems.append("--push_to_hub: needs --hub_repo_id OWNER/NAME")
     for name in ("hub_repo_id", "hub_private", "hub_license", "upload_merged_model"):

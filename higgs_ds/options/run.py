@@ -14,21 +14,27 @@ class RunOptions:
     """Run"""
 
     output_dir: Path | None = option(None, "folder for the results (default: outputs/DATE-TIME)", metavar="DIR")
-    log_steps: int = option(10, "optimizer steps between log lines")
+    log_steps: int | None = option(None, "optimizer steps between log lines (default: a tenth of the run, up to 10)")
     report_to: tuple[str, ...] = option(
         (), "where to log metrics besides metrics.jsonl: tensorboard, wandb", (TENSORBOARD, WANDB), "WHERE"
     )
     no_report: bool = option(False, "do not write report.html")
     quiet: bool = option(False, "print only errors and warnings")
-    val_steps: int = option(100, "optimizer steps between validations")
+    val_steps: int | None = option(None, "optimizer steps between validations (default: a tenth of the run, up to 100)")
+    samples: bool = option(
+        False,
+        "write samples: speech for fixed validation prompts, as WAV files, before the first step and about ten times",
+    )
     sample_steps: int | None = option(
-        None, "optimizer steps between samples: speech for fixed validation prompts, as WAV files (default: none)"
+        None, "optimizer steps between samples; implies --samples (default: a tenth of the run, up to 1000)"
     )
-    num_samples: int = option(2, "number of validation prompts for --sample_steps")
-    sample_temperature: float = option(
-        0.0, "temperature for --sample_steps: 0 for greedy decoding, above 0 for sampling"
+    num_samples: int = option(2, "number of validation prompts for --samples")
+    sample_temperature: float = option(0.0, "temperature for --samples: 0 for greedy decoding, above 0 for sampling")
+    save_steps: int | None = option(
+        None,
+        "optimizer steps between checkpoints (default: a tenth of the run, or half of it with --finetune full, up to "
+        "1000)",
     )
-    save_steps: int = option(1000, "optimizer steps between checkpoints")
     keep_checkpoints: int | None = option(
         None, "keep the newest N checkpoints, and the one with the lowest validation loss (default: all)"
     )
@@ -63,7 +69,12 @@ class RunOptions:
     upload_merged_model: bool = option(
         False, "upload the merged model instead of the adapter (needs --merge_adapter_with_base)"
     )
-    dry_run: bool = option(False, "only print the planned memory of each part, from the base model's config.json alone")
+    dry_run: bool = option(
+        False,
+        "only print the planned memory of each part, for the longest sample of --train_manifest; of the base model, "
+        "only configuration and tokenizer are read",
+    )
+    require_fit: bool = option(False, "exit with code 1 if the plan of --dry_run does not fit the GPU's memory")
     device_memory_gib: float | None = option(
         None, "GPU memory that --dry_run plans for, in GiB (default: that of this machine's GPU)"
     )

@@ -3,49 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from higgs_ds.adapters.starting_point import check_geometry, starting_point
 from higgs_ds.bases.builtin import DEFAULT_BASE, builtin_config, which_builtin
 from higgs_ds.common import distributed
-from higgs_ds.common.errors import InputError, collect_problems
+from higgs_ds.common.errors import DoesNotFitError, InputError, collect_problems
 from higgs_ds.common.hub import resolve_config_folder
 from higgs_ds.common.precision import AUTO, BF16, native_precision
-from higgs_ds.common.resources import DEFAULT_DS_CONFIG
 from higgs_ds.model.config import parts_to_add, read_config, with_parts
 from higgs_ds.model.parts import parts_of
 from higgs_ds.options import ds_config
 from higgs_ds.options.checks import check_options
 from higgs_ds.options.compatibility import unsupported
-from higgs_ds.options.fields import LORA
 from higgs_ds.options.train import TrainOptions, recompute_every
 from higgs_ds.planning.activations import TEXT_POSITIONS
-from higgs_ds.planning.plan import CONTEXT_BYTES, plan, with_checkpointing
+from higgs_ds.planning.advice import CONTEXT_GIB, GIB, advice, uses_of_room
+from higgs_ds.planning.batches import SampleLengths
+from higgs_ds.planning.plan import plan, with_checkpointing
 from higgs_ds.planning.weights import Setting
 from higgs_ds.planning.zero_stages import Plan
 
-GIB = 2**30
-CONTEXT_GIB = CONTEXT_BYTES / GIB
-SHARDED_RANKS = 4  # number of GPUs in the proposal of ZeRO-3, if the plan is for one GPU
+Resolve = Callable[[str, str, str | None], Path]
 
 
-def main(options: TrainOptions, given: set[str]) -> None:
-    """Print the plan, on rank 0 only. A plan that does not fit is an answer, not an error.
+def main(options: TrainOptions, given: set[str], lengths: SampleLengths | None = None) -> None:
+    """Print the plan, on rank 0 only. A plan that does not fit is an answer, not an error, without --require_fit.
 
     Args:
         given: names of the options that the user set explicitly.
+        lengths: of the samples, where they are known.
 
     Raises:
         InputError: options or files are invalid.
+        DoesNotFitError: the plan does not fit, with --require_fit.
     """
     distributed.take_rank()
     if not distributed.is_main():
         return
-    setting = make_setting(options, given)
+    setting = replace(make_setting(options, given), lengths=lengths)
     if options.model.precision == AUTO:
         assumed = "" if torch.cuda.is_available() and options.run.device_memory_gib is None else ", as on most GPUs"
         older = "; give --precision fp16 for a T4, V100, RTX 20 or GTX 16" if assumed else ""
@@ -59,15 +59,22 @@ def main(options: TrainOptions, given: set[str]) -> None:
         print("\nno GPU on this machine: give --device_memory_gib N to check whether the plan fits")
         return
     needed_gib = planned.total / GIB + CONTEXT_GIB
-    if needed_gib > device_gib:
-        print("\n".join(_advice(setting, given, planned, device_gib)))
-    verdict = "fits" if needed_gib <= device_gib else "does not fit"
-    print(f"\n{verdict}: {needed_gib:.2f} GiB of {device_gib:.2f} GiB")
+    fits = needed_gib <= device_gib
+    lines = uses_of_room(setting, device_gib) if fits else advice(setting, given, planned, device_gib)
+    result = f"{needed_gib:.2f} GiB of {device_gib:.2f} GiB"
+    print("\n".join([*lines, f"\n{'fits' if fits else 'does not fit'}: {result}"]), flush=True)
+    if options.run.require_fit and not fits:
+        raise DoesNotFitError(f"--require_fit: the plan does not fit: {result}")
 
 
-def make_setting(options: TrainOptions, given: set[str]) -> Setting:
-    """Return the setting to plan. Raises InputError with all problems of options, DeepSpeed file and base at once."""
+def make_setting(options: TrainOptions, given: set[str], resolve: Resolve = resolve_config_folder) -> Setting:
+    """Return the setting to plan. Raises InputError with all problems of options, DeepSpeed file and base at once.
+
+    `resolve`: finds the folder or hub id of a base, with its configuration.
+    """
     problems = check_options(options)
+    if options.run.require_fit and options.run.device_memory_gib is None and not torch.cuda.is_available():
+        problems.append("--require_fit: no GPU on this machine; give --device_memory_gib N")
     start, options = collect_problems(problems, lambda: starting_point(options, given)) or (None, options)
     ranks = options.run.plan_ranks or distributed.world_size()
     settings = None
@@ -77,7 +84,7 @@ def make_setting(options: TrainOptions, given: set[str]) -> Setting:
         problems += unsupported(options, settings, on_gpu=True)
     except InputError as error:
         problems += error.problems
-    config = collect_problems(problems, lambda: _base_config(options))
+    config = collect_problems(problems, lambda: _base_config(options, resolve))
     if start is not None and config is not None:
         base = options.model.base_ckpt or DEFAULT_BASE
         collect_problems(problems, lambda: check_geometry(start, options, config, base))
@@ -93,14 +100,14 @@ def _native_precision(options: TrainOptions) -> str:
     return BF16
 
 
-def _base_config(options: TrainOptions) -> Any:
+def _base_config(options: TrainOptions, resolve: Resolve) -> Any:
     model = options.model
     built_in = which_builtin(model.base_ckpt)
     if built_in is not None:
         config = builtin_config(built_in)
     else:
         assert model.base_ckpt is not None  # None is the default base, which is built in
-        config = read_config(resolve_config_folder(model.base_ckpt, "--base_ckpt", model.base_revision))
+        config = read_config(resolve(model.base_ckpt, "--base_ckpt", model.base_revision))
     return with_parts(config, parts_to_add(model, parts_of(config), resolve_config_folder)[0])
 
 
@@ -111,16 +118,14 @@ def _device_gib() -> float | None:
 def describe(setting: Setting, planned: Plan) -> list[str]:
     """Return the plan as lines of text."""
     options, config = setting.options, setting.config
-    size, length = setting.batch_shape()
-    data, optim, lora, tune = options.data, options.optim, options.lora, options.tune
-    assumed = data.max_seq_len is None and optim.max_tokens_per_batch is None
+    size, length = planned.shape
+    optim, lora, tune = options.optim, options.lora, options.tune
     text = min(TEXT_POSITIONS, (length + 1) // 2)
     built_in = which_builtin(options.model.base_ckpt)
     base = options.model.base_ckpt if built_in is None else f"{built_in} (built in)"
     every = recompute_every(options.model)
     recompute = "kept" if every is None else f"recomputed in {'every layer' if every == 1 else f'1 of {every} layers'}"
     recompute += " from inputs in host memory" if options.model.offload_checkpoints and every else ""
-    guess = " (assumed; set --max_seq_len)" if assumed else ""
     four_bit = "NF4 in " if options.model.load_in_4bit else ""
     offloaded = [f"{what} offloaded, " for what in ("optimizer", "param") if setting.offloads(what)]
     rows = {
@@ -145,7 +150,7 @@ def describe(setting: Setting, planned: Plan) -> list[str]:
         if options.is_full_finetuning
         else f"LoRA: rank {_ranks(setting)} on {', '.join(lora.lora_targets)}; optimizer {optim.optim}",
         f"ZeRO stage {setting.stage}, {''.join(offloaded)}on {setting.ranks} GPU{'s' if setting.ranks > 1 else ''}",
-        f"batch: {size} x {length} positions{guess}, activations {recompute}",
+        f"batch: {size} x {length} positions{_source_of_length(setting, planned)}, activations {recompute}",
         f"assumed to be speech: {text} positions of each sample are text, all others audio",
         "",
         *_table(table),
@@ -155,6 +160,16 @@ def describe(setting: Setting, planned: Plan) -> list[str]:
         host_rows = [*planned.host.items(), ("total", sum(planned.host.values()))]
         lines += ["", "host memory per rank, after loading", *_table(host_rows)]
     return lines
+
+
+def _source_of_length(setting: Setting, planned: Plan) -> str:
+    """Say where the length comes from; nothing if an option gives it."""
+    options, lengths = setting.options, setting.lengths
+    if lengths is None:
+        given = options.data.max_seq_len or options.optim.max_tokens_per_batch
+        return "" if given else " (a guess: give --train_manifest to plan for your samples, or --max_seq_len)"
+    which = "the longest" if planned.shape == setting.batch_shape() else "the fullest micro-batch"
+    return f" ({which} of {len(lengths.tokens):,} samples)"
 
 
 def _ranks(setting: Setting) -> str:
@@ -170,82 +185,3 @@ def _pass_bytes(planned: Plan) -> int:
 
 def _table(rows: list[tuple[str, int]]) -> list[str]:
     return [f"{name:<36}{size_bytes / GIB:>8.2f} GiB" for name, size_bytes in rows]
-
-
-@dataclass(frozen=True)
-class Change:
-    """A proposed change, as it is written on the command line, and the setting with it."""
-
-    text: str
-    setting: Setting
-
-
-def _advice(setting: Setting, given: set[str], planned: Plan, device_gib: float) -> list[str]:
-    """Return lines with the changes that help, cheapest first, and with as many options combined as it takes to fit."""
-    lines = ["", "what would help, each on its own:"]
-    together, best, names = setting, planned, list[str]()
-    for change in _changes(setting, given):
-        changed = plan(change.setting)
-        if (planned.total - changed.total) / GIB < 0.005:
-            continue
-        lines.append(f"  {change.text:<46}{_saving(planned, changed, device_gib)}")
-        is_option = change.setting.ds_settings is setting.ds_settings
-        if is_option and best.total / GIB + CONTEXT_GIB > device_gib:
-            wider = _with_changes(together, change.setting, setting)
-            if plan(wider).total < best.total:
-                together, best = wider, plan(wider)
-                names.append(change.text)
-    if len(names) > 1:
-        lines.append(f"together: {' '.join(names)}\n  {_saving(planned, best, device_gib)}")
-    return lines
-
-
-def _saving(planned: Plan, changed: Plan, device_gib: float) -> str:
-    needed_gib = changed.total / GIB + CONTEXT_GIB
-    verdict = "fits" if needed_gib <= device_gib else "does not fit"
-    return f"saves {(planned.total - changed.total) / GIB:>6.2f} GiB: {needed_gib:>6.2f} GiB, {verdict}"
-
-
-def _with_changes(base: Setting, changed: Setting, original: Setting) -> Setting:
-    """Return `base` with those options in which `changed` differs from `original`."""
-    before, after = original.options.flat(), changed.options.flat()
-    return replace(base, options=base.options.replace(**{k: v for k, v in after.items() if v != before[k]}))
-
-
-def _changes(setting: Setting, given: set[str]) -> Iterator[Change]:
-    """Yield every change that can be proposed, cheapest first."""
-    size, length = setting.batch_shape()
-    by_tokens = setting.options.optim.max_tokens_per_batch is not None
-    smaller = {"max_tokens_per_batch": length} if by_tokens else {"batch_size": max(1, size // 2)}
-    half: dict[str, Any] = {"max_seq_len": length // 2} | ({"max_tokens_per_batch": length // 2} if by_tokens else {})
-    candidates: list[dict[str, Any]] = [
-        {"activation_checkpointing": "every_layer"},
-        smaller,
-        *([] if setting.adapted else [{"load_in_4bit": True}]),  # the adapter belongs to the base as it is
-        {"offload_embeddings": True},
-        {"optim": "adamw_8bit"},
-    ]
-    if recompute_every(setting.options.model) is not None:
-        candidates.append({"offload_checkpoints": True})
-    if setting.options.is_full_finetuning:
-        candidates.append({"finetune": LORA})
-    flat = setting.options.flat()
-    for values in candidates:
-        if check_options(setting.options.replace(**values)) != check_options(setting.options):
-            continue  # not all of them are available with --finetune full
-        if any(flat[name] != value for name, value in values.items()):
-            yield _option_change(setting, values)
-    for name in ("small_card.json", "zero2_offload.json", "zero3.json"):
-        path = DEFAULT_DS_CONFIG.parent / name
-        ranks = max(setting.ranks, SHARDED_RANKS if name == "zero3.json" and setting.ranks == 1 else 1)
-        if path.is_file():
-            settings, options = ds_config.resolve(ds_config.read_ds_config(path), setting.options, given, ranks)
-            text = f"--deepspeed ds_configs/{name}{'' if ranks == setting.ranks else f' on {ranks} GPUs'}"
-            yield Change(text, replace(setting, options=options, ds_settings=settings, ranks=ranks))
-    if length >= 512:
-        yield _option_change(setting, half)
-
-
-def _option_change(setting: Setting, values: dict[str, Any]) -> Change:
-    text = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in values.items())
-    return Change(text, replace(setting, options=setting.options.replace(**values)))

@@ -23,11 +23,18 @@ MATRIX_WORKSPACE_BYTES = 32 * 2**20
 
 
 def plan(setting: Setting) -> Plan:
-    """Plan the bytes of every part. Raises InputError if the base has no layers for --lora_targets."""
+    """Plan the bytes of every part, for the micro-batch that needs the most.
+
+    Raises:
+        InputError: the base has no layers for --lora_targets.
+    """
+    return max((_plan(setting, *shape) for shape in setting.batch_shapes()), key=lambda planned: planned.total)
+
+
+def _plan(setting: Setting, size: int, length: int) -> Plan:
     weights = model_weights(setting)
     trained = [weight for weight in weights if weight.trained]
     on_device, on_host = frozen_bytes(setting, [weight for weight in weights if not weight.trained])
-    size, length = setting.batch_shape()
     pass_memory = measure_pass(
         setting.config,
         PassSettings(
@@ -46,6 +53,7 @@ def plan(setting: Setting) -> Plan:
     )
     checkpoints, checkpoint_on_device = _offloaded_checkpoints(setting, size * length)
     partial = Plan(
+        shape=(size, length),
         weights=on_device,
         quantization=sum(weight.statistics_bytes * weight.count for weight in weights),
         trained=0,

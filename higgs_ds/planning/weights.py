@@ -18,8 +18,8 @@ from higgs_ds.model.parts import Parts
 from higgs_ds.model.quantization import BLOCK_SIZE, is_quantized_weight
 from higgs_ds.options.ds_config import DEEPSPEED_BUCKET_SIZE
 from higgs_ds.options.train import TrainOptions
+from higgs_ds.planning.batches import SampleLengths, batch_shapes
 
-DEFAULT_LENGTH = 2048  # positions per sample, if no option limits the length
 GROUPS = ("attention", "text FFN", "audio FFN", "norms", "embeddings", "heads", "Whisper tower")
 LORA = "LoRA"
 NESTED_BLOCK_SIZE = 256  # scales of a 4-bit weight that share a second scale; also 8-bit Adam's elements per scale
@@ -67,6 +67,8 @@ class Setting:
 
     `adapted`: the layers of the adapter that a run starts from. If decoder layers differ, all are planned alike, with
     the largest rank of each of their linear layers.
+
+    `lengths`: of the samples, where they are known.
     """
 
     config: Any
@@ -75,6 +77,7 @@ class Setting:
     ranks: int
     on_gpu: bool = True
     adapted: tuple[AdaptedLayer, ...] = ()
+    lengths: SampleLengths | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,13 +106,13 @@ class Setting:
         """Return whether DeepSpeed keeps `what`, "optimizer" or "param", in host memory."""
         return (self.zero.get(f"offload_{what}") or {}).get("device") == "cpu"
 
+    def batch_shapes(self) -> list[tuple[int, int]]:
+        """Return the shapes to plan for; see `planning.batches`."""
+        return batch_shapes(self.options, self.lengths)
+
     def batch_shape(self) -> tuple[int, int]:
-        """Return the samples in a micro-batch and the positions of each."""
-        data, optim = self.options.data, self.options.optim
-        if optim.max_tokens_per_batch is None:
-            return optim.batch_size, data.max_seq_len or DEFAULT_LENGTH
-        length = min(data.max_seq_len or optim.max_tokens_per_batch, optim.max_tokens_per_batch)
-        return optim.max_tokens_per_batch // length, length
+        """Return the samples in a micro-batch with the longest sample, and the positions of each."""
+        return self.batch_shapes()[0]
 
 
 def model_weights(setting: Setting) -> list[Weight]:

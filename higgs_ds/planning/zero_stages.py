@@ -17,6 +17,7 @@ FULL_PRECISION_STATE_BELOW = 4096  # elements: bitsandbytes keeps smaller states
 class Plan:
     """Planned bytes per rank by part, on its device and in host memory.
 
+    shape: of the micro-batch, samples and positions of each.
     weights: frozen weights by group.
     quantization: scales of 4-bit weights.
     trained: adapters or other trained weights.
@@ -25,6 +26,7 @@ class Plan:
     host: bytes in host memory by part.
     """
 
+    shape: tuple[int, int]
     weights: dict[str, int]
     quantization: int
     trained: int

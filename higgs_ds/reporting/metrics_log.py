@@ -145,7 +145,9 @@ def _truncate(path: Path, last_step: int, validation_due: bool) -> None:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
-            if values["step"] > last_step or (validation_due and values["step"] == last_step and "val/loss" in values):
+            if last_step == 0 or values["step"] > last_step:  # a run from step 0 does everything again
+                continue
+            if validation_due and values["step"] == last_step and "val/loss" in values:
                 continue
         except (ValueError, TypeError, KeyError, RecursionError):  # not a line of this project
             continue

@@ -40,6 +40,7 @@ from higgs_ds.reporting.report_page import Reporter, RunFacts
 from higgs_ds.training.constant_codebooks import ConstantCodebooks
 from higgs_ds.training.data_changes import record_training_data
 from higgs_ds.training.engine import Engine
+from higgs_ds.training.intervals import few_steps_warning, with_intervals
 from higgs_ds.training.overruled import overruled_by_data
 from higgs_ds.training.overview import overview, plan_memory
 from higgs_ds.training.preflight import check_room
@@ -53,9 +54,11 @@ def _resolve_activation_checkpointing(inputs: Inputs) -> Inputs:
         return inputs
     choice, here = "none", distributed.device()
     if here.type == "cuda":
-        longest = inputs.options.replace(max_seq_len=inputs.longest)
         ranks = distributed.world_size()
-        setting = Setting(inputs.bundle.config, longest, inputs.ds_settings, ranks, adapted=inputs.adapted)
+        setting = Setting(
+            inputs.bundle.config, inputs.options, inputs.ds_settings, ranks, adapted=inputs.adapted,
+            lengths=inputs.lengths,
+        )  # fmt: skip
         decided = with_checkpointing(setting, torch.cuda.get_device_properties(here).total_memory)
         choice = distributed.broadcast_object(decided.options.model.activation_checkpointing)
     say(f"--activation_checkpointing auto: {choice}")
@@ -81,6 +84,8 @@ def load_run(inputs: Inputs) -> Run:
         mix=inputs.train.mix,
     )
     state = distributed.run_on_all_ranks(lambda: initial_state(inputs, sampler))
+    options = with_intervals(options, state.total_steps)
+    inputs = replace(inputs, options=options)
     memory = distributed.run_on_all_ranks(lambda: _check_and_announce(inputs, sampler, state))
     model, quantization = distributed.run_on_all_ranks(lambda: _model_to_train(inputs))
     trained = trained_parameters(model)
@@ -188,6 +193,9 @@ def _check_and_announce(inputs: Inputs, sampler: WindowSampler, state: TrainerSt
         finished = describe_finished(state, options) if inputs.resume_from else ""
         if finished:
             say(finished)
+    few = few_steps_warning(options, sampler, state.total_steps)
+    if few and inputs.resume_from is None:
+        warn(few)
     if options.is_full_finetuning and options.run.merge_adapter_with_base:
         warn("warning: --merge_adapter_with_base: --finetune full leaves nothing to merge; final_model/ is complete")
     native = native_precision(distributed.device())

@@ -23,6 +23,7 @@ from higgs_ds.reporting.metrics_log import MetricsLog
 from higgs_ds.reporting.trackers import Tracker, open_trackers
 from higgs_ds.speech.measures import stop_warning
 from higgs_ds.training.finish import finish
+from higgs_ds.training.intervals import is_due
 from higgs_ds.training.loss_checks import (
     describe_first_module,
     describe_skipped_step,
@@ -64,7 +65,7 @@ def _free_memory(run: Run) -> None:
 
 
 def train(run: Run) -> None:
-    """Fetch, step, log, validate, save; the last three also at the last step.
+    """Fetch, step, log, validate, save; the last three also at the last step, and samples before the first.
 
     Raises:
         StoppedError: a signal has stopped the run; a checkpoint is saved first.
@@ -79,6 +80,9 @@ def train(run: Run) -> None:
                 _validate(run, log, signals)
             if state.validation_due:  # the signal came again
                 raise _stopped_error(run, signals.stop_reason())
+        if writer.is_due_at_start():
+            with meter.paused():
+                _write_samples(run, log, writer)
         state.stopped_early = _is_out_of_patience(run)
         windows = run.sampler.windows(state.step, state.step if state.stopped_early else state.total_steps)
         for window, batches in prefetched(windows, lambda w: run.train.batches(w.micro_batches, w.epoch_number)):
@@ -95,8 +99,8 @@ def train(run: Run) -> None:
             state.has_learned |= rates["lr"] > 0 and result.applied
             log.advance()
             last = state.step == state.total_steps
-            is_logged = last or state.step % options.run.log_steps == 0
-            is_validated = bool(len(run.val)) and (last or state.step % options.run.val_steps == 0)
+            is_logged = last or is_due(state.step, options.run.log_steps)
+            is_validated = bool(len(run.val)) and (last or is_due(state.step, options.run.val_steps))
             if is_logged:
                 _log(run, log, meter, rates)
             with meter.paused():
@@ -110,7 +114,7 @@ def train(run: Run) -> None:
                 if state.stopped_early and meter.steps:
                     _log(run, log, meter, rates)
                 last |= state.stopped_early
-                if last or stopped_by or state.step % options.run.save_steps == 0 or _is_best_step(run):
+                if last or stopped_by or is_due(state.step, options.run.save_steps) or _is_best_step(run):
                     _save(run, meter)
                     stopped_by = stopped_by or signals.stop_reason()
                 if last or stopped_by:

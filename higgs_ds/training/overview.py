@@ -16,6 +16,7 @@ from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.options.train import OptimOptions
 from higgs_ds.planning.plan import plan
 from higgs_ds.planning.weights import Setting
+from higgs_ds.training.intervals import describe_intervals
 from higgs_ds.training.preflight import GIB, seconds_left
 from higgs_ds.training.run import Inputs, PlannedMemory
 from higgs_ds.training.selection import describe_manifests
@@ -112,7 +113,8 @@ def _steps(inputs: Inputs, sampler: WindowSampler, state: TrainerState) -> str:
     return (
         f"{state.total_steps:,} ({sampler.num_steps(1):,} in the first epoch) of {sampler.window_size} "
         f"{'micro-batches' if sampler.max_tokens else 'samples'} each ({micro_batch} per rank x {optim.grad_accum} "
-        f"accumulated x {ranks} rank{'s' if ranks > 1 else ''}); learning rate {_learning_rates(optim)}"
+        f"accumulated x {ranks} rank{'s' if ranks > 1 else ''}); learning rate {_learning_rates(optim)}\n"
+        f"{describe_intervals(inputs.options)}"
     )
 
 
@@ -125,9 +127,10 @@ def _learning_rates(optim: OptimOptions) -> str:
 def plan_memory(inputs: Inputs) -> PlannedMemory:
     """Plan for the longest sample, which needs the most memory. For a large base, this takes a few seconds."""
     on_gpu = distributed.device().type == "cuda"
-    longest = inputs.options.replace(max_seq_len=inputs.longest)
     ranks = distributed.world_size()
-    planned = plan(Setting(inputs.bundle.config, longest, inputs.ds_settings, ranks, on_gpu, inputs.adapted))
+    planned = plan(
+        Setting(inputs.bundle.config, inputs.options, inputs.ds_settings, ranks, on_gpu, inputs.adapted, inputs.lengths)
+    )
     return PlannedMemory(planned, 0 if on_gpu else resident_bytes())
 
 

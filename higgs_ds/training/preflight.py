@@ -13,6 +13,7 @@ from higgs_ds.common.files import free_bytes
 from higgs_ds.common.words import counted
 from higgs_ds.options.fields import NATIVE
 from higgs_ds.options.run import RunOptions
+from higgs_ds.training.intervals import is_due
 
 GIB = 2**30
 
@@ -34,7 +35,7 @@ def check_room(
         averaged: whether averages of what is trained are saved beside it.
     """
     saves = sum(
-        step == state.total_steps or step % options.save_steps == 0
+        step == state.total_steps or is_due(step, options.save_steps)
         for step in range(state.step + 1, state.total_steps + 1)
     )
     # The checkpoints that are kept, the best one, and a new one, which is saved before an old one is deleted.

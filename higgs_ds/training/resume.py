@@ -33,13 +33,13 @@ WRITTEN = re.compile(rf"{WRITTEN_BY_RUNS.pattern}|final_model|adapter|merged_mod
 FREE_ON_RESUME = (
     "output_dir", "resume", "log_steps", "val_steps", "save_steps", "keep_checkpoints", "on_nonfinite",
     "merge_adapter_with_base", "export_layout", "deepspeed", "cache_dir", "early_stopping_patience",
-    "early_stopping_min_delta", "report_to", "quiet", "no_report", "sample_steps", "num_samples", "sample_temperature",
-    "push_to_hub", "hub_repo_id", "hub_private", "hub_license", "upload_merged_model",
+    "early_stopping_min_delta", "report_to", "quiet", "no_report", "samples", "sample_steps", "num_samples",
+    "sample_temperature", "push_to_hub", "hub_repo_id", "hub_private", "hub_license", "upload_merged_model",
     "activation_checkpointing", "offload_embeddings", "offload_checkpoints", "attn_implementation",
     "batch_size", "grad_accum", "epochs", "max_steps",
     "train_manifest", "mix", "val_manifest", "val_split", "split_by", "format", "reference", "normalize_text",
     "allow_text_targets", "max_clip_s", "max_seq_len", "skip_bad", "num_workers", "base_ckpt", "base_revision",
-    "codec_ckpt", "dry_run", "device_memory_gib", "plan_ranks", "init_from",
+    "codec_ckpt", "dry_run", "require_fit", "device_memory_gib", "plan_ranks", "init_from",
     "silence_db", "speaker_descriptions", *(flag.name for flag in fields(FlagOptions)),
 )  # fmt: skip
 # What checkpoints of earlier versions do not record, with the only value that it had.

@@ -21,6 +21,7 @@ from higgs_ds.model.fully_trained import FullyTrained
 from higgs_ds.model.lora import AdaptedLayer
 from higgs_ds.model.parts import Parts
 from higgs_ds.options.train import TrainOptions
+from higgs_ds.planning.batches import SampleLengths
 from higgs_ds.planning.zero_stages import Plan
 from higgs_ds.reporting.report_page import Reporter
 from higgs_ds.training.constant_codebooks import ConstantCodebooks
@@ -105,3 +106,8 @@ class Inputs:
     def longest(self) -> int:
         """Length of the longest sample, in tokens."""
         return max(self.train.longest, self.val.longest)
+
+    @property
+    def lengths(self) -> SampleLengths:
+        """The lengths of all samples."""
+        return SampleLengths.of([self.train.longest_lengths, self.val.longest_lengths], self.options)

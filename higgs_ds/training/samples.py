@@ -1,4 +1,4 @@
-"""--sample_steps: what the model in training speaks for fixed prompts, as WAV files beside the references."""
+"""--samples: what the model in training speaks for fixed prompts, as WAV files beside the references."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from higgs_ds.reporting.optional import OptionalOutput
 from higgs_ds.reporting.trackers import Sound
 from higgs_ds.speech.generate import Speech, generation_settings, speak
 from higgs_ds.speech.prompts import Prompt, prompts_of
+from higgs_ds.training.intervals import is_due
 from higgs_ds.training.run import Run
 
 SEED = 7
@@ -34,7 +35,11 @@ class SampleWriter:
         self.prompts = prompts_of(data, run.options.run.num_samples) if generates else []
 
     def is_due(self, last: bool) -> bool:
-        return self.every is not None and (last or self.run.state.step % self.every == 0)
+        return self.every is not None and (last or is_due(self.run.state.step, self.every))
+
+    def is_due_at_start(self) -> bool:
+        """Whether to write what the model says before the first step, to compare later samples with."""
+        return self.every is not None and self.run.state.step == 0
 
     def write_samples(self) -> dict[str, float]:
         """Write what the model generates now.

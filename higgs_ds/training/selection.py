@@ -29,7 +29,11 @@ def select(options: TrainOptions, indexes: Sequence[Index], coder: Coder) -> tup
 
     Args:
         indexes: of all manifests, those of the training samples first.
+
+    Raises:
+        InputError: the samples are not what the options need, or nothing is left of them.
     """
+    _check_heard(options, indexes)
     data, seed = options.data, options.optim.seed
     lengths = [lengths_of_forms(index, data) for index in indexes]
     short = [np.flatnonzero(tokens <= (data.max_seq_len or np.inf)) for tokens in lengths]
@@ -52,6 +56,15 @@ def select(options: TrainOptions, indexes: Sequence[Index], coder: Coder) -> tup
         val = _dataset(options, data.val_manifest, join(of_all), of_all, of_val, of_val, coder)
     _check_selection(options, train, val)
     return train, val, too_long
+
+
+def _check_heard(options: TrainOptions, indexes: Sequence[Index]) -> None:
+    of_train = indexes[: len(options.data.train_manifests)]
+    if options.model.whisper_conditioning and not any(index.any_heard() for index in of_train):
+        raise InputError(
+            "--whisper_conditioning: no sample has audio in a system or user turn, the only input of the Whisper "
+            "tower; leave the option out, or put references there (--reference system, for recordings)"
+        )
 
 
 def _split(options: TrainOptions, indexes: Sequence[Index], short: RowsOfEach) -> tuple[RowsOfEach, RowsOfEach]:

@@ -100,13 +100,6 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
         flagged = [preparation.flagged(index, options.flags) for index in indexes] if distributed.is_main() else []
     for manifest, of_manifest in zip(checked, flagged, strict=False):  # only rank 0 has any
         say_flagged(manifest.path, of_manifest, f"all are listed in {output_dir / FLAGGED_FILE}")
-    of_train = indexes[: len(options.data.train_manifests)]
-    if options.model.whisper_conditioning and not any(index.any_heard() for index in of_train):
-        nothing = (
-            "no sample has audio in a system or user turn, the only input of the Whisper tower; leave the option out"
-        )
-        advice = "or put references there (--reference system, for recordings)"
-        distributed.raise_problems([f"--whisper_conditioning: {nothing}, {advice}"])
     train, val, too_long = select(options, indexes, preparation.coder)
     if equal_prompts := find_equal_prompts(train.index, train.rows, train.references):
         warn(f"warning: {equal_prompts.describe()}")
@@ -160,8 +153,11 @@ def _open_base(options: TrainOptions, cache_dir: Path) -> Bundle:
     bundle = open_for_training(options.model, cache_dir)
     if options.run.merge_adapter_with_base or options.is_full_finetuning:
         check_layout(parts_of(bundle.config), options.run.export_layout)
-    if options.run.sample_steps is not None and parts_of(bundle.config).audio_tower is not None:
-        raise InputError("--sample_steps: cannot use the input of a Whisper tower; leave it out with such a base")
+    asked_for_samples = options.run.samples or options.run.sample_steps is not None
+    if asked_for_samples and parts_of(bundle.config).audio_tower is not None:
+        raise InputError(
+            "--samples, --sample_steps: cannot use the input of a Whisper tower; leave them out with such a base"
+        )
     check_weights(bundle.folder)
     check_biases(bundle.config, options.lora)
     weights = options.optim.codebook_weights

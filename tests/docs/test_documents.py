@@ -265,6 +265,7 @@ def test_from_a_folder_of_clips_to_a_page_that_speaks(workshop: Workshop, tmp_pa
         checked, trained, spoken = (new_user.run(command).stdout for command in NEW_USERS)
     assert "samples: 6" in checked
     assert "report: my_voice/report.html" in trained
+    assert "warning: 2 steps are few (5 training samples, 2 epochs, 16 samples per step)" in trained
     assert spoken.startswith("WAV: hello.wav (")
     assert soundfile.info(tmp_path / "hello.wav").samplerate == 24000
     page.goto((tmp_path / "my_voice" / "report.html").as_uri())

@@ -42,7 +42,7 @@ WAITING = {
     "validating": (
         "higgs_ds.training.engine:Engine.evaluate:1", "at the next batch of this validation, and saves a checkpoint", 2,
     ),
-    "speaking": ("higgs_ds.training.samples:speak:1", "after the samples, and saves a checkpoint", 2),
+    "speaking": ("higgs_ds.training.samples:speak:2", "after the samples, and saves a checkpoint", 2),
     "saving": ("higgs_ds.checkpoints.save:write_shards:1", "as soon as this checkpoint is saved", 2),
     "drawing": ("higgs_ds.reporting.report_page:write_report:2", "after the report, with a checkpoint", 4),
 }  # fmt: skip

@@ -15,15 +15,19 @@ from higgs_ds.options.checks import check_options
 from higgs_ds.options.command_line import parse_prepare_options, parse_train_options
 from higgs_ds.options.commands import PrepareOptions, parse_shard
 from higgs_ds.options.train import TrainOptions
+from higgs_ds.training.intervals import with_intervals
 
 
 def test_defaults_that_users_know() -> None:
     flat = TrainOptions().flat()
     known = {
-        "log_steps": 10, "val_steps": 100, "save_steps": 1000, "epochs": 2, "max_steps": None, "batch_size": 2,
-        "grad_accum": 8, "lr": 2e-4, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "val_split": 0.05,
+        "epochs": 2, "max_steps": None, "batch_size": 2, "grad_accum": 8, "lr": 2e-4, "lora_r": 16, "lora_alpha": 32,
+        "lora_dropout": 0.05, "val_split": 0.05,
     }  # fmt: skip
     assert {name: flat[name] for name in known} == known
+    of_a_long_run = with_intervals(TrainOptions(), 20_000).flat()
+    intervals = {"log_steps": 10, "val_steps": 100, "save_steps": 1000}
+    assert {name: of_a_long_run[name] for name in intervals} == intervals
 
 
 def test_parsed_options_and_names_of_given_ones() -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROJECT, kept_bytes, speech_batch
+from launcher import overriding
 from transformers import HiggsAudioV2Config
 
+from higgs_ds import cli
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.rank_variables import Ranks
 from higgs_ds.model import nf4
@@ -201,7 +203,7 @@ def test_command_plans_the_released_geometry_without_weights() -> None:
     lines = done.stdout.splitlines()
     assert lines[-1].startswith("fits: ")
     assert any("LoRA: rank 16 on attention, text_mlp, audio_mlp" in line for line in lines)
-    assert any("(assumed; set --max_seq_len)" in line for line in lines)
+    assert any("(a guess: give --train_manifest" in line for line in lines)
     assert any(line.startswith("embeddings ") for line in lines)  # in host memory
     total_gib = float(next(line for line in lines if line.startswith("total")).split()[-2])
     assert 3.5 < total_gib < 6
@@ -230,9 +232,59 @@ def test_what_does_not_fit_comes_with_advice(capsys: pytest.CaptureFixture[str])
         "--activation_checkpointing every_layer", "--batch_size 1", "--load_in_4bit", "--offload_embeddings",
     ]  # fmt: skip
     assert "--deepspeed ds_configs/zero3.json on 4 GPUs" in proposed
-    together = next(i for i, line in enumerate(lines) if line.startswith("together: "))
-    assert lines[together] == "together: --activation_checkpointing every_layer --batch_size 1 --load_in_4bit"
-    assert lines[together + 1].endswith(", fits")
+    pairs = next(i for i, line in enumerate(lines) if line.startswith("no single change is enough"))
+    assert lines[pairs + 1].startswith("  --activation_checkpointing every_layer --load_in_4bit  saves ")
+    assert all(line.endswith(", fits") for line in lines[pairs + 1 : pairs + 4])
+
+
+def needed(options: str) -> str:
+    """Return the GiB that are planned for options, as they are printed."""
+    argv = overriding(["--dry_run", *options.split()])
+    return f"{(plan(dry_run.make_setting(*parse_train_options(argv))).total + CONTEXT_BYTES) / 2**30:.2f} GiB"
+
+
+def test_advice_is_what_its_options_are_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each line, its options given, is planned for the memory that the line says. No pair is enough here."""
+    common = f"--base_ckpt {BIG} --max_seq_len 1024"
+    lines = printed(capsys, f"{common} --device_memory_gib 3 --plan_ranks 1")
+    changes = [re.split(r" +saves +[\d.]+ GiB: +", line.strip()) for line in lines if line[:3] == "  -"]
+    assert len(changes) > 6
+    text, of_all = lines[-4].removeprefix("together: "), lines[-3].split(": ")[1].strip()
+    assert len(re.findall("--", text)) > 4
+    for change, result in [*changes, (text, of_all)]:
+        on_four = change.endswith(" on 4 GPUs")
+        options = change.removesuffix(" on 4 GPUs").replace("--deepspeed ", f"--deepspeed {PROJECT}/")
+        assert result == f"{needed(f'{common} --plan_ranks {4 if on_four else 1} {options}')}, does not fit", change
+
+
+def test_room_that_is_left_is_for_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without recomputation, quantization and so on, or with a larger micro-batch: as planned with these options."""
+    run = "--load_in_4bit --offload_embeddings --activation_checkpointing every_layer --optim adamw_8bit"
+    common = f"--base_ckpt {BIG} --plan_ranks 1 --max_seq_len 512"
+    lines = printed(capsys, f"{common} {run} --device_memory_gib 24")
+    start = next(i for i, line in enumerate(lines) if line.startswith("room is left for"))
+    uses = [re.split(r" {2,}", line.strip()) for line in lines[start + 1 : -2]]
+    assert [use for use, _ in uses] == [
+        "--batch_size 16 --grad_accum 1", "--activation_checkpointing none", "--optim adamw", "no --offload_embeddings",
+        "no --load_in_4bit",
+    ]  # fmt: skip
+    for use, gib in uses:
+        kept = re.sub(rf"{use.removeprefix('no ').split()[0]}( [^-]\S*)?", "", run)
+        assert gib == needed(f"{common} {kept} {'' if use.startswith('no ') else use}"), use
+        assert float(gib.split()[0]) <= 0.9 * 24
+
+
+def test_exit_code_of_a_plan_that_must_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    """1 where it does not fit, 0 where it does, 2 where nothing says how large the GPU is."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = ["--dry_run", "--require_fit", "--base_ckpt", str(BIG), "--max_seq_len", "512", "--grad_accum", "1"]
+    assert cli.train([*command, "--device_memory_gib", "80"]) == 0
+    assert cli.train([*command, "--device_memory_gib", "13"]) == 1
+    assert "error: --require_fit: the plan does not fit: 13." in capsys.readouterr().err
+    assert cli.train(command) == 2
+    assert "--require_fit: no GPU on this machine; give --device_memory_gib N" in capsys.readouterr().err
+    assert check_options(parse_train_options(["--require_fit"])[0]) == ["--require_fit: only applies to --dry_run"]
 
 
 def test_each_option_saves_what_it_is_for() -> None:

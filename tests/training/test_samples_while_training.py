@@ -1,4 +1,4 @@
-"""--sample_steps: samples equal what the adapter generates on its own, and do not change the training."""
+"""--samples, --sample_steps: samples equal what the adapter generates on its own, and do not change the training."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_samples_do_not_change_training(runs: Path) -> None:
 
 def test_files_and_numbers(runs: Path) -> None:
     folder = runs / "heard" / "samples"
-    assert {path.name for path in folder.iterdir()} == {"prompts.json", "reference", "step-3", "step-4"}
+    assert {path.name for path in folder.iterdir()} == {"prompts.json", "reference", "step-0", "step-3", "step-4"}
     words = json.loads((folder / "prompts.json").read_text())
     assert len(words) in NUM_SAMPLES.values()
     assert all(words)
@@ -81,18 +81,21 @@ def test_files_and_numbers(runs: Path) -> None:
         assert reference.samplerate == 24000
         assert reference.frames > 5000
     logged = [line for line in read_metrics(runs / "heard") if "sample/stop_rate" in line]
-    assert [line["step"] for line in logged] == [3, 4]
+    assert [line["step"] for line in logged] == [0, 3, 4]
     assert all(0 <= line["sample/stop_rate"] <= 1 and line["sample/length_ratio"] >= 0 for line in logged)
     assert not (runs / "silent" / "samples").exists()
 
 
-def test_said_is_what_the_adapter_says(runs: Path, base: Path, mixed_manifest: Path, tmp_path: Path) -> None:
-    """Plain PEFT on the plain base, greedy, from the same prompts."""
+@pytest.mark.parametrize("step", [0, 4])
+def test_said_is_what_the_adapter_says(runs: Path, base: Path, mixed_manifest: Path, tmp_path: Path, step: int) -> None:
+    """Plain PEFT on the plain base, greedy, from the same prompts; before the first step, the base alone."""
     words = json.loads((runs / "heard" / "samples" / "prompts.json").read_text())
     options = DataOptions(allow_text_targets=True)
     samples = [entry.sample for entry in read_entries(mixed_manifest, options) if entry.sample]
     bundle = open_bundle(str(base), None, None, tmp_path)
-    model = PeftModel.from_pretrained(load_base(base, torch.float32), runs / "heard" / "lora_adapters").eval()
+    model = load_base(base, torch.float32).eval()
+    if step:
+        model = PeftModel.from_pretrained(model, runs / "heard" / "lora_adapters").eval()
     codec = Codec(bundle.codec.folder, torch.device("cpu"))
     compared = 0
     for number, text in enumerate(words):
@@ -102,7 +105,7 @@ def test_said_is_what_the_adapter_says(runs: Path, base: Path, mixed_manifest: P
         frames = soundfile.info(runs / "heard" / "samples" / "reference" / f"{number}.wav").frames // 960
         settings = generation_settings(0.0) | {"max_new_tokens": 2 * frames + 25}
         speech = speak(model, bundle, list(sample.messages[:-1]), [], settings)
-        path = runs / "heard" / "samples" / "step-4" / f"{number}.wav"
+        path = runs / "heard" / "samples" / f"step-{step}" / f"{number}.wav"
         assert path.is_file() == bool(speech.codes.shape[1])
         if speech.codes.shape[1]:
             expected = codec.decode(speech.codes.clamp(max=1023))
