@@ -67,3 +67,9 @@ def test_every_option_that_is_named_exists(document: Path) -> None:
 def test_every_link_leads_somewhere(document: Path) -> None:
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text(encoding="utf-8")):
         assert (document.parent / link).exists(), link
+
+
+def test_the_first_screen_says_what_it_takes_and_what_is_not_known() -> None:
+    first = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").splitlines()[:25])
+    for words in ("Nothing has been run on a GPU", "is not known", "planned memory per GPU", "GiB", "first_voice.md"):
+        assert words in first
