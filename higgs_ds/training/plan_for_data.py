@@ -10,8 +10,9 @@ from higgs_ds.common.console import say
 from higgs_ds.common.errors import collect_problems
 from higgs_ds.common.hub import resolve_without_weights
 from higgs_ds.common.resources import default_cache_dir
-from higgs_ds.data.preparation import Preparation, check_references
+from higgs_ds.data.preparation import Preparation
 from higgs_ds.data.scratch import scratch_problems
+from higgs_ds.data.speakers import check_prompts
 from higgs_ds.options.checks import check_data_options
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.planning import dry_run
@@ -51,8 +52,8 @@ def _measure(options: TrainOptions, problems: list[str]) -> SampleLengths | None
     with Preparation(options.data, coder, cache_dir) as preparation:
         manifests = (*options.data.train_manifests, *(options.data.val_manifest or ()))
         checked = [preparation.check(path) for path in manifests]
-        problems += [problem for manifest in checked for problem in manifest.problems]
-        problems += check_references(options.data, checked)
+        problems += preparation.problems(checked)
+        problems += check_prompts(options.data, checked)
         indexes = [manifest.index for manifest in checked if manifest.index is not None]
         if coder is None or len(indexes) < len(checked):
             return None
