@@ -28,7 +28,8 @@ from higgs_ds.common.run_files import STATE_FILE
 from higgs_ds.reporting.metrics_log import MetricsLog
 
 FORM = AdapterFormat(LoraConfig(r=2, target_modules=["self_attn.q_proj"], base_model_name_or_path="base"))
-A, B = "base_model.model.m.lora_A.weight", "base_model.model.m.lora_B.weight"
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
+A, B = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"
 
 
 def checkpoint(folder: Path) -> Path:

@@ -124,7 +124,7 @@ def test_problems_have_file_and_line(bundle: Bundle, tmp_path: Path) -> None:
     entries = [speech_sample("Good <|morning|>", "anna_00.flac"), speech_sample("Fine.", "ben_00.flac")]
     manifest = write_manifest(tmp_path / "m.jsonl", entries)
     with Preparation(DataOptions(), bundle.coder(tmp_path / "cache"), tmp_path / "cache") as preparation:
-        problems = preparation.check(manifest).problems
+        problems = preparation.problems([preparation.check(manifest)])
     assert problems == [
         f"{manifest}:1: messages: the text contains <|morning|>, which is not a token of this base; correct or remove "
         "it"

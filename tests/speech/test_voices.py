@@ -19,8 +19,8 @@ from higgs_ds.common.errors import EXIT_BAD_INPUT, InputError
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.codec import Codec
 from higgs_ds.model.loading import load_for_generation
-from higgs_ds.model.prompt import render_generation
 from higgs_ds.model.sample import AudioClip, Message
+from higgs_ds.model.v2.prompt import render_generation
 from higgs_ds.options.commands import GenerateOptions
 from higgs_ds.speech.generate import conversation, generation_settings, speak
 from higgs_ds.speech.generate import main as generate
@@ -170,9 +170,9 @@ def test_lines_of_a_file(base: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "lines.txt").write_text("Hello.\n\nGood morning.\n")
     common = f"--base_model_path {base} --temperature 1 --max_new_tokens {NUM_ROWS} --output {tmp_path}/"
     assert generate_command(f"--text_file {tmp_path}/lines.txt --each_line {common}all.wav".split()) == 0
-    assert [line.split(" (")[0] for line in capsys.readouterr().out.splitlines()] == [
-        f"WAV: {tmp_path}/all-{number}.wav" for number in (1, 3)
-    ]
+    *written, warning = [line.split(" (")[0] for line in capsys.readouterr().out.splitlines()]
+    assert written == [f"WAV: {tmp_path}/all-{number}.wav" for number in (1, 3)]
+    assert warning.startswith("warning: stop rate 0 is bad")
     assert generate_command([*f"{common}one.wav --text".split(), "Good morning."]) == 0
     assert (tmp_path / "all-3.wav").read_bytes() == (tmp_path / "one.wav").read_bytes()
     assert generate_command(f"--text_file {tmp_path}/lines.txt {common}whole.wav".split()) == 0

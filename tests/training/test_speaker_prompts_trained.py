@@ -16,7 +16,7 @@ from higgs_ds.bases.bundle import open_bundle
 from higgs_ds.checkpoints.complete import complete_model
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.index import Index
-from higgs_ds.model.prompt import render_generation, tokenize
+from higgs_ds.model.v2.prompt import render_generation, tokenize
 from higgs_ds.options.commands import GenerateOptions
 from higgs_ds.speech.voices import prompt_of, voices_of
 

@@ -19,7 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.logging import disable_progress_bar
 
+disable_progress_bar()  # over the tensors of a model; errors and warnings stay
 CODEBOOK_SIZE = 1024
 # In the order of their ids, which follow those of the text.
 SPECIAL_TOKENS = [
