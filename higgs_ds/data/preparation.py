@@ -188,8 +188,8 @@ class Preparation:
         results = run_in_forks(check_share, count) if count > 1 else [check_share(0)]
         return [result for result, _ in results], MissingClips.merged([missing for _, missing in results])
 
-    def encode(self, checked: CheckedManifest, device: torch.device) -> None:
-        """Encode this rank's share of the missing clips, and wait for the other ranks."""
+    def encode(self, checked: CheckedManifest, device: torch.device | None = None) -> None:
+        """Encode this rank's share of the missing clips, by default on its own device; wait for the other ranks."""
         missing = checked.missing
         if missing.keys:
             assert self.coder is not None
@@ -200,7 +200,7 @@ class Preparation:
                 count=len(missing.keys),
                 seconds=missing.seconds,
                 coder=self.coder,
-                device=device,
+                device=device or distributed.device(),  # imports torch, which takes longer than the rest of a restart
                 num_workers=self.num_workers,
                 show_progress=distributed.is_main(),
             )

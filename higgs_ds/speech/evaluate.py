@@ -93,7 +93,7 @@ def _evaluate(options: EvaluateOptions, lock: FolderLock) -> None:
         checked = preparation.check(options.test_manifest)
         distributed.raise_problems(problems + preparation.problems([checked]))
         assert speaker and preparation.coder and checked.index  # noqa: PT018 - a missing one has raised a problem
-        preparation.encode(checked, distributed.device())
+        preparation.encode(checked)
         index = preparation.keep(checked)
     rows = torch.arange(len(index)).numpy()
     references = references_of(index, rows, rows, data, options.seed)

@@ -55,7 +55,7 @@ def main(options: DataOptions, model: ModelOptions, how: PrepareOptions, flags: 
         if how.check_only:
             return
         for manifest in checked:
-            preparation.encode(manifest, distributed.device())
+            preparation.encode(manifest)
             preparation.keep(manifest)
     say(f"prepared: all audio is encoded in {cache_dir}")
 

@@ -94,7 +94,7 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
         to_train, num_clips = checked[: len(options.data.train_manifests)], options.flags.flag_codec_clips
         compared = distributed.on_main(lambda: check_codec(preparation, to_train, options.model, num_clips))
         for manifest in checked:
-            preparation.encode(manifest, distributed.device())
+            preparation.encode(manifest)
         summary = distributed.on_main(lambda: _summary(preparation, checked)) + compared
         indexes = [preparation.keep(manifest) for manifest in checked]
         flagged = [preparation.flagged(index, options.flags) for index in indexes] if distributed.is_main() else []
