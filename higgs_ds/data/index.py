@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,8 @@ from higgs_ds.data.references import PlainForm
 from higgs_ds.data.spoken_text import TEXT
 from higgs_ds.model.sample import AudioClip, Message, Sample
 
+Stamp = tuple[int, int]  # size in bytes and modification time in ns of a file
+_SOME_CLIP = AudioClip(Path())
 STAT_THREADS = 8  # that wait for a network file system at the same time
 
 
@@ -48,6 +50,12 @@ class Index:
         sample, clips = sample_of(values), clips_of(values)
         plain = plain_of(values) if without_reference else None
         return (plain.of(sample), [clips[number] for number in plain.clips]) if plain else (sample, clips)
+
+    def turns(self, row: int) -> Sample:
+        """Return the messages and the targets of a sample alone, which is several times as fast as all of it."""
+        at = int(self._order[row])
+        messages, start_index = (self._content[name][at].as_py() for name in ("messages", "start_index"))
+        return Sample(_messages_of(json.loads(messages), _SOME_CLIP), start_index, None, "")
 
     def sources(self, rows: Iterable[int]) -> list[str]:
         return [self._content["source"][int(self._order[row])].as_py() for row in rows]
@@ -129,13 +137,19 @@ class Index:
         bounds, ends = _numbers(lists.offsets), np.cumsum(_numbers(lists.values), dtype=np.int64)
         return np.diff(np.concatenate([[0], ends])[bounds])[self._order]
 
-    def is_fresh(self, is_kept: Callable[[CheckedClip], bool], share: int, num_shares: int) -> bool:
-        """Return whether, in a share of the rows, all files are unchanged and the data of all clips is still stored."""
+    def is_fresh(
+        self, is_kept: Callable[[CheckedClip], bool], share: int, num_shares: int, stamps: Mapping[str, Stamp | None]
+    ) -> bool:
+        """Return whether, in a share of the rows, all files are unchanged and the data of all clips is still stored.
+
+        Args:
+            stamps: of files that have been examined already.
+        """
 
         def own(kind: str) -> Iterator[pa.RecordBatch]:
             return islice(_read(self.folder, kind), share, None, num_shares)
 
-        unchanged = map_in_threads(_are_unchanged, own("files"), STAT_THREADS)
+        unchanged = map_in_threads(partial(_are_unchanged, stamps), own("files"), STAT_THREADS)
         return all(unchanged) and all(map_in_threads(partial(_are_kept, is_kept), own("clips"), STAT_THREADS))
 
 
@@ -147,9 +161,9 @@ def open_kept(folder: Path) -> Index | None:
         return None
 
 
-def _are_unchanged(files: pa.RecordBatch) -> bool:
-    stamps = zip(*(column.to_pylist() for column in files.columns), strict=True)
-    return all(stamp_of(path) == (size, mtime) for path, size, mtime in stamps)
+def _are_unchanged(stamps: Mapping[str, Stamp | None], files: pa.RecordBatch) -> bool:
+    rows = zip(*(column.to_pylist() for column in files.columns), strict=True)
+    return all((stamps.get(path) or stamp_of(path)) == (size, mtime) for path, size, mtime in rows)
 
 
 def _are_kept(is_kept: Callable[[CheckedClip], bool], clips: pa.RecordBatch) -> bool:
@@ -212,7 +226,7 @@ def _numbers(column: pa.Array) -> np.ndarray:
     return np.from_dlpack(column)
 
 
-def stamp_of(path: str) -> tuple[int, int] | None:
+def stamp_of(path: str) -> Stamp | None:
     """Return size and modification time of a file, or None if it does not exist."""
     try:
         stat = os.stat(path)

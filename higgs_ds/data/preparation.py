@@ -30,8 +30,8 @@ from higgs_ds.common.lock import OutputLock, lock_beside
 from higgs_ds.common.words import counted
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.flags import Flagged, find_flags
-from higgs_ds.data.formats.folders import list_files
-from higgs_ds.data.index import Index, open_kept, stamp_of
+from higgs_ds.data.formats.folders import list_names
+from higgs_ds.data.index import Index, Stamp, open_kept, stamp_of
 from higgs_ds.data.index_writer import DESCRIPTION, VERSION, CheckedSample, PartWriter
 from higgs_ds.data.problem_list import (
     LIST_FOLDER,
@@ -130,7 +130,7 @@ class Preparation:
 
     def check(self, path: Path) -> CheckedManifest:
         """Check a manifest, unless an earlier run has checked it and nothing has changed since."""
-        kept_index = self._kept_index(path)
+        identity, kept_index = self._kept_index(path)
         if kept_index is not None:
             self._add_references(kept_index)
             return CheckedManifest(path, index=kept_index)
@@ -139,7 +139,6 @@ class Preparation:
         unshared = [problem for problems in distributed.gather_objects(unshared) for problem in problems]
         if unshared:
             return CheckedManifest(path, unshared)
-        identity = self._identity(path)
         findings, missing = self._survey(path, folder, identity["num_files"])
         gathered = [one for of_rank in distributed.gather_objects(findings) for one in of_rank]
         checked = CheckedManifest(path, findings=gathered, missing=missing, folder=folder, identity=identity)
@@ -254,13 +253,16 @@ class Preparation:
         if self.shard == WHOLE and (self.options.has_random_references or self.options.reference_dropout):
             distributed.on_main(add)
 
-    def _kept_index(self, path: Path) -> Index | None:
-        """Return the index of an earlier run if the manifest, its files and the codes are unchanged since."""
+    def _kept_index(self, path: Path) -> tuple[dict[str, Any], Index | None]:
+        """Return the identity of a manifest, and the index of an earlier run if the manifest, its files and the codes
+        are unchanged since."""
+        found, stamps = self._identity(path) if distributed.is_main() else ({}, {})
+        identity = distributed.broadcast_object(found)
         if self.coder is None or self.shard != WHOLE:
-            return None
+            return identity, None
 
         def find() -> Path | None:
-            wanted = self._identity(path) | {"num_bad": 0}
+            wanted = identity | {"num_bad": 0}
             name = self._index_name(path)
             for folder in sorted(name.parent.glob(f"{name.name}-*"), reverse=True):
                 with contextlib.suppress(OSError, ValueError):
@@ -270,11 +272,9 @@ class Preparation:
             return None
 
         folder = distributed.on_main(find)
-        if folder is None:
-            return None
-        index = open_kept(folder)
-        fresh = index and index.is_fresh(self.coder.has_outputs, distributed.rank(), distributed.world_size())
-        return index if all(distributed.gather_objects(bool(fresh))) else None
+        index = open_kept(folder) if folder is not None else None
+        fresh = index and index.is_fresh(self.coder.has_outputs, distributed.rank(), distributed.world_size(), stamps)
+        return identity, index if all(distributed.gather_objects(bool(fresh))) else None
 
     def _index_name(self, path: Path) -> Path:
         """Return the path of an index without its number: one for each manifest, base and set of options.
@@ -288,13 +288,16 @@ class Preparation:
         name = hashlib.sha256(json.dumps([str(path.absolute()), *values, self.coder.identity]).encode()).hexdigest()
         return self.cache_dir / "index" / name[:32]
 
-    def _identity(self, path: Path) -> dict[str, Any]:
-        """Return what a kept index is compared with: sizes and times of the manifest, or of all files of a folder."""
-        files, faults = list_files(path) if path.is_dir() else ([path], [])
-        names = sorted(map(str, files))
-        digest = hashlib.sha256(repr([(name, stamp_of(name)) for name in names] + faults).encode())
-        found = {"files": digest.hexdigest(), "num_files": len(files)}
-        return {"version": VERSION, "manifest": str(path.absolute()), **found}
+    def _identity(self, path: Path) -> tuple[dict[str, Any], dict[str, Stamp | None]]:
+        """Return what a kept index is compared with: a digest of sizes and times, and these of each file.
+
+        The files are the manifest, or all files of a folder.
+        """
+        names, faults = list_names(path) if path.is_dir() else ([str(path)], [])
+        stamps = {name: stamp_of(name) for name in sorted(names)}
+        digest = hashlib.sha256(repr([*stamps.items(), *faults]).encode())
+        found = {"files": digest.hexdigest(), "num_files": len(names)}
+        return {"version": VERSION, "manifest": str(path.absolute()), **found}, stamps
 
     def _scratch_folder(self) -> Path:
         """Make a folder for the parts of an index, next to the kept indexes; remove those that are no longer used."""

@@ -87,7 +87,7 @@ def _neighbours(text: np.ndarray, speakers: np.ndarray, key: np.ndarray, shortes
 
 
 def _are_alike(index: Index, first: int, second: int, similarity: float) -> bool:
-    texts = [normalized(words_of(index.sample(row)[0])) for row in (first, second)]
+    texts = [normalized(words_of(index.turns(row))) for row in (first, second)]
     shorter, longer = (np.frombuffer(text, np.uint8) for text in sorted(texts, key=len))
     start, end = _num_equal(shorter, longer[: len(shorter)]), _num_equal(shorter[::-1], longer[::-1][: len(shorter)])
     return min(start + end, len(shorter)) >= similarity * len(longer)

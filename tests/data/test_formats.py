@@ -879,7 +879,7 @@ def test_kept_index_depends_on_what_is_read(tmp_path: Path) -> None:
     seen: list[Any] = []
 
     def is_new() -> bool:
-        seen.append(Preparation(DataOptions(), None, tmp_path / "cache")._identity(data))
+        seen.append(Preparation(DataOptions(), None, tmp_path / "cache")._identity(data)[0])
         return seen[-1] not in seen[:-1]
 
     assert is_new()

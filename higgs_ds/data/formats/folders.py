@@ -12,6 +12,7 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from higgs_ds.data.formats.checks import printable
@@ -22,16 +23,22 @@ _NUMBERS = re.compile(r"([0-9]+)")
 
 @dataclass
 class Listing:
-    """One folder: its path, its files, its sub-folders and the links to folders that are followed, in natural order.
+    """One folder: its path, its files' names, its sub-folders and the links to folders that are followed, in natural
+    order.
 
     `faults` has an entry for each link that leads to no folder below the given one, or for a folder that is unreadable.
     """
 
     folder: Path
-    files: list[Path] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
     links: list[Path] = field(default_factory=list)
     faults: list[Entry] = field(default_factory=list)
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The paths of the files, which take several times as long to make as their names."""
+        return [self.folder / name for name in self.names]
 
 
 def walk(root: Path, suffixes: tuple[str, ...] | None = None) -> Iterator[Listing]:
@@ -56,25 +63,34 @@ def walk(root: Path, suffixes: tuple[str, ...] | None = None) -> Iterator[Listin
 
 def list_files(root: Path, suffixes: tuple[str, ...] | None = None) -> tuple[list[Path], list[Entry]]:
     """Return the files of a folder and its sub-folders, sorted by path, and the faults of the folder."""
+    names, faults = list_names(root, suffixes)
+    return sorted(map(Path, names)), faults
+
+
+def list_names(root: Path, suffixes: tuple[str, ...] | None = None) -> tuple[list[str], list[Entry]]:
+    """Return the paths of the files of a folder and its sub-folders as strings, and the faults of the folder."""
     listings = list(walk(root, suffixes))
-    return sorted(file for one in listings for file in one.files), [fault for one in listings for fault in one.faults]
+    names = [folder + name for one in listings for folder in [os.path.join(one.folder, "")] for name in one.names]
+    return names, [fault for one in listings for fault in one.faults]
 
 
 def _list_folder(folder: Path, real_root: Path, suffixes: tuple[str, ...] | None) -> Listing:
     listing = Listing(folder)
     try:
         with os.scandir(folder) as scan:
-            found = sorted((entry for entry in scan if not entry.name.startswith(".")), key=_natural_key)
+            shown = [entry for entry in scan if not entry.name.startswith(".")]
     except OSError as error:
         listing.faults.append(_fault(folder, f"folder: cannot be read: {error.strerror}"))
         return listing
-    for entry in found:
+    shown.sort(key=lambda entry: entry.name)  # decides between 1 and 01, and leaves little to do for the next line
+    shown.sort(key=lambda entry: _natural_key(entry.name))
+    for entry in shown:
         is_link = entry.is_symlink()
         is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
         if is_folder and not is_link:
             listing.folders.append(Path(entry.path))
-        elif not is_folder and (suffixes is None or os.path.splitext(entry.name)[1].lower() in suffixes):
-            listing.files.append(Path(entry.path))  # its reader reports a link that is broken
+        elif not is_folder and (suffixes is None or entry.name.lower().endswith(suffixes)):
+            listing.names.append(entry.name)  # its reader reports a link that is broken
         elif is_link and (reason := _why_not_followed(Path(entry.path), real_root)):
             listing.faults.append(_fault(Path(entry.path), reason))
         elif is_folder:
@@ -103,8 +119,8 @@ def _fault(path: Path, fault: str) -> Entry:
     return Entry(printable(path), None, (printable(fault),))
 
 
-def _natural_key(entry: os.DirEntry[str]) -> tuple[list[str | int], str]:
+def _natural_key(name: str) -> list[str | int]:
     """Return a sort key that orders names by the numbers in them."""
-    pieces: list[str | int] = [*_NUMBERS.split(entry.name)]
+    pieces: list[str | int] = [*_NUMBERS.split(name)]
     pieces[1::2] = map(int, pieces[1::2])
-    return pieces, entry.name
+    return pieces

@@ -51,8 +51,7 @@ def formats_of_files(folder: Path) -> dict[str, str]:
 def _add_evidence(listing: Listing, found: dict[str, str]) -> None:
     """Add to `found` the formats that the files of one folder speak for."""
     audios, texts = set[str](), list[tuple[str, str, str]]()
-    for file in listing.files:
-        name = file.name
+    for name in listing.names:
         stem, suffix = os.path.splitext(name)
         suffix = suffix.lower()
         if suffix in AUDIO_SUFFIXES:

@@ -10,6 +10,7 @@ skipped; `folders` says which links are followed.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,34 +32,35 @@ def read(path: Path, options: DataOptions) -> Iterator[Entry | PendingEntry]:
 def read_pairs(path: Path, options: DataOptions, text_suffix: str, build: Build) -> Iterator[Entry | PendingEntry]:
     """Yield the entries of pairs whose text files have a suffix; `build` gets the path of a text."""
     for listing in walk(path, (*AUDIO_SUFFIXES, text_suffix)):
-        by_stem: dict[str, list[Path]] = {}
-        for file in listing.files:
-            by_stem.setdefault(file.stem, []).append(file)
-        for files in by_stem.values():
-            yield from _pair(files, options, text_suffix, build)
+        by_stem: dict[str, list[str]] = {}
+        for name in listing.names:
+            by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
+        entry_of = functools.partial(_pair_entry, listing.folder, options, build)
+        for names in by_stem.values():
+            texts = [name for name in names if name.lower().endswith(text_suffix)]
+            audios = [name for name in names if name not in texts]
+            if len(audios) == len(texts) == 1:
+                yield functools.partial(entry_of, texts[0], audios[0])
+            else:
+                yield from _faults(listing.folder, names, audios, text_suffix)
         yield from listing.faults
 
 
-def _pair(files: list[Path], options: DataOptions, text_suffix: str, build: Build) -> Iterator[Entry | PendingEntry]:
-    """Yield the entry of the files with one stem, or one fault per file if they are not a pair."""
-    texts = [path for path in files if path.suffix.lower() == text_suffix]
-    audios = [path for path in files if path not in texts]
-    if len(audios) == len(texts) == 1:
-        yield functools.partial(_pair_entry, texts[0], audios[0], options, build)
-        return
-    for path in audios or texts:
+def _faults(folder: Path, names: list[str], audios: list[str], text_suffix: str) -> Iterator[Entry]:
+    """Yield the faults of files with one stem that are no pair: one for each audio file, or for each text if none."""
+    for name in audios or names:
         if not audios:
             fault = "audio: there is no audio file of the same name; add it or remove this text file"
-        elif not texts:
+        elif len(audios) == len(names):
             fault = f"transcript: there is no {text_suffix} file of the same name; add it or remove this audio file"
         else:
-            names = ", ".join(other.name for other in files)
-            fault = f"transcript: {names} share a name; keep one audio file and one {text_suffix} file"
-        yield Entry(printable(path), None, (printable(fault),))
+            fault = f"transcript: {', '.join(names)} share a name; keep one audio file and one {text_suffix} file"
+        yield Entry(printable(folder / name), None, (printable(fault),))
 
 
-def _pair_entry(text: Path, audio: Path, options: DataOptions, build: Build) -> Entry:
-    return build_entry(text, Reading(audio, printable(audio), options), build)
+def _pair_entry(folder: Path, options: DataOptions, build: Build, text: str, audio: str) -> Entry:
+    path = folder / audio
+    return build_entry(folder / text, Reading(path, printable(path), options), build)
 
 
 def _build(text: Any, reading: Reading) -> Sample | None:
