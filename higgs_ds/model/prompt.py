@@ -11,6 +11,7 @@ from typing import Protocol
 from tokenizers import Tokenizer as TextEncoder
 
 from higgs_ds.model.sample import AudioClip
+from higgs_ds.model.word_counts import WordCounts, splits_at_spaces
 
 
 class Tokenizer(Protocol):
@@ -40,6 +41,8 @@ class CachedTokenizer:
         self._ids = tokenizer.get_vocab()
         self._encode_batch = tokenizer.encode_batch_fast
         self._encode = lru_cache(maxsize=4096)(lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
+        has_words = splits_at_spaces(tokenizer)
+        self._count = WordCounts(tokenizer, self._count_whole).count if has_words else self._count_whole
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         assert not add_special_tokens
@@ -47,6 +50,9 @@ class CachedTokenizer:
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text. Other threads run meanwhile, unlike during `encode`."""
+        return self._count(texts)
+
+    def _count_whole(self, texts: Sequence[str]) -> list[int]:
         return [len(encoding) for encoding in self._encode_batch(texts, add_special_tokens=False)]
 
     def convert_tokens_to_ids(self, tokens: str) -> int:
