@@ -13,7 +13,13 @@ Result = TypeVar("Result")
 
 
 def map_in_threads(function: Callable[[T], Result], items: Iterable[T], num_threads: int) -> Iterator[Result]:
-    """Yield the results of a function in order. Items are taken a few ahead, so that few of them are in memory."""
+    """Yield the results of a function in order. Items are taken a few ahead, so that few of them are in memory.
+
+    A single thread would only take turns with the caller's, which calls the function instead.
+    """
+    if num_threads == 1:
+        yield from map(function, items)
+        return
     ahead: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(num_threads)
     try:

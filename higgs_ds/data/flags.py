@@ -53,13 +53,16 @@ class Flagged:
     @property
     def rows(self) -> np.ndarray:
         """Rows that are flagged, each once."""
-        return np.unique(np.concatenate([np.zeros(0, np.int64), *(flag.rows for flag in self.flags)]))
+        is_flagged = np.zeros(len(self.index), bool)
+        for flag in self.flags:
+            is_flagged[flag.rows] = True
+        return np.flatnonzero(is_flagged)
 
     def describe(self) -> list[str]:
         """Return a line for each kind, with its count, and below it the first samples."""
         lines = []
         for flag in self.flags:
-            num_samples = len(np.unique(flag.rows))
+            num_samples = 1 + np.count_nonzero(np.diff(flag.rows))
             lines.append(f"{flag.kind}: {num_samples:,} sample{'s' if num_samples > 1 else ''}")
             lines += [f"  {flag.line(source, i)}" for i, source in enumerate(self.index.sources(flag.rows[:NAMED]))]
             lines += ["  ..."] if len(flag.rows) > NAMED else []

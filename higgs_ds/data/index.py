@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class Index:
         self.folder = folder
         self._facts, self._content = (_mapped(folder, kind) for kind in ("facts", "content"))
         self._order = np.argsort(_numbers(self._facts["number"].combine_chunks()), kind="stable")
+        self._labels: dict[str, tuple[np.ndarray, list[str]]] = {}
         self.num_tokens = _numbers(self._facts["num_tokens"].combine_chunks())[self._order]
 
     def __len__(self) -> int:
@@ -69,9 +71,16 @@ class Index:
 
         The strings are in the order in which they first appear.
         """
-        stored: dict[str | None, int] = {None: -1}
+        if name not in self._labels:
+            self._labels[name] = self._read_labels(name)
+        return self._labels[name]
+
+    def _read_labels(self, name: str) -> tuple[np.ndarray, list[str]]:
+        stored: defaultdict[str | None, int] = defaultdict(count().__next__, {None: -1})
         codes = [
-            np.array([stored.setdefault(value, len(stored) - 1) for value in chunk.to_pylist()], np.int32)
+            np.fromiter(map(stored.__getitem__, chunk.to_pylist()), np.int32, len(chunk))
+            if chunk.null_count < len(chunk)
+            else np.full(len(chunk), -1, np.int32)
             for chunk in self._facts[name].chunks
         ]
         in_order = np.concatenate([np.zeros(0, np.int32), *codes])[self._order]

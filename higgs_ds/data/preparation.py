@@ -66,6 +66,7 @@ INDEXED_OPTIONS = (
     "speaker_prompt",
 )  # fmt: skip
 WHOLE = Share()
+Keep = Callable[[list[CheckedSample]], None]
 WORTH_BYTES, WORTH_FILES = 4 << 20, 4096  # of a manifest or a folder, above which processes are faster than threads
 
 
@@ -332,14 +333,15 @@ class Preparation:
 
 
 @contextlib.contextmanager
-def _open_part(folder: Path, rank: int) -> Iterator[tuple[Callable[[CheckedSample], None], Callable[[int, str], None]]]:
+def _open_part(folder: Path, rank: int) -> Iterator[tuple[Keep, Callable[[int, str], None]]]:
     """Open the files of one rank; yield the functions that write its good samples and the problems of the others."""
     with saving(folder):
         writer = PartWriter(folder, rank)
 
-    def keep(sample: CheckedSample) -> None:
+    def keep(samples: list[CheckedSample]) -> None:
         with saving(folder):
-            writer.add(sample)
+            for sample in samples:
+                writer.add(sample)
 
     with open_problems(folder, rank) as report_invalid:
         yield keep, report_invalid

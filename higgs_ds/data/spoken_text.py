@@ -117,7 +117,7 @@ def examine_sample(sample: Sample, clips: Sequence[ClipQuality]) -> SampleQualit
         level_dbfs=_mean_level(targets),
         script_share=share,
         script=script,
-        ends=tuple(zlib.crc32(end) for size in BANDS for end in (content[:size], content[-size:])),
+        ends=tuple([zlib.crc32(end) for size in BANDS for end in (content[:size], content[-size:])]),
     )
     return SampleQuality(tuple(clips), text)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 
 from higgs_ds.common.words import counted
@@ -69,8 +67,9 @@ def histogram(seconds: np.ndarray) -> list[str]:
 
 def _label_line(index: Index, name: str) -> str:
     numbers, words = index.labels(name)
-    counts = Counter(numbers[numbers >= 0].tolist()).most_common()
-    named = "".join(f", {words[number]} ({count:,})" for number, count in counts[:NAMED])
+    counts = np.bincount(numbers[numbers >= 0], minlength=len(words))
+    most_common = np.argsort(-counts, kind="stable")[:NAMED]
+    named = "".join(f", {words[number]} ({counts[number]:,})" for number in most_common)
     more = f", {len(counts) - NAMED:,} more" if len(counts) > NAMED else ""
     unnamed = int((numbers < 0).sum())
     without = f"; {counted(unnamed, 'sample')} without a {name}" if unnamed else ""

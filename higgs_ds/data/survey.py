@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -80,6 +80,8 @@ class MissingClips:
 
     def add(self, number: int, clips: Sequence[ClipFacts], sample_rate: int) -> None:
         missing = [clip for clip in clips if not clip.is_cached]
+        if not missing:
+            return
         new = {c.short_key: c.num_samples / sample_rate for c in missing if c.short_key not in self.keys}
         if new:
             self.numbers.append(number)
@@ -267,26 +269,28 @@ def survey(
     checker: Checker,
     share: Share,
     num_threads: int,
-    keep: Callable[[CheckedSample], None],
+    keep: Callable[[list[CheckedSample]], None],
     report_invalid: Callable[[int, str], None],
 ) -> tuple[SurveyResult, MissingClips]:
-    """Check a share of a manifest's samples. Pass each good one to `keep`, each problem to `report_invalid`."""
+    """Check a share of a manifest's samples. Pass the good ones to `keep`, each problem to `report_invalid`."""
     result, missing = SurveyResult(), MissingClips()
     entries = share.of(pending_entries(path, checker.options))
     chunks = iter(lambda: list(islice(entries, CHUNK)), [])
-    for entry in chain.from_iterable(map_in_threads(checker.check, chunks, num_threads)):
-        result.num_entries += 1
-        result.num_bad += bool(entry.faults)
-        result.left_out.update(entry.left_out)
-        for fault in entry.faults:
-            line = f"{entry.source}: {fault}"
-            result.num_problems += 1
-            report_invalid(entry.number, line)
-            if len(result.problems) < MAX_SHOWN:
-                result.problems.append((entry.number, line))
-        if entry.checked is not None:
-            keep(entry.checked)
-            missing.add(entry.number, entry.clips, checker.sample_rate)
+    for checked in map_in_threads(checker.check, chunks, num_threads):
+        for entry in checked:
+            result.num_entries += 1
+            result.num_bad += bool(entry.faults)
+            if entry.left_out:
+                result.left_out.update(entry.left_out)
+            for fault in entry.faults:
+                line = f"{entry.source}: {fault}"
+                result.num_problems += 1
+                report_invalid(entry.number, line)
+                if len(result.problems) < MAX_SHOWN:
+                    result.problems.append((entry.number, line))
+            if entry.checked is not None:
+                missing.add(entry.number, entry.clips, checker.sample_rate)
+        keep([entry.checked for entry in checked if entry.checked is not None])
     return result, missing
 
 

@@ -14,7 +14,8 @@ LONGEST_WORD = 32  # characters; texts with longer ones are tokenized as a whole
 _WORD = re.compile(r" ?\S+")
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False}
 _LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # How these tokenizers split a text before anything else. A space before another character always begins a part: parts
 # have a space elsewhere only within white space, and do not depend on what precedes them.

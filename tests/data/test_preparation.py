@@ -8,6 +8,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,12 @@ def test_a_prepared_run_never_loads_the_codec(
         train_manifest=(manifest,), base_ckpt=str(base), cache_dir=tmp_path / "cache", output_dir=tmp_path / "out"
     )
     main(options.data, options.model, PrepareOptions())
+    again = (
+        "import sys; from higgs_ds.cli import prepare; assert prepare(sys.argv[1:]) == 0; assert not "
+        "{'torch', 'transformers'} & sys.modules.keys()"  # their import takes longer than anything else it does
+    )
+    arguments = ("--train_manifest", manifest, "--base_ckpt", base, "--cache_dir", tmp_path / "cache")
+    subprocess.run([sys.executable, "-c", again, *arguments], check=True)
     monkeypatch.setattr(encode, "_load_codec", None)
     monkeypatch.setattr(survey, "examine", None)
     inputs = _check_and_encode(options, set(), FolderLock())

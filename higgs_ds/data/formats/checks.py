@@ -93,13 +93,15 @@ def _normalize_spoken_texts(messages: tuple[Message, ...], reading: Reading) -> 
 
 
 def _check_targets(sample: Sample, reading: Reading) -> None:
+    if sample.has_target_audio:
+        return
     if not any(sample.is_target(turn) for turn in range(len(sample.messages))):
         reading.report(
             "messages",
             f"no assistant message at or after start_index {sample.start_index}, so there is nothing to train on; "
             "add one, or lower start_index",
         )
-    elif not sample.has_target_audio and not reading.options.allow_text_targets:
+    elif not reading.options.allow_text_targets:
         reading.report(
             "messages",
             "no target audio: none of the assistant messages to train on contains audio; add audio, or pass "
