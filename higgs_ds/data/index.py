@@ -26,9 +26,9 @@ from higgs_ds.data.references import PlainForm
 from higgs_ds.data.spoken_text import TEXT
 from higgs_ds.model.sample import AudioClip, Message, Sample
 
+STAT_THREADS = 8  # that wait for a network file system at the same time
 Stamp = tuple[int, int]  # size in bytes and modification time in ns of a file
 _SOME_CLIP = AudioClip(Path())
-STAT_THREADS = 8  # that wait for a network file system at the same time
 
 
 class Index:
@@ -54,7 +54,7 @@ class Index:
         return (plain.of(sample), [clips[number] for number in plain.clips]) if plain else (sample, clips)
 
     def turns(self, row: int) -> Sample:
-        """Return the messages and the targets of a sample alone, which is several times as fast as all of it."""
+        """Return a sample's messages and its targets, without the rest, several times as fast as `sample`."""
         at = int(self._order[row])
         messages, start_index = (self._content[name][at].as_py() for name in ("messages", "start_index"))
         return Sample(_messages_of(json.loads(messages), _SOME_CLIP), start_index, None, "")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -67,8 +67,7 @@ class CheckedClip:
     num_outputs: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class CheckedSample:
+class CheckedSample(NamedTuple):
     """A sample and the results of checking its clips."""
 
     number: int

@@ -30,7 +30,7 @@ from higgs_ds.common.lock import OutputLock, lock_beside
 from higgs_ds.common.words import counted
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.flags import Flagged, find_flags
-from higgs_ds.data.formats.folders import list_names
+from higgs_ds.data.formats.folders import list_paths
 from higgs_ds.data.index import Index, Stamp, open_kept, stamp_of
 from higgs_ds.data.index_writer import DESCRIPTION, VERSION, CheckedSample, PartWriter
 from higgs_ds.data.problem_list import (
@@ -66,8 +66,8 @@ INDEXED_OPTIONS = (
     "speaker_prompt",
 )  # fmt: skip
 WHOLE = Share()
-Keep = Callable[[list[CheckedSample]], None]
 WORTH_BYTES, WORTH_FILES = 4 << 20, 4096  # of a manifest or a folder, above which processes are faster than threads
+Keep = Callable[[list[CheckedSample]], None]
 
 
 @dataclass
@@ -255,8 +255,7 @@ class Preparation:
             distributed.on_main(add)
 
     def _kept_index(self, path: Path) -> tuple[dict[str, Any], Index | None]:
-        """Return the identity of a manifest, and the index of an earlier run if the manifest, its files and the codes
-        are unchanged since."""
+        """Return a manifest's identity, and the index of an earlier run if its files and their codes are unchanged."""
         found, stamps = self._identity(path) if distributed.is_main() else ({}, {})
         identity = distributed.broadcast_object(found)
         if self.coder is None or self.shard != WHOLE:
@@ -275,7 +274,8 @@ class Preparation:
         folder = distributed.on_main(find)
         index = open_kept(folder) if folder is not None else None
         fresh = index and index.is_fresh(self.coder.has_outputs, distributed.rank(), distributed.world_size(), stamps)
-        return identity, index if all(distributed.gather_objects(bool(fresh))) else None
+        is_fresh = all(distributed.gather_objects(bool(fresh)))
+        return identity, index if is_fresh else None
 
     def _index_name(self, path: Path) -> Path:
         """Return the path of an index without its number: one for each manifest, base and set of options.
@@ -294,10 +294,10 @@ class Preparation:
 
         The files are the manifest, or all files of a folder.
         """
-        names, faults = list_names(path) if path.is_dir() else ([str(path)], [])
-        stamps = {name: stamp_of(name) for name in sorted(names)}
+        paths, faults = list_paths(path) if path.is_dir() else ([str(path)], [])
+        stamps = {name: stamp_of(name) for name in sorted(paths)}
         digest = hashlib.sha256(repr([*stamps.items(), *faults]).encode())
-        found = {"files": digest.hexdigest(), "num_files": len(names)}
+        found = {"files": digest.hexdigest(), "num_files": len(paths)}
         return {"version": VERSION, "manifest": str(path.absolute()), **found}, stamps
 
     def _scratch_folder(self) -> Path:

@@ -23,7 +23,7 @@ from higgs_ds.data.audio import read_audio
 from higgs_ds.data.flags import Flagged, find_flags
 from higgs_ds.data.index import Index
 from higgs_ds.data.index_writer import PartWriter
-from higgs_ds.data.preparation import Preparation
+from higgs_ds.data.preparation import Preparation, _open_part
 from higgs_ds.data.survey import Checker, Share
 from higgs_ds.model.sample import AudioClip
 from higgs_ds.options.commands import PrepareOptions
@@ -121,11 +121,10 @@ def flagged_in(index: Index, **options: Any) -> list[list[str]]:
 def indexed(bundle: Bundle, manifest: Path, folder: Path, num_shares: int = 1) -> Index:
     """Check a manifest as ranks do, in shares."""
     for i in range(num_shares):
-        writer = PartWriter(folder, i)
         checker = Checker(DataOptions(), bundle.coder(folder))
-        result, _ = survey.survey(manifest, checker, Share(i, num_shares), 2, writer.add, lambda *_: None)
+        with _open_part(folder, i) as (keep, report_invalid):
+            result, _ = survey.survey(manifest, checker, Share(i, num_shares), 2, keep, report_invalid)
         assert result.problems == []
-        writer.close()
     return Index(folder)
 
 

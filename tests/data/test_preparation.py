@@ -32,6 +32,7 @@ from higgs_ds.data.codec import Codec
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.index import Index
 from higgs_ds.data.problem_list import shown_problems
+from higgs_ds.data.index_writer import CheckedSample
 from higgs_ds.data.quality import ClipQuality, decoded
 from higgs_ds.data.reference_index import REFERENCES
 from higgs_ds.data.survey import Share
@@ -527,8 +528,10 @@ def test_any_audio_is_used_or_reported(bundle: Bundle, tmp_path: Path, parts: li
     good: list[int] = []
     bad: list[int] = []
     checker = survey.Checker(DataOptions(), bundle.coder(tmp_path))
-    survey.survey(
-        path, checker, Share(), 2, lambda sample: good.append(sample.number), lambda number, _: bad.append(number)
-    )
+
+    def keep(samples: list[CheckedSample]) -> None:
+        good.extend(sample.number for sample in samples)
+
+    survey.survey(path, checker, Share(), 2, keep, lambda number, _: bad.append(number))
     assert sorted({*good, *bad}) == list(range(len(parts)))
     assert not {*good} & {*bad}

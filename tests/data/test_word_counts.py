@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 
 from higgs_ds.bases.builtin import ASSETS, DEFAULT_BASE
 from higgs_ds.data import word_counts
-from higgs_ds.data.word_counts import WordCounts, splits_at_spaces
+from higgs_ds.model.word_counts import WordCounts, splits_at_spaces
 
 WORDS = (
     "the and don't we'LL 's 12345 3.14 U.S.A. (paren) -- ... x_y 你好 日本 שלום naïve Ünï ½² ١٢٣ 😀 a\u0301 \u0301 "

@@ -23,8 +23,7 @@ _NUMBERS = re.compile(r"([0-9]+)")
 
 @dataclass
 class Listing:
-    """One folder: its path, its files' names, its sub-folders and the links to folders that are followed, in natural
-    order.
+    """One folder: its path, the names of its files, its sub-folders and the links that are followed, in natural order.
 
     `faults` has an entry for each link that leads to no folder below the given one, or for a folder that is unreadable.
     """
@@ -37,8 +36,13 @@ class Listing:
 
     @cached_property
     def files(self) -> list[Path]:
-        """The paths of the files, which take several times as long to make as their names."""
+        """The paths of the files, which take several times as long to make as `paths`."""
         return [self.folder / name for name in self.names]
+
+    @property
+    def paths(self) -> list[str]:
+        folder = os.path.join(self.folder, "")
+        return [folder + name for name in self.names]
 
 
 def walk(root: Path, suffixes: tuple[str, ...] | None = None) -> Iterator[Listing]:
@@ -63,15 +67,14 @@ def walk(root: Path, suffixes: tuple[str, ...] | None = None) -> Iterator[Listin
 
 def list_files(root: Path, suffixes: tuple[str, ...] | None = None) -> tuple[list[Path], list[Entry]]:
     """Return the files of a folder and its sub-folders, sorted by path, and the faults of the folder."""
-    names, faults = list_names(root, suffixes)
-    return sorted(map(Path, names)), faults
+    paths, faults = list_paths(root, suffixes)
+    return sorted(map(Path, paths)), faults
 
 
-def list_names(root: Path, suffixes: tuple[str, ...] | None = None) -> tuple[list[str], list[Entry]]:
-    """Return the paths of the files of a folder and its sub-folders as strings, and the faults of the folder."""
+def list_paths(root: Path, suffixes: tuple[str, ...] | None = None) -> tuple[list[str], list[Entry]]:
+    """Return the paths of the files of a folder and its sub-folders, not sorted, and the faults of the folder."""
     listings = list(walk(root, suffixes))
-    names = [folder + name for one in listings for folder in [os.path.join(one.folder, "")] for name in one.names]
-    return names, [fault for one in listings for fault in one.faults]
+    return [path for one in listings for path in one.paths], [fault for one in listings for fault in one.faults]
 
 
 def _list_folder(folder: Path, real_root: Path, suffixes: tuple[str, ...] | None) -> Listing:
