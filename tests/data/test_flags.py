@@ -22,7 +22,6 @@ from higgs_ds.data import repeats, survey
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.flags import Flagged, find_flags
 from higgs_ds.data.index import Index
-from higgs_ds.data.index_writer import PartWriter
 from higgs_ds.data.preparation import Preparation, _open_part
 from higgs_ds.data.survey import Checker, Share
 from higgs_ds.model.sample import AudioClip

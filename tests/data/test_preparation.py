@@ -31,8 +31,8 @@ from higgs_ds.data.code_cache import CachedCodes, CodeCache
 from higgs_ds.data.codec import Codec
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.index import Index
-from higgs_ds.data.problem_list import shown_problems
 from higgs_ds.data.index_writer import CheckedSample
+from higgs_ds.data.problem_list import shown_problems
 from higgs_ds.data.quality import ClipQuality, decoded
 from higgs_ds.data.reference_index import REFERENCES
 from higgs_ds.data.survey import Share
