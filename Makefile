@@ -2,14 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
+# make demo BASE=v3: the built-in base of Higgs Audio v3
+BASE ?=
+SPEAKING := speaking-base$(if $(BASE),-$(BASE))
 HELD_OUT := --test_manifest samples/digits_held_out.jsonl --recognizer pocketsphinx
 
 .PHONY: demo check test test-newest chaos misuses lint types format install clean
 
 # In float32, because bf16 matmuls take thirty times as long on a CPU without bf16 instructions.
 demo: install ## train the built-in base on a voice that is new to it, and print what changed in numbers
-	$(BIN)/python launch/evaluate.py $(HELD_OUT) --output_dir $(DEMO)/before
-	$(BIN)/deepspeed launch/train.py --deepspeed ds_configs/zero2.json --output_dir $(DEMO) \
+	$(BIN)/python launch/evaluate.py $(HELD_OUT) --base_model_path $(SPEAKING) --output_dir $(DEMO)/before
+	$(BIN)/deepspeed launch/train.py --deepspeed ds_configs/zero2.json --base_ckpt $(SPEAKING) --output_dir $(DEMO) \
 	  --val_split 0 --batch_size 8 --grad_accum 1 --max_steps 120 --lr 6e-3 --precision fp32 --log_steps 50 \
 	  --lora_targets audio_mlp --lora_r 64 --lora_alpha 128 --lora_dropout 0.1 --codebook_weights 4 2 1 .2 .2 .2 .2 .2 \
 	  --merge_adapter_with_base

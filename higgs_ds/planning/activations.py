@@ -152,7 +152,7 @@ def _model(config: Any, settings: PassSettings) -> LossModel:
     adapted.to(META)
     trained = torch.empty((), device=META, requires_grad=True)
     for module in adapted.modules():
-        if isinstance(module, nn.Embedding) and module.weight.requires_grad:
+        if type(module) is nn.Embedding and module.weight.requires_grad:
             module.weight.requires_grad_(False)  # counted by `_embedding_gradients`
             module.register_forward_hook(lambda _module, _inputs, output: _AttachToTrained.apply(output, trained))
     if settings.on_gpu:

@@ -137,8 +137,8 @@ def group_of(name: str) -> str:
     """Return the group, one of GROUPS, of a weight of the base."""
     for part, group in (
         ("audio_tower", "Whisper tower"), ("audio_encoder_proj", "Whisper tower"), ("norm", "norms"),
-        ("embed", "embeddings"), ("head", "heads"), ("audio_mlp", "audio FFN"), (".mlp.", "text FFN"),
-        ("_attn", "attention"),
+        ("modality", "heads"), ("embed", "embeddings"), ("head", "heads"), ("audio_mlp", "audio FFN"),
+        (".mlp.", "text FFN"), ("_attn", "attention"),
     ):  # fmt: skip
         if part in name:
             return group

@@ -57,6 +57,16 @@ def missed(results: dict[str, Any], base: dict[str, Any]) -> list[str]:
     return [name for name, holds in requirements.items() if not holds]
 
 
+def held_out_lines(folder: Path) -> list[str]:
+    """Return the lines of the corpus that no base was trained on; their clips are in the folder."""
+    if shutil.which("espeak-ng") is None:
+        pytest.skip("needs espeak-ng")
+    rng, recordings, held_out = random.Random(1), corpus.Recordings(folder), set[str]()
+    _, lines = [list(corpus.written(part, part.clips, recordings, rng, held_out)) for part in corpus.PARTS[:2]]
+    assert corpus.PARTS[1].name == "base_held_out"
+    return lines
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("learning")
@@ -65,12 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def base_results(folder: Path) -> dict[str, Any]:
     """The base's results on strings that are not in any training data, in its own voices."""
-    if shutil.which("espeak-ng") is None:
-        pytest.skip("needs espeak-ng")
-    rng, recordings, held_out = random.Random(1), corpus.Recordings(folder), set[str]()
-    _, lines = [list(corpus.written(part, part.clips, recordings, rng, held_out)) for part in corpus.PARTS[:2]]
-    assert corpus.PARTS[1].name == "base_held_out"
-    (folder / "held_out.jsonl").write_text("".join(lines[:NUM_HELD_OUT]))
+    (folder / "held_out.jsonl").write_text("".join(held_out_lines(folder)[:NUM_HELD_OUT]))
     options = f"--test_manifest {folder}/held_out.jsonl --recognizer pocketsphinx"
     return evaluated(folder, "base", options)
 
