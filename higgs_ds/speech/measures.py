@@ -84,8 +84,8 @@ def stop_warning(stop_rate: float) -> str | None:
 
 
 def words_of(text: str) -> list[str]:
-    """Return a text's words in lower case, without punctuation."""
-    return re.findall(r"[\w']+", text.lower())
+    """Return a text's words in lower case, without punctuation and inline tags (`<|style:whisper|>`)."""
+    return re.findall(r"[\w']+", re.sub(r"<\|[^|]*\|>", " ", text.lower()))
 
 
 def word_errors(said: Sequence[str], heard: Sequence[str]) -> int:

@@ -7,6 +7,8 @@ import textwrap
 import torch
 
 from higgs_ds.bases.builtin import BUILT_IN, which_builtin
+from higgs_ds.bases.bundle import Bundle
+from higgs_ds.bases.licence import licence_of
 from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.common import distributed
 from higgs_ds.common.resources import resident_bytes
@@ -34,6 +36,7 @@ def overview(inputs: Inputs, sampler: WindowSampler, state: TrainerState, adapte
     rows = {
         "base": _base(inputs),
         "model": inputs.bundle.family.describe(inputs.bundle.config),
+        **_terms(inputs.bundle),
         "trained": adapters,
         "start": _start(inputs),
         "data": _data(inputs, sampler),
@@ -132,6 +135,12 @@ def plan_memory(inputs: Inputs) -> PlannedMemory:
         Setting(inputs.bundle.config, inputs.options, inputs.ds_settings, ranks, on_gpu, inputs.adapted, inputs.lengths)
     )
     return PlannedMemory(planned, 0 if on_gpu else resident_bytes())
+
+
+def _terms(bundle: Bundle) -> dict[str, str]:
+    """Return the licence of a family whose released weights may not be used for everything."""
+    licence = licence_of(bundle.name, bundle.folder, bundle.family) if bundle.family.licence else None
+    return {"licence": f"{licence.name}. {licence.conditions}"} if licence and licence.conditions else {}
 
 
 def _memory(inputs: Inputs, memory: PlannedMemory) -> str:

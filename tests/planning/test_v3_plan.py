@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from conftest import PROJECT, kept_bytes, speech_batch
@@ -16,11 +18,17 @@ from higgs_ds.options.fields import FULL
 from higgs_ds.options.train import LoraOptions, TuneOptions
 from higgs_ds.planning import dry_run
 from higgs_ds.planning.activations import PassSettings, measure_pass
-from higgs_ds.planning.plan import plan
+from higgs_ds.planning.plan import CONTEXT_BYTES, plan
 from higgs_ds.planning.weights import LORA, model_weights
 
 GIB = 2**30
 BIG = PROJECT / "benchmarks" / "4b"
+HARDWARE = re.findall(
+    r"^\| (\d+) GB \| `(.+)` \| (\S+) GiB \|$",
+    (PROJECT / "docs" / "higgs_v3.md").read_text(encoding="utf-8"),
+    re.M,
+)
+assert len(HARDWARE) == 4
 FAMILY = family_of("higgs_multimodal_qwen3")
 CONFIG = FAMILY.config_of(
     {
@@ -80,6 +88,16 @@ def test_released_geometry() -> None:
     assert {weight.group for weight in weights} == {"attention", "text FFN", "norms", "embeddings", "heads", LORA}
     # The table of codes is the head, too, and stays on the device when the text's embedding is offloaded.
     assert [weight.numel for weight in weights if weight.group == "heads"] == [8 * 1026 * 2560]
+
+
+@pytest.mark.parametrize(("card_gb", "options", "planned_gib"), HARDWARE)
+def test_hardware_of_the_document(card_gb: str, options: str, planned_gib: str) -> None:
+    """The table's memory is what --dry_run plans for samples of 2,048 positions, and fits its card."""
+    common = f"--dry_run --base_ckpt {BIG} --max_seq_len 2048"
+    setting = dry_run.make_setting(*parse_train_options(f"{common} {options}".split()))
+    total_gib = (plan(setting).total + CONTEXT_BYTES) / GIB
+    assert f"{total_gib:.1f}" == planned_gib
+    assert total_gib < 0.92 * float(card_gb) * 1e9 / GIB
 
 
 def test_qlora_and_lora_fit_small_cards() -> None:

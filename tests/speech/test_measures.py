@@ -29,6 +29,10 @@ from higgs_ds.speech.recognizers import check_recognizer, open_recognizer
 RATE = 24000
 
 
+def test_words_without_inline_tags() -> None:
+    assert words_of("<|style:whisper|>One, two<|sfx:laughter|>three.") == ["one", "two", "three"]
+
+
 def hum(pitch_hz: float, seconds: float, loudness: float = 0.3) -> torch.Tensor:
     """Return a voiced sound: harmonics whose amplitude falls with their number."""
     t = torch.arange(int(seconds * RATE)) / RATE
