@@ -229,7 +229,7 @@ def _samples_at(preparation: Preparation, path: Path, numbers: set[int]) -> Iter
     remaining = len(numbers)
     for number, pending in enumerate(pending_entries(path, preparation.options)):
         if number in numbers:
-            sample = pending().sample
+            sample = preparation.checker.entry(pending).sample
             if sample is None:
                 raise InputError(f"{path}: has changed since it was checked")
             yield number, sample
