@@ -18,7 +18,6 @@ from higgs_ds.common.errors import InputError, SaveError
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.common.tensor_files import weight_files, weight_shapes
 from higgs_ds.model.config import read_config, with_parts
-from higgs_ds.model.parts import parts_of
 from higgs_ds.options.commands import MergeOptions, check_lora_scale
 from higgs_ds.options.fields import MERGE_DEQUANTIZED, MERGE_ORIGINAL, NATIVE
 
@@ -111,7 +110,7 @@ def merge(
         base_folder = find_recorded_base(adapter, adapter_folder)
     base_folder = native_folder(base_folder, "--base_model_path", default_cache_dir())
     config = with_parts(read_config(base_folder, "--base_model_path"), adapter.full.parts)
-    check_layout(parts_of(config), export_layout)
+    check_layout(config, export_layout)
     if merge_base is None:
         merge_base = MERGE_ORIGINAL if adapter.quantization is None else MERGE_DEQUANTIZED
     shards = weight_files(base_folder)

@@ -29,7 +29,8 @@ from higgs_ds.common.lock import lock_beside, locked
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.common.tensor_files import WEIGHT_INDEX, byte_ranges, companion_files, read_tensor, weight_shapes
 from higgs_ds.data.codec_info import CODEC_SUBFOLDER, PROCESSOR_CONFIG, find_codec
-from higgs_ds.model.parts import Parts
+from higgs_ds.model.families import family_of
+from higgs_ds.model.parts import parts_of
 from higgs_ds.options.fields import NATIVE, ORIGINAL
 
 PARTS_FILE = "parts.safetensors"
@@ -158,8 +159,11 @@ def add_parts(folder: Path, shards: list[Path], added: Mapping[str, torch.Tensor
     write_json(folder / "config.json", written)
 
 
-def check_layout(parts: Parts, export_layout: str) -> None:
-    """Raise InputError if optional parts are to be written in the native layout, which has no place for them."""
+def check_layout(config: Any, export_layout: str) -> None:
+    """Raise InputError if a model is to be written in a layout that its family does not have, or without its parts."""
+    family, parts = family_of(config.model_type), parts_of(config)
+    if export_layout != NATIVE and ORIGINAL not in family.model_types.values():
+        raise InputError(f"--export_layout {export_layout}: {family.title} has one layout, {NATIVE}")
     if parts and export_layout != ORIGINAL:
         raise InputError(
             f"--export_layout {export_layout}: the native layout has no place for the model's {parts}; give "

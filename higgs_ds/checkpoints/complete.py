@@ -15,7 +15,6 @@ from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.common.tensor_files import weight_files, weight_shapes
 from higgs_ds.model.config import read_config, with_parts
 from higgs_ds.model.families import family_of
-from higgs_ds.model.parts import parts_of
 from higgs_ds.options.commands import ExportOptions
 from higgs_ds.options.fields import NATIVE
 
@@ -63,7 +62,7 @@ def complete_model(
     base_folder = native_folder(base_folder, "--base_model_path", default_cache_dir())
     _check_base(base_folder, checkpoint, form)
     config = with_parts(read_config(base_folder, "--base_model_path"), form.full_parts)
-    check_layout(parts_of(config), export_layout)
+    check_layout(config, export_layout)
     shards = weight_files(base_folder)
     in_base = weight_shapes(shards)
     added = sorted(weights.keys() - in_base.keys())

@@ -46,6 +46,7 @@ class Family(ABC):
     groups: ClassVar[Mapping[str, tuple[str, ...]]]  # --lora_targets and --train_groups by a module's name in a layer
     norms: ClassVar[Mapping[str, str]]  # the --train_groups group of each norm of a layer
     outside_layers: ClassVar[Mapping[str, str]]  # the --train_groups group of each module outside them, by its name
+    max_references: ClassVar[int | None] = None  # for which the prompt has a place
     text_targets: ClassVar[int]  # of a speech sample
     codec_prefix: ClassVar[str | None] = None  # of the tensors of a codec in a base's own files
     in_transformers: ClassVar[bool]  # whether transformers has a class for its native layout

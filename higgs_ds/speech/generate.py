@@ -124,7 +124,8 @@ def _speak_text(
         return speech.codes.clamp(max=bundle.stream.bos_id - 1)
 
     prompt = prompt_of(text, request.voices, options.scene)
-    return speak_chunks(prompt, references, chunks, options.chunk_context, speak_chunk), stopped
+    limit = bundle.family.max_references
+    return speak_chunks(prompt, references, chunks, options.chunk_context, speak_chunk, limit), stopped
 
 
 def open_generation_model(
@@ -230,6 +231,11 @@ def _check(options: GenerateOptions) -> Request:
         voices = collect_problems(problems, lambda: _voices(options, speaker))
     if voices is not None:
         problems += tag_problems(texts, len(voices))
+    if speaker and voices is not None and not problems:
+        family, vocabulary = speaker.bundle.family, speaker.bundle.vocabulary
+        for text in texts.values():
+            prompt = prompt_of(text, voices, options.scene)
+            collect_problems(problems, lambda p=prompt: list(family.render_generation(p, vocabulary)))  # type: ignore[misc]
     if problems or speaker is None or voices is None:
         raise InputError(problems)
     return Request(speaker, texts, voices)

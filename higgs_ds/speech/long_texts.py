@@ -18,6 +18,7 @@ def speak_chunks(
     chunks: Sequence[str],
     num_context: int,
     speak: Speak,
+    max_references: int | None = None,
 ) -> torch.Tensor:
     """Return the codes (C, F) of all chunks, one after another.
 
@@ -28,8 +29,11 @@ def speak_chunks(
         prompt: the messages for the whole text, which is the last of them.
         references: codes (C, F) of the clips in `prompt`.
         num_context: how many chunks a chunk is spoken after.
+        max_references: how many clips the prompt has a place for; those of `prompt` come first.
         speak: returns the codes (C, F) of the turn after messages, given the codes of their clips.
     """
+    if max_references is not None:
+        num_context = max(0, min(num_context, max_references - len(references)))
     clip = AudioClip(Path())  # stands for what is generated
     turns: list[tuple[str, torch.Tensor]] = []
     for chunk in chunks:

@@ -152,7 +152,7 @@ def _resolve_ds_config(options: TrainOptions, given: set[str], native: str) -> t
 def _open_base(options: TrainOptions, cache_dir: Path) -> Bundle:
     bundle = open_for_training(options.model, cache_dir)
     if options.run.merge_adapter_with_base or options.is_full_finetuning:
-        check_layout(parts_of(bundle.config), options.run.export_layout)
+        check_layout(bundle.config, options.run.export_layout)
     asked_for_samples = options.run.samples or options.run.sample_steps is not None
     if asked_for_samples and parts_of(bundle.config).audio_tower is not None:
         raise InputError(

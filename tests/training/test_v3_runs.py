@@ -129,6 +129,22 @@ def test_generate(merged: Path, codes: dict[str, torch.Tensor], model: str) -> N
     assert f"({codes[text].shape[1] / 25:.2f} s, stopped on its own)" in done.stdout
 
 
+def test_a_long_text_and_what_cannot_be_spoken(merged: Path) -> None:
+    """Each chunk follows the reference, the only clip that the prompt has a place for."""
+    voices, folder = PROJECT / "samples" / "voices", merged.parents[1]
+    common = ["--base_model_path", "run/merged_model", "--temperature", "0", "--max_new_tokens", "40"]
+    clip = str(voices / REFERENCE[1])
+    long = ["--text", "Good morning. Turn left here. Guten Abend.", "--chunk_chars", "20", "--output", "long.wav"]
+    for reference in ([], ["--ref_audio", clip, "--ref_text", REFERENCE[0]]):
+        done = run_script("generate", [*common, *long, *reference], folder)
+        assert done.returncode == 0, done.stderr
+        assert "in 3 chunks" in done.stdout
+    two = ["--text", "[SPEAKER0] Hi. [SPEAKER1] Ho.", "--ref_audio", clip, clip, "--ref_text", "A.", "B."]
+    done = run_script("generate", [*common, *two, "--output", "two.wav"], folder)
+    assert done.returncode == 2
+    assert "2 reference clips; the prompt of this model has a place for one" in done.stderr
+
+
 @pytest.mark.parametrize("mutant", V3_MUTANTS)
 def test_wrong_labels_are_noticed(mutant: str, manifest: Path, codes: dict[str, torch.Tensor], tmp_path: Path) -> None:
     folder = overfit(manifest, tmp_path / "run", "--mutant", mutant) / "merged_model"

@@ -43,6 +43,7 @@ class HiggsAudioV3(Family):
         layout.AUDIO_HEAD: HEADS,
         "body.norm": HEADS,
     }
+    max_references = 1
     text_targets = 0
     codec_prefix = layout.CODEC_PREFIX
     licence = (
