@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from higgs_ds.bases.builtin import ASSETS, DEFAULT_BASE
-from higgs_ds.data import word_counts
+from higgs_ds.model import word_counts
 from higgs_ds.model.word_counts import WordCounts, splits_at_spaces
 
 WORDS = (
