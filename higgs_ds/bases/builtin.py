@@ -61,16 +61,14 @@ def portable_name(base: str) -> str:
 
 
 def warn_of_builtin_base(name: str | None, manifests: Iterable[Path]) -> None:
-    """Print a warning if a built-in base, the default, is to learn manifests that are not the built-in samples."""
+    """Print a warning if a built-in base that speaks, the default, is to learn other manifests than the samples."""
     built_in, samples = which_builtin(name), SAMPLES.resolve()
-    if built_in is None or all(path.resolve().is_relative_to(samples) for path in manifests):
+    if built_in not in SPEAKING_BASES or all(path.resolve().is_relative_to(samples) for path in manifests):
         return
     which = f"--base_ckpt {name}" if name else f"without --base_ckpt the base is {built_in}, which"
-    speaking = "it and its codec know only digits in a few synthetic voices, and cannot learn another voice"
-    random = "its weights and those of its codec are random, and it speaks only noise"
     warn(
-        f"warning: {which} is built in for trying out the trainer: "
-        f"{speaking if built_in in SPEAKING_BASES else random}. For your own recordings, give "
+        f"warning: {which} is built in for trying out the trainer: it and its codec know only digits in a few "
+        "synthetic voices, and cannot learn another voice. For your own recordings, give "
         f"--base_ckpt {RELEASED_BASE} (a download of 12 GB)"
     )
 

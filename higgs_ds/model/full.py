@@ -31,7 +31,11 @@ def group_of(name: str) -> str | None:
     if name.startswith(f"{family.layers}."):
         of_module = family.groups.get(path[3])
         return of_module[0] if of_module else family.norms[path[3]]
-    return family.outside_layers[name.rpartition(".")[0]]
+    own = f"{name.rpartition('.')[0]}."
+    for module, group in family.outside_layers.items():
+        if f"{module}.".startswith(own):
+            return group
+    raise KeyError(name)
 
 
 def unfreeze_groups(model: nn.Module, groups: Sequence[str], full_parts: Parts = NO_PARTS) -> nn.Module:

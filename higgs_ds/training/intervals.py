@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from higgs_ds.common.resources import SAMPLES
 from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.options.train import TrainOptions
 
@@ -55,7 +56,9 @@ def few_steps_warning(options: TrainOptions, sampler: WindowSampler, total_steps
     --max_steps is not doubted: whoever gives it has chosen the number.
     """
     optim = options.optim
-    if options.data.train_manifest is None or optim.max_steps is not None or total_steps >= FEW_STEPS:
+    if optim.max_steps is not None or total_steps >= FEW_STEPS:
+        return None
+    if all(path.resolve().is_relative_to(SAMPLES.resolve()) for path in options.data.train_manifests):
         return None
     per_epoch = max(1, sampler.num_steps(1))
     epochs = -(-FEW_STEPS // per_epoch)

@@ -74,7 +74,8 @@ def test_two_ranks_and_then_training(manifest: Path, base: Path, tmp_path: Path)
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     assert "samples: 24" in outputs[0]
     prepared = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
-    more = "--precision fp32 --lora_dropout 0 --max_tokens_per_batch 600 --bucket_size 8 --max_steps 3 --log_steps 1"
+    more = "--precision fp32 --lora_dropout 0 --max_tokens_per_batch 600 --bucket_size 8 --max_steps 3 --log_steps 1 "
+    more += "--val_steps 3"
     for world_size, accumulation in ((1, 4), (2, 2)):
         run = f"--output_dir {tmp_path}/{world_size} --grad_accum {accumulation} {more}".split()
         train_runs(world_size, [options + run])

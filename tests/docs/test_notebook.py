@@ -88,12 +88,12 @@ def test_what_needs_a_gpu_says_so_and_is_skipped(executed: dict[str, Any]) -> No
 def test_shows_the_plan_the_losses_and_players(executed: dict[str, Any]) -> None:
     assert "GiB of 15.00 GiB" in printed(executed["plan"])
     assert len(outputs(executed["losses"], "image/png")) == 1
-    assert [len(outputs(executed[name], "text/html")) for name in ("listen", "speak")] == [6, 1]
+    assert [len(outputs(executed[name], "text/html")) for name in ("listen", "speak")] == [8, 1]
 
 
 def test_samples_are_in_the_new_voice_and_end(executed: dict[str, Any], folder: Path) -> None:
     samples = folder / "my_voice" / "samples"
-    assert {path.name for path in samples.iterdir()} == {"prompts.json", "reference", "step-30", "step-60"}
+    assert {path.name for path in samples.iterdir()} == {"prompts.json", "reference", "step-0", "step-30", "step-60"}
     assert read_metrics(folder / "my_voice")[-1]["sample/stop_rate"] == 1
     for path in (*samples.glob("step-60/*.wav"), folder / "speech.wav"):
         waveform, sample_rate = soundfile.read(path, dtype="float32")

@@ -61,7 +61,7 @@ def test_what_ends_a_run_is_raised(kind: type[BaseException], capsys: pytest.Cap
 def test_drawing_keeps_the_backend_of_a_notebook(given: str | None, backend: str) -> None:
     """A notebook's own plots, in the process that has run a training, use the backend of its MPLBACKEND."""
     code = (
-        "import os; from higgs_ds.reporting.report_page import Curve, draw; "
+        "import os; from higgs_ds.reporting.curves import Curve, draw; "
         "assert '<svg' in draw(Curve('a', {}), {'': ([1, 2], [3.0, 4.0])}); import matplotlib; "
         "print(matplotlib.get_backend(), os.environ.get('MPLBACKEND'))"
     )

@@ -45,7 +45,7 @@ def test_recorded_wherever_the_result_is(runs: Path, base: Path, tmp_path: Path)
     lora, full = runs / "lora", runs / "full"
     convert_adapter(lora / "lora_adapters", tmp_path / "original", "original")
     complete_model(full / "checkpoint-1", base, tmp_path / "model")
-    folders = [lora / name for name in ("lora_adapters", "checkpoint-1/lora_adapters", "final_model", "adapter")]
+    folders = [lora / name for name in ("lora_adapters", "checkpoint-1/lora_adapters", "final_model")]
     folders += [lora / "merged_model" / layout for layout in ("native", "original")]
     for folder in [*folders, full / "final_model", tmp_path / "original", tmp_path / "model"]:
         assert read_speakers(folder) == TAGS, folder
