@@ -68,7 +68,8 @@ def model_folder(
             for a native model of `needed_bytes` (and its other layout).
         SaveError: writing fails.
     """
-    codec = _codec_to_store(base_folder, codec_folder)
+    # Programs that read the original layout have the codec in a form of their own.
+    codec = codec_folder if export_layout == ORIGINAL else _codec_to_store(base_folder, codec_folder)
     needed_bytes += sum(path.stat().st_size for path in codec.rglob("*") if path.is_file()) if codec else 0
     needed_bytes *= 1 if export_layout == NATIVE else 2  # another layout is written from the native one
     check_output(output_folder, needed_bytes, overwrite)

@@ -107,6 +107,7 @@ def test_undisturbed(runs: Runs) -> None:
 def test_the_run_goes_on_and_rank_0_reports_once(runs: Runs, fault: str) -> None:
     printed, of_rank_1 = runs.outputs[fault]
     expected = re.escape((FAULTS | STAGE_3)[fault][1]).replace(re.escape(".*"), ".*")
+    printed = [line for line in printed if not line.startswith("warning: stop rate 0 is bad")]
     assert len(printed) == 1, printed
     assert re.fullmatch(expected, printed[0]), printed
     assert of_rank_1 == []
@@ -159,7 +160,7 @@ def test_names_that_are_taken(tmp_path: Path, mixed_manifest: Path, ds_file: Cal
     more = "--report_to tensorboard --sample_steps 1 --num_samples 1 --quiet"
     done = run_script("train", [*RANDOM, *options(mixed_manifest, ds_file(2), run, more)], tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    tensorboard, page, samples = done.stdout.splitlines()
+    tensorboard, samples, page = done.stdout.splitlines()
     assert tensorboard.startswith(TRACKER.format("TensorBoard", "FileExistsError: ").partition(". The")[0])
     assert page.startswith(REPORT.format("IsADirectoryError: ").partition(". The")[0])
     assert samples.startswith(SAMPLES.format("NotADirectoryError: ").partition(". The")[0])
@@ -170,7 +171,8 @@ def test_names_that_are_taken(tmp_path: Path, mixed_manifest: Path, ds_file: Cal
     (run / "report.html").rmdir()
     more += f" --resume {run}/checkpoint-2"
     done = run_script("train", [*RANDOM, *options(mixed_manifest, ds_file(2), run, more)], tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(line.startswith("warning: stop rate 0 is bad") for line in done.stdout.splitlines())
     assert_trained(run)
     assert (run / "report.html").is_file()
     assert (run / "samples" / "prompts.json").is_file()
