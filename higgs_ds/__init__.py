@@ -1,3 +1,3 @@
-"""Low-memory LoRA trainer for Higgs Audio v2 on DeepSpeed."""
+"""Low-memory trainer for Higgs Audio on DeepSpeed."""
 
 __version__ = "0.1.0"

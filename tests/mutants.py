@@ -90,7 +90,7 @@ def v3_end_not_trained() -> None:
 
 
 def v3_reference_trained() -> None:
-    """Rows of the reference get the labels of the target, as if they were learned."""
+    """The speech of the reference is learned, too."""
     from higgs_ds.model.v3 import prompt as v3_prompt
 
     tokenize = v3_prompt.tokenize
@@ -104,9 +104,12 @@ def v3_reference_trained() -> None:
 
 def v3_other_rotary_base() -> None:
     """The rotary embedding has transformers' default base."""
-    from higgs_ds.model.v3 import layout
+    from higgs_ds.model.v3 import config
 
-    layout.ROPE_THETA = 10_000
+    def with_other_base(trunk: Any) -> dict[str, Any]:
+        return {**trunk, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
+
+    config.with_rope_theta = with_other_base
 
 
 def gradient_off() -> None:
@@ -129,6 +132,9 @@ def gradient_off() -> None:
 MUTANTS: dict[str, Callable[[], None]] = {
     mutant.__name__: mutant for mutant in (eos_masked, delay_off, audio_unshifted, reference_trained)
 }
-V3_MUTANTS: dict[str, Callable[[], None]] = {mutant.__name__: mutant for mutant in (v3_row_shifted, v3_end_not_trained)}
+V3_MUTANTS: dict[str, Callable[[], None]] = {
+    mutant.__name__: mutant
+    for mutant in (v3_row_shifted, v3_end_not_trained, v3_reference_trained, v3_other_rotary_base)
+}
 # These change too little for tests of what a model has learned.
 GRADIENT_MUTANTS: dict[str, Callable[[], None]] = {gradient_off.__name__: gradient_off}

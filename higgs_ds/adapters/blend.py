@@ -35,7 +35,6 @@ from higgs_ds.common.errors import InputError, SaveError, collect_problems
 from higgs_ds.common.files import check_folders, new_folder, saving, write_json, write_text
 from higgs_ds.common.resources import command
 from higgs_ds.model.families import family_of_weight
-from higgs_ds.model.v2.layouts import original_name
 from higgs_ds.options.commands import BlendOptions, parse_parts
 from higgs_ds.options.fields import NATIVE, ORIGINAL
 
@@ -72,7 +71,10 @@ class Blend:
     @property
     def layers(self) -> dict[str, str]:
         """The layers' names in the blend's layout, by the names of the weights."""
-        names = {name: str(original_name(name)) if self.layout == ORIGINAL else name for name in self.factors}
+        names = {
+            name: str(family_of_weight(name).original_name(name)) if self.layout == ORIGINAL else name
+            for name in self.factors
+        }
         return {name: renamed.removesuffix(".weight") for name, renamed in names.items()}
 
     def how_it_was_made(self) -> list[str]:

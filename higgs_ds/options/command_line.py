@@ -39,7 +39,7 @@ def parse_train_options(argv: Sequence[str] | None = None, prog: str | None = No
     """Parse the options of launch/train.py. Return them, and the names of those that were given, also in a file."""
     parser = Parser(
         **_usage("launch/train.py", "deepspeed launch/train.py [--config FILE] [--deepspeed FILE] [options]", prog),
-        description="Fine-tune Higgs Audio v2: train LoRA adapters, or the model's own weights. Without options, the "
+        description="Fine-tune Higgs Audio: train LoRA adapters, or the model's own weights. Without options, the "
         "built-in base model is trained on the built-in samples.",
     )
     for group_class in typing.get_type_hints(TrainOptions).values():
