@@ -69,7 +69,8 @@ def write_pairs(folder: Path, pairs: int, stretches: int) -> None:
 def prepare(checkout: Path, data: Path, cache: Path) -> tuple[float, float]:
     """Run a checkout's launch/prepare.py once; return its seconds and its peak resident memory in GiB.
 
-    The memory is that of all its processes; pages that they share are counted once.
+    The memory is that of all its processes; pages that they share are counted once. To look more often would take the
+    time of a core that one side uses and the other does not.
     """
     command = [sys.executable, checkout / "launch" / "prepare.py", "--train_manifest", data, "--cache_dir", cache]
     began = time.perf_counter()
@@ -80,7 +81,7 @@ def prepare(checkout: Path, data: Path, cache: Path) -> tuple[float, float]:
         with contextlib.suppress(psutil.NoSuchProcess):
             main = psutil.Process(process.pid)
             peak = max(peak, sum(one.memory_full_info().pss for one in [main, *main.children(recursive=True)]) / 2**30)
-        time.sleep(0.1)
+        time.sleep(0.5)
     assert process.returncode == 0, command
     return time.perf_counter() - began, peak
 

@@ -91,9 +91,11 @@ def find_flags(index: Index, options: FlagOptions, trim_silence: float | None, s
     groups = groups_of(index, speakers)
     text = index.text_quality("num_chars", "speech_s", "level_dbfs")
     found += [_rate(text, groups, options), _level(text, groups, options)]
+    index.release_pages()
     text = index.text_quality("audio", "words", "num_chars", "num_bytes")
     like, num_uncompared = _like_texts(index, text, speakers, options)
     found += [_same_audio(index, text), like, _script(index, options)]
+    index.release_pages()
     return Flagged(index, [flag for flag in found if len(flag.rows)], num_uncompared)
 
 

@@ -7,6 +7,7 @@ in manifest order, whatever the number of ranks was. `reference_index` adds one 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.lib.recfunctions as rfn
 import pyarrow as pa
 
+from higgs_ds.common.files import release_freed_memory
 from higgs_ds.common.threads import map_in_threads
 from higgs_ds.data.index_writer import DIGEST_BYTES, CheckedClip
 from higgs_ds.data.quality import CLIP
@@ -36,7 +38,8 @@ class Index:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._facts, self._content = (_mapped(folder, kind) for kind in ("facts", "content"))
+        self._maps: list[mmap.mmap] = []
+        self._facts, self._content = (_mapped(folder, kind, self._maps) for kind in ("facts", "content"))
         self._order = np.argsort(_numbers(self._facts["number"].combine_chunks()), kind="stable")
         self._labels: dict[str, tuple[np.ndarray, list[str]]] = {}
         self.num_tokens = _numbers(self._facts["num_tokens"].combine_chunks())[self._order]
@@ -58,6 +61,12 @@ class Index:
         at = int(self._order[row])
         messages, start_index = (self._content[name][at].as_py() for name in ("messages", "start_index"))
         return Sample(_messages_of(json.loads(messages), _SOME_CLIP), start_index, None, "")
+
+    def release_pages(self) -> None:
+        """Give the pages that have been read back to the system, which reads them again where they are needed."""
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
+        release_freed_memory()
 
     def sources(self, rows: Iterable[int]) -> list[str]:
         return [self._content["source"][int(self._order[row])].as_py() for row in rows]
@@ -101,7 +110,7 @@ class Index:
 
     def reference_column(self, name: str) -> np.ndarray:
         """Return a column of those that `reference_index` has added, in manifest order."""
-        return _numbers(_mapped(self.folder, "references")[name].combine_chunks())[self._order]
+        return _numbers(_mapped(self.folder, "references", [])[name].combine_chunks())[self._order]
 
     def any_heard(self) -> bool:
         """Return whether a Whisper tower encodes any of the clips."""
@@ -217,12 +226,17 @@ def _read(folder: Path, kind: str) -> Iterator[pa.RecordBatch]:
             yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
 
 
-def _mapped(folder: Path, kind: str) -> pa.Table:
-    """Return the rows of all parts, concatenated. They are read from disk on access."""
+def _mapped(folder: Path, kind: str, maps: list[mmap.mmap]) -> pa.Table:
+    """Return the rows of all parts, concatenated. They are read from disk on access, from maps that are appended."""
     files = _files(folder, kind)
     if not files:
         raise FileNotFoundError(f"{folder}: has no {kind}; the cache was deleted while it was in use")
-    return pa.concat_tables([pa.ipc.open_file(pa.memory_map(path)).read_all() for path in files])
+    tables = []
+    for path in files:
+        with open(path, "rb") as file:
+            maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        tables.append(pa.ipc.open_file(pa.py_buffer(maps[-1])).read_all())
+    return pa.concat_tables(tables)
 
 
 def _values(column: pa.Array, dtype: np.dtype) -> np.ndarray:

@@ -233,6 +233,7 @@ class Preparation:
         codec = self.coder.codec
         frame_rate = codec.sample_rate / codec.hop_length
         lines = describe(checked.index, frame_rate, self.options.max_seq_len)
+        checked.index.release_pages()
         rows = np.arange(len(checked.index))
         references = references_of(checked.index, rows, rows, self.options, seed=0) if self.shard == WHOLE else None
         return f"{lines}\nreferences: {references.describe(with_dropout=False)}" if references else lines

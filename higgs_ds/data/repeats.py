@@ -13,6 +13,7 @@ MIN_BYTES = 20  # of a text: "Yes." may be said many times
 MAX_BYTES = 2**11 - 1  # longer texts count as this long where they are sorted
 MULTIPLIERS = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # odd, to mix bits
 MAX_COMPARED = 50_000  # pairs of texts, a few seconds
+READ_AT_ONCE = 512  # of them: each text maps the pages around it
 
 
 def same_audio(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +67,11 @@ def like_texts(
     pairs = pairs[:, lengths.min(axis=0) >= similarity * lengths.max(axis=0)]
     num_left = max(0, pairs.shape[1] - MAX_COMPARED)
     pairs = pairs[:, :MAX_COMPARED]
-    are_alike = [_are_alike(index, int(first), int(second), similarity) for first, second in pairs.T]
+    are_alike: list[bool] = []
+    for start in range(0, pairs.shape[1], READ_AT_ONCE):
+        some = pairs[:, start : start + READ_AT_ONCE].T.tolist()
+        are_alike += [_are_alike(index, first, second, similarity) for first, second in some]
+        index.release_pages()
     found = np.concatenate([same, pairs[:, np.array(are_alike, bool)]], axis=1)
     rows, first = np.unique(found[1], return_index=True)
     return rows, found[0, first], num_left

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from higgs_ds.data.references import SPEAKER_TAG, number_of, plain_form
 from higgs_ds.data.templates import INSTRUCTION
@@ -89,7 +90,7 @@ def prompt_number(sample: Sample, keys: Sequence[str]) -> int:
         keys: of the codes of the sample's clips.
     """
     clips = iter(keys)
-    found: list[tuple[str, list[str]]] = []
+    found: list[tuple[str, ...]] = []
     for turn, message in enumerate(sample.messages):
         if sample.is_target(turn):
             break
@@ -97,8 +98,13 @@ def prompt_number(sample: Sample, keys: Sequence[str]) -> int:
         texts = [part if isinstance(part, str) else next(clips) for part in message.parts]
         if is_spoken and not message.clips:
             texts = [_name_in(text, sample.speaker) for text in texts[:1]]
-        found.append((message.role, texts))
-    return number_of(repr(found))
+        found.append((message.role, *texts))
+    return _number_of_prompt(tuple(found))
+
+
+@lru_cache(maxsize=1024)  # many samples have the same prompt but for its words
+def _number_of_prompt(prompt: tuple[tuple[str, ...], ...]) -> int:
+    return number_of(repr([(role, texts) for role, *texts in prompt]))
 
 
 def _name_in(words: str, speaker: str | None) -> str:

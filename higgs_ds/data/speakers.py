@@ -15,6 +15,7 @@ from higgs_ds.options.fields import NO_SPEAKER_PROMPT, SPEAKER_DESCRIPTION, SPEA
 from higgs_ds.options.train import DataOptions
 
 NAMED = 5  # speakers that are named
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, to mix bits
 TRIED = 8  # samples of a speaker that are searched for a description: those of dialogues have none
 
 
@@ -65,10 +66,14 @@ def find_equal_prompts(index: AnyIndex, rows: np.ndarray, references: References
         return None
     is_compared = is_named if references is None else is_named & (references.in_epoch(None).rows < 0)
     compared = rows[is_compared]
-    speakers, prompts = numbers[compared], np.unique(index.prompts()[compared], return_inverse=True)[1]
-    pairs = np.unique(np.stack([prompts, speakers]), axis=1)
-    num_speakers = np.bincount(pairs[0], minlength=1)
-    counts = np.bincount(speakers[num_speakers[prompts] > 1], minlength=len(names))
+    speakers, prompts = numbers[compared], index.prompts()[compared]
+    # Each pair of a prompt and a speaker once, by a hash of both: prompts are hashes of as many bits themselves.
+    mixed = prompts.astype(np.uint64) * MULTIPLIER + speakers.astype(np.uint64)
+    _, first, num_samples = np.unique(mixed, return_index=True, return_counts=True)
+    prompt_of_pair = np.unique(prompts[first], return_inverse=True)[1]
+    is_equal = np.bincount(prompt_of_pair, minlength=1)[prompt_of_pair] > 1
+    counts = np.zeros(len(names), np.int64)
+    np.add.at(counts, speakers[first][is_equal], num_samples[is_equal])
     found = {names[number]: int(counts[number]) for number in np.argsort(-counts, kind="stable") if counts[number]}
     return EqualPrompts(found, int(is_named.sum())) if found else None
 

@@ -28,15 +28,16 @@ class AudioClip:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: text and audio, in order of appearance."""
+    """One turn: text and audio, in order of appearance. `clips` are the audio among its parts."""
 
     role: str
     parts: tuple[str | AudioClip, ...]
     recipient: str | None = None
+    clips: tuple[AudioClip, ...] = field(init=False, repr=False, compare=False)
 
-    @property
-    def clips(self) -> list[AudioClip]:
-        return [part for part in self.parts if isinstance(part, AudioClip)]
+    def __post_init__(self) -> None:
+        # Found once: checking a sample asks for its clips a dozen times.
+        object.__setattr__(self, "clips", tuple([part for part in self.parts if isinstance(part, AudioClip)]))
 
 
 @dataclass(frozen=True)

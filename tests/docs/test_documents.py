@@ -25,6 +25,7 @@ from hub_server import TOKEN, local_hub
 from launcher import default_port, free_port, run_script
 from long_recording import srt_of, write_recording
 
+from higgs_ds.bases.builtin import RANDOM_BASE, builtin_base
 from higgs_ds.common.hub import PINNED
 
 pytestmark = pytest.mark.slow
@@ -36,6 +37,7 @@ DOCUMENTS = [
 ]  # fmt: skip
 PROGRAMS = ("make", "source", "python", "deepspeed", "torchrun", "sbatch", "hf", "pip")
 BASE, CODEC = "bosonai/higgs-audio-v2-generation-3B-base", "bosonai/higgs-audio-v2-tokenizer"
+V3_BASE = "bosonai/higgs-tts-3-4b"
 # Commands that run uncut elsewhere: the file that runs them, and a string which that file must contain.
 ELSEWHERE = {
     "make install": ("Makefile", "install: "),
@@ -85,7 +87,7 @@ NEW_USERS = commands_in(
 NEW_USERS = [command for command in NEW_USERS if re.search(r"--check_only|my_voice( |/)", command)]
 # What others depend on: the README's run with the real base's name, its adapter's merge, full fine-tuning, slicing.
 FIRST = (
-    "deepspeed .*--output_dir my_voice --base|python launch/merge.* merged$|deepspeed .*--finetune full|"
+    rf"deepspeed .*--output_dir my_voice --base_ckpt {BASE}|python launch/merge.* merged$|deepspeed .*--finetune full|"
     "python launch/slice.* --subtitles"
 )
 IN_ORDER = [c for c in HERE if re.match(FIRST, c)]
@@ -121,15 +123,16 @@ class Workshop:
 
 
 def in_hub_cache(home: Path, name: str, files: Path) -> None:
-    """Put files into the hub's cache as if the repository had been downloaded at its pinned commit."""
+    """Put files into the hub's cache as if the repository had been downloaded, at its pinned commit if it has one."""
     repository = home / "hub" / f"models--{name.replace('/', '--')}"
-    shutil.copytree(files, repository / "snapshots" / PINNED[name])
+    commit = PINNED.get(name, "0" * 40)
+    shutil.copytree(files, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(PINNED[name])  # the newest commit, which transformers requests
+    (repository / "refs" / "main").write_text(commit)  # the newest commit, which transformers requests
 
 
 @pytest.fixture(scope="session")
-def workshop(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Workshop:
+def workshop(tmp_path_factory: pytest.TempPathFactory, base: Path, cache_dir: Path) -> Workshop:
     folder = tmp_path_factory.mktemp("documents")
     for name in ("launch", "ds_configs", "benchmarks", "samples"):
         (folder / name).symlink_to(PROJECT / name)
@@ -158,6 +161,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Workshop:
     shop.run_fast(f"python launch/convert.py --input_path {base} --output_path {home}/original --to original")
     in_hub_cache(home, BASE, home / "original")
     in_hub_cache(home, CODEC, base.parent / "tiny-random-codec")
+    in_hub_cache(home, V3_BASE, builtin_base(f"{RANDOM_BASE}-v3", cache_dir))
     return shop
 
 

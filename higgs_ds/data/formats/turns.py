@@ -28,7 +28,7 @@ def messages_of(raw: Any, dialect: Dialect, reading: Reading) -> tuple[Message, 
     if not isinstance(raw, list) or not raw:
         reading.report("messages", f"must be a list of one or more messages, but is {kind_of(raw)}")
         return ()
-    return tuple(_message(message, f"messages[{i}]", dialect, reading) for i, message in enumerate(raw))
+    return tuple([_message(message, f"messages[{i}]", dialect, reading) for i, message in enumerate(raw)])
 
 
 def object_of(raw: Any, reading: Reading) -> dict[str, Any] | None:
@@ -55,11 +55,11 @@ def _message(raw: Any, where: str, dialect: Dialect, reading: Reading) -> Messag
     content = raw.get("content")
     if content == []:
         reading.report(f"{where}.content", "is an empty list; add text or audio")
-    parts = []
-    for i, part in enumerate(content if isinstance(content, list) else [content]):
-        place = f"{where}.content[{i}]" if isinstance(content, list) else f"{where}.content"
-        parts.append(_part(part, place, role, dialect, reading))
-    return Message(role, tuple(part for part in parts if part is not None), _recipient(raw, where, role, reading))
+    if isinstance(content, list):
+        parts = [_part(part, f"{where}.content[{i}]", role, dialect, reading) for i, part in enumerate(content)]
+    else:
+        parts = [_part(content, f"{where}.content", role, dialect, reading)]
+    return Message(role, tuple([part for part in parts if part is not None]), _recipient(raw, where, role, reading))
 
 
 def _recipient(raw: dict[str, Any], where: str, role: str, reading: Reading) -> str | None:
