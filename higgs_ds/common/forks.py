@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import multiprocessing
 import os
@@ -28,41 +27,20 @@ def may_fork() -> bool:
     return torch is None or not (torch.cuda.is_initialized() or torch.distributed.is_initialized())
 
 
-def run_in_forks(function: Callable[[int], Result], count: int) -> list[Result]:
+def run_in_forks(
+    function: Callable[[int], Result], count: int, meanwhile: Callable[[], None] | None = None
+) -> list[Result]:
     """Return the results of a function for 0 to `count` - 1, each computed in a process of its own.
 
     The processes end with this one, and ignore the signals that end it. The function must not use torch.
+
+    Args:
+        meanwhile: what this process does before it waits for them.
 
     Raises:
         HiggsError: the first one that a process has raised.
         RuntimeError: a process was ended, or has failed and printed why.
     """
-    with _forks(function, count) as results:
-        return [result() for result in results]
-
-
-@contextlib.contextmanager
-def in_background(function: Callable[[], Result]) -> Iterator[Callable[[], Result]]:
-    """Run a function in a forked process during the block, and yield a function that waits for its result.
-
-    Its memory is free after it. If this process has imported torch, which a fork could not use, the function runs when
-    its result is asked for. It raises what `run_in_forks` raises.
-    """
-    if "torch" in sys.modules:
-        yield function
-        return
-
-    def run(_: int) -> Result:
-        gc.disable()  # which takes a fifth of the time of large imports
-        return function()
-
-    with _forks(run, 1) as (result,):
-        yield result
-
-
-@contextlib.contextmanager
-def _forks(function: Callable[[int], Result], count: int) -> Iterator[list[Callable[[], Result]]]:
-    """Yield functions that wait for the results of processes, which end with the block."""
     context = multiprocessing.get_context("fork")
     started: list[tuple[Any, Connection]] = []
     try:
@@ -73,7 +51,9 @@ def _forks(function: Callable[[int], Result], count: int) -> Iterator[list[Calla
                 process.start()
             sender.close()
             started.append((process, receiver))
-        yield [functools.partial(_result_of, process, receiver) for process, receiver in started]
+        if meanwhile is not None:
+            meanwhile()
+        return [_result_of(process, receiver) for process, receiver in started]
     finally:
         for process, receiver in started:
             process.kill()

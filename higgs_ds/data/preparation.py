@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from higgs_ds.common.errors import MoreProblems, SaveError
 from higgs_ds.common.files import flush_folder, saving, write_json, write_text
 from higgs_ds.common.forks import may_fork, run_in_forks
 from higgs_ds.common.lock import OutputLock, lock_beside
+from higgs_ds.common.process import quick_imports
 from higgs_ds.common.words import counted
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.flags import Flagged, find_flags
@@ -185,7 +187,9 @@ class Preparation:
                 share = Share(first + number, num_shares)
                 return survey(path, self.checker, share, num_threads, keep, report_invalid)
 
-        results = run_in_forks(check_share, count) if count > 1 else [check_share(0)]
+        # What follows needs the codec: clips are encoded, or compared with what it makes of them.
+        meanwhile = import_codec if self.coder is not None else None
+        results = run_in_forks(check_share, count, meanwhile) if count > 1 else [check_share(0)]
         return [result for result, _ in results], MissingClips.merged([missing for _, missing in results])
 
     def encode(self, checked: CheckedManifest, device: torch.device | None = None) -> None:
@@ -331,6 +335,12 @@ class Preparation:
                 file.writelines(problem_lines(folder))
 
         distributed.on_main(collect)
+
+
+def import_codec() -> None:
+    """Import torch and the codec's classes."""
+    with quick_imports():
+        importlib.import_module("higgs_ds.data.codec")
 
 
 @contextlib.contextmanager

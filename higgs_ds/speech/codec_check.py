@@ -90,47 +90,33 @@ class Comparison:
         )
 
 
-@dataclass(frozen=True)
-class CodecCheck:
-    """Which clips of training manifests are compared with themselves through the codec.
+def check_codec(
+    preparation: Preparation, checked: Sequence[CheckedManifest], model: ModelOptions, num_clips: int, keep: bool = True
+) -> str:
+    """Compare clips of training manifests with themselves through the codec, and warn where they come back unlike.
 
-    num_clips: of all manifests together, but at least one of each; 0 compares none.
-    keep: whether results are kept in the cache, where those of earlier runs are found.
+    Only rank 0 needs to call this.
+
+    Args:
+        num_clips: of all manifests together, but at least one of each; 0 compares none.
+        keep: whether results are kept in the cache, where those of earlier runs are found.
+
+    Returns:
+        Lines for the data's summary.
     """
-
-    preparation: Preparation
-    checked: Sequence[CheckedManifest]
-    model: ModelOptions
-    num_clips: int
-    keep: bool = True
-
-    @property
-    def _is_builtin(self) -> bool:
-        return which_builtin(self.model.base_ckpt) is not None and self.model.codec_ckpt is None
-
-    def _left_out(self) -> str:
-        """Return why no clip is compared; empty if clips are."""
-        if self.num_clips == 0:
-            return f"{TITLE}: no clip was compared (--flag_codec_clips 0)\n"
-        if self._is_builtin and which_builtin(self.model.base_ckpt) == RANDOM_BASE:
-            return f"{TITLE}: no clip was compared, because the codec's weights are random\n"
-        return ""
-
-    def compare(self) -> list[Comparison]:
-        """Compare clips of each manifest. Only rank 0 needs to call this."""
-        if self._left_out():
-            return []
-        of_each = -(-self.num_clips // len(self.checked))
-        return [_compare_cached(self.preparation, manifest, of_each, self.keep) for manifest in self.checked]
-
-    def report(self, comparisons: Sequence[Comparison]) -> str:
-        """Warn of clips that come back unlike themselves, and return lines for the data's summary."""
-        for found in comparisons:
-            if found.unlike:
-                base = which_builtin(self.model.base_ckpt) or self.model.base_ckpt
-                warn(found.warning(str(self.model.codec_ckpt or base), self._is_builtin))
-        lines = [f"{TITLE}:", *(f"  {found.manifest}: {found.describe()}" for found in comparisons)]
-        return self._left_out() or "".join(f"{line}\n" for line in lines)
+    built_in = which_builtin(model.base_ckpt)
+    is_builtin = built_in is not None and model.codec_ckpt is None
+    if num_clips == 0:
+        return f"{TITLE}: no clip was compared (--flag_codec_clips 0)\n"
+    if is_builtin and built_in == RANDOM_BASE:
+        return f"{TITLE}: no clip was compared, because the codec's weights are random\n"
+    lines = [f"{TITLE}:"]
+    for manifest in checked:
+        found = _compare_cached(preparation, manifest, -(-num_clips // len(checked)), keep)
+        lines.append(f"  {manifest.path}: {found.describe()}")
+        if found.unlike:
+            warn(found.warning(str(model.codec_ckpt or built_in or model.base_ckpt), is_builtin))
+    return "".join(f"{line}\n" for line in lines)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import textwrap
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,6 @@ from higgs_ds.bases.builtin import warn_of_builtin_base
 from higgs_ds.bases.bundle import open_for_training
 from higgs_ds.common import distributed
 from higgs_ds.common.console import say, warn
-from higgs_ds.common.forks import in_background
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.data.flags import list_problems, say_flagged, write_list
 from higgs_ds.data.joined_index import join
@@ -26,7 +23,7 @@ from higgs_ds.options.checks import check_data_options
 from higgs_ds.options.commands import PrepareOptions, parse_shard
 from higgs_ds.options.flags import FlagOptions, check_flag_options
 from higgs_ds.options.train import DataOptions, ModelOptions
-from higgs_ds.speech.codec_check import CodecCheck, Comparison
+from higgs_ds.speech.codec_check import check_codec
 
 DEFAULT_FLAGS = FlagOptions()
 
@@ -43,19 +40,17 @@ def main(options: DataOptions, model: ModelOptions, how: PrepareOptions, flags: 
     shard = Share(*parse_shard(how.shard))
     with Preparation(options, bundle.coder(cache_dir), cache_dir, shard) as preparation:
         checked = [preparation.check(path) for path in manifests]
-        to_train, keep = checked[: len(options.train_manifests)], not how.check_only
-        codec_check = CodecCheck(preparation, to_train, model, flags.flag_codec_clips, keep)
-        with _comparing(codec_check) as compare:
-            for manifest in checked:
-                if manifest.index is not None:
-                    say(f"{manifest.path}:\n{textwrap.indent(preparation.describe(manifest), '  ')}")
-            distributed.on_main(lambda: _report_flagged(preparation, checked, how.flagged_list, flags))
-            problems = preparation.problems(checked)
-            if shard == WHOLE:
-                problems += check_prompts(options, checked)
-            distributed.raise_problems(problems)
-            _warn_of_equal_prompts(options, checked, shard)
-            compared = distributed.on_main(lambda: codec_check.report(compare()))
+        for manifest in checked:
+            if manifest.index is not None:
+                say(f"{manifest.path}:\n{textwrap.indent(preparation.describe(manifest), '  ')}")
+        distributed.on_main(lambda: _report_flagged(preparation, checked, how.flagged_list, flags))
+        problems = preparation.problems(checked)
+        if shard == WHOLE:
+            problems += check_prompts(options, checked)
+        distributed.raise_problems(problems)
+        _warn_of_equal_prompts(options, checked, shard)
+        to_train, num_clips, keep = checked[: len(options.train_manifests)], flags.flag_codec_clips, not how.check_only
+        compared = distributed.on_main(lambda: check_codec(preparation, to_train, model, num_clips, keep))
         say(compared.rstrip("\n"))
         if how.check_only:
             return
@@ -63,16 +58,6 @@ def main(options: DataOptions, model: ModelOptions, how: PrepareOptions, flags: 
             preparation.encode(manifest)
             preparation.keep(manifest)
     say(f"prepared: all audio is encoded in {cache_dir}")
-
-
-@contextlib.contextmanager
-def _comparing(codec_check: CodecCheck) -> Iterator[Callable[[], list[Comparison]]]:
-    """Compare clips during the block, unless a manifest has problems, which then end it."""
-    if any(manifest.index is None for manifest in codec_check.checked):
-        yield codec_check.compare
-        return
-    with in_background(codec_check.compare) as compare:
-        yield compare
 
 
 def _report_flagged(

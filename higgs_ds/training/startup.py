@@ -34,7 +34,7 @@ from higgs_ds.options.compatibility import unsupported
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.reporting.publish import check_licence, check_login
 from higgs_ds.reporting.trackers import check_wandb_login
-from higgs_ds.speech.codec_check import CodecCheck
+from higgs_ds.speech.codec_check import check_codec
 from higgs_ds.training.loading import load_run
 from higgs_ds.training.overruled import overruled_by_file
 from higgs_ds.training.resume import find_resume_checkpoint
@@ -91,9 +91,8 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
         overruled = overruled_by_file(options, resolved[1], options.run.deepspeed)
         settings, options = resolved
         warn_of_builtin_base(options.model.base_ckpt, manifests)
-        to_train = checked[: len(options.data.train_manifests)]
-        codec_check = CodecCheck(preparation, to_train, options.model, options.flags.flag_codec_clips)
-        compared = distributed.on_main(lambda: codec_check.report(codec_check.compare()))
+        to_train, num_clips = checked[: len(options.data.train_manifests)], options.flags.flag_codec_clips
+        compared = distributed.on_main(lambda: check_codec(preparation, to_train, options.model, num_clips))
         for manifest in checked:
             preparation.encode(manifest)
         summary = distributed.on_main(lambda: _summary(preparation, checked)) + compared

@@ -22,7 +22,7 @@ from higgs_ds.data.codec import Codec
 from higgs_ds.data.preparation import Preparation
 from higgs_ds.model.sample import AudioClip
 from higgs_ds.options.train import DataOptions, ModelOptions
-from higgs_ds.speech.codec_check import CodecCheck
+from higgs_ds.speech.codec_check import check_codec
 from higgs_ds.speech.measures import spectral_similarity
 
 DIGITS = PROJECT / "samples" / "digits.jsonl"
@@ -42,8 +42,7 @@ def compare(bundle: Bundle, tmp_path: Path) -> Compare:
         data = DataOptions(train_manifest=manifests, **options)
         with Preparation(data, bundle.coder(tmp_path), tmp_path) as preparation:
             checked = [preparation.check(path) for path in manifests]
-            codec_check = CodecCheck(preparation, checked, ModelOptions(base_ckpt=named), num_clips, keep)
-            return codec_check.report(codec_check.compare())
+            return check_codec(preparation, checked, ModelOptions(base_ckpt=named), num_clips, keep)
 
     return run
 
@@ -154,10 +153,10 @@ def test_a_clip_that_is_gone(bundle: Bundle, tmp_path: Path) -> None:
     entry["messages"][-1]["content"]["audio_url"] = str(clip)
     manifest = write_manifest(tmp_path / "m.jsonl", [entry])
     with Preparation(DataOptions(train_manifest=(manifest,)), bundle.coder(tmp_path), tmp_path) as preparation:
-        codec_check = CodecCheck(preparation, [preparation.check(manifest)], ModelOptions(), 5)
+        checked = preparation.check(manifest)
         clip.unlink()
         with pytest.raises(InputError, match=r"a\.flac: has changed since it was checked: no such file"):
-            codec_check.compare()
+            check_codec(preparation, [checked], ModelOptions(), 5)
         write_manifest(manifest, [])
         with pytest.raises(InputError, match=r"m\.jsonl: has changed since it was checked"):
-            codec_check.compare()
+            check_codec(preparation, [checked], ModelOptions(), 5)
