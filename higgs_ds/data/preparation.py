@@ -9,32 +9,30 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-import json
 import os
 import shutil
 import socket
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from higgs_ds.common import distributed
 from higgs_ds.common.console import say, warn
 from higgs_ds.common.errors import MoreProblems, SaveError
-from higgs_ds.common.files import flush_folder, saving, write_json, write_text
+from higgs_ds.common.files import saving, write_text
 from higgs_ds.common.forks import may_fork, run_in_forks
 from higgs_ds.common.lock import OutputLock, lock_beside
 from higgs_ds.common.process import quick_imports
 from higgs_ds.common.words import counted
 from higgs_ds.data.coder import Coder
 from higgs_ds.data.flags import Flagged, find_flags
-from higgs_ds.data.formats.folders import list_paths
-from higgs_ds.data.index import Index, Stamp, open_kept, stamp_of
-from higgs_ds.data.index_writer import DESCRIPTION, VERSION, CheckedSample, PartWriter
+from higgs_ds.data.formats.folders import listed_once
+from higgs_ds.data.index import Index, open_kept
+from higgs_ds.data.index_writer import CheckedSample, PartWriter
+from higgs_ds.data.kept_indexes import Identity, KeptIndexes, identity_of
 from higgs_ds.data.problem_list import (
     LIST_FOLDER,
     open_problems,
@@ -55,18 +53,11 @@ from higgs_ds.data.survey import (
     survey,
 )
 from higgs_ds.options.flags import FlagOptions
-from higgs_ds.options.speakers import read_descriptions
 from higgs_ds.options.train import DataOptions
 
 if TYPE_CHECKING:
     import torch
 
-UNUSED_AFTER_S = 30 * 24 * 3600  # age at which an index that no run has used is removed
-# Options that affect the content of an index.
-INDEXED_OPTIONS = (
-    "format", "reference_placement", "normalize_text", "allow_text_targets", "max_clip_s", "trim_silence", "silence_db",
-    "speaker_prompt",
-)  # fmt: skip
 WHOLE = Share()
 WORTH_BYTES, WORTH_FILES = 4 << 20, 4096  # of a manifest or a folder, above which processes are faster than threads
 Keep = Callable[[list[CheckedSample]], None]
@@ -82,7 +73,7 @@ class CheckedManifest:
     findings: list[SurveyResult] = field(default_factory=list)  # of every rank; empty for a kept index
     missing: MissingClips = field(default_factory=MissingClips)  # of this rank's share
     folder: Path | None = None  # of an index that is not kept yet
-    identity: dict[str, Any] = field(default_factory=dict)  # of the manifest before it was read
+    identity: Identity | None = None  # of the manifest before it was read
 
     @property
     def num_bad(self) -> int:
@@ -103,6 +94,7 @@ class Preparation:
         self.shard = shard
         self.num_workers = options.num_workers or max(1, (os.cpu_count() or 1) // distributed.local_world_size())
         self.checker = Checker(options, self.coder)
+        self._kept = KeptIndexes(cache_dir)
         self._scratch: list[Path] = []
         self._list_lock: OutputLock | None = None
 
@@ -133,6 +125,10 @@ class Preparation:
 
     def check(self, path: Path) -> CheckedManifest:
         """Check a manifest, unless an earlier run has checked it and nothing has changed since."""
+        with listed_once():
+            return self._check(path)
+
+    def _check(self, path: Path) -> CheckedManifest:
         identity, kept_index = self._kept_index(path)
         if kept_index is not None:
             self._add_references(kept_index)
@@ -142,7 +138,7 @@ class Preparation:
         unshared = [problem for problems in distributed.gather_objects(unshared) for problem in problems]
         if unshared:
             return CheckedManifest(path, unshared)
-        findings, missing = self._survey(path, folder, identity["num_files"])
+        findings, missing = self._survey(path, folder, identity.num_files)
         gathered = [one for of_rank in distributed.gather_objects(findings) for one in of_rank]
         checked = CheckedManifest(path, findings=gathered, missing=missing, folder=folder, identity=identity)
         for line in describe_left_out(gathered, self.coder):
@@ -218,12 +214,8 @@ class Preparation:
 
         def publish() -> Path:
             assert checked.folder is not None
-            target = self._index_name(checked.path).with_name(f"{self._index_name(checked.path).name}-{time.time_ns()}")
-            with saving(target):
-                write_json(checked.folder / DESCRIPTION, checked.identity | {"num_bad": checked.num_bad})
-                flush_folder(checked.folder)
-                os.replace(checked.folder, target)
-            return target
+            assert checked.identity is not None
+            return self._kept.keep(checked.folder, self._index_name(checked.path), checked.identity, checked.num_bad)
 
         checked.index = None  # release this mapping first: memory that is mapped twice counts twice
         target = distributed.on_main(publish)
@@ -259,64 +251,25 @@ class Preparation:
         if self.shard == WHOLE and (self.options.has_random_references or self.options.reference_dropout):
             distributed.on_main(add)
 
-    def _kept_index(self, path: Path) -> tuple[dict[str, Any], Index | None]:
+    def _kept_index(self, path: Path) -> tuple[Identity, Index | None]:
         """Return a manifest's identity, and the index of an earlier run if its files and their codes are unchanged."""
-        found, stamps = self._identity(path) if distributed.is_main() else ({}, {})
+        found, stamps = identity_of(path) if distributed.is_main() else (None, {})
         identity = distributed.broadcast_object(found)
         if self.coder is None or self.shard != WHOLE:
             return identity, None
-
-        def find() -> Path | None:
-            wanted = identity | {"num_bad": 0}
-            name = self._index_name(path)
-            for folder in sorted(name.parent.glob(f"{name.name}-*"), reverse=True):
-                with contextlib.suppress(OSError, ValueError):
-                    if json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")) == wanted:
-                        os.utime(folder)
-                        return folder
-            return None
-
-        folder = distributed.on_main(find)
+        folder = distributed.on_main(lambda: self._kept.find(self._index_name(path), identity))
         index = open_kept(folder) if folder is not None else None
         fresh = index and index.is_fresh(self.coder.has_outputs, distributed.rank(), distributed.world_size(), stamps)
         is_fresh = all(distributed.gather_objects(bool(fresh)))
         return identity, index if is_fresh else None
 
-    def _index_name(self, path: Path) -> Path:
-        """Return the path of an index without its number: one for each manifest, base and set of options.
-
-        Each new index gets a new number, since an index is never changed.
-        """
+    def _index_name(self, path: Path) -> str:
         assert self.coder is not None
-        values = [getattr(self.options, name) for name in INDEXED_OPTIONS]
-        descriptions = self.options.speaker_descriptions
-        values.append(dict(read_descriptions(descriptions)) if descriptions else None)
-        name = hashlib.sha256(json.dumps([str(path.absolute()), *values, self.coder.identity]).encode()).hexdigest()
-        return self.cache_dir / "index" / name[:32]
-
-    def _identity(self, path: Path) -> tuple[dict[str, Any], dict[str, Stamp | None]]:
-        """Return what a kept index is compared with: a digest of sizes and times, and these of each file.
-
-        The files are the manifest, or all files of a folder.
-        """
-        paths, faults = list_paths(path) if path.is_dir() else ([str(path)], [])
-        stamps = {name: stamp_of(name) for name in sorted(paths)}
-        digest = hashlib.sha256(repr([*stamps.items(), *faults]).encode())
-        found = {"files": digest.hexdigest(), "num_files": len(paths)}
-        return {"version": VERSION, "manifest": str(path.absolute()), **found}, stamps
+        return self._kept.name(path, self.options, self.coder.identity)
 
     def _scratch_folder(self) -> Path:
-        """Make a folder for the parts of an index, next to the kept indexes; remove those that are no longer used."""
-
         def make() -> Path:
-            indexes = self.cache_dir / "index"
-            with saving(indexes):
-                indexes.mkdir(parents=True, exist_ok=True)
-                for old in indexes.iterdir():
-                    with contextlib.suppress(FileNotFoundError):  # another process has just renamed its own
-                        if time.time() - old.stat().st_mtime > UNUSED_AFTER_S:
-                            shutil.rmtree(old, ignore_errors=True)
-                self._scratch.append(Path(tempfile.mkdtemp(dir=indexes, suffix=".tmp")))
+            self._scratch.append(self._kept.make_scratch())
             return self._scratch[-1]
 
         return distributed.on_main(make)

@@ -21,7 +21,7 @@ from higgs_ds.bases.builtin import RANDOM_BASE, which_builtin
 from higgs_ds.common import distributed
 from higgs_ds.common.console import warn
 from higgs_ds.common.errors import InputError
-from higgs_ds.common.files import saving, write_json
+from higgs_ds.common.files import release_freed_memory, saving, write_json
 from higgs_ds.common.hub import RELEASED_BASE
 from higgs_ds.data.audio import AudioError, read_audio
 from higgs_ds.data.coder import Coder
@@ -172,8 +172,9 @@ def _compare(preparation: Preparation, path: Path, chosen: Sequence[_Chosen]) ->
     from higgs_ds.speech.measures import spectral_similarity
 
     assert preparation.coder is not None
-    codec = Codec(preparation.coder.codec.folder, distributed.device())
     samples = dict(_samples_at(preparation, path, {one.number for one in chosen}))
+    release_freed_memory()  # that of a large folder's listing
+    codec = Codec(preparation.coder.codec.folder, distributed.device())
     similarities, spoken = [], []
     for one in chosen:
         recording = _read(samples[one.number].messages[one.turn].clips[0], codec.sample_rate)

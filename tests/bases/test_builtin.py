@@ -314,7 +314,8 @@ def test_two_processes_at_once(tmp_path: Path, speaking: Path) -> None:
     ("name", "manifest", "words"),
     [
         (None, "my_clips", "warning: without --base_ckpt the base is speaking-base, which is built in for trying out"),
-        (RANDOM_BASE, "my_clips", f"warning: --base_ckpt {RANDOM_BASE} is built in for trying out the trainer"),
+        (DEFAULT_BASE, "my_clips", f"warning: --base_ckpt {DEFAULT_BASE} is built in for trying out the trainer"),
+        (RANDOM_BASE, "my_clips", ""),  # learns anything, and says so where it is listed
         (None, "samples/digits.jsonl", ""),
         (RANDOM_BASE, "samples/voices.jsonl", ""),
         ("bosonai/higgs-audio-v2-generation-3B-base", "my_clips", ""),

@@ -19,7 +19,7 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.data.formats import jsonio, lists
 from higgs_ds.data.formats.reader import read_entries
 from higgs_ds.data.formats.recognition import recognize
-from higgs_ds.data.preparation import Preparation
+from higgs_ds.data.kept_indexes import identity_of
 from higgs_ds.model.sample import AudioClip, Entry, Message, Sample
 from higgs_ds.model.v2.prompt import AUDIO_IN, AUDIO_OUT, render
 from higgs_ds.options.fields import FORMATS
@@ -879,7 +879,7 @@ def test_kept_index_depends_on_what_is_read(tmp_path: Path) -> None:
     seen: list[Any] = []
 
     def is_new() -> bool:
-        seen.append(Preparation(DataOptions(), None, tmp_path / "cache")._identity(data)[0])
+        seen.append(identity_of(data)[0])
         return seen[-1] not in seen[:-1]
 
     assert is_new()

@@ -7,6 +7,7 @@ folder is read twice, and a folder that is reachable without links is read under
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import deque
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from higgs_ds.data.formats.checks import printable
 from higgs_ds.model.sample import Entry
@@ -77,27 +79,62 @@ def list_paths(root: Path, suffixes: tuple[str, ...] | None = None) -> tuple[lis
     return [path for one in listings for path in one.paths], [fault for one in listings for fault in one.faults]
 
 
+class _Found(NamedTuple):
+    """What a folder has under one name."""
+
+    name: str
+    is_link: bool
+    is_folder: bool  # or a link to one
+
+
+_remembered: dict[Path, list[_Found]] | None = None
+
+
+@contextlib.contextmanager
+def listed_once() -> Iterator[None]:
+    """Within the block, each folder is listed once: whoever reads it sees the same files, also in forked processes."""
+    global _remembered
+    _remembered = {}
+    try:
+        yield
+    finally:
+        _remembered = None
+
+
+def _scan(folder: Path) -> list[_Found]:
+    """Return what is in a folder, in natural order."""
+    found = None if _remembered is None else _remembered.get(folder)
+    if found is None:
+        with os.scandir(folder) as scan:
+            shown = [entry for entry in scan if not entry.name.startswith(".")]
+        shown.sort(key=lambda entry: entry.name)  # decides between 1 and 01, and leaves little to do for the next line
+        shown.sort(key=lambda entry: _natural_key(entry.name))
+        found = [
+            _Found(entry.name, is_link, os.path.isdir(entry.path) if is_link else entry.is_dir())
+            for entry in shown
+            for is_link in [entry.is_symlink()]
+        ]
+        if _remembered is not None:
+            _remembered[folder] = found
+    return found
+
+
 def _list_folder(folder: Path, real_root: Path, suffixes: tuple[str, ...] | None) -> Listing:
     listing = Listing(folder)
     try:
-        with os.scandir(folder) as scan:
-            shown = [entry for entry in scan if not entry.name.startswith(".")]
+        found = _scan(folder)
     except OSError as error:
         listing.faults.append(_fault(folder, f"folder: cannot be read: {error.strerror}"))
         return listing
-    shown.sort(key=lambda entry: entry.name)  # decides between 1 and 01, and leaves little to do for the next line
-    shown.sort(key=lambda entry: _natural_key(entry.name))
-    for entry in shown:
-        is_link = entry.is_symlink()
-        is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
+    for name, is_link, is_folder in found:
         if is_folder and not is_link:
-            listing.folders.append(Path(entry.path))
-        elif not is_folder and (suffixes is None or entry.name.lower().endswith(suffixes)):
-            listing.names.append(entry.name)  # its reader reports a link that is broken
-        elif is_link and (reason := _why_not_followed(Path(entry.path), real_root)):
-            listing.faults.append(_fault(Path(entry.path), reason))
+            listing.folders.append(folder / name)
+        elif not is_folder and (suffixes is None or name.lower().endswith(suffixes)):
+            listing.names.append(name)  # its reader reports a link that is broken
+        elif is_link and (reason := _why_not_followed(folder / name, real_root)):
+            listing.faults.append(_fault(folder / name, reason))
         elif is_folder:
-            listing.links.append(Path(entry.path))
+            listing.links.append(folder / name)
     return listing
 
 
