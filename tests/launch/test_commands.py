@@ -134,8 +134,9 @@ def test_table_at_the_start(main_job: tuple[Path, subprocess.CompletedProcess[st
     planned, libraries, weights, to_train, in_pass = (float(n) for n in re.findall(r"\d+\.\d+", rows["memory"]))
     assert planned == pytest.approx(libraries + weights + to_train + in_pass, abs=0.012)
     (measured,) = re.findall(rf"peak memory of rank 0: (\S+) GiB, planned {planned:.2f} GiB", done.stdout)
-    # Both with the libraries, which take far more than this run. Measured, there is also what drawing imports.
-    assert planned / 1.5 < float(measured) < planned * 1.5
+    # Both with the libraries, which take far more than this run. Measured, there is also what drawing imports, and
+    # freed memory that the C library keeps.
+    assert planned - 0.1 < float(measured) < planned + 0.6
     # Weights and adapters in 16 bits; gradients, master weights and Adam's two moments in 32.
     assert weights + to_train == pytest.approx((2 * parameters + 16 * trained) / 2**30, abs=0.001)
     assert rows["memory"].endswith("at ZeRO stage 2")
