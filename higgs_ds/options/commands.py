@@ -14,10 +14,12 @@ from higgs_ds.options.fields import (
     EXPORT_HELP,
     FORMATS,
     LAYOUTS,
+    MEASURES,
     MERGE_DEQUANTIZED,
     MERGE_ORIGINAL,
     NATIVE,
     REQUIRED,
+    RESEMBLYZER,
     SCALE_HELP,
     option,
 )
@@ -205,6 +207,19 @@ class EvaluateOptions:
         "also measure the word error rate, with this speech recognizer: pocketsphinx, limited to the words of the "
         "manifest (English), or a speech recognizer of transformers, a folder or a hub id",
         metavar="RECOGNIZER",
+    )
+    measures: tuple[str, ...] = option(
+        (),
+        "also measure the similarity of the voices (similarity), or how listeners would rate the sound (dnsmos); each "
+        "needs packages that its error message names",
+        MEASURES,
+        "MEASURE",
+    )
+    speaker_model: str = option(
+        RESEMBLYZER,
+        "model of the similarity: resemblyzer, or an x-vector model of transformers by folder or hub id, such as "
+        "microsoft/wavlm-base-plus-sv",
+        metavar="MODEL",
     )
     compare_with: Path | None = option(
         None, "evaluation.json of another evaluation, to show its numbers beside the new ones", metavar="FILE"

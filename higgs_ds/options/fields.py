@@ -20,6 +20,8 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 LAYOUTS = NATIVE, ORIGINAL = ("native", "original")
 BOTH_LAYOUTS = "both"
 MERGE_DEQUANTIZED, MERGE_ORIGINAL = "dequantized", "original"
+MEASURES = SIMILARITY, DNSMOS = ("similarity", "dnsmos")
+RESEMBLYZER = "resemblyzer"
 RESUME_NEVER, RESUME_AUTO = "never", "auto"
 RANDOM_REFERENCE = "random"
 SPEAKER_PROMPTS = NO_SPEAKER_PROMPT, SPEAKER_TAG, SPEAKER_DESCRIPTION, SPEAKER_REFERENCE = (

@@ -43,6 +43,16 @@ def median_pitch_hz(waveform: torch.Tensor, sample_rate: int) -> float:
     return float(pitch[: len(level)][loud].median()) if level.max() > 0 else float("nan")
 
 
+def spoken_seconds(waveform: torch.Tensor, sample_rate: int) -> float:
+    """Return the time from the first to the last loud 10 ms of a waveform (num_samples,); 0 for silence."""
+    frame = int(FRAME_S * sample_rate)
+    level = waveform[: len(waveform) // frame * frame].view(-1, frame).square().mean(dim=1)
+    if not len(level) or level.max() <= 0:
+        return 0.0
+    loud = (10 * (level / level.max()).clamp(min=1e-12).log10() > AUDIBLE_DB).nonzero()
+    return float(loud[-1] - loud[0] + 1) * FRAME_S
+
+
 def mel_distance_db(spoken: torch.Tensor, target: torch.Tensor, sample_rate: int) -> float:
     """Return the mean difference of two waveforms' mel spectra, in dB; `spoken` is stretched in time to the target."""
     to_mel = torchaudio.transforms.MelSpectrogram(sample_rate, n_fft=1024, hop_length=256, n_mels=NUM_MELS, power=1)
