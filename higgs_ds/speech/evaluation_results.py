@@ -13,7 +13,7 @@ import torch
 
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import saving, write_json
-from higgs_ds.speech.intervals import interval, items_needed
+from higgs_ds.speech.intervals import interval, items_needed, share_interval
 from higgs_ds.speech.measures import words_of
 from higgs_ds.speech.word_measures import WordErrors
 
@@ -62,6 +62,7 @@ MEANS: dict[str, Callable[[Item], float]] = {
     "reference_mos": lambda item: item.reference_mos,
 }
 ALWAYS = ("stop_rate", "length_ratio", "exact_first_codebook", "mel_distance_db")
+SHARES = ("stop_rate", "exact_first_codebook")
 INTERVALS = "intervals"
 NOT_IN_TABLE = ("items", INTERVALS)
 
@@ -77,7 +78,7 @@ def summary(items: Sequence[Item]) -> dict[str, Any]:
         known = [float(value(item)) for item in items if math.isfinite(value(item))]
         if known or name in ALWAYS:
             results[name] = sum(known) / len(known) if known else None
-            intervals[name] = interval(known) if known else None
+            intervals[name] = (share_interval if name in SHARES else interval)(known) if known else None
     results["code_agreement"] = [
         sum(values) / len(values) for values in zip(*(item.agreement for item in items), strict=True)
     ]
@@ -157,8 +158,10 @@ def table(results: dict[str, Any], earlier: dict[str, Any] | None = None) -> str
             columns.append(["items needed", *(f"{needed[name]:,}" if name in needed else "" for name in names)])
     widths = [max(map(len, column)) + 3 for column in columns]
     titles = ["", *(name.replace("_", " ") for name in names)]
+    title_width = max(28, *(len(title) + 1 for title in titles))
     lines = [
-        f"{title:<28}" + "".join(f"{value:<{width}}" for value, width in zip(values, widths, strict=True)).rstrip()
+        f"{title:<{title_width}}"
+        + "".join(f"{value:<{width}}" for value, width in zip(values, widths, strict=True)).rstrip()
         for title, *values in zip(titles, *columns, strict=True)
     ]
     return "\n".join(lines if earlier is not None else lines[1:])

@@ -17,21 +17,17 @@ def interval(numerators: Sequence[float], denominators: Sequence[float] | None =
     """Return the 95 % interval of a mean over items, or of a ratio of two sums over items; None below 3 items.
 
     It is bias-corrected and accelerated (Efron 1987), as by scipy, from 2,000 seeded draws of items with replacement.
-    Of a share, whose values are all 0 or 1, it is that of Wilson (1927), since a share of 0 or 1 is no certainty.
 
     Args:
         numerators: the value of each item, all finite.
         denominators: of each item, for instance its number of words; by default 1 for each.
     """
-    from scipy.stats import binomtest, bootstrap
+    from scipy.stats import bootstrap
 
     values = np.asarray(numerators, dtype=float)
     sizes = np.ones_like(values) if denominators is None else np.asarray(denominators, dtype=float)
     if len(values) < 3:
         return None
-    if denominators is None and np.isin(values, (0, 1)).all():
-        share = binomtest(int(values.sum()), len(values)).proportion_ci(CONFIDENCE, method="wilson")
-        return float(share.low), float(share.high)
     ratio = values.sum() / sizes.sum()
     if np.allclose(values, ratio * sizes, rtol=0, atol=1e-12):
         return float(ratio), float(ratio)  # all items agree, of which the method makes NaN
@@ -39,6 +35,14 @@ def interval(numerators: Sequence[float], denominators: Sequence[float] | None =
         (values, sizes), lambda a, b, axis: a.sum(axis) / b.sum(axis), paired=True, confidence_level=CONFIDENCE,
         n_resamples=RESAMPLES, rng=np.random.default_rng(0),
     ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
+
+
+def share_interval(hits: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the share of items that are 1, not 0, by Wilson (1927): 1 in all is no certainty."""
+    from scipy.stats import binomtest
+
+    found = binomtest(int(sum(hits)), len(hits)).proportion_ci(CONFIDENCE, method="wilson")
     return float(found.low), float(found.high)
 
 

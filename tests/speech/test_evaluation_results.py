@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from higgs_ds.speech.evaluation_results import Item, needed_items, summary, table
-from higgs_ds.speech.intervals import interval, items_needed
+from higgs_ds.speech.intervals import interval, items_needed, share_interval
 from higgs_ds.speech.measures import word_errors
 from higgs_ds.speech.word_measures import WordErrors
 
@@ -93,10 +94,19 @@ def test_intervals_cover_the_truth(kind: str) -> None:
 
 def test_intervals_of_few_or_equal_items() -> None:
     assert interval([1.0, 2.0]) is None
-    # Of 10 successes in 10: 1 / (1 + z^2 / n).
-    assert interval([1.0] * 10) == pytest.approx((1 / (1 + 1.959964**2 / 10), 1))
+    assert interval([1.0] * 10) == (1, 1)
+    assert share_interval([1.0] * 10) == pytest.approx((1 / (1 + 1.959964**2 / 10), 1))
     assert interval([0.5] * 9) == (0.5, 0.5)
     assert interval([3, 6, 9], [1, 2, 3]) == (3, 3)
+
+
+def test_table_of_equal_items() -> None:
+    """Shares have an interval even so; other means do not. Titles are apart from their values."""
+    results = summary([item("one", ["one"], heard_in_reference=["one"])] * 4)
+    rows = dict(re.split(r"\s{2,}|\s(?=[\d-])", line, maxsplit=1) for line in table(results).splitlines())
+    assert rows["stop rate"] == "1 (0.5101 to 1)"
+    assert rows["length ratio"] == "1"
+    assert rows["reference character error rate"] == "0"
 
 
 def test_items_that_a_difference_needs() -> None:
