@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -31,14 +30,6 @@ def default_cache_dir() -> Path:
 
 
 def resident_bytes() -> int:
-    """Return the memory of this process that is in use now.
-
-    It is at most the peak so far: some sandboxes count mapped files as resident, but not in the peak.
-    """
+    """Return the memory of this process that is in use now."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return min(pages * os.sysconf("SC_PAGE_SIZE"), peak_resident_bytes())
-
-
-def peak_resident_bytes() -> int:
-    """Return the most memory that this process has had in use."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,7 +17,6 @@ from higgs_ds.common.console import is_quiet, say
 from higgs_ds.common.distributed import is_main
 from higgs_ds.common.errors import NotFiniteError
 from higgs_ds.common.files import saving, write_text
-from higgs_ds.common.resources import peak_resident_bytes
 from higgs_ds.common.run_files import METRICS_FILE
 from higgs_ds.reporting.log_lines import log_lines
 from higgs_ds.reporting.trackers import Sound, Tracker
@@ -134,7 +134,7 @@ def peak_memory_gib() -> float:
     """Return this rank's peak memory so far, in GiB: allocated on its GPU, or resident in host memory without one."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
-    return round(peak_resident_bytes() / 2**30, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
 
 def _truncate(path: Path, last_step: int, validation_due: bool) -> None:

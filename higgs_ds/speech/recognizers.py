@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torchaudio
 
 from higgs_ds.common.errors import InputError
 from higgs_ds.speech.measures import words_of
+from higgs_ds.speech.sound_checks import RATE, at_16_khz
 
 POCKETSPHINX = "pocketsphinx"
-RATE = 16000  # sample rate of the recognizers, in Hz
 # With pocketsphinx's default weights (6.5 and 0.65), words are inserted where a voice fades out.
 LANGUAGE_WEIGHT, WORD_INSERTION_PENALTY = 10.0, 0.1
 # pocketsphinx cannot handle the digital silence of synthetic voices: without noise it misses soft consonants.
@@ -63,7 +62,7 @@ def _open_pocketsphinx(vocabulary: Sequence[str]) -> Transcriber:
     decoder.activate_search("words")
 
     def transcribe(waveform: torch.Tensor, sample_rate: int) -> str:
-        samples = np.pad(_resample(waveform, sample_rate), int(MARGIN_S * RATE))
+        samples = np.pad(at_16_khz(waveform, sample_rate).numpy(), int(MARGIN_S * RATE))
         samples *= PEAK / max(1e-6, float(np.abs(samples).max()))
         samples += np.random.default_rng(0).normal(0, NOISE, len(samples))
         decoder.reinit_feat()  # otherwise the result depends on earlier utterances
@@ -95,10 +94,7 @@ def _open_pipeline(name: str, language: str | None) -> Transcriber:
     given = {"generate_kwargs": {"language": language}} if language and known else {}
 
     def transcribe(waveform: torch.Tensor, sample_rate: int) -> str:
-        return recognize({"raw": _resample(waveform, sample_rate), "sampling_rate": RATE}, **given)["text"].strip()
+        samples = at_16_khz(waveform, sample_rate).numpy()
+        return recognize({"raw": samples, "sampling_rate": RATE}, **given)["text"].strip()
 
     return transcribe
-
-
-def _resample(waveform: torch.Tensor, sample_rate: int) -> np.ndarray:
-    return torchaudio.functional.resample(waveform, sample_rate, RATE).numpy()

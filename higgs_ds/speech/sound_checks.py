@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torchaudio
 
-RATE = 16000  # sample rate of the measuring models, in Hz
+RATE = 16000  # sample rate of the recognizers and the measuring models, in Hz
 SHORTEST_S = 0.2
 SILENT = 10 ** (-70 / 20)  # RMS of the loudest 10 ms, relative to full scale
 
@@ -28,5 +28,5 @@ def why_not_measurable(waveform: torch.Tensor, sample_rate: int) -> str | None:
 
 
 def at_16_khz(waveform: torch.Tensor, sample_rate: int) -> torch.Tensor:
-    """Return a waveform (num_samples,) at the rate of the measuring models."""
+    """Return a waveform (num_samples,) at RATE."""
     return torchaudio.functional.resample(waveform, sample_rate, RATE)
