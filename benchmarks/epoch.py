@@ -81,7 +81,7 @@ def _train_ours(args: argparse.Namespace) -> float:
     from higgs_ds.data.collate import collate
     from higgs_ds.data.prefetch import prefetched
     from higgs_ds.data.sampler import Window, WindowSampler
-    from higgs_ds.options.train import OptimOptions
+    from higgs_ds.options.optim import OptimOptions
 
     encoded = samples(args.clips)
     lengths = [len(sample.prompt.input_ids) for sample in encoded]

@@ -113,9 +113,9 @@ def operations(
         arguments = {name: torch.empty(t.shape, dtype=t.dtype, device=device) for name, t in batch.items()}
         weights = torch.ones(num_parts, device=device)
         with Operations() as recorded, _without_gpu() if device == GPU else contextlib.nullcontext():
-            loss = model(**arguments, target_weights=weights)[0]
+            losses = model(**arguments, target_weights=weights)[0]
             if backward:
-                loss.backward()
+                losses.sum().backward()
     return recorded
 
 

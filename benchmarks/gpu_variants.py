@@ -54,7 +54,7 @@ def _head_loss(values: dict[str, Any], length: int, device: torch.device) -> Ite
 
         def work() -> None:
             chunks = head_loss.Chunks(logits, head_loss.GPU_CHUNKS.classes)
-            head_loss.head_loss(hidden, head, targets, weights, chunks)[0].backward()
+            head_loss.head_loss(hidden, head, targets, weights, chunks)[0].sum().backward()
 
         return work
 

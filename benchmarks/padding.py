@@ -12,7 +12,7 @@ import numpy as np
 from record import parser_of, report
 
 from higgs_ds.data.sampler import WindowSampler
-from higgs_ds.options.train import OptimOptions
+from higgs_ds.options.optim import OptimOptions
 
 LAYOUTS = [(2, 8, 1), (8, 1, 1), (16, 2, 8)]  # batch size, gradient accumulation, ranks
 TOKENS = [2048, 4096, 8192]

@@ -134,9 +134,9 @@ def whole_after_forward(engine: Engine, batch: Batch, earlier: list[torch.Tensor
     packed = [p for p in engine.engine.module.parameters() if p.dtype == torch.uint8]
     own = storages(getattr(p, "ds_tensor", p) for p in packed)
     known = own | storages([*in_model(engine.engine.module)["quantization"], *earlier])
-    loss, *_ = engine.engine(**batch.tensors(torch.device("cpu")), target_weights=torch.ones(9))
+    losses, *_ = engine.engine(**batch.tensors(torch.device("cpu")), target_weights=torch.ones(9))
     others = sum(size for key, size in storages(all_packed()).items() if key not in known)
-    return {"own_packed": sum(own.values()), "other_packed": others if loss.requires_grad else -1}
+    return {"own_packed": sum(own.values()), "other_packed": others if losses.requires_grad else -1}
 
 
 def all_packed() -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 SETTINGS_FILE, SUMMARY_FILE, DROPPED_FILE = "settings.json", "data_summary.txt", "dropped_samples.txt"
 FLAGGED_FILE, INVALID_FILE = "flagged_samples.tsv", "invalid_samples.txt"
 TRAINING_DATA_FILE = "training_data.npz"  # identifies its samples
+REFERENCE_FILE = "reference_log_probs.safetensors"  # of its pairs, under the model that it started from
 SPEAKERS_FILE = "speakers.json"  # beside an adapter or a model
 METRICS_FILE, STATE_FILE = "metrics.jsonl", "trainer_state.json"
 SAMPLES_FOLDER, PROMPTS_FILE, REFERENCE_FOLDER = "samples", "prompts.json", "reference"

@@ -51,6 +51,11 @@ class Dataset:
         """Number of tokens of each sample."""
         return self.lengths_in(None)
 
+    @property
+    def group_lengths(self) -> list[int]:
+        """Number of tokens of what a sampler counts: of each sample."""
+        return self.lengths
+
     def lengths_in(self, epoch: int | None) -> list[int]:
         """Return the number of tokens of each sample in an epoch, from 0."""
         if self.references is not None:

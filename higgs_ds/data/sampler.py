@@ -50,6 +50,7 @@ class WindowSampler:
     max_tokens: int | None = None
     lengths_in: Callable[[int], Sequence[int]] | None = None  # the same for each epoch, if they differ
     mix: Mix | None = None  # which samples each epoch has, if not each of them once
+    group_size: int = 1  # with 2, everything above counts pairs; pair i has the samples 2 i and 2 i + 1
 
     @property
     def window_size(self) -> int:
@@ -64,9 +65,14 @@ class WindowSampler:
             epoch_windows = self.micro_batches(epoch)
             for index, window in enumerate(epoch_windows, start=1):
                 if first_step <= step < last_step:
-                    yield Window(epoch + index / len(epoch_windows), window[self.rank :: self.world_size], epoch)
+                    mine = [self._samples_of(groups) for groups in window[self.rank :: self.world_size]]
+                    yield Window(epoch + index / len(epoch_windows), mine, epoch)
                 step += 1
             epoch += 1
+
+    def _samples_of(self, groups: list[int]) -> list[int]:
+        size = self.group_size
+        return [size * group + place for group in groups for place in range(size)] if size > 1 else groups
 
     def num_steps(self, epochs: int) -> int:
         """Return the optimizer steps of `epochs` epochs. With `max_tokens` or a `mix`, epochs differ a little."""

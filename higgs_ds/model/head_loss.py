@@ -51,8 +51,8 @@ def head_loss(
         chunks: by default, those for the device.
 
     Returns:
-        The weighted loss, a float32 scalar; the detached sums of each part, float32 (P,); and whether each target had
-        the highest logit of its part, bool (K, P).
+        The weighted loss of each row, float32 (K,); the detached sums of each part, float32 (P,); and whether each
+        target had the highest logit of its part, bool (K, P).
     """
     if chunks is None:
         chunks = CPU_CHUNKS if hidden.device.type == "cpu" else GPU_CHUNKS
@@ -71,7 +71,7 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         num_rows, num_parts = targets.shape
         num_classes = len(head) // num_parts
-        sums = torch.zeros(num_parts, device=hidden.device)
+        losses, sums = (torch.zeros(size, device=hidden.device) for size in (num_rows, num_parts))
         hits = torch.zeros_like(targets, dtype=torch.bool)
         log_totals = torch.zeros(targets.shape, device=hidden.device)
         gradient = torch.zeros(hidden.shape, device=hidden.device)
@@ -88,6 +88,7 @@ class _HeadLoss(torch.autograd.Function):
                     chunk = _online_softmax_loss(*of_chunk, ctx.needs_input_grad[:2], chunks.classes)
                 else:
                     chunk = _full_softmax_loss(*of_chunk, ctx.needs_input_grad[:2])
+                losses[rows] += chunk.losses
                 sums[parts] += chunk.sums
                 hits[rows, parts] = chunk.hits
                 if chunk.gradient is not None:
@@ -102,20 +103,31 @@ class _HeadLoss(torch.autograd.Function):
         else:
             ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(sums, hits)
-        return (sums * target_weights).sum(), sums, hits
+        return losses, sums, hits
 
     @staticmethod
     def backward(
         ctx: Any, *gradients: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
         gradient, *for_head = ctx.saved_tensors
-        hidden_gradient = (gradient * gradients[0]).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        of_rows, chunks = gradients[0], ctx.chunks
+        hidden_gradient = _scaled_rows(gradient, of_rows, ctx.dtype, chunks) if ctx.needs_input_grad[0] else None
         if not for_head:
             return hidden_gradient, None, None, None, None
         hidden, head, targets, target_weights, log_totals = for_head
-        weights = target_weights * gradients[0] * (targets != IGNORE_INDEX)
-        head_gradient = _head_gradient(hidden, head, targets, weights, log_totals, ctx.chunks)
+        weights = target_weights * of_rows[:, None] * (targets != IGNORE_INDEX)
+        head_gradient = _head_gradient(hidden, head, targets, weights, log_totals, chunks)
         return hidden_gradient, head_gradient, None, None, None
+
+
+def _scaled_rows(rows: torch.Tensor, factors: torch.Tensor, dtype: torch.dtype, chunks: Chunks) -> torch.Tensor:
+    """Return rows (K, H) times factors, float32 (K,), in chunks: products are in float32 before they are cast."""
+    scaled = torch.empty_like(rows, dtype=dtype)
+    step = max(1, chunks.logits // max(1, rows.shape[1]))
+    for start in range(0, len(rows), step):
+        some = slice(start, start + step)
+        scaled[some] = rows[some] * factors[some, None]
+    return scaled
 
 
 def _head_gradient(
@@ -159,11 +171,12 @@ def _head_gradient(
 
 @dataclass(frozen=True)
 class _ChunkLoss:
-    """Results for a chunk of n rows: loss sums (P,) and hits (n, P).
+    """Results for a chunk of n rows: weighted losses (n,), loss sums (P,) and hits (n, P).
 
     If needed, also the weighted gradient of the rows (n, H) and the logarithms of the sums of exp(logit), (n, P).
     """
 
+    losses: torch.Tensor
     sums: torch.Tensor
     hits: torch.Tensor
     gradient: torch.Tensor | None = None
@@ -190,13 +203,14 @@ def _full_softmax_loss(
     exps = logits.sub_(highest).exp_()
     total = exps.sum(dim=2, keepdim=True)
     log_totals = (total.log() + highest)[..., 0]
-    sums = ((log_totals - at_target[..., 0]) * is_target).sum(dim=0)
+    losses = (log_totals - at_target[..., 0]) * is_target
+    of_rows, sums = (losses * target_weights).sum(dim=1), losses.sum(dim=0)
     if not needs_grad[0]:
-        return _ChunkLoss(sums, hits, None, log_totals)
+        return _ChunkLoss(of_rows, sums, hits, None, log_totals)
     # The gradient of a cross entropy by its logits: the probabilities, minus 1 at the target.
     weights = (target_weights * is_target)[..., None]
     logit_gradient = exps.mul_(weights / total).scatter_add_(2, at, -weights)
-    return _ChunkLoss(sums, hits, _weighted_sums(logit_gradient.flatten(1), head), log_totals)
+    return _ChunkLoss(of_rows, sums, hits, _weighted_sums(logit_gradient.flatten(1), head), log_totals)
 
 
 def _online_softmax_loss(
@@ -233,12 +247,13 @@ def _online_softmax_loss(
     is_target = (targets != IGNORE_INDEX)[:, None]
     log_totals = total.log() + highest
     losses = (log_totals - at_target) * is_target
+    of_rows, sums = (losses * target_weights).sum(dim=1), losses.sum(dim=0)
     hits = (at_target >= highest) & is_target
     if not needs_grad[0]:
-        return _ChunkLoss(losses.sum(dim=0), hits, None, log_totals)
+        return _ChunkLoss(of_rows, sums, hits, None, log_totals)
     gradient = (mean_row / total - head[targets.clamp(min=0)].float()) * (target_weights * is_target)
     dtype = torch.float32 if rows.dtype == torch.float16 else rows.dtype
-    return _ChunkLoss(losses.sum(dim=0), hits, gradient.to(dtype), log_totals)
+    return _ChunkLoss(of_rows, sums, hits, gradient.to(dtype), log_totals)
 
 
 def _weighted_sums(weights: torch.Tensor, head: torch.Tensor) -> torch.Tensor:

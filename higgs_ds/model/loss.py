@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -82,7 +83,8 @@ class StepResult:
 
     sums: this rank's loss sums of each micro-batch, float32 (M, 1 + C).
     counts: number of targets on all ranks, float64 (1 + C,).
-    hits: this rank's correct predictions, as `DualLossModel` returns them, float32 (1 + C + 2,).
+    hits: this rank's correct predictions, as `LossModel` returns them, float32 (1 + C + 2,).
+    measures: what the objective measures besides, on this rank, (S,).
     applied: False if a loss or a gradient of any rank was not finite. Then only the schedule has advanced.
     overflows: in fp16, how often the gradients overflowed. Each time but the last, the loss scale was lowered.
     at_minimum: True if they still overflow at the minimum of the loss scale.
@@ -91,6 +93,20 @@ class StepResult:
     sums: torch.Tensor
     counts: torch.Tensor
     hits: torch.Tensor
+    measures: torch.Tensor
     applied: bool
     overflows: int = 0
     at_minimum: bool = False
+
+
+class Totals(NamedTuple):
+    """Sums over batches: of losses and numbers of targets, float64 (1 + C,); of hits, (1 + C + 2,); and of what the
+    objective measures besides, float64 (S,)."""
+
+    sums: torch.Tensor
+    counts: torch.Tensor
+    hits: torch.Tensor
+    measures: torch.Tensor
+
+    def plus(self, other: Totals) -> Totals:
+        return Totals(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))

@@ -76,13 +76,14 @@ class LossModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, **batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Compute the loss, its unweighted sums and the number of correct predictions for a `data.collate.Batch`.
+        """Compute the losses, their unweighted sums and the number of correct predictions for a `data.collate.Batch`.
 
         `batch` also has `target_weights`, float32 (1 + C,): the weight in the loss of one target of the text and of
         each codebook.
 
         Returns:
-            The weighted loss, a float32 scalar; the detached sums, float32 (1 + C,); and hits, float32 (1 + C + 2,):
+            The weighted losses of `text_places`, then of `audio_places`, float32 (L + K,); the detached sums, float32
+            (1 + C,); and hits, float32 (1 + C + 2,):
             targets with the highest logit, of the text, of each codebook and of the codes that end a stream, followed
             by the number of targets that end a stream.
         """

@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 
 from higgs_ds.common.resources import command
-from higgs_ds.options.fields import EMBEDDINGS, RESUME_AUTO, TRAIN_GROUPS
+from higgs_ds.options.fields import DPO, EMBEDDINGS, PAIRS, RANDOM_REFERENCE, RESUME_AUTO, TRAIN_GROUPS
 from higgs_ds.options.flags import check_flag_options
 from higgs_ds.options.learning_rates import check_learning_rates
+from higgs_ds.options.objective import check_objective
 from higgs_ds.options.speakers import check_speaker_options
 from higgs_ds.options.train import DataOptions, TrainOptions
 
@@ -114,10 +115,37 @@ def _check_finetune_options(options: TrainOptions) -> list[str]:
     return problems
 
 
+def _check_pairs(options: TrainOptions) -> list[str]:
+    """Return the problems of options that do not go with the data of --objective."""
+    data, pairs = options.data, options.objective.pairs
+    if not options.objective.is_dpo:
+        given = f"--format {PAIRS}: has rejected samples, which only --objective {DPO} with --pairs FILE trains on"
+        return [given] if data.format == PAIRS and not pairs else []
+    problems = []
+    if not pairs and not options.run.dry_run:
+        problems.append(f"--objective {DPO}: needs --pairs FILE, pairs of a chosen and a rejected sample")
+    if pairs and data.train_manifest != pairs:
+        problems.append(f"--train_manifest: --objective {DPO} trains on --pairs only; remove it")
+    if pairs and data.format != PAIRS:
+        problems.append(f"--format {data.format}: --pairs are always of the format {PAIRS}; remove the option")
+    for name, value in (
+        ("mix", data.mix),
+        ("skip_bad", data.skip_bad),
+        ("split_by", data.split_by if data.split_by != "sample" else None),
+        ("reference_dropout", data.reference_dropout),
+        ("reference", RANDOM_REFERENCE if data.has_random_references else None),
+    ):
+        if value:
+            shown = " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
+            problems.append(f"--{name} {shown}: does not go with --objective {DPO}; remove the option")
+    return problems
+
+
 def check_options(options: TrainOptions) -> list[str]:
     """Return the problems of all training options; empty if there are none."""
     flat = options.flat()
     problems = check_data_options(options.data) + check_flag_options(options.flags)
+    problems += check_objective(options.objective) + _check_pairs(options)
     problems += _check_finetune_options(options) + check_learning_rates(options)
 
     def expect(name: str, holds: bool, allowed: str) -> None:

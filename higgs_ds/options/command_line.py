@@ -46,7 +46,10 @@ def parse_train_options(argv: Sequence[str] | None = None, prog: str | None = No
         add_options(parser, group_class)
     _add_common_options(parser)
     given = _given_options(parser, argv)
-    return TrainOptions().replace(**given), set(given)
+    options = TrainOptions().replace(**given)
+    if options.objective.is_dpo and "lora_dropout" not in given:
+        options = options.replace(lora_dropout=0.0)  # it would hide what one step changes in a log-probability
+    return options, set(given)
 
 
 def parse_prepare_options(

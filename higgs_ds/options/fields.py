@@ -6,9 +6,10 @@ import dataclasses
 from dataclasses import field
 from typing import Any
 
+PAIRS = "pairs"  # the format of --pairs
 FORMATS = (
     "chatml", "native", "swift", "metadata", "paired", "list", "csv", "flat", "table", "audiofolder", "libritts",
-    "librispeech", "vctk", "kaldi", "lab", "webdataset",
+    "librispeech", "vctk", "kaldi", "lab", "webdataset", PAIRS,
 )  # fmt: skip
 FINETUNE = FULL, LORA, QLORA = ("full", "lora", "qlora")
 LORA_TARGET_GROUPS = ("attention", "text_mlp", "audio_mlp")
@@ -22,6 +23,8 @@ BOTH_LAYOUTS = "both"
 MERGE_DEQUANTIZED, MERGE_ORIGINAL = "dequantized", "original"
 MEASURES = SIMILARITY, DNSMOS = ("similarity", "dnsmos")
 RESEMBLYZER = "resemblyzer"
+OBJECTIVES = SFT, DPO = ("sft", "dpo")
+DPO_LOSSES = SIGMOID, IPO = ("sigmoid", "ipo")
 RESUME_NEVER, RESUME_AUTO = "never", "auto"
 RANDOM_REFERENCE = "random"
 SPEAKER_PROMPTS = NO_SPEAKER_PROMPT, SPEAKER_TAG, SPEAKER_DESCRIPTION, SPEAKER_REFERENCE = (

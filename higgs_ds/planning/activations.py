@@ -130,8 +130,8 @@ def _run(config: Any, settings: PassSettings) -> tuple[int, int, int]:
     model.higgs.model.norm.register_forward_pre_hook(lambda *_: decoder_end.append(sum(kept.values())))
     with count:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss, *_ = model(**batch)
-        loss.backward()
+            losses, *_ = model(**batch)
+        losses.sum().backward()
     return decoder_end[0], sum(kept.values()) - decoder_end[0], count.peak_bytes
 
 

@@ -111,9 +111,12 @@ def _saving(planned: Plan, changed: Plan, device_gib: float) -> str:
 
 def _changes(setting: Setting, given: set[str]) -> Iterator[Change]:
     """Yield every change that can be proposed, cheapest first."""
-    size, length = setting.batch_shape()
-    by_tokens = setting.options.optim.max_tokens_per_batch is not None
-    smaller = {"max_tokens_per_batch": length} if by_tokens else {"batch_size": max(1, size // 2)}
+    _, length = setting.batch_shape()
+    optim, group_size = setting.options.optim, setting.options.objective.group_size
+    by_tokens = optim.max_tokens_per_batch is not None
+    smaller = (
+        {"max_tokens_per_batch": group_size * length} if by_tokens else {"batch_size": max(1, optim.batch_size // 2)}
+    )
     candidates: list[dict[str, Any]] = [
         {"activation_checkpointing": "every_layer"},
         smaller,
@@ -144,7 +147,8 @@ def _changes(setting: Setting, given: set[str]) -> Iterator[Change]:
 
 def _half_as_long(setting: Setting, limit: int, by_tokens: bool) -> Iterator[Change]:
     """Yield the change to shorter samples; of known samples, one that keeps some, with the number that it drops."""
-    values = {"max_seq_len": limit} | ({"max_tokens_per_batch": limit} if by_tokens else {})
+    tokens = setting.options.objective.group_size * limit
+    values = {"max_seq_len": limit} | ({"max_tokens_per_batch": tokens} if by_tokens else {})
     if setting.lengths is None:
         yield _option_change(setting, values)
         return

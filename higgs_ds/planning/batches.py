@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from higgs_ds.options.fields import SFT
 from higgs_ds.options.train import TrainOptions
 
 DEFAULT_LENGTH = 2048  # positions per sample, if neither data nor an option says how long samples are
@@ -40,13 +41,16 @@ def batch_shapes(options: TrainOptions, lengths: SampleLengths | None) -> list[t
     shorter samples.
     """
     limit, max_seq_len = options.optim.max_tokens_per_batch, options.data.max_seq_len
+    if options.objective.is_dpo and limit is not None:
+        single = options.replace(max_tokens_per_batch=limit // 2, objective=SFT)
+        return [(2 * pairs, length) for pairs, length in batch_shapes(single, lengths)]
     if lengths is None:
         length = max_seq_len or limit or DEFAULT_LENGTH
-        return [(options.optim.batch_size, length)] if limit is None else [_filled(limit, min(length, limit))]
+        return [(options.rows_per_batch, length)] if limit is None else [_filled(limit, min(length, limit))]
     tokens = lengths.up_to(max_seq_len)
     longest = int(tokens[-1])
     if limit is None:
-        return [(options.optim.batch_size, longest)]
+        return [(options.rows_per_batch, longest)]
     values, first = np.unique(tokens[::-1], return_index=True)
     # Samples of one micro-batch are no longer than its longest, and each of them is in an epoch `repeats` times.
     counts = np.minimum(limit // values, (len(tokens) - first) * lengths.repeats)

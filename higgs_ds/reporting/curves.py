@@ -38,6 +38,11 @@ def _by_codebook(kind: str, shown: str, num_codebooks: int) -> Curve:
     return Curve(f"audio loss by codebook, {shown}", {f"{kind}/audio_loss/cb{k}": str(k) for k in range(num_codebooks)})
 
 
+def _rewards(kind: str, shown: str) -> Curve:
+    names = ("chosen", "rejected", "margins")
+    return Curve(f"rewards of pairs, {shown}", {f"{kind}/rewards/{name}": name for name in names})
+
+
 def curves_of(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Curve, Points]]:
     """Return the curves that have values in lines of `metrics.jsonl`, with their points."""
     keys = dict.fromkeys(key for line in lines for key in line)
@@ -66,6 +71,8 @@ def _curves(num_codebooks: int, groups: Sequence[str], keys: Sequence[str]) -> l
         _train_and_val_curve("text accuracy", "text_accuracy"),
         _train_and_val_curve("audio accuracy", "audio_accuracy"),
         _train_and_val_curve("accuracy of the end-of-stream code", "eos_accuracy"),
+        *(_rewards(kind, shown) for kind, shown in TRAIN_AND_VAL.items()),
+        _train_and_val_curve("share of pairs whose chosen sample has the higher reward", "rewards/accuracies"),
         Curve("learning rate", {"lr": "--lr" if groups else ""} | {f"lr/{group}": group for group in groups}),
         Curve("gradient norm", {"grad_norm": ""}, logarithmic=True),
         Curve("tokens per second", {"tokens_per_s": ""}),

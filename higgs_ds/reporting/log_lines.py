@@ -45,7 +45,8 @@ def log_lines(step: int, total_steps: int, values: Mapping[str, float], left_s: 
 def _training_line(start: str, values: Mapping[str, float], left_s: float | None) -> str:
     losses = _losses("train", values) if "train/loss" in values else "no step was applied"
     speed = values.get("tokens_per_s")
-    parts = [f"lr {values['lr']:.3g}"] if "lr" in values else []
+    parts = _accuracies("train", values) if "train/rewards/margins" in values else []
+    parts += [f"lr {values['lr']:.3g}"] if "lr" in values else []
     parts += [] if speed is None else [f"{speed:.0f} tok/s" if speed < 9999.5 else f"{speed / 1000:.0f}k tok/s"]
     parts += [f"{_duration(left_s)} left"] if left_s else []
     parts += [f"{int(values['skipped_steps'])} skipped"] if "skipped_steps" in values else []
@@ -69,6 +70,9 @@ def _losses(kind: str, values: Mapping[str, float]) -> str:
 
 
 def _accuracies(kind: str, values: Mapping[str, float]) -> list[str]:
+    if f"{kind}/rewards/margins" in values:
+        margin, right = (values[f"{kind}/rewards/{name}"] for name in ("margins", "accuracies"))
+        return [f"reward margin {margin:.3g}", f"of the right sign in {right:.1%}"]
     names = {"audio": "audio_accuracy", "end": "eos_accuracy"}
     found = [f"{name} {values[f'{kind}/{key}']:.3f}" for name, key in names.items() if f"{kind}/{key}" in values]
     return [f"accuracy: {' '.join(found)}"] if found else []

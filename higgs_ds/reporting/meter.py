@@ -5,28 +5,39 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from higgs_ds.common.distributed import is_main, rank, sum_over_ranks, world_size
 from higgs_ds.data.collate import Batch
-from higgs_ds.model.loss import LossWeights, StepResult, accuracies, mean_losses
+from higgs_ds.model.loss import StepResult, Totals
+
+
+class Means(Protocol):
+    """The part of an objective that makes means of sums; see `training.objectives`."""
+
+    @property
+    def num_measures(self) -> int: ...
+
+    def metrics(self, totals: Totals, prefix: str) -> dict[str, float]: ...
 
 
 class Meter:
     """Sums and counts of the steps since the last log line; reduced over ranks and divided only when asked."""
 
-    def __init__(self, weights: LossWeights, device: torch.device) -> None:
-        self.weights = weights
+    def __init__(self, means: Means, num_codebooks: int, device: torch.device) -> None:
+        self.means = means
+        self.num_parts = 1 + num_codebooks
         self.device = device
         self.reset()
 
     def reset(self) -> None:
         self.steps = 0
-        self.sums = torch.zeros(1 + len(self.weights.codebooks), dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(self.num_parts, dtype=torch.float64, device=self.device)
         self.counts = torch.zeros_like(self.sums)
-        self.hits = self.sums.new_zeros(len(self.sums) + 2)
+        self.hits = self.sums.new_zeros(self.num_parts + 2)
+        self.measures = self.sums.new_zeros(self.means.num_measures)
         self.num_samples = 0
         self.num_tokens = 0
         self.num_positions = 0  # including padding
@@ -39,6 +50,7 @@ class Meter:
             self.sums += step.sums.sum(0)
             self.counts += step.counts
             self.hits += step.hits
+            self.measures += step.measures
         self.num_samples += sum(batch.num_samples for batch in batches)
         self.num_tokens += sum(batch.num_tokens for batch in batches)
         self.num_positions += sum(batch.places.numel() for batch in batches)
@@ -52,7 +64,7 @@ class Meter:
 
     def state(self) -> dict[str, Any]:
         """Return what this rank has added since the last log line, as JSON values."""
-        added = {"sums": self.sums.tolist(), "counts": self.counts.tolist(), "hits": self.hits.tolist()}
+        added = {name: getattr(self, name).tolist() for name in ("sums", "counts", "hits", "measures")}
         return added | {name: getattr(self, name) for name in ("num_samples", "num_tokens", "num_positions", "steps")}
 
     def restore(self, states: list[dict[str, Any]]) -> None:
@@ -61,8 +73,9 @@ class Meter:
             return
         mine = states if len(states) != world_size() else [states[rank()]]
         if len(states) == world_size() or is_main():
-            for name in ("sums", "hits"):
-                added = torch.tensor([state[name] for state in mine], dtype=torch.float64).sum(0)
+            for name in ("sums", "hits", "measures"):
+                # Checkpoints of earlier versions have no measures: their runs had none.
+                added = torch.tensor([state.get(name, []) for state in mine], dtype=torch.float64).sum(0)
                 setattr(self, name, getattr(self, name) + added.to(self.device))
             for name in ("num_samples", "num_tokens", "num_positions"):
                 setattr(self, name, getattr(self, name) + sum(state[name] for state in mine))
@@ -77,9 +90,9 @@ class Meter:
         local_sizes = [self.num_samples, self.num_tokens, self.num_positions]
         sizes = torch.tensor(local_sizes, dtype=torch.float64, device=self.device)
         num_samples, num_tokens, num_positions = sum_over_ranks(sizes).tolist()
-        losses = mean_losses(sum_over_ranks(self.sums), self.counts, self.weights)
-        hits = sum_over_ranks(self.hits)
-        means = losses.metrics("train") | accuracies(hits, self.counts, "train") if self.counts.any() else {}
+        sums, hits, measures = map(sum_over_ranks, (self.sums, self.hits, self.measures))
+        totals = Totals(sums, self.counts, hits, measures)  # the counts are those of all ranks already
+        means = self.means.metrics(totals, "train") if self.counts.any() else {}
         seconds = time.perf_counter() - self.started_at
         speed = {
             "samples_per_s": num_samples / seconds,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -18,20 +18,23 @@ from torch import nn
 from higgs_ds.common.distributed import device, rank, sum_over_ranks, world_size
 from higgs_ds.data.collate import Batch
 from higgs_ds.model.fused_lora import generator_state, set_generator_state
-from higgs_ds.model.loss import LossWeights, StepResult, target_weights
+from higgs_ds.model.loss import LossWeights, StepResult, Totals
 from higgs_ds.model.parts import NO_PARTS, Parts
 from higgs_ds.options.ds_config import fit_buckets
-from higgs_ds.options.train import OptimOptions
+from higgs_ds.options.optim import OptimOptions
 from higgs_ds.training.averages import exchange_averages, start_average, update_averages
 from higgs_ds.training.deepspeed_start import disable_compiled_collectives, partition_over_ranks, quiet_deepspeed
 from higgs_ds.training.learning_rates import current_rates, make_schedule, parameter_groups
 from higgs_ds.training.loss_scaling import LossScaling
+from higgs_ds.training.objectives import Objective, Supervised
 from higgs_ds.training.optimizers import make_optimizer, start_moments
 from higgs_ds.training.sharded_state import ShardedState
 
+BatchT = TypeVar("BatchT", bound=Batch)
+
 
 class Engine:
-    """A DeepSpeed engine around a model whose forward returns (loss, sums, hits)."""
+    """A DeepSpeed engine around a model whose forward returns (losses, sums, hits), as a `LossModel`."""
 
     def __init__(
         self,
@@ -43,6 +46,7 @@ class Engine:
         weights: LossWeights,
         warmup_steps: int | None = None,
         full_parts: Parts = NO_PARTS,
+        objective: Objective | None = None,
     ) -> None:
         """Start DeepSpeed around `model`.
 
@@ -51,9 +55,11 @@ class Engine:
             settings: the DeepSpeed configuration, without any "auto".
             warmup_steps: by default, --warmup_ratio of `total_steps`.
             full_parts: optional parts of the model that are among the parameters to train.
+            objective: by default, that all targets are learned with these `weights`.
         """
         self.trained = trained
         self.weights = weights
+        self.objective: Objective = objective or Supervised(weights)
         self.lr, self.ema_decay = options.lr, options.ema_decay
         self.applied_steps = 0
         self.device = device()
@@ -83,10 +89,12 @@ class Engine:
         gradients overflow.
         """
         self.engine.train()
-        counts = sum_over_ranks(torch.stack([batch.target_counts() for batch in batches]).sum(dim=0).to(self.device))
-        per_target = target_weights(counts, self.weights)
+        sizes = sum_over_ranks(
+            torch.stack([self.objective.sizes(batch) for batch in batches]).sum(dim=0).to(self.device)
+        )
+        counts = sizes[: 1 + len(self.weights.codebooks)]
         generator = generator_state(self.device)
-        sums, hits, applied = self._run_window(batches, per_target)
+        sums, hits, measures, applied = self._run_window(batches, sizes)
         overflows, at_minimum = 0, False
         while not (applied or self.scaling is None or sum_over_ranks((~sums.isfinite()).sum())):
             overflows, at_minimum = overflows + 1, self.scaling.is_at_minimum
@@ -94,7 +102,7 @@ class Engine:
                 break
             self.scaling.update(overflowed=True)
             set_generator_state(generator, self.device)
-            sums, hits, applied = self._run_window(batches, per_target)
+            sums, hits, measures, applied = self._run_window(batches, sizes)
         if applied:
             self.applied_steps += 1
             self._update_averages()
@@ -103,22 +111,24 @@ class Engine:
         if applied and self.scaling is not None:
             self._stage0_grad_norm = torch.as_tensor(self.engine.get_global_grad_norm() / self.scaling.scale)
             self.scaling.update(overflowed=False)
-        return StepResult(sums, counts, hits, applied, overflows, at_minimum)
+        return StepResult(sums, counts, hits, measures, applied, overflows, at_minimum)
 
     def _run_window(
-        self, batches: Sequence[Batch], per_target: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """Return this rank's sums and hits as in `StepResult`, and whether a step was applied."""
-        sums, hits = [], []
+        self, batches: Sequence[Batch], sizes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
+        """Return this rank's sums, hits and measures as in `StepResult`, and whether a step was applied."""
+        sums, hits, measures = [], [], []
+        per_target = self.objective.target_weights(sizes)
         skipped_before, applied = self.engine.skipped_steps, True
         # At stage 0, DeepSpeed 0.19.8 divides the gradients by the loss scale, but does not multiply the loss by it.
         scale = self.scaling.scale if self.scaling is not None and self.stage == 0 else 1.0
         for i, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
-            loss, micro_sums, micro_hits = self.engine(**batch.tensors(self.device), target_weights=per_target)
-            # Every target weighs 1 / count, with the count of the whole window. DeepSpeed averages gradients over
-            # ranks, so the loss is multiplied by the number of ranks; over micro-batches, scale_wrt_gas=False makes it
-            # sum. A shorter window, or a rank without targets, therefore changes no target's weight.
+            losses, micro_sums, micro_hits = self.engine(**batch.tensors(self.device), target_weights=per_target)
+            loss, measured = self.objective.loss(losses, batch, sizes)
+            # Every target, or pair, weighs 1 / count, with the count of the whole window. DeepSpeed averages gradients
+            # over ranks, so the loss is multiplied by the number of ranks; over micro-batches, scale_wrt_gas=False
+            # makes it sum. A shorter window, or a rank without targets, therefore changes no target's weight.
             # The product is also a new tensor: at stage 0, DeepSpeed 0.19.8 divides the gradient of the tensor that
             # the model returned by the accumulation steps, despite scale_wrt_gas=False.
             # A loss that is not finite makes the gradient not finite on every rank, and no rank has to wait for it.
@@ -130,13 +140,14 @@ class Engine:
                 self.engine.step()
             sums.append(micro_sums)
             hits.append(micro_hits)
+            measures.append(measured)
         # DeepSpeed skips a step with such a gradient, and only counts it. With an offloaded optimizer, version 0.19.8
         # would then add the next gradients to these.
         applied &= self.engine.skipped_steps == skipped_before
         if not applied:
             gradients = getattr(self.engine.optimizer, "averaged_gradients", {})
             gradients.update(dict.fromkeys(gradients))
-        return torch.stack(sums), torch.stack(hits).sum(0), applied
+        return torch.stack(sums), torch.stack(hits).sum(0), torch.stack(measures).sum(0), applied
 
     def _check_gradients(self) -> bool:
         """At stage 0, store the gradient norm; return whether it is finite, which DeepSpeed ignores in float32."""
@@ -151,18 +162,29 @@ class Engine:
         return False
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return loss sums and target counts, float64 (1 + C,), and hits (1 + C + 2,), over all ranks' batches."""
+    def evaluate(self, batches: Iterable[Batch]) -> Totals:
+        """Return the totals of all ranks' batches."""
+        num_parts = 1 + len(self.weights.codebooks)
+        sizes = (num_parts, num_parts, num_parts + 2, self.objective.num_measures)
+        totals = Totals(*(torch.zeros(size, dtype=torch.float64, device=self.device) for size in sizes))
+        for batch, losses, sums, hits in self._forward_passes(batches):
+            _, measures = self.objective.loss(losses, batch, torch.ones_like(self.objective.sizes(batch)))
+            totals = totals.plus(Totals(sums, batch.target_counts().to(self.device), hits, measures))
+        return Totals(*map(sum_over_ranks, totals))
+
+    @torch.no_grad()
+    def losses_of(self, batches: Iterable[BatchT]) -> Iterator[tuple[BatchT, torch.Tensor]]:
+        """Yield each batch with the losses of its targets, without dropout, as the objective weights them."""
+        for batch, losses, *_ in self._forward_passes(batches):
+            yield batch, losses
+
+    def _forward_passes(
+        self, batches: Iterable[BatchT]
+    ) -> Iterator[tuple[BatchT, torch.Tensor, torch.Tensor, torch.Tensor]]:
         self.engine.eval()
-        per_target = torch.ones(1 + len(self.weights.codebooks), device=self.device)
-        sums = torch.zeros(len(per_target), dtype=torch.float64, device=self.device)
-        counts, hits = torch.zeros_like(sums), sums.new_zeros(len(sums) + 2)
         for batch in batches:
-            _, micro_sums, micro_hits = self.engine(**batch.tensors(self.device), target_weights=per_target)
-            sums += micro_sums
-            counts += batch.target_counts().to(self.device)
-            hits += micro_hits
-        return sum_over_ranks(sums), sum_over_ranks(counts), sum_over_ranks(hits)
+            per_target = self.objective.target_weights(torch.ones_like(self.objective.sizes(batch)).to(self.device))
+            yield batch, *self.engine(**batch.tensors(self.device), target_weights=per_target)
 
     @property
     def keeps_average(self) -> bool:

@@ -14,7 +14,7 @@ from higgs_ds.adapters.load import PEFT_PREFIX
 from higgs_ds.model.full import group_of
 from higgs_ds.model.parts import ATTENTION_MODULES, NO_PARTS, Parts
 from higgs_ds.options.learning_rates import AUDIO_SELF_ATTENTION, WHISPER, group_rates
-from higgs_ds.options.train import OptimOptions
+from higgs_ds.options.optim import OptimOptions
 
 LORA_B = "lora_B"
 

@@ -25,6 +25,7 @@ from higgs_ds.common.precision import BF16, native_precision, torch_dtype
 from higgs_ds.common.run_files import DROPPED_FILE, FLAGGED_FILE, INVALID_FILE, SETTINGS_FILE, SUMMARY_FILE
 from higgs_ds.common.tensor_files import weight_files
 from higgs_ds.data.flags import write_list
+from higgs_ds.data.pairs import PairDataset
 from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.data.speakers import trained_voices
 from higgs_ds.model.full import describe, make_trainable
@@ -41,9 +42,11 @@ from higgs_ds.training.constant_codebooks import ConstantCodebooks
 from higgs_ds.training.data_changes import record_training_data
 from higgs_ds.training.engine import Engine
 from higgs_ds.training.intervals import few_steps_warning, with_intervals
+from higgs_ds.training.objectives import objective_of
 from higgs_ds.training.overruled import overruled_by_data
 from higgs_ds.training.overview import overview, plan_memory
 from higgs_ds.training.preflight import check_room
+from higgs_ds.training.reference_model import with_reference
 from higgs_ds.training.resume import describe_finished, initial_state
 from higgs_ds.training.run import Inputs, PlannedMemory, Run
 
@@ -71,17 +74,19 @@ def load_run(inputs: Inputs) -> Run:
     inputs = _resolve_activation_checkpointing(inputs)
     options, bundle, resume_from = inputs.options, inputs.bundle, inputs.resume_from
     optim = options.optim
+    limit, group_size = optim.max_tokens_per_batch, options.objective.group_size
     sampler = WindowSampler(
-        lengths=inputs.train.lengths,
+        lengths=inputs.train.group_lengths,
         micro_batch_size=optim.batch_size,
         gradient_accumulation_steps=optim.grad_accum,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         seed=optim.seed,
         bucket_size=optim.bucket_size,
-        max_tokens=optim.max_tokens_per_batch,
+        max_tokens=limit // group_size if limit else None,
         lengths_in=inputs.train.lengths_in if inputs.train.references is not None else None,
         mix=inputs.train.mix,
+        group_size=group_size,
     )
     state = distributed.run_on_all_ranks(lambda: initial_state(inputs, sampler))
     options = with_intervals(options, state.total_steps)
@@ -97,14 +102,18 @@ def load_run(inputs: Inputs) -> Run:
     )
     dual = bundle.family.loss_model(model, options.model.offload_checkpoints)
     engine = Engine(
-        dual, trained, inputs.ds_settings, optim, state.total_steps, weights, state.warmup_steps, inputs.full_parts
-    )
+        dual, trained, inputs.ds_settings, optim, state.total_steps, weights, state.warmup_steps, inputs.full_parts,
+        objective_of(options.objective, weights),
+    )  # fmt: skip
     torch.manual_seed(optim.seed + 1 + distributed.rank())  # different dropout on every rank
     if resume_from is not None:
         load_into_engine(resume_from, engine, state)
         _announce_change(read_state(resume_from), state, engine.scheduler.get_last_lr(), optim.lr_scheduler_type)
     elif masters:
         engine.set_masters(masters)
+    train, val = inputs.train, inputs.val
+    if isinstance(train, PairDataset) and isinstance(val, PairDataset):
+        train, val = with_reference(engine, train, val, options.rows_per_batch, inputs.output_dir, resume_from)
     distributed.on_main(lambda: _write_run_files(inputs, state))
     form = _output_format(inputs, model, quantization)
     overruled = [
@@ -115,7 +124,7 @@ def load_run(inputs: Inputs) -> Run:
     facts = RunFacts(state.total_steps, overruled, has_builtin_codec)
     reporter = Reporter(inputs.output_dir, not options.run.no_report, facts)
     return Run(
-        options, inputs.output_dir, bundle, inputs.train, inputs.val, sampler, engine, form, state, inputs.lock,
+        options, inputs.output_dir, bundle, train, val, sampler, engine, form, state, inputs.lock,
         reporter, ConstantCodebooks.of(inputs.train, weights, has_builtin_codec), memory,
     )  # fmt: skip
 

@@ -71,7 +71,7 @@ def train(run: Run) -> None:
         StoppedError: a signal has stopped the run; a checkpoint is saved first.
     """
     state, engine, options = run.state, run.engine, run.options
-    meter = Meter(engine.weights, engine.device)
+    meter = Meter(engine.objective, run.bundle.stream.num_codebooks, engine.device)
     meter.restore(state.meters)
     log, writer = _open_log(run), SampleWriter(run)
     with contextlib.closing(log), StopSignals() as signals:
@@ -151,7 +151,7 @@ def _validate(run: Run, log: MetricsLog, signals: StopSignals) -> None:
     """Validate and log the result; if a signal interrupts this, the resumed run validates."""
     state = run.state
     state.validation_due = True
-    values = validate(run.engine, run.val, run.options.optim.batch_size, signals)
+    values = validate(run.engine, run.val, run.options.rows_per_batch, signals)
     if values is not None:
         log.write(state.step, state.epoch, values | run.codebooks.losses_of_others(values))
         if state.step:  # there is no checkpoint of step 0 to keep or to return to

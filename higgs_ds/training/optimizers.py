@@ -12,7 +12,7 @@ from bitsandbytes.optim import AdamW8bit, PagedAdamW, PagedAdamW8bit
 from bitsandbytes.optim.optimizer import Optimizer2State
 
 from higgs_ds.common.run_files import AVERAGE, MOMENTS
-from higgs_ds.options.train import OptimOptions
+from higgs_ds.options.optim import OptimOptions
 
 _BITSANDBYTES = {"adamw_8bit": AdamW8bit, "paged_adamw": PagedAdamW, "paged_adamw_8bit": PagedAdamW8bit}
 _STATE_BLOCK = 256  # values per scale in bitsandbytes' 8-bit state

@@ -15,7 +15,7 @@ from higgs_ds.common.resources import resident_bytes
 from higgs_ds.common.run_files import DROPPED_FILE
 from higgs_ds.common.words import counted
 from higgs_ds.data.sampler import WindowSampler
-from higgs_ds.options.train import OptimOptions
+from higgs_ds.options.optim import OptimOptions
 from higgs_ds.planning.plan import plan
 from higgs_ds.planning.weights import Setting
 from higgs_ds.training.intervals import describe_intervals
@@ -38,6 +38,7 @@ def overview(inputs: Inputs, sampler: WindowSampler, state: TrainerState, adapte
         "model": inputs.bundle.family.describe(inputs.bundle.config),
         **_terms(inputs.bundle),
         "trained": adapters,
+        "objective": inputs.options.objective.describe() if inputs.options.objective.is_dpo else "",
         "start": _start(inputs),
         "data": _data(inputs, sampler),
         "manifests": "\n".join(describe_manifests(inputs.train, inputs.val)),
@@ -84,10 +85,15 @@ def _data(inputs: Inputs, sampler: WindowSampler) -> str:
     in_first = train.samples_in(0)
     varies = train.references is not None or train.mix is not None
     mixed = "" if train.mix is None else f" ({len(in_first):,} in the first epoch)"
+    padding = f", {sampler.padding():.1%} padding"
+    what, size = "sample", inputs.options.objective.group_size
+    if size > 1:  # the samples of a pair differ in length, which the sampler does not know
+        what, padding = "pair", ""
     return (
-        f"{counted(len(train), 'training sample')}{mixed}, {counted(len(inputs.val), 'validation sample')}; "
+        f"{counted(len(train) // size, f'training {what}')}{mixed}, "
+        f"{counted(len(inputs.val) // size, f'validation {what}')}; "
         f"{sum(lengths[i] for i in in_first):,} tokens {'in the first' if varies else 'per'} epoch, "
-        f"{train.longest:,} in the longest sample, {sampler.padding():.1%} padding"
+        f"{train.longest:,} in the longest sample{padding}"
     )
 
 
@@ -112,10 +118,11 @@ def _left_out(inputs: Inputs) -> str:
 
 def _steps(inputs: Inputs, sampler: WindowSampler, state: TrainerState) -> str:
     optim, ranks = inputs.options.optim, distributed.world_size()
-    micro_batch = f"{sampler.max_tokens} tokens" if sampler.max_tokens else f"{optim.batch_size}"
+    micro_batch = f"{optim.max_tokens_per_batch} tokens" if sampler.max_tokens else f"{optim.batch_size}"
+    unit = "micro-batches" if sampler.max_tokens else "pairs" if sampler.group_size > 1 else "samples"
     return (
         f"{state.total_steps:,} ({sampler.num_steps(1):,} in the first epoch) of {sampler.window_size} "
-        f"{'micro-batches' if sampler.max_tokens else 'samples'} each ({micro_batch} per rank x {optim.grad_accum} "
+        f"{unit} each ({micro_batch} per rank x {optim.grad_accum} "
         f"accumulated x {ranks} rank{'s' if ranks > 1 else ''}); learning rate {_learning_rates(optim)}\n"
         f"{describe_intervals(inputs.options)}"
     )

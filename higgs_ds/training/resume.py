@@ -18,6 +18,7 @@ from higgs_ds.common.words import counted
 from higgs_ds.data.sampler import WindowSampler
 from higgs_ds.options.fields import RESUME_AUTO, RESUME_NEVER
 from higgs_ds.options.flags import FlagOptions
+from higgs_ds.options.objective import ObjectiveOptions
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.training.data_changes import describe_data_change
 from higgs_ds.training.run import Inputs
@@ -25,7 +26,7 @@ from higgs_ds.training.run import Inputs
 # What a run first writes under a temporary name, which remains after a kill. Models may also be written by a command.
 WRITTEN_BY_RUNS = re.compile(
     r"checkpoint-\d+|lora_adapters(?:_ema)?|trainer_state\.json|settings\.json|metrics\.jsonl|dropped_samples\.txt|"
-    r"training_data\.npz|flagged_samples\.tsv|invalid_samples\.txt|data_summary\.txt|report\.html"
+    r"training_data\.npz|reference_log_probs\.safetensors|flagged_samples\.tsv|invalid_samples\.txt|data_summary\.txt|report\.html"
 )
 WRITTEN = re.compile(rf"{WRITTEN_BY_RUNS.pattern}|final_model|adapter|merged_model|to_publish")
 # Options that may differ when a run is resumed: they do not change what is trained. Batch size and accumulation may
@@ -37,7 +38,7 @@ FREE_ON_RESUME = (
     "sample_temperature", "push_to_hub", "hub_repo_id", "hub_private", "hub_license", "upload_merged_model",
     "activation_checkpointing", "offload_embeddings", "offload_checkpoints", "attn_implementation",
     "batch_size", "grad_accum", "epochs", "max_steps",
-    "train_manifest", "mix", "val_manifest", "val_split", "split_by", "format", "reference", "normalize_text",
+    "train_manifest", "pairs", "mix", "val_manifest", "val_split", "split_by", "format", "reference", "normalize_text",
     "allow_text_targets", "max_clip_s", "max_seq_len", "skip_bad", "num_workers", "base_ckpt", "base_revision",
     "codec_ckpt", "dry_run", "require_fit", "device_memory_gib", "plan_ranks", "init_from",
     "silence_db", "speaker_descriptions", *(flag.name for flag in fields(FlagOptions)),
@@ -51,6 +52,7 @@ NOT_RECORDED: dict[str, Any] = {
     "trim_silence": None,
     "train_fill": False,
     "speaker_prompt": "none",
+    **{name: value for name, value in asdict(ObjectiveOptions()).items() if name != "pairs"},
 }
 
 

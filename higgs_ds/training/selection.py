@@ -17,6 +17,7 @@ from higgs_ds.data.formats.checks import printable
 from higgs_ds.data.index import Index
 from higgs_ds.data.joined_index import AnyIndex, JoinedIndex, consecutive, join
 from higgs_ds.data.mix import mix_of
+from higgs_ds.data.pairs import PairDataset
 from higgs_ds.data.reference_choice import lengths_of_forms, references_of
 from higgs_ds.data.sampler import split_speakers, split_validation
 from higgs_ds.options.train import TrainOptions
@@ -36,6 +37,8 @@ def select(options: TrainOptions, indexes: Sequence[Index], coder: Coder) -> tup
     _check_heard(options, indexes)
     data, seed = options.data, options.optim.seed
     lengths = [lengths_of_forms(index, data) for index in indexes]
+    if options.objective.is_dpo:  # a pair is left out as a whole
+        lengths = [np.repeat(longest_of_pairs(tokens), 2) for tokens in lengths]
     short = [np.flatnonzero(tokens <= (data.max_seq_len or np.inf)) for tokens in lengths]
     too_long = [
         f"{source}: {counted(int(tokens[row]), 'token')}"
@@ -58,6 +61,11 @@ def select(options: TrainOptions, indexes: Sequence[Index], coder: Coder) -> tup
     return train, val, too_long
 
 
+def longest_of_pairs(tokens: np.ndarray) -> np.ndarray:
+    """Return the larger number of tokens of each pair (P,), from those of its samples (2 P,)."""
+    return tokens.reshape(-1, 2).max(axis=1)
+
+
 def _check_heard(options: TrainOptions, indexes: Sequence[Index]) -> None:
     of_train = indexes[: len(options.data.train_manifests)]
     if options.model.whisper_conditioning and not any(index.any_heard() for index in of_train):
@@ -74,7 +82,8 @@ def _split(options: TrainOptions, indexes: Sequence[Index], short: RowsOfEach) -
     if data.val_manifest is not None:
         return short[:num_train], short[num_train:]
     if data.split_by == "sample":
-        splits = [split_validation(rows, data.val_split, seed) for rows in short]
+        size = options.objective.group_size
+        splits = [split_validation(rows // size, data.val_split, seed) for rows in short]
     else:
         speakers = _speakers(join(indexes))
         of_each = [speakers[rows.start :][own] for rows, own in zip(consecutive(map(len, indexes)), short, strict=True)]
@@ -121,7 +130,8 @@ def _dataset(
     names = short_names(paths) if len(paths) > 1 else []
     manifests = dict(zip(names, consecutive(map(len, of_each)), strict=False))
     references = references_of(index, rows, pool, options.data, options.optim.seed)
-    return Dataset(index, rows, coder, references, manifests)
+    kind = PairDataset if options.objective.is_dpo else Dataset
+    return kind(index, rows, coder, references, manifests)
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -145,10 +155,11 @@ def _check_selection(options: TrainOptions, train: Dataset, val: Dataset) -> Non
         )
     if options.run.early_stopping_patience is not None and len(val) == 0:
         raise InputError("--early_stopping_patience: needs validation samples; give --val_manifest or --val_split")
-    longest = max(train.longest, val.longest)
+    longest = max(train.longest, val.longest) * options.objective.group_size
     if options.optim.max_tokens_per_batch and longest > options.optim.max_tokens_per_batch:
+        what = "pair" if options.objective.is_dpo else "sample"
         raise InputError(
-            f"--max_tokens_per_batch {options.optim.max_tokens_per_batch}: the longest sample has {longest} tokens; "
+            f"--max_tokens_per_batch {options.optim.max_tokens_per_batch}: the longest {what} has {longest} tokens; "
             "give at least that many, or leave out longer samples with --max_seq_len"
         )
 

@@ -22,6 +22,7 @@ from higgs_ds.common.precision import AUTO, PRECISIONS, native_precision
 from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.common.run_files import FLAGGED_FILE, INVALID_FILE
 from higgs_ds.data.flags import say_flagged
+from higgs_ds.data.pair_codes import add_codes_beside
 from higgs_ds.data.preparation import CheckedManifest, Preparation
 from higgs_ds.data.scratch import scratch_problems
 from higgs_ds.data.speakers import check_prompts, find_equal_prompts
@@ -81,6 +82,8 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
     coder = bundle.coder(cache_dir) if bundle else None
     with Preparation(options.data, coder, cache_dir) as preparation:
         manifests = (*options.data.train_manifests, *(options.data.val_manifest or ()))
+        if coder and options.objective.is_dpo:
+            distributed.on_main(lambda: add_codes_beside(manifests, coder.cache))
         checked = [preparation.check(path) for path in manifests]
         problems += preparation.problems(checked, list_of_invalid)
         problems += check_prompts(options.data, checked)
@@ -92,12 +95,15 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
         settings, options = resolved
         warn_of_builtin_base(options.model.base_ckpt, manifests)
         to_train, num_clips = checked[: len(options.data.train_manifests)], options.flags.flag_codec_clips
+        num_clips = 0 if options.objective.is_dpo else num_clips  # rejected clips may be anything
         compared = distributed.on_main(lambda: check_codec(preparation, to_train, options.model, num_clips))
         for manifest in checked:
             preparation.encode(manifest)
         summary = distributed.on_main(lambda: _summary(preparation, checked)) + compared
         indexes = [preparation.keep(manifest) for manifest in checked]
-        flagged = [preparation.flagged(index, options.flags) for index in indexes] if distributed.is_main() else []
+        # Of pairs, each text has two clips, and a rejected one may be noise: everything would be flagged.
+        to_flag = indexes if distributed.is_main() and not options.objective.is_dpo else []
+        flagged = [preparation.flagged(index, options.flags) for index in to_flag]
     for manifest, of_manifest in zip(checked, flagged, strict=False):  # only rank 0 has any
         say_flagged(manifest.path, of_manifest, f"all are listed in {output_dir / FLAGGED_FILE}")
     train, val, too_long = select(options, indexes, preparation.coder)

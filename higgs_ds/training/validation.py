@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-
-import torch
 
 from higgs_ds.common.distributed import rank, world_size
 from higgs_ds.data.collate import Batch
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.sampler import share_of_rank
-from higgs_ds.model.loss import accuracies, mean_losses
+from higgs_ds.model.loss import Totals
 from higgs_ds.training.engine import Engine
 from higgs_ds.training.signals import StopSignals
-
-Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # as `Engine.evaluate` returns them
 
 
 def validate(engine: Engine, data: Dataset, micro_batch_size: int, signals: StopSignals) -> dict[str, float] | None:
@@ -35,7 +32,7 @@ def _validate(
     engine: Engine, data: Dataset, micro_batch_size: int, signals: StopSignals, kind: str
 ) -> dict[str, float] | None:
     """Return the metrics of all samples, and the losses of those of each manifest, if there are several."""
-    totals: Sums | None = None
+    totals: Totals | None = None
     of_manifests: dict[str, float] = {}
     for name, samples in (data.manifests or {"": range(len(data))}).items():
         if not samples:
@@ -43,20 +40,18 @@ def _validate(
         found = _sums(engine, data, samples, micro_batch_size, signals)
         if found is None:
             return None
-        sums, counts, hits = found
-        totals = found if totals is None else (totals[0] + sums, totals[1] + counts, totals[2] + hits)
+        totals = found if totals is None else totals.plus(found)
         if data.manifests:
-            losses = mean_losses(sums, counts, engine.weights).metrics(f"{kind}/{name}")
-            of_manifests |= {metric: loss for metric, loss in losses.items() if "/audio_loss/cb" not in metric}
+            means = engine.objective.metrics(found, f"{kind}/{name}")
+            of_manifests |= {metric: mean for metric, mean in means.items() if re.search(r"loss$", metric)}
     assert totals is not None  # there is no validation without samples
-    sums, counts, hits = totals
-    return mean_losses(sums, counts, engine.weights).metrics(kind) | accuracies(hits, counts, kind) | of_manifests
+    return engine.objective.metrics(totals, kind) | of_manifests
 
 
 def _sums(
     engine: Engine, data: Dataset, samples: Sequence[int], micro_batch_size: int, signals: StopSignals
-) -> Sums | None:
-    """Return loss sums, target counts and hits of some samples over all ranks, or None if a signal interrupts."""
+) -> Totals | None:
+    """Return the totals of some samples over all ranks, or None if a signal interrupts."""
     shares = share_of_rank(samples, micro_batch_size, rank(), world_size())
     stopped = False
 

@@ -63,7 +63,7 @@ def test_operations_against_torchs_count(monkeypatch: pytest.MonkeyPatch) -> Non
     samples = step_grid.samples({"length": length, "batch": batch_size})
     batch = collate(samples, sides.stream(), random_base.PAD_ID).tensors(torch.device("cpu"))
     with TorchsCount() as counted:
-        model(**batch, target_weights=torch.ones(9))[0].backward()
+        model(**batch, target_weights=torch.ones(9))[0].sum().backward()
     matmuls = sum(count for op, count in counted.counts.items() if "attention" not in op)
     attention = layers * batch_size * length * 3 * 2 * (length / 2 * 2 * heads * dim)
     inputs = 3 * values["hidden_size"] + heads * dim + 2 * values["hidden_size"] + values["intermediate_size"]

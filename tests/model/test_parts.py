@@ -164,8 +164,8 @@ def outputs(higgs: object, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor
     caught = []
     dual.higgs.model.norm.register_forward_hook(lambda _module, _inputs, output: caught.append(output))
     with torch.no_grad():
-        loss, *_ = dual(**batch, target_weights=torch.ones(9))
-    return loss, caught[0]
+        losses, *_ = dual(**batch, target_weights=torch.ones(9))
+    return losses.sum(), caught[0]
 
 
 @pytest.mark.parametrize("heard", [False, True])

@@ -114,7 +114,7 @@ def test_a_norm_that_is_trained_gets_its_gradient(base: Path) -> None:
     norms = {name: p for name, p in model.higgs.named_parameters() if "norm" in name}
     for parameter in norms.values():
         parameter.requires_grad_()
-    model(**batch_of(*BATCHES["speech"]).tensors(CPU), target_weights=torch.ones(9))[0].backward()
+    model(**batch_of(*BATCHES["speech"]).tensors(CPU), target_weights=torch.ones(9))[0].sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in norms.values())
 
 
@@ -128,10 +128,10 @@ def test_offloaded_checkpoints(base: Path) -> None:
         for layer in model.higgs.model.layers:
             layer.register_forward_pre_hook(lambda _, args, seen=inputs: seen.append(weakref.ref(args[0])))
         torch.manual_seed(3)
-        loss, *_ = model(**batch.tensors(CPU), target_weights=torch.ones(9))
+        loss_of_rows, *_ = model(**batch.tensors(CPU), target_weights=torch.ones(9))
         held.append([hidden() is not None for hidden in inputs])
-        loss.backward()
-        losses.append(loss)
+        loss_of_rows.sum().backward()
+        losses.append(loss_of_rows)
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     assert held == [[True, True], [False, False]]
     assert losses[0].equal(losses[1])
@@ -142,7 +142,10 @@ def test_offloaded_checkpoints(base: Path) -> None:
 @pytest.mark.parametrize("at_once", [2**20, 11 * 40 * 3, 8 * 40, 40 * 3, 1])
 @pytest.mark.parametrize("num_parts", [8, 1])
 def test_head_loss(num_parts: int, at_once: int, classes_at_once: int) -> None:
-    """Equals torch's cross entropy and its gradients, in one chunk, in chunks of a few or one part, row or class."""
+    """Equals torch's cross entropy and its gradients, in one chunk, in chunks of a few or one part, row or class.
+
+    The losses of the rows weigh differently in the gradients, as those of several samples do in DPO.
+    """
     chunks = head_loss.Chunks(at_once, classes_at_once)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(11, 16, generator=draw, requires_grad=True)
@@ -152,19 +155,20 @@ def test_head_loss(num_parts: int, at_once: int, classes_at_once: int) -> None:
     targets[torch.rand(11, num_parts, generator=draw) < 0.3] = IGNORE_INDEX
     weights = torch.rand(num_parts, generator=draw)
     weighted, sums, hits = head_loss.head_loss(hidden, head, targets, weights, chunks)
-    gradients = torch.autograd.grad(3 * weighted, (hidden, head))
+    of_rows = torch.randn(11, generator=draw)
+    gradients = torch.autograd.grad(of_rows @ weighted, (hidden, head))
     frozen, *_ = head_loss.head_loss(hidden, head.detach(), targets, weights, chunks)
     logits = (hidden @ head.T).view(11, num_parts, 40)
-    expected = torch.stack([F.cross_entropy(logits[:, k], targets[:, k], reduction="sum") for k in range(num_parts)])
-    expected_gradients = torch.autograd.grad(3 * (expected * weights).sum(), (hidden, head))
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(11, num_parts)
+    expected_gradients = torch.autograd.grad(of_rows @ (expected * weights).sum(1), (hidden, head))
     assert hits.equal(logits.argmax(dim=2) == targets)
     assert hits.any()
-    torch.testing.assert_close(sums, expected.detach(), rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(weighted, (expected * weights).sum(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(sums, expected.detach().sum(0), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(weighted, (expected * weights).sum(1), rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(gradients[0], expected_gradients[0], rtol=1e-5, atol=1e-5)
     # The rounding of a logit of about 30 changes a probability by about 4e-6.
     torch.testing.assert_close(gradients[1], expected_gradients[1], rtol=1e-5, atol=5e-5)
-    assert torch.autograd.grad(3 * frozen, hidden)[0].equal(gradients[0])
+    assert torch.autograd.grad(of_rows @ frozen, hidden)[0].equal(gradients[0])
     with torch.no_grad():
         assert head_loss.head_loss(hidden, head, targets, weights, chunks)[1].equal(sums)
 
@@ -174,8 +178,8 @@ def test_head_loss_of_no_rows() -> None:
     weighted, sums, _ = head_loss.head_loss(
         hidden, torch.randn(24, 16), torch.zeros(0, 3, dtype=torch.long), torch.ones(3)
     )
-    weighted.backward()
-    assert (weighted.item(), sums.tolist(), hidden.grad.shape) == (0.0, [0.0] * 3, (0, 16))
+    weighted.sum().backward()
+    assert (weighted.shape, sums.tolist(), hidden.grad.shape) == ((0,), [0.0] * 3, (0, 16))
 
 
 def count_synchronizations(num_layers: int) -> int:
@@ -189,7 +193,7 @@ def count_synchronizations(num_layers: int) -> int:
     model = DualLossModel(add_lora(higgs, LoraOptions(), "", torch.float32)).train()
     batch = speech_batch(2, 40, 10, 8, 64).tensors(CPU)
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
-        model(**batch, target_weights=torch.ones(9))[0].backward()
+        model(**batch, target_weights=torch.ones(9))[0].sum().backward()
     counts = {event.key: event.count for event in seen.key_averages()}
     assert counts["aten::index_select"] > num_layers  # the profiler has recorded the layers
     return sum(

@@ -56,8 +56,8 @@ def test_gradients_of_every_weight(
         checkpoint_layers(trained, 1)
     model = DualLossModel(trained).train()
     found, *_ = model(**batch.tensors(CPU), target_weights=HEAD_WEIGHTS)
-    (2 * found).backward()
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+    (2 * found.sum()).backward()
+    torch.testing.assert_close(found.sum(), expected, rtol=1e-6, atol=1e-5)
     gradients = {name: parameter.grad for name, parameter in model.higgs.named_parameters()}
     for name, parameter in native.named_parameters():
         gradient = gradients[name]
@@ -73,7 +73,7 @@ def test_one_group_alone(base: Path, group: str) -> None:
     found = {}
     for groups in ((group,), TRAIN_GROUPS):
         model = DualLossModel(unfreeze_groups(load_base(base, torch.float32), groups)).train()
-        model(**batch.tensors(CPU), target_weights=HEAD_WEIGHTS)[0].backward()
+        model(**batch.tensors(CPU), target_weights=HEAD_WEIGHTS)[0].sum().backward()
         found[groups] = {n: p.grad for n, p in model.higgs.named_parameters() if p.grad is not None}
     of_group = {name: gradient for name, gradient in found[TRAIN_GROUPS].items() if group_of(name) == group}
     assert found[group,].keys() == of_group.keys()
@@ -88,7 +88,7 @@ def test_bf16_follows_float32(base: Path) -> None:
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         model = DualLossModel(unfreeze_groups(load_base(base, dtype), TRAIN_GROUPS)).train()
-        model(**batch.tensors(CPU), target_weights=HEAD_WEIGHTS)[0].backward()
+        model(**batch.tensors(CPU), target_weights=HEAD_WEIGHTS)[0].sum().backward()
         gradients.append({name: p.grad for name, p in model.higgs.named_parameters()})
     for name, plain in gradients[0].items():
         found = gradients[1][name]

@@ -80,7 +80,8 @@ def test_loss_and_gradients(v3_base: Path, fill: bool, recompute: bool) -> None:
     batch, dual = batch_of(stream), AudioLossModel(model).train()
     counts = batch.target_counts()
     weights = target_weights(counts, WEIGHTS)
-    loss, sums, hits = dual(**batch.tensors(CPU), target_weights=weights)
+    losses, sums, hits = dual(**batch.tensors(CPU), target_weights=weights)
+    loss = losses.sum()
     loss.backward()
 
     plain = PlainModel(v3_base)
@@ -124,8 +125,8 @@ def test_adapters_equal_peft(v3_base: Path) -> None:
             own[name].copy_(torch.randn(own[name].shape, generator=draw) * 0.05)
             theirs[name].copy_(own[name])
     weights = target_weights(batch.target_counts(), WEIGHTS)
-    loss, sums, _ = AudioLossModel(model).train()(**batch.tensors(CPU), target_weights=weights)
-    loss.backward()
+    losses, sums, _ = AudioLossModel(model).train()(**batch.tensors(CPU), target_weights=weights)
+    losses.sum().backward()
     plain.trunk = adapted.base_model.model
     plain_sums, _ = expected_sums(plain, STREAM)
     assert (sums[1:] - plain_sums).abs().max() < 1e-5 * plain_sums.max()
@@ -145,10 +146,11 @@ def test_other_precisions(v3_base: Path, kind: str) -> None:
     model = add_lora(base, LoraOptions(), "", torch.float32 if kind == "4bit" else dtype)
     batch = batch_of()
     weights = target_weights(batch.target_counts(), WEIGHTS)
-    loss, _, _ = AudioLossModel(model).train()(**batch.tensors(CPU), target_weights=weights)
+    losses, _, _ = AudioLossModel(model).train()(**batch.tensors(CPU), target_weights=weights)
     exact = AudioLossModel(load_base(v3_base, torch.float32)).eval()
     with torch.no_grad():
-        expected = exact(**batch.tensors(CPU), target_weights=weights)[0]
+        expected = exact(**batch.tensors(CPU), target_weights=weights)[0].sum()
+    loss = losses.sum()
     assert loss.item() == pytest.approx(expected.item(), rel=0.1 if kind == "4bit" else 0.02)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
@@ -158,9 +160,9 @@ def test_an_empty_batch_runs_every_module(v3_base: Path) -> None:
     """As on a rank without samples: a loss of 0 that has a gradient."""
     model = AudioLossModel(add_lora(load_base(v3_base, torch.float32), LoraOptions(), "", torch.float32)).train()
     empty = collate([], STREAM, pad_id=0)
-    loss, sums, hits = model(**empty.tensors(CPU), target_weights=torch.ones(9))
-    loss.backward()
-    assert loss == 0
+    losses, sums, hits = model(**empty.tensors(CPU), target_weights=torch.ones(9))
+    losses.sum().backward()
+    assert losses.shape == (0,)
     assert not sums.any()
     assert not hits.any()
 

@@ -117,11 +117,11 @@ def test_activations_against_a_real_forward(kind: str, recompute: int | None, le
 def test_peak_against_torchs_allocator(kind: str, recompute: int | None) -> None:
     settings = settings_of(kind, recompute, 90)
     model, batch = real_model(settings), real_batch(settings)
-    model(**batch)[0].backward()  # allocates the gradients and everything that is allocated once
+    model(**batch)[0].sum().backward()  # allocates the gradients and everything that is allocated once
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
-        model(**batch)[0].backward()
+        model(**batch)[0].sum().backward()
     events = profile.profiler.kineto_results.events()
     alive = peak = 0
     for _, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):

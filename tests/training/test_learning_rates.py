@@ -18,7 +18,7 @@ from plain_training import load, plain_steps, windows_of
 from safetensors.torch import load_file
 
 from higgs_ds.model.parts import Parts
-from higgs_ds.options.train import OptimOptions
+from higgs_ds.options.optim import OptimOptions
 from higgs_ds.training.learning_rates import group_of_trained, parameter_groups
 
 pytestmark = pytest.mark.slow

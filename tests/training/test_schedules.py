@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from higgs_ds.options.train import OptimOptions
+from higgs_ds.options.optim import OptimOptions
 from higgs_ds.training.learning_rates import make_schedule
 
 STEPS, WARM_UP = 20, 4

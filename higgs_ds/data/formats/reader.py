@@ -20,6 +20,7 @@ from higgs_ds.data.formats import (
     metadata,
     native,
     paired,
+    pairs,
     swift,
     table,
     vctk,
@@ -50,6 +51,7 @@ READERS: dict[str, Callable[[Path, DataOptions], Iterable[Entry | PendingEntry]]
     "kaldi": kaldi.read,
     "lab": lab.read,
     "webdataset": webdataset.read,
+    "pairs": pairs.read,
 }
 # The file that a folder must contain to be read in a format. The formats in none of these are single files.
 FOLDER_FILES = {

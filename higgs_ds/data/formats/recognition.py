@@ -12,7 +12,7 @@ from higgs_ds.data.formats import csv_file, flat, jsonio, metadata, native, swif
 from higgs_ds.data.formats.checks import printable, shown
 from higgs_ds.data.formats.layouts import formats_of_files
 from higgs_ds.data.formats.recordings import Columns
-from higgs_ds.options.fields import FORMATS
+from higgs_ds.options.fields import FORMATS, PAIRS
 
 HEAD = 64  # samples or lines that are inspected; the reader then checks all of them
 TAR_MAGIC_AT = 257
@@ -73,6 +73,11 @@ def _format_of_json(path: Path, first: str) -> str:
             found.setdefault(format_name, f"line {item.line}")
         else:
             others.append(_describe(item.value))
+    if PAIRS in found:
+        raise InputError(
+            f"format: has pairs of a chosen and a rejected sample; train on them with --objective dpo --pairs, or give "
+            f"--format {PAIRS} to use each sample of them"
+        )
     # Conversations without anything specific to ChatML or to the native format give the same samples in both.
     may_be_chatml = found.pop(_CHAT, None) or (num_invalid and not others)
     if not found and may_be_chatml:
@@ -103,6 +108,8 @@ def _format_of_value(value: Any, in_array: bool) -> str | None:
         return None
     messages = value.get("messages")
     if not isinstance(messages, list):
+        if {"prompt", "chosen", "rejected"} <= value.keys():
+            return PAIRS
         if "audio_file" in value and in_array:
             return "metadata"
         return "flat" if isinstance(flat.keys_of(tuple(value)), Columns) else None

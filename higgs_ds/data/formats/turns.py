@@ -23,12 +23,12 @@ class Dialect:
     forbidden: dict[str, tuple[str, ...]]  # tokens forbidden in a text, by role; LAYOUT_TOKENS for other roles
 
 
-def messages_of(raw: Any, dialect: Dialect, reading: Reading) -> tuple[Message, ...]:
-    """Return the messages of a sample, one for each raw message, and report their faults."""
+def messages_of(raw: Any, dialect: Dialect, reading: Reading, key: str = "messages") -> tuple[Message, ...]:
+    """Return the messages under a key of a sample, one for each raw message, and report their faults."""
     if not isinstance(raw, list) or not raw:
-        reading.report("messages", f"must be a list of one or more messages, but is {kind_of(raw)}")
+        reading.report(key, f"must be a list of one or more messages, but is {kind_of(raw)}")
         return ()
-    return tuple([_message(message, f"messages[{i}]", dialect, reading) for i, message in enumerate(raw)])
+    return tuple([_message(message, f"{key}[{i}]", dialect, reading) for i, message in enumerate(raw)])
 
 
 def object_of(raw: Any, reading: Reading) -> dict[str, Any] | None:

@@ -65,12 +65,12 @@ class DualLossModel(LossModel):
         hidden = self.decode(text_ids, codes, positions, places, audio_rows, audio_at, **heard)
         selected = self.higgs.model.norm(hidden[torch.cat([text_places, audio_places])])
         text, audio = selected.split([len(text_places), len(audio_places)])
-        text_loss, text_sum, text_hits = self.higgs.text_lm_head(text, text_targets[:, None], target_weights[:1])
-        audio_loss, audio_sums, audio_hits = self.higgs.audio_lm_head(audio, audio_targets, target_weights[1:])
+        text_losses, text_sum, text_hits = self.higgs.text_lm_head(text, text_targets[:, None], target_weights[:1])
+        audio_losses, audio_sums, audio_hits = self.higgs.audio_lm_head(audio, audio_targets, target_weights[1:])
         ends = audio_targets == self.higgs.config.audio_stream_eos_id
         end_hits = torch.stack([(audio_hits & ends).sum(), ends.sum()])
         hits = torch.cat([text_hits.sum(0), audio_hits.sum(0), end_hits]).float()
-        return text_loss + audio_loss, torch.cat([text_sum, audio_sums]), hits
+        return torch.cat([text_losses, audio_losses]), torch.cat([text_sum, audio_sums]), hits
 
     def _insert_tower_outputs(
         self,

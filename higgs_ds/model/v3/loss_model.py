@@ -92,11 +92,11 @@ class AudioLossModel(LossModel):
         hidden = self.decode(text_ids, codes, positions, places)
         selected = self.higgs.model.norm(hidden.flatten(0, 1)[positions[audio_places]])
         loss_of = partial(head_loss, targets=audio_targets, target_weights=target_weights[1:], chunks=self.chunks)
-        loss, sums, hits = self.higgs.audio_lm_head(selected, loss_of)
+        losses, sums, hits = self.higgs.audio_lm_head(selected, loss_of)
         ends = audio_targets == self.higgs.config.audio_stream_eos_id
         nothing = sums.new_zeros(1)
         counted = torch.cat([nothing, hits.sum(0), torch.stack([(hits & ends).sum(), ends.sum()])])
-        return loss, torch.cat([nothing, sums]), counted.float()
+        return losses, torch.cat([nothing, sums]), counted.float()
 
     def decode(
         self, text_ids: torch.Tensor, codes: torch.Tensor, positions: torch.Tensor, places: torch.Tensor
