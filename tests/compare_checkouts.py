@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from launcher import free_port
+from launcher import free_port, overriding
 from safetensors import safe_open
 
 RUNS = {
@@ -44,7 +44,7 @@ def train(repo: Path, cache: Path, output: Path, options: str) -> None:
     """Run a training of a checkout on RANKS ranks."""
     port = free_port()
     command = [sys.executable, str(repo / "launch" / "train.py")]
-    command += f"{COMMON} {options} --cache_dir {cache} --output_dir {output}".format(repo=repo).split()
+    command += overriding(f"{COMMON} {options} --cache_dir {cache} --output_dir {output}".format(repo=repo).split())
     ranks = [
         subprocess.Popen(
             command,

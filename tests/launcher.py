@@ -97,6 +97,10 @@ def kill_after_step(processes: list[subprocess.Popen[str]], run_folder: Path, st
         process.communicate()
 
 
+def _base_of(run: Sequence[str]) -> list[str]:
+    return RANDOM[:2] if "--pairs" in run else RANDOM
+
+
 def train_runs(world_size: int, runs: Sequence[Sequence[str]], timeout_s: float = 900, report: bool = False) -> None:
     """Run several trainings, each given by its command line, one after another in one group of ranks.
 
@@ -106,8 +110,8 @@ def train_runs(world_size: int, runs: Sequence[Sequence[str]], timeout_s: float 
     unreported = ["--quiet"] if report else ["--quiet", "--no_report"]
     with tempfile.NamedTemporaryFile(mode="r", suffix=".log") as log:
         job = {
-            "ranks": world_size, "runs": [overriding([*RANDOM, *run, *unreported]) for run in runs], "log": log.name,
-            "timeout_s": timeout_s, "environment": dict(os.environ),
+            "ranks": world_size, "runs": [overriding([*_base_of(run), *run, *unreported]) for run in runs],
+            "log": log.name, "timeout_s": timeout_s, "environment": dict(os.environ),
         }  # fmt: skip
         codes = _run_job(job, os.environ)
         assert codes == [0] * world_size, f"ranks ended with {codes}:\n{log.read()[-9000:]}"

@@ -249,9 +249,11 @@ class TrainOptions:
     run: RunOptions = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
-        if self.objective.pairs and (self.data.train_manifest, self.data.format) == (None, "auto"):
-            data = dataclasses.replace(self.data, train_manifest=self.objective.pairs, format=PAIRS)
-            object.__setattr__(self, "data", data)
+        if self.objective.pairs:
+            data = self.data
+            manifests = self.objective.pairs if data.train_manifest is None else data.train_manifest
+            format_ = PAIRS if data.format == "auto" else data.format
+            object.__setattr__(self, "data", dataclasses.replace(data, train_manifest=manifests, format=format_))
         if self.tune.finetune == QLORA:
             object.__setattr__(self, "model", dataclasses.replace(self.model, load_in_4bit=True))
         elif self.tune.finetune == LORA and self.model.load_in_4bit:
