@@ -162,6 +162,8 @@ def _numbers(lines: Sequence[dict[str, Any]], bad: Mapping[str, str]) -> list[di
         "text_accuracy",
         "audio_accuracy",
         "eos_accuracy",
+        "rewards/margins",
+        "rewards/accuracies",
     )
     alone = ("lr", "grad_norm", "tokens_per_s", "samples_per_s", "peak_memory_gib", "padding", "skipped_steps")
     keys = {name: (f"train/{name}", f"val/{name}") for name in shared}
