@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from higgs_ds.data.codec import Codec
 from higgs_ds.data.templates import Reference
 from higgs_ds.model.loading import load_for_generation
 from higgs_ds.model.parts import NO_PARTS, parts_of
+from higgs_ds.model.prompt import Prompt as TokenizedPrompt
 from higgs_ds.model.sample import Message
 from higgs_ds.options.commands import GenerateOptions
 from higgs_ds.options.generation import check_generate_options
@@ -183,27 +186,42 @@ def speak(
         settings: keyword arguments of `generate`, which override the model's own generation settings.
     """
     family, stream = bundle.family, bundle.stream
-    num_frames = [codes.shape[1] for codes in references]
-    segments = family.render_generation(messages, bundle.vocabulary)
-    prompt = family.tokenize(segments, num_frames, bundle.tokenizer, stream)
+    prompt = generation_prompt(bundle, messages, references)
     inputs: dict[str, torch.Tensor] = {"input_ids": torch.tensor([prompt.input_ids])}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     num_rows = len(prompt.audio_columns)
     if references:
         inputs["audio_input_ids"] = torch.cat([stream.delay(codes) for codes in references])[None]
         inputs["audio_input_ids_mask"] = family.audio_mask(prompt)
-    device, in_range = next(model.parameters()).device, [torch.tensor(True)]
+    device = next(model.parameters()).device
+    with watched_range(model) as in_range:
+        rows = model.generate(**{name: tensor.to(device) for name, tensor in inputs.items()}, **settings)
+    new_rows = rows[0, num_rows:].cpu()
+    return Speech(stream.revert(new_rows), stream.has_ended(new_rows), bool(in_range[0]))
+
+
+def generation_prompt(bundle: Bundle, messages: list[Message], references: list[torch.Tensor]) -> TokenizedPrompt:
+    """Return the prompt after which the model speaks. Raises InputError if it has no place for some of it."""
+    num_frames = [codes.shape[1] for codes in references]
+    segments = bundle.family.render_generation(messages, bundle.vocabulary)
+    return bundle.family.tokenize(segments, num_frames, bundle.tokenizer, bundle.stream)
+
+
+@contextlib.contextmanager
+def watched_range(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Within the block, check the logits of a model that computes in fp16: yield a list of whether all were finite."""
+    in_range = [torch.tensor(True)]
 
     def check_range(_module: torch.nn.Module, _inputs: Any, logits: torch.Tensor) -> None:
         if logits.dtype == torch.float16:
-            in_range[0] = in_range[0].to(device) & logits.isfinite().all()
+            in_range[0] = in_range[0].to(logits.device) & logits.isfinite().all()
 
     head = (model.get_base_model() if isinstance(model, PeftModel) else model).audio_lm_head
     checked = head.register_forward_hook(check_range)
-    rows = model.generate(**{name: tensor.to(device) for name, tensor in inputs.items()}, **settings)
-    checked.remove()
-    new_rows = rows[0, num_rows:].cpu()
-    return Speech(stream.revert(new_rows), stream.has_ended(new_rows), bool(in_range[0]))
+    try:
+        yield in_range
+    finally:
+        checked.remove()
 
 
 def _check(options: GenerateOptions) -> Request:

@@ -159,7 +159,7 @@ def test_greedy_rows(
 
     def with_end(hidden: torch.Tensor) -> torch.Tensor:
         logits = head(hidden).clone()
-        logits[0, STREAM.eos_id] += 10_000 if next(steps) >= 12 + number else 0
+        logits[..., 0, STREAM.eos_id] += 10_000 if next(steps) >= 12 + number else 0
         return logits
 
     exact.audio_logits = with_end

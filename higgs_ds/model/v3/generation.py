@@ -11,11 +11,12 @@ from higgs_ds.model.v3.layout import BOC_ID, EOC_ID
 
 
 class CodeSampler:
-    """Chooses row after row of one clip.
+    """Chooses row after row of B clips, which end at different rows.
 
     Codebook k begins in row k and is BOC before. Only codebook 0 may choose EOC. The next row forces EOC on it, each
     further row on one more codebook, and the clip has ended with the row in which all but the last codebook are forced.
     (The codes of the others in the row after the EOC are one frame more than codebook 0 has; they are not decoded.)
+    All rows after that are EOC.
     """
 
     def __init__(
@@ -25,51 +26,52 @@ class CodeSampler:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        logits_processor: Any = None,
     ) -> None:
         """Choose the most probable codes, or draw them from torch's generator.
 
         Args:
             do_sample: by default, whether the temperature is above 0; without a temperature, it is 1.
+            logits_processor: changes the scores (B x C, S) of what a row may have, before the codes are chosen.
         """
         self.num_codebooks = num_codebooks
         self.temperature = 1.0 if temperature is None else temperature
         self.is_greedy = self.temperature <= 0 or do_sample is False
-        self._warp = LogitsProcessorList(_warpers(self.temperature, top_k, top_p) if not self.is_greedy else [])
+        warpers = [] if self.is_greedy else _warpers(self.temperature, top_k, top_p)
+        self._process = LogitsProcessorList([*(logits_processor or ()), *warpers])
         self.num_rows = 0
-        self.num_ended: int | None = None  # codebooks that are forced to EOC in the next row, from codebook 0 on
+        # (B,): codebooks that are forced to EOC in the next row, from codebook 0 on; 0 before the EOC of codebook 0.
+        self.num_ended = torch.zeros(0, dtype=torch.long)
 
     @property
     def has_ended(self) -> bool:
-        return self.num_ended is not None and self.num_ended >= self.num_codebooks
+        """Whether all clips have ended."""
+        return bool((self.num_ended >= self.num_codebooks).all())
 
-    def next_row(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the next row (C,) from its logits (C, S)."""
-        masked = self._masked(logits.float())
-        if self.is_greedy:
-            row = masked.argmax(-1)
-        else:
-            probabilities = self._warp(None, masked).softmax(-1)
-            row = torch.multinomial(probabilities, 1)[:, 0]
-        if self.num_ended is not None:
-            self.num_ended += 1
-        elif row[0] == EOC_ID:
-            self.num_ended = 1
+    def next_rows(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the next row of each clip (B, C) from its logits (B, C, S)."""
+        if self.num_rows == 0:
+            self.num_ended = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        scores = self._process(None, self._masked(logits.float()).flatten(0, 1))
+        codes = scores.argmax(-1) if self.is_greedy else torch.multinomial(scores.softmax(-1), 1)[:, 0]
+        rows = codes.unflatten(0, (-1, self.num_codebooks))
+        self.num_ended = torch.where(self.num_ended > 0, self.num_ended + 1, (rows[:, 0] == EOC_ID).long())
         self.num_rows += 1
-        return row
+        return rows
 
     def _masked(self, logits: torch.Tensor) -> torch.Tensor:
         """Return logits with -inf for what a row must not have."""
         codebooks = torch.arange(self.num_codebooks, device=logits.device)
+        ends = (self.num_ended > 0)[:, None]
         masked = logits.clone()
-        masked[:, BOC_ID] = -torch.inf
-        if self.num_ended is None:
-            masked[1:, EOC_ID] = -torch.inf
-            forced, code = codebooks > self.num_rows, BOC_ID
-        else:
-            masked[:, EOC_ID] = -torch.inf
-            forced, code = codebooks < self.num_ended, EOC_ID
-        masked[forced] = -torch.inf
-        masked[forced, code] = 0.0
+        masked[..., BOC_ID] = -torch.inf
+        masked[..., EOC_ID] = masked[..., EOC_ID].masked_fill(ends | (codebooks > 0), -torch.inf)
+        for code, forced in (
+            (BOC_ID, ~ends & (codebooks > self.num_rows)),
+            (EOC_ID, codebooks < self.num_ended[:, None]),
+        ):
+            masked = masked.masked_fill(forced[..., None], -torch.inf)
+            masked[..., code] = masked[..., code].masked_fill(forced, 0.0)
         return masked
 
 

@@ -173,12 +173,15 @@ class HiggsMultimodalQwen3ForConditionalGeneration(PreTrainedModel):
         """Return the trunk's outputs for ids (B, T).
 
         Args:
-            audio_input_ids: rows of codes (B, R, C).
+            audio_input_ids: rows of codes (B, R, C); of a sequence with fewer than R, the last ones are used.
             audio_input_ids_mask: bool (B, T), where they are in the sequence.
         """
         if audio_input_ids is None or audio_input_ids_mask is None:
             return self.body(inputs_embeds=self.text_embedding(input_ids), **kwargs)
-        embedded = self.embed(input_ids, audio_input_ids_mask, audio_input_ids.flatten(0, 1))
+        num_rows = audio_input_ids.shape[1]
+        first = num_rows - audio_input_ids_mask.sum(1, keepdim=True)
+        used = torch.arange(num_rows, device=first.device) >= first
+        embedded = self.embed(input_ids, audio_input_ids_mask, audio_input_ids[used])
         return self.body(inputs_embeds=embedded, **kwargs)
 
     @torch.no_grad()
@@ -187,43 +190,75 @@ class HiggsMultimodalQwen3ForConditionalGeneration(PreTrainedModel):
         input_ids: torch.Tensor,
         audio_input_ids: torch.Tensor | None = None,
         audio_input_ids_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         max_new_tokens: int = 2048,
         do_sample: bool | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        logits_processor: Any = None,
         synced_gpus: bool = False,
         **_: Any,
     ) -> torch.Tensor:
-        """Generate the rows of one clip after a prompt (1, T).
+        """Generate the rows of one clip after each prompt (B, T), padded on the left.
 
         Args:
+            audio_input_ids, audio_input_ids_mask: as in `forward`, padded on the left.
+            attention_mask: (B, T), 0 for padding; by default, there is none.
             do_sample, temperature, top_k, top_p: by default, those of the model's generation settings.
+            logits_processor: see `CodeSampler`.
             synced_gpus: go on until every rank has ended, because all compute with each other's weights.
 
         Returns:
-            Rows (1, R, C): those of the prompt, followed by the new ones.
+            Rows (B, R, C): those of the prompts, followed by the new ones, up to the end of the longest clip.
         """
         given = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         settings: dict[str, Any] = {
             name: getattr(self.generation_config, name) if value is None else value for name, value in given.items()
         }
-        sampler = CodeSampler(self.config.num_codebooks, **settings)
-        no_rows = input_ids.new_zeros(0, self.config.num_codebooks)
-        prompt = no_rows if audio_input_ids is None else audio_input_ids[0]
+        sampler = CodeSampler(self.config.num_codebooks, **settings, logits_processor=logits_processor)
+        no_rows = input_ids.new_zeros(len(input_ids), 0, self.config.num_codebooks)
+        prompt = no_rows if audio_input_ids is None else audio_input_ids
         cache = DynamicCache(config=self.config.trunk)
-        outputs = self(input_ids, audio_input_ids, audio_input_ids_mask, past_key_values=cache, use_cache=True)
+        places = _Places(attention_mask)
+        outputs = self(
+            input_ids,
+            audio_input_ids,
+            audio_input_ids_mask,
+            past_key_values=cache,
+            use_cache=True,
+            **places.arguments(),
+        )
         rows: list[torch.Tensor] = []
         goes_on = True
         while _any_rank(goes_on, synced_gpus, input_ids.device):
-            row = sampler.next_row(self.audio_logits(outputs.last_hidden_state[0, -1]))
+            row = sampler.next_rows(self.audio_logits(outputs.last_hidden_state[:, -1]))
             if goes_on:
                 rows.append(row)
             goes_on = goes_on and not sampler.has_ended and len(rows) < max_new_tokens
             if goes_on or synced_gpus:
-                embedded = self.audio_table(row)[None, None]
-                outputs = self.body(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
-        return torch.cat([prompt, torch.stack(rows)])[None]
+                embedded = self.audio_table(row)[:, None]
+                places.advance()
+                outputs = self.body(inputs_embeds=embedded, past_key_values=cache, use_cache=True, **places.arguments())
+        return torch.cat([prompt, torch.stack(rows, dim=1)], dim=1)
+
+
+class _Places:
+    """Which positions of padded sequences are padding, and the numbers of the others; nothing if none is padding."""
+
+    def __init__(self, attention_mask: torch.Tensor | None) -> None:
+        self.mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+        self.numbers = None if self.mask is None else (self.mask.cumsum(-1) - 1).clamp(min=0)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return arguments of the trunk for the positions that it has not seen."""
+        return {} if self.mask is None else {"attention_mask": self.mask, "position_ids": self.numbers}
+
+    def advance(self) -> None:
+        """Go on by one position, which is no padding."""
+        if self.mask is not None and self.numbers is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+            self.numbers = self.numbers[:, -1:] + 1
 
 
 def _any_rank(value: bool, synced: bool, device: torch.device) -> bool:
