@@ -59,6 +59,16 @@ def evaluate(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     return run_ranks(lambda: main(options), together=False)
 
 
+def prefer(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Speak each text several times, and write pairs of a better and a worse rendering."""
+    options = command_line.parse_prefer_options(argv, prog)
+    quiet_libraries()
+    with quick_imports():
+        from higgs_ds.speech.prefer import main
+
+    return run_ranks(lambda: main(options), together=False)
+
+
 def generate(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Generate speech from text with a base model, an adapter or a merged model."""
     options = command_line.parse_generate_options(argv, prog)
@@ -162,7 +172,7 @@ def slice(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str] | None, str | None], int]] = {
     command.__name__: command
     for command in (
-        train, slice, review, prepare, merge, blend, generate, evaluate, export, convert,
+        train, slice, review, prepare, merge, blend, generate, evaluate, prefer, export, convert,
         find_lora_adapters, validate_adapter, validate_checkpoint_dir,
     )
 }  # fmt: skip

@@ -15,7 +15,7 @@ from conftest import PROJECT
 pytestmark = pytest.mark.slow
 
 COMMANDS = (
-    "train", "slice", "review", "prepare", "merge", "blend", "generate", "evaluate", "export", "convert",
+    "train", "slice", "review", "prepare", "merge", "blend", "generate", "evaluate", "prefer", "export", "convert",
     "find_lora_adapters", "validate_adapter", "validate_checkpoint_dir",
 )  # fmt: skip
 

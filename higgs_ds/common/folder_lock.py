@@ -11,7 +11,9 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import check_folders, saving
 from higgs_ds.common.lock import OutputLock
 
-RUN_LOCK, EVALUATION_LOCK, SLICING_LOCK = ".lock", ".evaluation.lock", ".slicing.lock"
+RUN_LOCK, EVALUATION_LOCK, SLICING_LOCK, PREFERENCE_LOCK = (
+    ".lock", ".evaluation.lock", ".slicing.lock", ".preference.lock",
+)  # fmt: skip
 
 
 class FolderLock:

@@ -63,7 +63,12 @@ class AudioFacts:
 
 
 def examine(
-    clip: AudioClip, max_s: float, sample_rate: int, silence_db: float = SILENCE_DB, rest_s: float | None = None
+    clip: AudioClip,
+    max_s: float,
+    sample_rate: int,
+    silence_db: float = SILENCE_DB,
+    rest_s: float | None = None,
+    may_be_silent: bool = False,
 ) -> AudioFacts:
     """Check that a clip can be trained on and measure it, without resampling it and with one block of it in memory.
 
@@ -71,6 +76,7 @@ def examine(
         sample_rate: to which the clip is going to be resampled, in Hz.
         silence_db: below its loudest 10 ms, at which 10 ms of the clip are silent.
         rest_s: seconds of silence that are left at each end; None trims nothing.
+        may_be_silent: whether a silent clip is accepted, as one that is not to be learned.
 
     Raises:
         AudioError, ClipTooLongError: as in `read_audio`; or the clip is silent.
@@ -80,7 +86,7 @@ def examine(
         meter = ClipMeter(source_rate)
         for block in blocks:
             meter.add(block)
-    if meter.peak < SILENCE_PEAK:
+    if meter.peak < SILENCE_PEAK and not may_be_silent:
         level = f"its peak is {20 * math.log10(meter.peak):.0f} dBFS" if meter.peak else "every sample of it is zero"
         raise AudioError(f"is silent: {level}")
     quality, start, stop = meter.finish(silence_db)

@@ -18,6 +18,7 @@ from higgs_ds.options.commands import (
     GenerateOptions,
     InspectOptions,
     MergeOptions,
+    PreferOptions,
     PrepareOptions,
 )
 from higgs_ds.options.flags import FlagOptions
@@ -168,6 +169,19 @@ def parse_evaluate_options(argv: Sequence[str] | None = None, prog: str | None =
     _add_local_rank(parser)
     given = parser.given_options(argv)
     return EvaluateOptions(**{name: value for name, value in given.items() if name != "local_rank"})
+
+
+def parse_prefer_options(argv: Sequence[str] | None = None, prog: str | None = None) -> PreferOptions:
+    """Parse the options of launch/prefer.py."""
+    parser = Parser(
+        **_usage("launch/prefer.py", "[deepspeed|python] launch/prefer.py --manifest PATH [options]", prog),
+        description="Speak each text of a manifest several times, score what was spoken, and write pairs of a better "
+        "and a worse rendering, to train on. A command that was ended goes on where it was.",
+    )
+    add_options(parser, PreferOptions)
+    _add_local_rank(parser)
+    given = parser.given_options(argv)
+    return PreferOptions(**{name: value for name, value in given.items() if name != "local_rank"})
 
 
 def parse_slice_options(argv: Sequence[str] | None = None, prog: str | None = None) -> SliceOptions:

@@ -229,6 +229,76 @@ class EvaluateOptions:
     )
 
 
+@dataclass(frozen=True)
+class PreferOptions:
+    """Preference pairs"""
+
+    manifest: Path = option(REQUIRED, "manifest whose texts are spoken, a file or a folder", metavar="PATH")
+    format: str = option("auto", "format of the manifest; auto: detected from its content", ("auto", *FORMATS))
+    base_model_path: str | None = option(
+        None,
+        "base or merged model: a folder, a hub id or a built-in one (default: the adapter's base model, or "
+        "speaking-base)",
+        metavar="BASE",
+    )
+    lora_adapter_path: Path | None = option(None, "LoRA adapter to use with the base model", metavar="DIR")
+    lora_scale: float = option(1.0, SCALE_HELP)
+    codec_ckpt: str | None = option(None, "audio codec, a folder or a hub id (default: named by the base model)")
+    output_dir: Path = option(Path("preferences"), "folder for the pairs, their clips and codes", metavar="DIR")
+    num_samples: int | None = option(None, "use only the first N samples (default: all)")
+    renderings: int = option(8, "how often each text is spoken, 2 or more")
+    temperature: float = option(1.0, "temperature of sampling, above 0")
+    top_k: int | None = option(None, "sample from the k most likely codes (default: the model's own settings)")
+    top_p: float | None = option(
+        None,
+        "sample from the most likely codes whose probabilities add up to this value (default: the model's own "
+        "settings)",
+    )
+    batch_size: int = option(8, "how many clips each GPU generates at once")
+    seed: int = option(42, "random seed for sampling")
+    recognizer: str | None = option(
+        None,
+        "compare what is heard with the text, with this speech recognizer: pocketsphinx, limited to the words of the "
+        "manifest (English), or a speech recognizer of transformers, a folder or a hub id",
+        metavar="RECOGNIZER",
+    )
+    measures: tuple[str, ...] = option(
+        (),
+        "also score the similarity of the voices (similarity), or how listeners would rate the sound (dnsmos); each "
+        "needs packages that its error message names",
+        MEASURES,
+        "MEASURE",
+    )
+    speaker_model: str = option(
+        RESEMBLYZER,
+        "model of the similarity: resemblyzer, or an x-vector model of transformers by folder or hub id, such as "
+        "microsoft/wavlm-base-plus-sv",
+        metavar="MODEL",
+    )
+    min_margin: float = option(0.1, "leave out a text whose best and worst score differ by less")
+    cache_dir: Path | None = option(
+        None, "cache folder for encoded audio (default: $HIGGS_DS_CACHE, or ~/.cache/higgs_ds)", metavar="DIR"
+    )
+
+
+def check_prefer_options(options: PreferOptions) -> list[str]:
+    """Return the problems of the options; empty if there are none. Files are not opened."""
+    problems = []
+
+    def expect(name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            problems.append(f"--{name} {getattr(options, name)}: must be {allowed}")
+
+    expect("num_samples", options.num_samples is None or options.num_samples >= 1, "1 or more")
+    expect("renderings", options.renderings >= 2, "2 or more: a pair has a better and a worse one")
+    expect("temperature", 0 < options.temperature < math.inf, "above 0: without sampling, all renderings are the same")
+    expect("top_k", options.top_k is None or options.top_k >= 1, "1 or more")
+    expect("top_p", options.top_p is None or 0 < options.top_p <= 1, "above 0, up to 1")
+    expect("batch_size", options.batch_size >= 1, "1 or more")
+    expect("min_margin", 0 <= options.min_margin < math.inf, "0 or above")
+    return problems + check_lora_scale(options.lora_scale, options.lora_adapter_path)
+
+
 def check_lora_scale(lora_scale: float, lora_adapter_path: Path | None) -> list[str]:
     """Return the problems of --lora_scale; empty if there are none."""
     if not math.isfinite(lora_scale):
