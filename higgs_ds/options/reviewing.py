@@ -7,7 +7,8 @@ from pathlib import Path
 
 from higgs_ds.options.fields import REQUIRED, option
 
-LISTS = ("flat", "csv", "list")  # formats that hold the texts of their clips, line by line
+PAIRS = "pairs"  # of launch/prefer.py
+LISTS = ("flat", "csv", "list", PAIRS)  # formats that hold the texts of their clips, line by line
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class ReviewOptions:
 
     path: Path = option(
         REQUIRED,
-        "list of clips, or a folder with metadata.jsonl or metadata.csv",
+        "list of clips or of preference pairs, or a folder with metadata.jsonl, metadata.csv or pairs.jsonl",
         metavar="FOLDER_OR_LIST",
         positional=True,
     )

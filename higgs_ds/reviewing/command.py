@@ -19,7 +19,8 @@ def main(options: ReviewOptions) -> None:
     if problems:
         raise InputError(problems)
     with opened_list(options.path, options.format) as review, _server(review, options) as server:
-        say(f"{review.path}: {counted(len(review.rows), 'clip')}, {review.num_dropped():,} of them dropped")
+        rows = counted(len(review.rows), review.form.noun)
+        say(f"{review.path}: {rows}, {review.num_dropped():,} of them dropped")
         say(f"Open {server.url} in a browser{' on this machine' if server.is_local() else ''}. Ctrl-C ends the review.")
         try:
             server.serve_forever()
@@ -28,7 +29,7 @@ def main(options: ReviewOptions) -> None:
                 raise
         finally:
             review.writing.acquire()  # a change that is being written is completed, and is the last one
-        dropped = f"{review.num_dropped():,} of {counted(len(review.rows), 'clip')} dropped"
+        dropped = f"{review.num_dropped():,} of {rows} dropped"
         say(f"{review.path}: {dropped}; every change is written")
 
 

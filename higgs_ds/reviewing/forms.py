@@ -12,7 +12,9 @@ from higgs_ds.data.formats.jsonio import first_character, is_utf8
 from higgs_ds.data.formats.reader import AUTO, FOLDER_FILES
 from higgs_ds.data.formats.recognition import recognize
 from higgs_ds.data.formats.recordings import columns_of
+from higgs_ds.options.reviewing import PAIRS
 from higgs_ds.reviewing.json_list import JsonArray, JsonLines
+from higgs_ds.reviewing.pair_list import PAIRS_FILE, PairLines, is_pair_list
 from higgs_ds.reviewing.pieces import Form
 from higgs_ds.reviewing.row_list import FileList, Rows, Table
 
@@ -29,6 +31,8 @@ def form_of(path: Path, format_name: str = AUTO) -> Form:
         InputError: its format is not detected, or its texts are not in the list, so that it cannot be written back.
         OSError: it cannot be read.
     """
+    if format_name == PAIRS or (format_name == AUTO and is_pair_list(path)):
+        return PairLines()
     name = recognize(path) if format_name == AUTO else format_name
     if name == "flat":
         return JsonArray() if first_character(path) == "[" else JsonLines()
@@ -50,6 +54,8 @@ def file_of(path: Path, format_name: str = AUTO) -> Path:
     """Return the list that a folder contains; a file is returned unchanged. Raises as `form_of`."""
     if not path.is_dir():
         return path
+    if format_name in (AUTO, PAIRS) and (path / PAIRS_FILE).is_file():
+        return path / PAIRS_FILE
     name = recognize(path) if format_name == AUTO else format_name
     file = path / FOLDER_FILES.get(name, "")
     if name not in ("flat", "csv", "list") or not file.is_file():

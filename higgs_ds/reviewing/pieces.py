@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+from higgs_ds.common.errors import InputError
 from higgs_ds.data.formats.checks import Build, Reading, build_entry, printable
-from higgs_ds.model.sample import Entry
+from higgs_ds.model.sample import AudioClip, Entry
 from higgs_ds.options.train import DataOptions
 
 LINE = re.compile(r"[^\n]*\n|[^\n]+")
@@ -29,9 +30,20 @@ class Pieces(NamedTuple):
     tail: str = ""
 
 
+class Pair(NamedTuple):
+    """What a piece says of its two clips: which is chosen, the rejected one, and their scores in words."""
+
+    chosen: str
+    rejected: AudioClip | None
+    scores: str
+
+
 @dataclass(frozen=True)
 class Form:
     """How a list is written. Two forms are equal if they read the same text alike."""
+
+    noun: ClassVar[str] = "clip"
+    is_editable: ClassVar[bool] = True  # whether transcripts can be changed
 
     def split(self, text: str) -> Pieces:
         """Cut the text of a list. Raises InputError if that is not possible."""
@@ -57,6 +69,14 @@ class Form:
     def with_text(self, piece: str, text: str) -> str:
         """Return a piece with another transcript. Raises InputError if the form cannot hold it."""
         raise NotImplementedError
+
+    def pair(self, piece: str, path: Path) -> Pair | None:
+        """Return the two clips of a preference pair; None in a list of clips."""
+        return None
+
+    def swapped(self, piece: str) -> str:
+        """Return a pair whose clips are swapped. Raises InputError if it is none."""
+        raise InputError("only the clips of a preference pair can be swapped")
 
 
 def entry_of(value: Any, path: Path, build: Build) -> Entry:

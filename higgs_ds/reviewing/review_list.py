@@ -27,7 +27,7 @@ from higgs_ds.data.formats.jsonio import is_utf8
 from higgs_ds.data.formats.reader import AUTO
 from higgs_ds.model.sample import AudioClip, Entry
 from higgs_ds.reviewing.forms import file_of, form_of
-from higgs_ds.reviewing.pieces import Form, Pieces
+from higgs_ds.reviewing.pieces import Form, Pair, Pieces
 
 LARGEST_LIST = 1 << 29  # bytes; a list is held in memory
 KEPT, DROPPED, ALL = SHOWN = ("kept", "dropped", "all")
@@ -126,9 +126,13 @@ class ReviewList:
     def clip(self, number: int) -> AudioClip | None:
         """Return the clip of a row, also if its transcript has a fault."""
         row, sample = self.rows[number], self.entry(number).sample
-        if sample is None and row.text is not None:
+        if sample is None and row.text is not None and self.form.is_editable:
             sample = self.form.entry(self.form.with_text(row.piece, STAND_IN), self.path).sample
         return None if sample is None else sample.clips[-1]
+
+    def pair(self, number: int) -> Pair | None:
+        """Return the clips of a row of preference pairs; None in a list of clips."""
+        return self.form.pair(self.rows[number].piece, self.path)
 
     def edit(self, number: int, text: str, before: str) -> None:
         """Replace the transcript of a row.
@@ -140,6 +144,8 @@ class ReviewList:
         """
         with self.writing:
             row, text = self.rows[number], text.strip()
+            if not self.form.is_editable:
+                raise InputError("the text of a pair is what was spoken; it cannot be changed")
             if row.text != before:
                 raise StaleError("the text was changed in another window; nothing was written")
             if row.is_dropped or row.text is None:
@@ -151,6 +157,23 @@ class ReviewList:
             new = Row(self.form.with_text(row.piece, text), text)
             self._check_edit(number, new)
             self._write(number, new)
+
+    def swap(self, number: int, before: str) -> None:
+        """Swap the chosen and the rejected clip of a pair.
+
+        Raises:
+            StaleError: the chosen clip is no longer `before`.
+            InputError: the row is no pair, or is dropped.
+            SaveError: the list cannot be written.
+        """
+        with self.writing:
+            row, pair = self.rows[number], self.pair(number)
+            swapped = self.form.swapped(row.piece)
+            if pair is None or pair.chosen != before:
+                raise StaleError("the pair was swapped in another window; nothing was written")
+            if row.is_dropped:
+                raise InputError("the pair is dropped; keep it first")
+            self._write(number, replace(row, piece=swapped))
 
     def _check_edit(self, number: int, new: Row) -> None:
         """Refuse a text that the reader would refuse, or that would change more than the transcript."""

@@ -25,6 +25,8 @@ import jinja2
 
 from higgs_ds.common.errors import InputError, SaveError
 from higgs_ds.data.audio import AudioError
+from higgs_ds.model.sample import AudioClip
+from higgs_ds.reviewing.pair_list import CHOSEN, REJECTED
 from higgs_ds.reviewing.review_list import ALL, SHOWN, ReviewList, StaleError
 from higgs_ds.reviewing.sound import Sound, byte_range, sound_of
 from higgs_ds.reviewing.view import counts_of, page_of, row_of
@@ -145,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
             with review.writing:
                 review.check(_number(query.get("generation", "")))
                 number = self._row_number(_number(words[1]))
-                clip = review.clip(number)
+                clip = self._asked_clip(number, query.get("which", CHOSEN))
                 review.move_to(number)
             if clip is None:
                 raise AudioError("the row names no audio file")
@@ -154,13 +156,21 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             raise RefusedError(HTTPStatus.NOT_FOUND, "no such page")
 
+    def _asked_clip(self, number: int, which: str) -> AudioClip | None:
+        if which not in (CHOSEN, REJECTED):
+            raise RefusedError(HTTPStatus.BAD_REQUEST, f"which must be {CHOSEN} or {REJECTED}")
+        if which == CHOSEN:
+            return self.server.review.clip(number)
+        pair = self.server.review.pair(number)
+        return None if pair is None else pair.rejected
+
     def _post(self, words: list[str], _: dict[str, str]) -> None:
         """Change a row. Only the page itself may ask for it: another one has another origin."""
         if self.headers.get("Origin") != f"http://{self.headers['Host']}":
             raise RefusedError(HTTPStatus.FORBIDDEN, "a change must come from the page of this server")
         if self.headers.get("Content-Type") != "application/json":
             raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "a change must be JSON")
-        if words not in (["edit"], ["drop"]):
+        if words not in (["edit"], ["drop"], ["swap"]):
             raise RefusedError(HTTPStatus.NOT_FOUND, "no such page")
         given = self._body()
         review = self.server.review
@@ -169,6 +179,8 @@ class _Handler(BaseHTTPRequestHandler):
             number = self._row_number(_given(given, "row", int))
             if words == ["edit"]:
                 review.edit(number, _given(given, "text", str), _given(given, "before", str))
+            elif words == ["swap"]:
+                review.swap(number, _given(given, "before", str))
             else:
                 review.drop(number, _given(given, "dropped", bool))
             review.move_to(number)

@@ -31,19 +31,25 @@ def page_of(review: ReviewList, words: str, shown: str, start: int | None, at: i
 
 def row_of(review: ReviewList, number: int) -> dict[str, Any]:
     """Return a row with what is wrong with it: faults that the reader reports, and audio that cannot be opened."""
-    row, entry, clip = review.rows[number], review.entry(number), review.clip(number)
+    row, entry, clip, pair = review.rows[number], review.entry(number), review.clip(number), review.pair(number)
     faults, seconds = [*entry.faults], None
+    of_pair: dict[str, Any] = {} if pair is None else {"pair": {"chosen": pair.chosen, "scores": pair.scores}}
     if clip is not None:
         try:
             seconds = seconds_of_clip(clip)
         except AudioError as error:
             faults.append(f"audio: {error}")
+    if pair is not None:
+        try:
+            of_pair["pair"]["rejected_seconds"] = seconds_of_clip(pair.rejected) if pair.rejected else None
+        except AudioError as error:
+            faults.append(f"rejected audio: {error}")
     speaker = entry.sample.speaker if entry.sample else None
     return {
         "row": number, "text": row.text, "dropped": row.is_dropped, "speaker": speaker, "seconds": seconds,
-        "has_audio": clip is not None, "faults": faults,
+        "has_audio": clip is not None, "faults": faults, **of_pair,
     }  # fmt: skip
 
 
-def counts_of(review: ReviewList) -> dict[str, int]:
-    return {"total": len(review.rows), "num_dropped": review.num_dropped()}
+def counts_of(review: ReviewList) -> dict[str, Any]:
+    return {"total": len(review.rows), "num_dropped": review.num_dropped(), "noun": f"{review.form.noun}s"}
