@@ -16,6 +16,7 @@ from higgs_ds.options.commands import (
     ExportOptions,
     GenerateOptions,
     MergeOptions,
+    PreferOptions,
     PrepareOptions,
 )
 from higgs_ds.options.reviewing import ReviewOptions
@@ -31,7 +32,7 @@ CURRENT = [path for path in DOCUMENTS if path.name not in ("benchmarks.md", "log
 OTHERS = {
     "--hostfile", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--config", "--help", "--json",
     "--local-dir", "--repo-type", "--omni", "--port", "--module", "--word_timestamps", "--diarize",
-    "--no-deps",
+    "--no-deps", "--objective", "--pairs",
 }  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def known_options() -> set[str]:
     names = {f"--{name}" for name in parser.names()}
     for group_class in (
         MergeOptions, BlendOptions, ExportOptions, ConvertOptions, EvaluateOptions, GenerateOptions, SliceOptions,
-        ReviewOptions,
+        ReviewOptions, PreferOptions,
     ):  # fmt: skip
         group_parser = Parser()
         add_options(group_parser, group_class)

@@ -54,6 +54,8 @@ ELSEWHERE = {
     # With a recognizer that is a download of 3 GB.
     "python launch/slice.py interview.flac --recognizer ": ("tests/speech/test_recognizers.py", "def test_whisper_"),
     "python launch/review.py my_clips": ("tests/reviewing/test_review_server.py", "def test_command("),
+    "python launch/review.py preferences/pairs.jsonl": ("tests/reviewing/test_review_server.py", "def test_command("),
+    "deepspeed launch/prefer.py": ("tests/speech/test_prefer.py", "def test_ranks_change_nothing("),
     "deepspeed launch/evaluate.py": ("tests/speech/test_evaluate.py", "def test_ranks_change_nothing("),
 }
 SMALLER = {
