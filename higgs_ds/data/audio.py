@@ -266,9 +266,16 @@ def as_ogg(path: Path) -> bytes:
     return content.getvalue()
 
 
-def write_audio(path: Path, waveform: torch.Tensor, sample_rate: int) -> None:
-    """Write a mono waveform (num_samples,) as 16-bit PCM, to WAV or FLAC depending on the file suffix."""
+def write_audio(path: Path, waveform: torch.Tensor, sample_rate: int, comment: str | None = None) -> None:
+    """Write a mono waveform (num_samples,) as 16-bit PCM, to WAV or FLAC depending on the file suffix.
+
+    Args:
+        comment: text in the file's header.
+    """
     content = io.BytesIO()
-    soundfile.write(content, waveform.clamp(-1, 1).numpy(), sample_rate, "PCM_16", format=path.suffix[1:])
+    with soundfile.SoundFile(content, "w", sample_rate, 1, "PCM_16", format=path.suffix[1:]) as file:
+        if comment is not None:
+            file.comment = comment
+        file.write(waveform.clamp(-1, 1).numpy())
     with replaced_file(path) as temporary:
         temporary.write_bytes(content.getvalue())

@@ -21,6 +21,7 @@ from higgs_ds.common.resources import default_cache_dir
 from higgs_ds.common.tensor_files import sampled_digest
 from higgs_ds.common.words import counted
 from higgs_ds.data.codec import Codec
+from higgs_ds.data.codec_info import codec_digest
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.data.preparation import Preparation
 from higgs_ds.data.reference_choice import references_of
@@ -130,6 +131,7 @@ def _identity_of_model(speaker: GenerationModel) -> dict[str, Any]:
     adapter = speaker.adapter_folder
     return {
         "base_model": speaker.bundle.weights_digest,
+        "codec": codec_digest(speaker.bundle.codec.folder),
         "lora_adapter": None if adapter is None else sampled_digest([adapter / ADAPTER_WEIGHTS]),
     }
 

@@ -39,11 +39,15 @@ class PreferenceFolder:
         self.cache = CodeCache(folder, codec_digest)
 
     def store_clip(self, name: str, waveform: torch.Tensor, codes: torch.Tensor) -> str:
-        """Write a clip and its exact codes (C, F), measured as preparation does. Return the key. Raises SaveError."""
+        """Write a clip and its exact codes (C, F), measured as preparation does. Return the key. Raises SaveError.
+
+        The key depends on the content of the file, whose header therefore names the codes: other codes may give the
+        same sound, such as digital silence.
+        """
         path = self.folder / name
         with saving(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_audio(path, waveform, self.sample_rate)
+            write_audio(path, waveform, self.sample_rate, f"codes {_digest(codes)}")
         clip = AudioClip(path)
         quality = examine(clip, float("inf"), self.sample_rate, may_be_silent=True).quality
         key = self.cache.key(clip)
@@ -111,8 +115,7 @@ class PreferenceFolder:
 
     def _reference(self, codes: torch.Tensor, decode: Callable[[torch.Tensor], torch.Tensor]) -> str:
         """Write a reference clip as the codec decodes it, with the codes that the model has heard; return its name."""
-        digest = hashlib.sha256(codes.to(torch.int16).numpy().tobytes()).hexdigest()
-        name = f"{CLIPS}/reference-{digest[:16]}.wav"
+        name = f"{CLIPS}/reference-{_digest(codes)}.wav"
         self.store_clip(name, decode(codes), codes)
         return name
 
@@ -139,6 +142,10 @@ def folder_problems(folder: Path, identity: Mapping[str, Any]) -> list[str]:
         for name in differing
     ]
     return [f"{where}: was begun with other settings: {', '.join(shown)}; choose another folder"] if shown else []
+
+
+def _digest(codes: torch.Tensor) -> str:
+    return hashlib.sha256(codes.to(torch.int16).contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def _message(message: Message, urls: Iterable[str]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def choose_pair(renderings: Sequence[Rendering], min_margin: float) -> tuple[Ren
     """Return the best and the worst rendering of a text, or None if no pair can be made of them.
 
     Renderings without frames are passed over. There is no pair if the scores are equal or differ by less than
-    `min_margin`, or if both sound the same to the last bit. Of equal scores, the first rendering is taken.
+    `min_margin`, or if both have the same codes. Of equal scores, the first rendering is taken.
     """
     usable = [rendering for rendering in renderings if rendering.wav is not None]
     if len(usable) < 2:

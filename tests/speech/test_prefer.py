@@ -29,6 +29,7 @@ from higgs_ds.options.train import DataOptions
 from higgs_ds.reviewing.pieces import entry_of
 from higgs_ds.speech.batched import BatchPrompt, sampling_of, seed_of, speak_batch
 from higgs_ds.speech.generate import GenerationModel, load_generation_model
+from higgs_ds.speech.preference_files import PreferenceFolder
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
@@ -183,6 +184,39 @@ def test_pairs_are_the_best_and_the_worst(made: Made) -> None:
     assert "warning: no --recognizer is given" in made.stdout + made.stderr
     assert "3 texts, 9 renderings; mean score of the best " in made.stdout
     assert "pairs: pairs/pairs.jsonl (3 pairs)\n" in made.stdout
+
+
+def test_other_codes_of_the_same_sound(tmp_path: Path) -> None:
+    """Silence has its own codes in each clip; they can be read back, and preparation accepts a silent clip."""
+    folder = PreferenceFolder(tmp_path, "codec", 24000)
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randint(1024, (8, 5), generator=generator) for _ in range(2)]
+    keys = [folder.store_clip(f"clips/0-{k}.wav", torch.zeros(4800), codes) for k, codes in enumerate(given)]
+    assert keys[0] != keys[1]
+    for key, codes in zip(keys, given, strict=True):
+        stored = folder.cache.load(key, 8)
+        assert stored
+        assert stored.quality
+        assert stored.codes.long().equal(codes)
+        assert folder.cache.facts(key, 8) == (5, stored.quality)
+    assert folder.store_clip("clips/1-0.wav", torch.zeros(4800), given[0]) == keys[0]
+
+
+def test_measured(tmp_path: Path) -> None:
+    """The built-in base says some digits wrong at this temperature; its scores are the sums of their parts."""
+    held_out = str(PROJECT / "samples" / "digits_held_out.jsonl")
+    given = options("speaking-base", "out", manifest=held_out, temperature=1.3, num_samples=1, batch_size=3)
+    given += ["--recognizer", "pocketsphinx", "--measures", "similarity"]
+    done = run_script("prefer", given, tmp_path, environment=one_thread())
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stdout + done.stderr
+    for line in lines_of(tmp_path / "out" / "renderings.jsonl"):
+        measures = line["measures"]
+        assert 0 < measures["similarity"] < 1
+        expected = 1 - measures["word_error_rate"] + measures["similarity"] - (not measures["stopped"])
+        assert line["score"] == pytest.approx(expected, abs=1e-5)
+    (pair,) = lines_of(tmp_path / "out" / "pairs.jsonl")
+    assert pair["scores"]["chosen"]["word_error_rate"] < pair["scores"]["rejected"]["word_error_rate"]
 
 
 def test_ranks_change_nothing(made: Made) -> None:
