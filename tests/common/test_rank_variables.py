@@ -193,14 +193,17 @@ def test_wrong_values_in_a_slurm_step_are_refused_by_name(changed: dict[str, str
         assert name not in problem.rpartition("unset ")[2]
 
 
-@pytest.mark.parametrize("command", [cli.train, cli.prepare, cli.evaluate], ids=lambda command: command.__name__)
+@pytest.mark.parametrize(
+    "command", [cli.train, cli.prepare, cli.evaluate, cli.prefer], ids=lambda command: command.__name__
+)
 def test_a_command_with_left_over_variables_ends_with_2_and_one_line(
     command: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in REQUIRED:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
-    options = ["--output_dir", "out", "--test_manifest", "none.jsonl"] if command is cli.evaluate else []
+    manifests = {cli.evaluate: "--test_manifest", cli.prefer: "--manifest"}
+    options = ["--output_dir", "out", manifests[command], "none.jsonl"] if command in manifests else []
     assert command(options) == 2  # type: ignore[operator]
     captured = capsys.readouterr()
     missing = "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are missing"

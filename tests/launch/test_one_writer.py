@@ -74,6 +74,10 @@ def commands(made: Path, base: Path) -> dict[str, tuple[str, str, list[str]]]:
             "heard/.evaluation.lock", "--output_dir heard",
             f"evaluate --base_model_path {base} --test_manifest {made}/clips.jsonl --output_dir heard",
         ),
+        "prefer": (
+            "pairs/.preference.lock", "--output_dir pairs",
+            f"prefer --base_model_path {base} --manifest {made}/clips.jsonl --output_dir pairs --renderings 2",
+        ),
         "merge": (
             ".merged.lock", "--output_path merged",
             f"merge --base_model_path {base} --lora_adapter_path {adapter} --output_path merged --no_verify",
@@ -101,7 +105,9 @@ def commands(made: Path, base: Path) -> dict[str, tuple[str, str, list[str]]]:
     return {kind: (lock, named, line.split()) for kind, (lock, named, line) in lines.items()}
 
 
-KINDS = ["train", "evaluate", "merge", "export", "convert of a base", "convert of an adapter", "blend", "prepare"]
+KINDS = [
+    "train", "evaluate", "prefer", "merge", "export", "convert of a base", "convert of an adapter", "blend", "prepare",
+]  # fmt: skip
 
 
 def contents(folder: Path) -> dict[str, bytes]:
