@@ -72,7 +72,7 @@ def speak_batch(model: Any, bundle: Bundle, prompts: Sequence[BatchPrompt], sett
         model: a model loaded by transformers or PEFT.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if len(prompts) > 1 and parts_of(bundle.config).audio_self_attention:
+    if len(prompts) > 1 and parts_of(base.config).audio_self_attention:
         return [speech for prompt in prompts for speech in speak_batch(model, bundle, [prompt], settings)]
     limit = max(prompt.max_new_tokens for prompt in prompts)
     arguments: dict[str, Any] = generation_settings(0) | {"max_new_tokens": limit}

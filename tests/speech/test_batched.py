@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from higgs_ds.bases.bundle import Bundle, open_bundle
+from higgs_ds.model.loading import load_for_generation
+from higgs_ds.model.parts import Parts
 from higgs_ds.model.sample import AudioClip, Message
 from higgs_ds.speech.batched import BatchPrompt, Sampling, sampling_of, seed_of, speak_batch
 from higgs_ds.speech.generate import GenerationModel, generation_settings, load_generation_model, speak
@@ -121,3 +123,15 @@ def test_out_of_range(cache_dir: Path) -> None:
     assert all(speech.in_range for speech in speak_batch(model, bundle, prompts, Sampling()))
     model.audio_lm_head.weight.data[0, 0] = torch.inf
     assert not any(speech.in_range for speech in speak_batch(model, bundle, prompts, Sampling()))
+
+
+def test_audio_self_attention(cache_dir: Path) -> None:
+    """A part that an adapter has added, which is not in the base's configuration, generates one clip at a time."""
+    bundle = open_bundle("tiny-random-base", None, None, cache_dir)
+    added = Parts(audio_self_attention=True)
+    model = load_for_generation(bundle.folder, None, torch.device("cpu"), added)
+    model.add_parts(added, None)
+    prompts = prompts_for(bundle, 10)[:3]
+    together = speak_batch(model.eval(), bundle, prompts, UNCHANGED)
+    for prompt, speech in zip(prompts, together, strict=True):
+        assert speak_batch(model, bundle, [prompt], UNCHANGED)[0].codes.equal(speech.codes)
