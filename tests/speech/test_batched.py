@@ -31,7 +31,7 @@ UNCHANGED = Sampling(1.0)
 
 @pytest.fixture(scope="module", params=BASES)
 def opened(request: pytest.FixtureRequest, cache_dir: Path) -> tuple[Any, Bundle]:
-    """A model in float32: in bf16, random weights have logits that are equal up to rounding."""
+    """A model in float32: in bf16, padding changes codes of random weights."""
     bundle = open_bundle(request.param, None, None, cache_dir)
     model = load_generation_model(GenerationModel(bundle, None, None), torch.device("cpu"))
     return model.float(), bundle
