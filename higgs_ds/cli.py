@@ -50,9 +50,14 @@ def prepare(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def evaluate(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Generate the speech of held-out samples, and compare it with the recordings."""
+    """Generate the speech of held-out samples, and compare it with the recordings; --checkpoints: of a whole run."""
     options = command_line.parse_evaluate_options(argv, prog)
     quiet_libraries()
+    if options.checkpoints is not None:
+        with quick_imports():
+            from higgs_ds.speech import checkpoints
+
+        return run_ranks(lambda: checkpoints.main(options), together=False)
     with quick_imports():
         from higgs_ds.speech.evaluate import main
 

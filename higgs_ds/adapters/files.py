@@ -167,8 +167,8 @@ def problems_of(files: AdapterFiles) -> list[str]:
     return problems or _contradictions(LoraValues.of(files.written), factors)
 
 
-def why_not_scalable(files: AdapterFiles, strength: float) -> list[str]:
-    given, problems = f"--lora_scale {strength:g}", []
+def why_not_scalable(files: AdapterFiles, strength: float, option: str = "--lora_scale") -> list[str]:
+    given, problems = f"{option} {strength:g}", []
     if files.written.get("use_dora"):
         problems.append(
             f"{given}: use_dora is True, and DoRA, which also sets the norms of rows, has no strength but 1"

@@ -5,6 +5,7 @@ Clips are checked without torch, whose import takes seconds.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import math
@@ -264,6 +265,11 @@ def as_ogg(path: Path) -> bytes:
         for start in range(0, len(waveform), OGG_BLOCK):
             file.write(waveform[start : start + OGG_BLOCK])
     return content.getvalue()
+
+
+def as_ogg_url(path: Path) -> str:
+    """Return an audio file as Ogg Vorbis in a data URL, which a page plays without other files."""
+    return f"data:audio/ogg;base64,{base64.b64encode(as_ogg(path)).decode()}"
 
 
 def write_audio(path: Path, waveform: torch.Tensor, sample_rate: int, comment: str | None = None) -> None:

@@ -197,6 +197,16 @@ class EvaluateOptions:
     )
     lora_adapter_path: Path | None = option(None, "LoRA adapter to use with the base model", metavar="DIR")
     lora_scale: float = option(1.0, SCALE_HELP)
+    checkpoints: Path | None = option(
+        None,
+        "evaluate every checkpoint of this run with LoRA adapters, and name the best: of those whose stop rate is "
+        "within 0.1 of the highest and whose error rate is within 0.05 of the lowest, the one with the highest speaker "
+        "similarity, then the highest mos, then the lowest error rate",
+        metavar="RUN",
+    )
+    strengths: tuple[float, ...] | None = option(
+        None, "with --checkpoints: evaluate each checkpoint at each of these strengths, as of --lora_scale (default: 1)"
+    )
     codec_ckpt: str | None = option(None, "audio codec, a folder or a hub id (default: named by the base model)")
     output_dir: Path = option(Path("evaluation"), "folder for the measures and the WAV files", metavar="DIR")
     num_samples: int | None = option(None, "use only the first N samples (default: all)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import time
@@ -32,7 +31,7 @@ from higgs_ds.common.run_files import (
     SUMMARY_FILE,
 )
 from higgs_ds.common.words import counted
-from higgs_ds.data.audio import as_ogg
+from higgs_ds.data.audio import as_ogg_url
 from higgs_ds.options.fields import FULL
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.reporting.curves import Points, curves_of, draw, is_flat
@@ -191,10 +190,9 @@ def _spoken(folder: Path) -> list[dict[str, Any]]:
     for name in (REFERENCE_FOLDER, *(f"step-{step}" for step in steps)):
         for number, sounds_of_prompt in enumerate(sounds):
             path = folder / name / f"{number}.wav"
-            sound = as_ogg(path) if left > 0 and path.is_file() else b""
-            left -= len(sound)
-            if sound:
-                sounds_of_prompt[name] = f"data:audio/ogg;base64,{base64.b64encode(sound).decode()}"
+            if left > 0 and path.is_file():
+                sounds_of_prompt[name] = as_ogg_url(path)
+                left -= len(sounds_of_prompt[name]) * 3 // 4
     return [{"words": text, "sounds": of_prompt} for text, of_prompt in zip(words, sounds, strict=True)]
 
 

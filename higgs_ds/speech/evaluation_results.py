@@ -17,7 +17,7 @@ from higgs_ds.speech.intervals import interval, items_needed, share_interval
 from higgs_ds.speech.measures import words_of
 from higgs_ds.speech.word_measures import WordErrors
 
-RESULTS_FILE = "evaluation.json"
+RESULTS_FILE, CHECKPOINTS_FILE = "evaluation.json", "checkpoints.json"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ MEANS: dict[str, Callable[[Item], float]] = {
 ALWAYS = ("stop_rate", "length_ratio", "exact_first_codebook", "mel_distance_db")
 SHARES = ("stop_rate", "exact_first_codebook")
 INTERVALS = "intervals"
-NOT_IN_TABLE = ("items", INTERVALS)
+IDENTITY = "identity"  # of what was spoken and how it was measured, in evaluations of several checkpoints
+NOT_IN_TABLE = ("items", INTERVALS, IDENTITY)
 
 
 def summary(items: Sequence[Item]) -> dict[str, Any]:
@@ -184,7 +185,36 @@ def read_results(path: Path | None) -> dict[str, Any] | None:
         raise InputError(f"--compare_with {path}: cannot be read: {error}") from error
     if not isinstance(results, dict) or "stop_rate" not in results:
         raise InputError(f"--compare_with {path}: is not an {RESULTS_FILE} of launch/evaluate.py")
+    problems = _wrong_values(results)
+    if problems:
+        raise InputError(
+            [f"--compare_with {path}: {problem}; give the file as launch/evaluate.py wrote it" for problem in problems]
+        )
     return results
+
+
+def _wrong_values(results: dict[str, Any]) -> list[str]:
+    """Return what is wrong in results that were read from a file, which may have been edited."""
+    problems = []
+    for name, value in results.items():
+        values = value if isinstance(value, list) else [value]
+        if name not in NOT_IN_TABLE and not all(n is None or isinstance(n, int | float) for n in values):
+            problems.append(f"{name} is {value!r}, not a number")
+    intervals = results.get(INTERVALS) or {}
+    if not isinstance(intervals, dict):
+        return [*problems, f"{INTERVALS} is {intervals!r}, not a JSON object"]
+    for name, limits in intervals.items():
+        is_pair = isinstance(limits, list) and len(limits) == 2 and all(isinstance(n, int | float) for n in limits)
+        if limits is not None and not is_pair:
+            problems.append(f"the interval of {name} is {limits!r}, not two numbers")
+    items = results.get("items", [])
+    if not isinstance(items, list):
+        return [*problems, f"items is {items!r}, not a list"]
+    for number, item in enumerate(items):
+        texts = [key for key in ("source", "words") if not isinstance(item, dict) or not isinstance(item.get(key), str)]
+        if texts:
+            problems.append(f"items[{number}] has no text for {' and '.join(texts)}")
+    return problems
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:

@@ -155,11 +155,22 @@ def trained_speakers(speaker: GenerationModel) -> TrainedSpeakers:
 
 def load_generation_model(speaker: GenerationModel, device: torch.device) -> Any:
     """Load the model with its adapter on a device, ready to generate with transformers and PEFT."""
+    return add_adapter(load_without_adapter(speaker, device), speaker)
+
+
+def load_without_adapter(speaker: GenerationModel, device: torch.device) -> Any:
+    """Load the model on a device, in the form that its adapter needs: quantized, with empty parts that it has."""
     bundle, adapter = speaker.bundle, speaker.adapter
     to_add = adapter.full.parts.without(parts_of(bundle.config)) if adapter else NO_PARTS
     model = load_for_generation(bundle.folder, adapter.quantization if adapter else None, device, to_add)
     if to_add:
         model.make_parts(to_add)
+    return model
+
+
+def add_adapter(model: Any, speaker: GenerationModel) -> Any:
+    """Return the model with its adapter, if there is one, by PEFT."""
+    adapter = speaker.adapter
     if adapter is not None and speaker.adapter_folder is not None:
         with adapter_in_native_names(speaker.adapter_folder, adapter) as folder:
             model = PeftModel.from_pretrained(model, folder)
@@ -167,6 +178,15 @@ def load_generation_model(speaker: GenerationModel, device: torch.device) -> Any
             if isinstance(module, LoraLayer):
                 module.scale_layer(adapter.strength)
     return model.eval()
+
+
+def remove_adapter(model: PeftModel) -> Any:
+    """Return the model that `add_adapter` was given, without anything of the adapter.
+
+    The adapter is deleted first: PEFT 0.21's `unload` would leave the heads that were trained with it in the model.
+    """
+    model.delete_adapter(model.active_adapter)
+    return model.unload()
 
 
 def conversation(options: GenerateOptions) -> list[Message]:

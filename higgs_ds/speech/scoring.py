@@ -13,7 +13,7 @@ from higgs_ds.options.fields import DNSMOS, SIMILARITY
 from higgs_ds.speech.dnsmos import check_dnsmos, rate
 from higgs_ds.speech.recognizers import Recognizer, check_recognizer, open_recognizer
 from higgs_ds.speech.sound_checks import why_not_measurable
-from higgs_ds.speech.speaker_similarity import Encoder, check_speaker_model, open_speaker_encoder, similarity
+from higgs_ds.speech.speaker_similarity import Encoder, open_speaker_encoder, similarity
 
 
 @dataclass(frozen=True)
@@ -62,24 +62,27 @@ class Scoring:
     speaker_model: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def check(self) -> None:
-        """Raise InputError if a package is missing."""
+    def check(self) -> Encoder | None:
+        """Return the model of the similarity, if it is asked for. Raises InputError if that or a package is missing."""
         problems: list[str] = []
+        encoder = None
         collect_problems(problems, lambda: check_recognizer(self.recognizer))
         if SIMILARITY in self.measures:
-            collect_problems(problems, lambda: check_speaker_model(self.speaker_model))
+            encoder = collect_problems(problems, lambda: open_speaker_encoder(self.speaker_model, self.device))
         if DNSMOS in self.measures:
             collect_problems(problems, check_dnsmos)
         if problems:
             raise InputError(problems)
+        return encoder
 
-    def open(self, vocabulary: Sequence[str]) -> Scorer:
-        """Load the models. The vocabulary is what pocketsphinx recognizes. Raises InputError."""
-        return Scorer(
-            open_recognizer(self.recognizer, vocabulary) if self.recognizer else None,
-            open_speaker_encoder(self.speaker_model, self.device) if SIMILARITY in self.measures else None,
-            DNSMOS in self.measures,
-        )
+    def open(self, vocabulary: Sequence[str], encoder: Encoder | None) -> Scorer:
+        """Load the recognizer. The vocabulary is what pocketsphinx recognizes. Raises InputError.
+
+        Args:
+            encoder: what `check` has returned.
+        """
+        recognize = open_recognizer(self.recognizer, vocabulary) if self.recognizer else None
+        return Scorer(recognize, encoder, DNSMOS in self.measures)
 
 
 def voice_similarities(

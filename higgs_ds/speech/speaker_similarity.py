@@ -31,17 +31,11 @@ class Encoder(Protocol):
     def __call__(self, waveform: torch.Tensor, sample_rate: int) -> torch.Tensor: ...
 
 
-def check_speaker_model(name: str) -> None:
-    """Raise InputError if Resemblyzer is to be used, and its weights are not installed."""
-    if name == RESEMBLYZER and _weights() is None:
-        raise InputError(f"--measures similarity: the weights of {RESEMBLYZER} are not installed; {INSTALL}")
-
-
 def open_speaker_encoder(name: str, device: torch.device) -> Encoder:
     """Open Resemblyzer's model, or an x-vector model of transformers (WavLM, for instance) by folder or hub id.
 
     Raises:
-        InputError: there is no such model.
+        InputError: there is no such model, or the weights of Resemblyzer are not installed.
     """
     return _Resemblyzer(device) if name == RESEMBLYZER else _open_transformers(name, device)
 
@@ -56,9 +50,9 @@ class _Resemblyzer(nn.Module):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        check_speaker_model(RESEMBLYZER)
         path = _weights()
-        assert path is not None
+        if path is None:
+            raise InputError(f"--measures similarity: the weights of {RESEMBLYZER} are not installed; {INSTALL}")
         self.lstm = nn.LSTM(NUM_MELS, WIDTH, 3, batch_first=True)
         self.linear = nn.Linear(WIDTH, WIDTH)
         state = torch.load(path, map_location="cpu", weights_only=True)["model_state"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jiwer
@@ -12,7 +14,8 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from higgs_ds.speech.evaluation_results import Item, needed_items, summary, table
+from higgs_ds.common.errors import InputError
+from higgs_ds.speech.evaluation_results import Item, needed_items, read_results, summary, table, write_results
 from higgs_ds.speech.intervals import interval, items_needed, share_interval
 from higgs_ds.speech.measures import word_errors
 from higgs_ds.speech.word_measures import WordErrors
@@ -126,3 +129,28 @@ def test_items_that_a_difference_needs() -> None:
         row.startswith("length ratio") and row.endswith(f"{needed_items(after, before)['length_ratio']}")
         for row in rows
     )
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (lambda results: results["items"][1].pop("source"), "items[1] has no text for source"),
+        (lambda results: results["items"][0].update(words=3), "items[0] has no text for words"),
+        (lambda results: results.update(items={}), "items is {}, not a list"),
+        (lambda results: results.update(items=[1]), "items[0] has no text for source and words"),
+        (lambda results: results.update(stop_rate="all"), "stop_rate is 'all', not a number"),
+        (lambda results: results.update(code_agreement=[0.1, "x"]), "code_agreement is [0.1, 'x'], not a number"),
+        (lambda results: results["intervals"].update(mos=[1]), "the interval of mos is [1], not two numbers"),
+        (lambda results: results.update(intervals=3), "intervals is 3, not a JSON object"),
+    ],
+)
+def test_edited_results_are_refused(tmp_path: Path, edit: Callable[[dict[str, Any]], Any], problem: str) -> None:
+    write_results(tmp_path, summary([item("one", ["one"], source=f"x:{n}") for n in range(3)]))
+    path = tmp_path / "evaluation.json"
+    results = json.loads(path.read_text())
+    assert read_results(path) == results
+    edit(results)
+    path.write_text(json.dumps(results))
+    with pytest.raises(InputError, match=r"--compare_with .*; give the file as launch/evaluate.py wrote it") as caught:
+        read_results(path)
+    assert problem in str(caught.value)
