@@ -33,6 +33,16 @@ def eos_masked() -> None:
     FramedStream.labels = labels_without_end  # type: ignore[method-assign]
 
 
+def end_denied() -> None:
+    """Where a codebook should end, it learns a code instead: what has learned to stop forgets it."""
+
+    def labels_with_a_code(stream: Any, codes: torch.Tensor) -> torch.Tensor:
+        labels = delayed_labels(stream, codes)
+        return labels.masked_fill(labels == stream.eos_id, 0)
+
+    FramedStream.labels = labels_with_a_code  # type: ignore[method-assign]
+
+
 def delay_off() -> None:
     """All codebooks start in the same row."""
 
@@ -138,3 +148,5 @@ V3_MUTANTS: dict[str, Callable[[], None]] = {
 }
 # These change too little for tests of what a model has learned.
 GRADIENT_MUTANTS: dict[str, Callable[[], None]] = {gradient_off.__name__: gradient_off}
+# What this one makes is a fault that an evaluation has to find.
+SPOILING_MUTANTS: dict[str, Callable[[], None]] = {end_denied.__name__: end_denied}

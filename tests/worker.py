@@ -13,7 +13,7 @@ import forks  # before anything that imports torch
 import torch.nn.functional as F
 from allow_fp16 import allow_fp16
 from conftest import native_inputs
-from mutants import GRADIENT_MUTANTS, MUTANTS, V3_MUTANTS
+from mutants import GRADIENT_MUTANTS, MUTANTS, SPOILING_MUTANTS, V3_MUTANTS
 from safetensors.torch import save_file
 
 from higgs_ds.common import distributed
@@ -46,7 +46,7 @@ def train_all(runs: list[list[str]]) -> None:
     for argv in runs:
         if "--mutant" in argv:
             at = argv.index("--mutant")
-            (MUTANTS | GRADIENT_MUTANTS | V3_MUTANTS)[argv[at + 1]]()  # in this fork only
+            (MUTANTS | GRADIENT_MUTANTS | V3_MUTANTS | SPOILING_MUTANTS)[argv[at + 1]]()  # in this fork only
             argv = argv[:at] + argv[at + 2 :]
         if "fp16" in argv:
             allow_fp16()  # in this fork only
