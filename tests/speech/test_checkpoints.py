@@ -32,7 +32,7 @@ BEST = "checkpoint-90"
 DROPPED_BY = {
     "checkpoint-2": "speaker similarity",  # at the start: still the base's voice
     "checkpoint-30": "stop rate|error rate",  # under-trained
-    "checkpoint-110": "speaker similarity",  # trained on clips of another voice
+    "checkpoint-110": "speaker similarity",  # trained on clips of the base's voice, not of the one to learn
     "checkpoint-130": "stop rate",  # has learned never to stop
     "checkpoint-150": "error rate",  # over-trained on four texts
 }
