@@ -74,14 +74,14 @@ def starting_point(
     resolved, problems = _with_values_of(start, options, given)
     problems += _not_trainable(start) + _wrong_precision(start, options)
     written = [] if output_dir is None else [output_dir / name for name in (ADAPTER_FOLDER, ADAPTER_COPY, FINAL_MODEL)]
-    if os.path.realpath(_adapter_in(folder)) in map(os.path.realpath, written):
+    if os.path.realpath(adapter_in(folder)) in map(os.path.realpath, written):
         problems.append("this run would replace it; choose another --output_dir")
     if problems:
         raise start.error(*problems)
     return start, resolved
 
 
-def _adapter_in(folder: Path) -> Path:
+def adapter_in(folder: Path) -> Path:
     """Return the folder of the adapter in a run or checkpoint, or the same folder."""
     inside = folder / ADAPTER_FOLDER
     return inside if (inside / ADAPTER_CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file() else folder
@@ -89,14 +89,14 @@ def _adapter_in(folder: Path) -> Path:
 
 def _read(folder: Path) -> Adapter:
     try:
-        return read_adapter(_adapter_in(folder))
+        return read_adapter(adapter_in(folder))
     except InputError as error:
         raise InputError([f"--init_from {problem}" for problem in error.problems]) from error
 
 
 def _of_new_run(folder: Path) -> StartingPoint:
     adapter = _read(folder)
-    origin = Origin.of(_adapter_in(folder), adapter.record.sha256)
+    origin = Origin.of(adapter_in(folder), adapter.record.sha256)
     return StartingPoint(folder, adapter, (origin, *adapter.record.origins))
 
 
@@ -107,7 +107,7 @@ def _of_resumed_run(folder: Path, checkpoint: Path) -> StartingPoint:
         raise InputError(
             f"--init_from {folder}: the run of {checkpoint} did not start from an adapter; omit this option"
         )
-    if (_adapter_in(folder) / ADAPTER_CONFIG).is_file() and _read(folder).record.sha256 != origins[0].sha256:
+    if (adapter_in(folder) / ADAPTER_CONFIG).is_file() and _read(folder).record.sha256 != origins[0].sha256:
         raise InputError(
             f"--init_from {folder}: is not, or no longer, the adapter {origins[0].name} (SHA-256 "
             f"{origins[0].sha256[:12]}) that the run of {checkpoint} started from"

@@ -7,7 +7,15 @@ import os
 from pathlib import Path
 
 from higgs_ds.common.resources import command
-from higgs_ds.options.fields import DPO, EMBEDDINGS, PAIRS, RANDOM_REFERENCE, RESUME_AUTO, TRAIN_GROUPS
+from higgs_ds.options.fields import (
+    DPO,
+    EMBEDDINGS,
+    NO_SPEAKER_PROMPT,
+    PAIRS,
+    RANDOM_REFERENCE,
+    RESUME_AUTO,
+    TRAIN_GROUPS,
+)
 from higgs_ds.options.flags import check_flag_options
 from higgs_ds.options.learning_rates import check_learning_rates
 from higgs_ds.options.objective import check_objective
@@ -133,7 +141,8 @@ def _check_pairs(options: TrainOptions) -> list[str]:
         ("skip_bad", data.skip_bad),
         ("split_by", data.split_by if data.split_by != "sample" else None),
         ("reference_dropout", data.reference_dropout),
-        ("reference", RANDOM_REFERENCE if data.has_random_references else None),
+        ("reference", RANDOM_REFERENCE if data.reference == RANDOM_REFERENCE else None),
+        ("speaker_prompt", data.speaker_prompt if data.speaker_prompt != NO_SPEAKER_PROMPT else None),
     ):
         if value:
             shown = " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value

@@ -31,6 +31,7 @@ from higgs_ds.options.fields import SIMILARITY
 from higgs_ds.options.train import DataOptions
 from higgs_ds.speech.batched import BatchPrompt, Sampling, sampling_of, seed_of, speak_batch
 from higgs_ds.speech.generate import GenerationModel, load_generation_model, open_generation_model, trained_speakers
+from higgs_ds.speech.held_out import vocabulary_of
 from higgs_ds.speech.measures import mel_distance_db, words_of
 from higgs_ds.speech.preference_files import CLIPS, PAIRS_FILE, Place, PreferenceFolder, folder_problems
 from higgs_ds.speech.preference_scores import Measures, Rendering, choose_pair, score_of
@@ -59,7 +60,7 @@ def _prefer(options: PreferOptions, lock: FolderLock) -> None:
     problems += check_prefer_options(options)
     collect_problems(problems, lambda: lock.acquire(options.output_dir))
     scoring = Scoring(options.measures, options.recognizer, options.speaker_model, distributed.device())
-    collect_problems(problems, scoring.check)
+    encoder = collect_problems(problems, scoring.check)
     speaker = collect_problems(
         problems,
         lambda: distributed.run_on_all_ranks(
@@ -97,7 +98,7 @@ def _prefer(options: PreferOptions, lock: FolderLock) -> None:
             "warning: no --recognizer is given, so that words are not compared with the text: a rendering that says "
             "something else may be chosen"
         )
-    scorer = scoring.open(sorted({word for prompt in prompts for word in words_of(prompt.words)}))
+    scorer = scoring.open(vocabulary_of(prompts), encoder)
     codec = Codec(speaker.bundle.codec.folder, distributed.device())
     folder = PreferenceFolder(options.output_dir, coder.cache.codec_digest, codec.sample_rate)
     described = {"manifest": str(options.manifest), "base_model": speaker.bundle.name}

@@ -53,10 +53,10 @@ def describe_intervals(options: TrainOptions) -> str:
 def few_steps_warning(options: TrainOptions, sampler: WindowSampler, total_steps: int) -> str | None:
     """Return a warning with numbers and remedies if a run on a user's data has few steps; else None.
 
-    --max_steps is not doubted: whoever gives it has chosen the number.
+    --max_steps is not doubted: whoever gives it has chosen the number. Preferences take fewer steps than a voice.
     """
     optim = options.optim
-    if optim.max_steps is not None or total_steps >= FEW_STEPS:
+    if optim.max_steps is not None or total_steps >= FEW_STEPS or options.objective.is_dpo:
         return None
     if all(path.resolve().is_relative_to(SAMPLES.resolve()) for path in options.data.train_manifests):
         return None

@@ -10,8 +10,8 @@ from torch import nn
 
 from higgs_ds.adapters.files import name_in_base
 from higgs_ds.adapters.save import AdapterFormat, trained_parameters
-from higgs_ds.adapters.speakers import TrainedSpeakers
-from higgs_ds.adapters.starting_point import StartingPoint, compare_quantization
+from higgs_ds.adapters.speakers import NO_SPEAKERS, TrainedSpeakers, read_speakers
+from higgs_ds.adapters.starting_point import StartingPoint, adapter_in, compare_quantization
 from higgs_ds.bases.builtin import which_builtin
 from higgs_ds.checkpoints.folder import masters_in, read_state
 from higgs_ds.checkpoints.save import load_into_engine, load_masters_into, publish
@@ -155,12 +155,21 @@ def _output_format(
     """Return what a checkpoint records beside the trained tensors."""
     bundle, tune, data = inputs.bundle, inputs.options.tune, inputs.options.data
     speakers = TrainedSpeakers(data.speaker_prompt, trained_voices(inputs.train.index, inputs.train.rows, data))
+    if inputs.options.objective.is_dpo:  # pairs have the prompts that the model at the start was trained with
+        speakers = replace(_speakers_at_start(inputs), path=None)
     if isinstance(model, PeftModel):
         config, origins = model.peft_config["default"], inputs.start.origins if inputs.start else ()
         return AdapterFormat(
             config, quantization, inputs.fully_trained, bundle.weights_digest, origins, speakers=speakers
         )
     return FullFormat(tune.train_groups, bundle.name, bundle.identity, inputs.full_parts, speakers)
+
+
+def _speakers_at_start(inputs: Inputs) -> TrainedSpeakers:
+    """Return the speakers of the adapter that a run starts from, or is resumed from, or else those of its base."""
+    folder = inputs.resume_from or (inputs.start.folder if inputs.start else None)
+    of_adapter = read_speakers(adapter_in(folder)) if folder else NO_SPEAKERS
+    return of_adapter if of_adapter.voices else read_speakers(inputs.bundle.folder)
 
 
 def _write_run_files(inputs: Inputs, state: TrainerState) -> None:

@@ -32,7 +32,7 @@ CURRENT = [path for path in DOCUMENTS if path.name not in ("benchmarks.md", "log
 OTHERS = {
     "--hostfile", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--config", "--help", "--json",
     "--local-dir", "--repo-type", "--omni", "--port", "--module", "--word_timestamps", "--diarize",
-    "--no-deps", "--objective", "--pairs",
+    "--no-deps",
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from test_invariance import LAYOUTS, STAGES, UPDATES
 from transformers import HiggsAudioV2ForConditionalGeneration
 
+from higgs_ds.adapters.speakers import read_speakers
 from higgs_ds.bases.builtin import RANDOM_BASE
 from higgs_ds.bases.bundle import open_bundle
 from higgs_ds.data.code_cache import CachedCodes, CodeCache
@@ -131,8 +132,12 @@ def test_it_learns_to_prefer(results: Path, name: str) -> None:
 def test_the_reference_is_the_model_at_the_start(
     base: Path, pairs: Path, ds_file: Callable[[int], Path], cache_dir: Path, tmp_path: Path
 ) -> None:
-    """The base with the adapter of --init_from, by transformers and PEFT alone; dropout changes nothing of it."""
+    """The base with the adapter of --init_from, by transformers and PEFT alone; dropout changes nothing of it.
+
+    The result keeps the adapter's record of speakers, whose prompts the pairs have.
+    """
     first = f"--deepspeed {ds_file(2)} --output_dir {tmp_path / 'sft'} --precision fp32 --max_steps 2 --lr 5e-3"
+    first += " --speaker_prompt tag"
     more = f"--init_from {tmp_path / 'sft'} --lora_dropout 0.2 --max_steps 1"
     train_runs(1, [first.split(), options(pairs, ds_file(2), tmp_path / "run", more)])
     bundle = open_bundle(str(base), None, None, cache_dir)
@@ -158,6 +163,9 @@ def test_the_reference_is_the_model_at_the_start(
     saved = load_file(tmp_path / "run" / REFERENCE)
     assert saved["train"] == pytest.approx(expected.numpy(), rel=1e-6)
     assert saved["val"] == pytest.approx(saved["train"], rel=1e-6)
+    records = [read_speakers(tmp_path / run / "lora_adapters") for run in ("sft", "run")]
+    assert records[0] == records[1]
+    assert {"anna", "ben"} <= records[1].voices.keys()
     with adapted.disable_adapter(), torch.no_grad():
         without = native.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
     assert (without - hidden).abs().max() > 1e-3  # the adapter does something
