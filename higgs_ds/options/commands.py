@@ -211,6 +211,9 @@ class EvaluateOptions:
     output_dir: Path = option(Path("evaluation"), "folder for the measures and the WAV files", metavar="DIR")
     num_samples: int | None = option(None, "use only the first N samples (default: all)")
     temperature: float = option(0.0, "0 for greedy decoding, above 0 for sampling")
+    batch_size: int = option(
+        1, "samples that are generated at once, which takes less time; rounding may then change a code here and there"
+    )
     seed: int = option(42, "random seed for sampling")
     recognizer: str | None = option(
         None,

@@ -130,7 +130,7 @@ def settings_digest(options: EvaluateOptions, speaker: GenerationModel, prompts:
     bundle = speaker.bundle
     settings = (
         VERSION, bundle.weights_digest, bundle.coder(cache_dir_of(options)).identity, options.seed, options.temperature,
-        sorted(options.measures), options.recognizer, speaker_model,
+        sorted(options.measures), options.recognizer, speaker_model, options.batch_size,
     )  # fmt: skip
     digest.update(repr(settings).encode())
     for prompt in prompts:

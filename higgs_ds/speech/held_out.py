@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from higgs_ds.data.reference_choice import references_of
 from higgs_ds.data.scratch import scratch_problems
 from higgs_ds.options.commands import EvaluateOptions
 from higgs_ds.options.train import DataOptions
+from higgs_ds.speech.batched import BatchPrompt, sampling_of, seed_of, speak_batch
 from higgs_ds.speech.evaluation_results import Item, summary
-from higgs_ds.speech.generate import GenerationModel, generation_settings, speak, trained_speakers
+from higgs_ds.speech.generate import GenerationModel, Speech, generation_settings, speak, trained_speakers
 from higgs_ds.speech.measures import agreement, median_pitch_hz, mel_distance_db, spoken_seconds, words_of
 from higgs_ds.speech.prompts import Prompt, prompts_of
 from higgs_ds.speech.scoring import Heard, Scorer, voice_similarities
@@ -49,6 +50,8 @@ def input_problems(options: EvaluateOptions) -> list[str]:
     problems += scratch_problems(data_options(options), cache_dir_of(options))
     if options.num_samples is not None and options.num_samples < 1:
         problems.append(f"--num_samples {options.num_samples}: must be 1 or more")
+    if options.batch_size < 1:
+        problems.append(f"--batch_size {options.batch_size}: must be 1 or more")
     if options.temperature < 0:
         problems.append(f"--temperature {options.temperature}: must be 0 or above")
     return problems
@@ -128,7 +131,7 @@ class HeldOut:
     ) -> None:
         """Decode this rank's references, write them to `folder` / REFERENCE and measure them."""
         self.prompts, self.bundle, self.scorer = prompts, speaker.bundle, scorer
-        self.seed, self.temperature = options.seed, options.temperature
+        self.seed, self.temperature, self.batch_size = options.seed, options.temperature, options.batch_size
         self.codec = Codec(self.bundle.codec.folder, distributed.device())
         self._references = {}
         for number in range(distributed.rank(), len(prompts), distributed.world_size()):
@@ -142,12 +145,8 @@ class HeldOut:
     def spoken_by(self, model: Any, folder: Path) -> dict[str, Any]:
         """Speak all prompts with a model, write a WAV file for each into a folder, and return the results."""
         items = []
-        for number, reference in self._references.items():
-            prompt = self.prompts[number]
-            settings = generation_settings(self.temperature) | {"max_new_tokens": prompt.max_new_tokens}
-            torch.manual_seed(self.seed + number)
-            messages = list(prompt.sample.messages[: prompt.turn])
-            speech = speak(model, self.bundle, messages, prompt.given, settings)
+        for number, speech in self._speak_all(model):
+            prompt, reference = self.prompts[number], self._references[number]
             speech.check()
             codes = speech.codes.clamp(max=self.bundle.stream.bos_id - 1)  # the stream's own tokens have no sound
             spoken = self.codec.decode(codes) if codes.shape[1] else torch.zeros(0)
@@ -156,6 +155,26 @@ class HeldOut:
         gathered = dict(pair for of_rank in distributed.gather_objects(items) for pair in of_rank)
         speakers = [prompt.sample.speaker for prompt in self.prompts]
         return summary(_with_similarities([gathered[number] for number in sorted(gathered)], speakers))
+
+    def _speak_all(self, model: Any) -> Iterator[tuple[int, Speech]]:
+        """Yield the speech for each of this rank's prompts, with the prompt's number."""
+        own = list(self._references)
+        if self.batch_size == 1:
+            for number in own:
+                prompt = self.prompts[number]
+                settings = generation_settings(self.temperature) | {"max_new_tokens": prompt.max_new_tokens}
+                torch.manual_seed(self.seed + number)
+                yield number, speak(model, self.bundle, prompt.before, prompt.given, settings)
+            return
+        sampling = sampling_of(model, self.temperature, None, None)
+        for start in range(0, len(own), self.batch_size):
+            numbers = own[start : start + self.batch_size]
+            asked = [
+                BatchPrompt(prompt.before, prompt.given, prompt.max_new_tokens, seed_of(self.seed, number))
+                for number in numbers
+                for prompt in [self.prompts[number]]
+            ]
+            yield from zip(numbers, speak_batch(model, self.bundle, asked, sampling), strict=True)
 
     def _write(self, path: Path, waveform: torch.Tensor) -> None:
         """Write a waveform to a file; an empty one gets no file, and none of an earlier evaluation stays."""

@@ -182,7 +182,7 @@ class _Studio:
         longest = int(self.max_clip_s * self.bundle.codec.sample_rate / self.bundle.codec.hop_length)
         asked = [
             BatchPrompt(
-                list(prompt.sample.messages[: prompt.turn]),
+                prompt.before,
                 prompt.given,
                 min(prompt.max_new_tokens, longest),  # a longer clip could not be trained on
                 seed_of(self.seed, number, rendering),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from higgs_ds.data.dataset import Dataset
-from higgs_ds.model.sample import Sample
+from higgs_ds.model.sample import Message, Sample
 
 LONGEST, FRAMES_MORE = 2, 25  # generation is cut off at twice the reference's length plus a second
 
@@ -20,6 +20,11 @@ class Prompt:
     turn: int
     given: list[torch.Tensor]
     target: torch.Tensor
+
+    @property
+    def before(self) -> list[Message]:
+        """The messages before the turn."""
+        return list(self.sample.messages[: self.turn])
 
     @property
     def words(self) -> str:

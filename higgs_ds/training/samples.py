@@ -86,7 +86,7 @@ class SampleWriter:
         settings["max_new_tokens"] = prompt.max_new_tokens
         if self.together:
             settings["synced_gpus"] = True  # a rank that has finished continues until all have
-        return speak(model, self.run.bundle, list(prompt.sample.messages[: prompt.turn]), prompt.given, settings)
+        return speak(model, self.run.bundle, prompt.before, prompt.given, settings)
 
     def _write_references(self, codec: Codec) -> None:
         for number, prompt in enumerate(self.prompts):

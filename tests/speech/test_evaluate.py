@@ -111,3 +111,18 @@ def test_refused(tmp_path: Path) -> None:
         for message in (*numbers, f"{manifest}:1", "nowhere: ", found):
             assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_several_at_once(tmp_path: Path) -> None:
+    """Batches give the numbers and the sound of one sample at a time, also of the last, smaller batch."""
+    found = {}
+    for size in (1, 4):
+        options = (
+            f"--test_manifest {PROJECT}/samples/digits_held_out.jsonl --num_samples 6 --base_model_path speaking-base"
+        )
+        done = evaluate(tmp_path, f"{options} --output_dir {size} --batch_size {size}")
+        assert done.returncode == 0, done.stderr
+        sounds = [(tmp_path / str(size) / f"{number}.wav").read_bytes() for number in range(6)]
+        found[size] = json.loads((tmp_path / str(size) / "evaluation.json").read_text()), sounds
+    assert found[1] == found[4]
+    assert evaluate(tmp_path, f"{options} --output_dir 0 --batch_size 0").returncode == 2
