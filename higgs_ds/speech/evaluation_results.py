@@ -34,6 +34,7 @@ class Item:
     reference_pitch_hz: float
     mel_distance_db: float
     speaking_rate: float = math.nan
+    said: list[str] | None = None  # the words as they are compared with those that were heard
     heard: list[str] | None = None
     heard_in_reference: list[str] | None = None
     similarity: float = math.nan
@@ -87,7 +88,7 @@ def summary(items: Sequence[Item]) -> dict[str, Any]:
     results["reference_median_pitch_hz"] = _median([item.reference_pitch_hz for item in items])
     for prefix, heard in (("", [i.heard for i in items]), ("reference_", [i.heard_in_reference for i in items])):
         errors = [
-            WordErrors.of(words_of(item.words), words)
+            WordErrors.of(words_of(item.words) if item.said is None else item.said, words)
             for item, words in zip(items, heard, strict=True)
             if words is not None
         ]

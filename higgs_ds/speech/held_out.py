@@ -135,11 +135,14 @@ class HeldOut:
         self.codec = Codec(self.bundle.codec.folder, distributed.device())
         self._references = {}
         for number in range(distributed.rank(), len(prompts), distributed.world_size()):
-            waveform = self.codec.decode(prompts[number].target)
+            waveform, language = self.codec.decode(prompts[number].target), prompts[number].sample.language
             self._write(folder / REFERENCE / f"{number}.wav", waveform)
             rate = self.codec.sample_rate
             self._references[number] = Reference(
-                waveform, scorer.hear(waveform, rate), median_pitch_hz(waveform, rate), spoken_seconds(waveform, rate)
+                waveform,
+                scorer.hear(waveform, rate, language),
+                median_pitch_hz(waveform, rate),
+                spoken_seconds(waveform, rate),
             )
 
     def spoken_by(self, model: Any, folder: Path) -> dict[str, Any]:
@@ -189,7 +192,8 @@ class HeldOut:
         self, prompt: Prompt, reference: Reference, codes: torch.Tensor, stopped: bool, spoken: torch.Tensor
     ) -> Measured:
         rate, target = self.codec.sample_rate, prompt.target
-        heard, in_reference = self.scorer.hear(spoken, rate), reference.heard
+        language, in_reference = prompt.sample.language, reference.heard
+        heard = self.scorer.hear(spoken, rate, language)
         item = Item(
             source=prompt.sample.source,
             words=prompt.words,
@@ -201,6 +205,7 @@ class HeldOut:
             reference_pitch_hz=reference.pitch_hz,
             mel_distance_db=mel_distance_db(spoken, reference.waveform, rate) if len(spoken) else math.nan,
             speaking_rate=reference.spoken_s / (spoken_seconds(spoken, rate) or math.nan),
+            said=self.scorer.words_in(prompt.words, language),
             heard=heard.words,
             heard_in_reference=in_reference.words,
             mos=heard.mos,

@@ -32,7 +32,7 @@ from higgs_ds.options.train import DataOptions
 from higgs_ds.speech.batched import BatchPrompt, Sampling, sampling_of, seed_of, speak_batch
 from higgs_ds.speech.generate import GenerationModel, load_generation_model, open_generation_model, trained_speakers
 from higgs_ds.speech.held_out import vocabulary_of
-from higgs_ds.speech.measures import mel_distance_db, words_of
+from higgs_ds.speech.measures import mel_distance_db
 from higgs_ds.speech.preference_files import CLIPS, PAIRS_FILE, Place, PreferenceFolder, folder_problems
 from higgs_ds.speech.preference_scores import Measures, Rendering, choose_pair, score_of
 from higgs_ds.speech.prompts import Prompt, prompts_of
@@ -212,12 +212,16 @@ class _Studio:
     def _measure(self, number: int, waveform: torch.Tensor, stopped: bool) -> Measures:
         rate = self.codec.sample_rate
         target, voice = self._target(number)
-        heard = self.scorer.hear(waveform, rate)
+        language = self.prompts[number].sample.language
+        heard, said = (
+            self.scorer.hear(waveform, rate, language),
+            self.scorer.words_in(self.prompts[number].words, language),
+        )
         if heard.reason is not None:
             return Measures(stopped, not_measured=heard.reason)
         error_rate = None
-        if heard.words is not None:
-            errors = WordErrors.of(words_of(self.prompts[number].words), heard.words)
+        if heard.words is not None and said is not None:
+            errors = WordErrors.of(said, heard.words)
             error_rate = errors.word_errors / max(1, errors.words)
         return Measures(
             stopped,

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +22,31 @@ LANGUAGE_WEIGHT, WORD_INSERTION_PENALTY = 10.0, 0.1
 # pocketsphinx cannot handle the digital silence of synthetic voices: without noise it misses soft consonants.
 PEAK, NOISE, MARGIN_S = 0.5, 0.001, 0.25
 Transcriber = Callable[[torch.Tensor, int], str]  # a waveform (num_samples,) and its rate -> text
-Recognizer = Callable[[torch.Tensor, int], list[str]]  # ... -> words
+
+
+@dataclass(frozen=True)
+class Recognizer:
+    """A recognizer, and how texts become the words that are compared: those that were heard, and those to say.
+
+    The texts of transformers' recognizers are normalized as those of Whisper (Radford et al. 2022, appendix C): English
+    ones by rules that also write numbers in digits, others by lower case and the removal of symbols.
+    """
+
+    transcribe: Transcriber
+    normalize: Callable[[str], str] | None = None
+    normalize_english: Callable[[str], str] | None = None
+    is_english: bool = False  # whether the model knows English only
+
+    def __call__(self, waveform: torch.Tensor, sample_rate: int, language: str | None = None) -> list[str]:
+        """Return the words of a waveform (num_samples,) in a language: a code or an English name, None if unknown."""
+        return self.words_in(self.transcribe(waveform, sample_rate), language)
+
+    def words_in(self, text: str, language: str | None = None) -> list[str]:
+        """Return the words of a text."""
+        if self.normalize is None or self.normalize_english is None:
+            return words_of(text)
+        is_english = self.is_english or bool(re.match(r"en(?![a-z])|english", (language or "").lower()))
+        return (self.normalize_english if is_english else self.normalize)(text).split()
 
 
 def check_recognizer(name: str | None) -> None:
@@ -33,8 +61,16 @@ def open_recognizer(name: str, vocabulary: Sequence[str]) -> Recognizer:
     Raises:
         InputError: the model does not exist, or pocketsphinx does not know a word.
     """
-    transcribe = open_transcriber(name, vocabulary)
-    return lambda waveform, sample_rate: words_of(transcribe(waveform, sample_rate))
+    if name == POCKETSPHINX:
+        return Recognizer(_open_pocketsphinx(vocabulary))
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+    recognize = _load_pipeline(name)
+    spelling = getattr(recognize.tokenizer, "english_spelling_normalizer", None) or {}
+    generation = getattr(recognize.model, "generation_config", None)
+    is_english = getattr(generation, "is_multilingual", None) is False
+    normalizers = BasicTextNormalizer(), EnglishTextNormalizer(spelling)
+    return Recognizer(_transcriber_of(recognize), *normalizers, is_english)
 
 
 def open_transcriber(name: str, vocabulary: Sequence[str], language: str | None = None) -> Transcriber:
@@ -75,23 +111,30 @@ def _open_pocketsphinx(vocabulary: Sequence[str]) -> Transcriber:
     return transcribe
 
 
-def _open_pipeline(name: str, language: str | None) -> Transcriber:
+def _load_pipeline(name: str) -> Any:
     from transformers import pipeline
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        recognize = pipeline("automatic-speech-recognition", model=name, device=device, trust_remote_code=False)
+        return pipeline("automatic-speech-recognition", model=name, device=device, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"--recognizer {name}: is not a speech recognizer that transformers can load: {error}"
         ) from error
 
+
+def _open_pipeline(name: str, language: str | None) -> Transcriber:
+    recognize = _load_pipeline(name)
     # Models of one language refuse the argument, and those that do not generate have no such settings.
     known = getattr(getattr(recognize.model, "generation_config", None), "lang_to_id", None)
     if language and known and f"<|{language}|>" not in known:
         codes = ", ".join(sorted(token.strip("<|>") for token in known))
         raise InputError(f"--language {language}: is not a language of the recognizer {name}; it has {codes}")
-    given = {"generate_kwargs": {"language": language}} if language and known else {}
+    return _transcriber_of(recognize, {"generate_kwargs": {"language": language}} if language and known else {})
+
+
+def _transcriber_of(recognize: Any, given: Mapping[str, Any] = MappingProxyType({})) -> Transcriber:
+    """Return a transcriber of a pipeline, which gets some more arguments."""
 
     def transcribe(waveform: torch.Tensor, sample_rate: int) -> str:
         samples = at_16_khz(waveform, sample_rate).numpy()

@@ -40,12 +40,20 @@ class Scorer:
     encode: Encoder | None = None
     rates: bool = False
 
-    def hear(self, waveform: torch.Tensor, sample_rate: int) -> Heard:
-        """Measure a mono waveform (num_samples,); in silence there are no words, no voice and no rating."""
+    def words_in(self, text: str, language: str | None) -> list[str] | None:
+        """Return the words to say, as they are compared with those that are heard; None without a recognizer."""
+        return self.recognize.words_in(text, language) if self.recognize else None
+
+    def hear(self, waveform: torch.Tensor, sample_rate: int, language: str | None = None) -> Heard:
+        """Measure a mono waveform (num_samples,); in silence there are no words, no voice and no rating.
+
+        Args:
+            language: of the words, if it is known.
+        """
         reason = why_not_measurable(waveform, sample_rate) if len(waveform) else "no frame"
         if reason is not None:
             return Heard(reason, [] if self.recognize else None)
-        words = self.recognize(waveform, sample_rate) if self.recognize else None
+        words = self.recognize(waveform, sample_rate, language) if self.recognize else None
         voice = self.encode(waveform, sample_rate) if self.encode else None
         if not self.rates:
             return Heard(None, words, voice)

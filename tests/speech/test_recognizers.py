@@ -18,9 +18,9 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperTokenizer,
 )
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 from higgs_ds.common.errors import InputError
-from higgs_ds.speech.measures import words_of
 from higgs_ds.speech.recognizers import open_recognizer, open_transcriber
 
 SPECIAL = (
@@ -79,7 +79,7 @@ def test_ctc(tmp_path: Path) -> None:
         best = model(**inputs).logits.argmax(-1)
     expected = Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json")).batch_decode(best)[0]
     assert transcribe(NOISE, 16000) == expected.strip()
-    assert open_recognizer(str(tmp_path), ())(NOISE, 16000) == words_of(expected)
+    assert open_recognizer(str(tmp_path), ())(NOISE, 16000) == BasicTextNormalizer()(expected).split()
 
 
 def test_whisper_takes_the_language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,3 +95,29 @@ def test_whisper_takes_the_language(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert asked == ["de", None]
     with pytest.raises(InputError, match=r"--language xx: is not a language of the recognizer .*; it has de, en"):
         open_transcriber(str(tmp_path), (), "xx")
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "words"),
+    [
+        ("en", "Mr. Brown's twenty-three dogs!", ["mister", "brown", "is", "23", "dogs"]),
+        ("en-GB", "Twenty one.", ["21"]),
+        ("English", "Twenty one.", ["21"]),
+        ("de", "Zwanzig Äpfel, (lacht) nicht wahr?", ["zwanzig", "äpfel", "nicht", "wahr"]),
+        (None, "Twenty one.", ["twenty", "one"]),
+        ("enm", "Twenty one.", ["twenty", "one"]),
+    ],
+)
+def test_words_are_those_of_whispers_normalizer(
+    tmp_path: Path, language: str | None, text: str, words: list[str]
+) -> None:
+    """What is to be said is normalized like what a recognizer writes: numbers in digits, where the text is English."""
+    save_whisper(tmp_path)
+    assert open_recognizer(str(tmp_path), ()).words_in(text, language) == words
+
+
+def test_a_model_of_english_alone(tmp_path: Path) -> None:
+    save_whisper(tmp_path)
+    settings = json.loads((tmp_path / "generation_config.json").read_text()) | {"is_multilingual": False}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    assert open_recognizer(str(tmp_path), ()).words_in("Twenty one.") == ["21"]
