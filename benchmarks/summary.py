@@ -42,7 +42,7 @@ def page() -> Iterator[str]:
     yield "adds a file there; with `--json`, its last line is one JSON object. Each script describes at its top what it"
     yield "compares."
     step_sections = (step, two_commits, epoch, growth, operations)
-    for section in (gpu, *step_sections, merge, prepare, loading, manifest, padding, long_run):
+    for section in (gpu, *step_sections, merge, prepare, loading, manifest, padding, long_run, preferences):
         yield ""
         yield from section()
 
@@ -286,6 +286,31 @@ def padding() -> Iterator[str]:
     yield f"Share of padding among all positions, for {result['samples']:,} samples of speech-like lengths."
     rows = [[name, *(f"{share:.1%}" for share in shares.values())] for name, shares in result["padding"].items()]
     yield from table(("micro-batch", "shuffled", "by length"), rows)
+    yield source
+
+
+def preferences() -> Iterator[str]:
+    result, source = newest("preferences")
+    yield "## Preference tuning"
+    yield ""
+    yield "An adapter on the built-in base that has learned too little (the demo's, ended after a third of its steps)"
+    yield f"speaks {result['texts']} texts eight times each, and learns by DPO to prefer the renderings in which more words"
+    yield f"are right ({result['pairs']} pairs). As much time of more supervised steps, on the recordings, is shown beside"
+    yield f"it. Measured with pocketsphinx on {result['held_out']} other texts."
+    times = {"before": "", "dpo": f"{result['prefer_s'] + result['dpo_s']:.0f}", "sft": f"{result['sft_s']:.0f}"}
+    names = {
+        "before": "before",
+        "dpo": f"pairs ({result['prefer_s']:.0f} s), then DPO",
+        "sft": f"{result['sft_steps']} more supervised steps",
+    }
+    rows = [
+        [
+            names[name], seconds, f"{result[name]['word_error_rate']:.3f}", f"{result[name]['stop_rate']:.2f}",
+            f"{result[name]['median_pitch_hz']:.0f}",
+        ]
+        for name, seconds in times.items()
+    ]  # fmt: skip
+    yield from table(("adapter", "seconds", "word error rate", "stop rate", "pitch, Hz"), rows)
     yield source
 
 

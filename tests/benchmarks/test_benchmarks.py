@@ -85,6 +85,19 @@ def test_train_step_compares() -> None:
     assert min(result[name] for name in ("speed_ratio", "memory_ratio")) > 0
 
 
+@pytest.mark.slow
+def test_preference_tuning_helps() -> None:
+    """With fewer texts than in the figures: fewer words are wrong, and as much speech ends on its own."""
+    command = [sys.executable, str(BENCHMARKS / "preferences.py"), "--texts", "40", "--held_out", "50", "--json"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    before, after = result["before"], result["dpo"]
+    assert before["word_error_rate"] >= 0.2
+    assert after["word_error_rate"] < 0.85 * before["word_error_rate"]
+    assert after["stop_rate"] >= before["stop_rate"] - 0.02
+    assert after["median_pitch_hz"] == pytest.approx(before["reference_median_pitch_hz"], abs=5)
+
+
 def test_written_figures_are_those_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/benchmarks.md equals the generated page, and the README's rows are rows of it."""
     monkeypatch.syspath_prepend(BENCHMARKS)
