@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from dataclasses import dataclass
@@ -9,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from higgs_ds.common.errors import InputError
-from higgs_ds.data.formats import chatml
+from higgs_ds.data.formats import pairs
 from higgs_ds.data.formats.checks import printable
+from higgs_ds.data.formats.pairs import CHOSEN, REJECTED
 from higgs_ds.model.sample import USER, Entry
 from higgs_ds.reviewing.json_list import JsonLines
 from higgs_ds.reviewing.pieces import BLANK, Pair, entry_of
 
 PAIRS_FILE = "pairs.jsonl"
-CHOSEN, REJECTED = "chosen", "rejected"
 KEYS = ("prompt", CHOSEN, REJECTED)
 
 
@@ -34,8 +35,7 @@ class PairLines(JsonLines):
         value = _value_of(piece)
         if value is None:
             return Entry(printable(path), None, (f"not a JSON object with {', '.join(KEYS)}",))
-        sample = {"messages": value["prompt"] + value[which], "start_index": len(value["prompt"])}
-        return entry_of(sample | {"speaker": value.get("speaker")}, path, chatml.build)
+        return entry_of(value, path, functools.partial(pairs.build, answer=which))
 
     def text(self, piece: str) -> str | None:
         value = _value_of(piece) or {"prompt": []}
