@@ -1,6 +1,6 @@
 """What preference tuning does for an adapter that has learned too little, beside as much time of more SFT.
 
-    python benchmarks/preferences.py [--texts 150] [--held_out 100] [--json] [--save]
+    python benchmarks/preferences.py [--texts 200] [--held_out 100] [--json] [--save]
 
 The adapter is that of `make demo`, ended after a third of its steps. It speaks texts of its own, which pocketsphinx
 compares with what it was to say; it learns to prefer the better renderings; and all is measured on texts that none of
@@ -10,6 +10,7 @@ this has seen. The recordings beside these texts say other texts: they only limi
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -30,7 +31,8 @@ SFT = (
 )
 FIRST_STEPS = 40
 PREFER = "--recognizer pocketsphinx --temperature 0.5 --renderings 8 --batch_size 32"
-DPO = "--objective dpo --batch_size 8 --grad_accum 1 --epochs 4 --lr 5e-4 --beta 0.05 --sft_weight 1"
+DPO = "--objective dpo --batch_size 8 --grad_accum 1 --epochs 4 --lr 1e-3 --beta 0.05 --sft_weight 1 --ema_decay 0.97"
+ADAPTERS = {"before": "lora_adapters", "dpo": "lora_adapters_ema", "sft": "lora_adapters"}
 MEASURES = ("word_error_rate", "stop_rate", "median_pitch_hz", "reference_median_pitch_hz")
 
 
@@ -60,10 +62,11 @@ def write_manifest(path: Path, spoken: list[str], recordings: list[dict[str, Any
             file.write(json.dumps(sample) + "\n")
 
 
-def run(folder: Path, name: str, options: str) -> float:
+def run(folder: Path, name: str, options: str, ranks: int = 1) -> float:
     """Run a command of launch/, and return how many seconds it took."""
     started = time.monotonic()
-    command = [sys.executable, str(PROJECT / "launch" / f"{name}.py"), *options.split()]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *torchrun, str(PROJECT / "launch" / f"{name}.py"), *options.split()]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -77,16 +80,18 @@ def measure(folder: Path, num_texts: int, num_held_out: int) -> dict[str, Any]:
     write_manifest(folder / "held_out.jsonl", texts(num_held_out, 1, seen), held_out)
     write_manifest(folder / "prompts.jsonl", texts(num_texts, 2, seen), train)
     first_s = run(folder, "train", f"{COMMON} {SFT} --max_steps {FIRST_STEPS} --output_dir before")
-    prefer_s = run(folder, "prefer", f"--manifest prompts.jsonl --lora_adapter_path before/lora_adapters {PREFER}")
+    ranks = len(os.sched_getaffinity(0))
+    options = f"--manifest prompts.jsonl --lora_adapter_path before/lora_adapters {PREFER}"
+    prefer_s = run(folder, "prefer", options, ranks)
     dpo_s = run(folder, "train", f"{COMMON} {DPO} --pairs preferences/pairs.jsonl --init_from before --output_dir dpo")
     more_steps = round(FIRST_STEPS * (prefer_s + dpo_s) / first_s)
     sft_s = run(folder, "train", f"{COMMON} {SFT} --init_from before --max_steps {more_steps} --output_dir sft")
     pairs = (folder / "preferences" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
     result: dict[str, Any] = {"texts": num_texts, "pairs": len(pairs), "held_out": num_held_out}
     result |= {"prefer_s": prefer_s, "dpo_s": dpo_s, "sft_s": sft_s, "sft_steps": more_steps}
-    for name in ("before", "dpo", "sft"):
+    for name, adapter in ADAPTERS.items():
         options = f"--test_manifest held_out.jsonl --recognizer pocketsphinx --batch_size 25 --output_dir {name}-said"
-        run(folder, "evaluate", f"{options} --lora_adapter_path {name}/lora_adapters")
+        run(folder, "evaluate", f"{options} --lora_adapter_path {name}/{adapter}")
         found = json.loads((folder / f"{name}-said" / "evaluation.json").read_text(encoding="utf-8"))
         result[name] = {measure: found[measure] for measure in MEASURES}
     return result
@@ -94,13 +99,13 @@ def measure(folder: Path, num_texts: int, num_held_out: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--texts", type=int, default=150, help="of which pairs are made")
+    parser.add_argument("--texts", type=int, default=200, help="of which pairs are made")
     parser.add_argument("--held_out", type=int, default=100)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), args.texts, args.held_out)
     print(f"{'':<8}" + "".join(f"{name:>28}" for name in MEASURES))
-    for name in ("before", "dpo", "sft"):
+    for name in ADAPTERS:
         print(f"{name:<8}" + "".join(f"{result[name][measure]:>28.3g}" for measure in MEASURES))
     print(f"pairs {result['prefer_s']:.0f} s, dpo {result['dpo_s']:.0f} s; sft {result['sft_s']:.0f} s")
     report(args, "preferences", result)

@@ -11,7 +11,7 @@ from higgs_ds.options.fields import OPTIMIZERS, option
 class OptimOptions:
     """Optimization"""
 
-    batch_size: int = option(2, "micro-batch size: samples per rank and forward pass")
+    batch_size: int = option(2, "micro-batch size: samples, or pairs with --objective dpo, per rank and forward pass")
     max_tokens_per_batch: int | None = option(
         None, "fill each micro-batch with samples up to this many tokens, padding included, instead of --batch_size"
     )

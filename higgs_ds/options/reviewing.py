@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from higgs_ds.options.fields import REQUIRED, option
+from higgs_ds.options.fields import PAIRS, REQUIRED, option
 
-PAIRS = "pairs"  # of launch/prefer.py
 LISTS = ("flat", "csv", "list", PAIRS)  # formats that hold the texts of their clips, line by line
 
 

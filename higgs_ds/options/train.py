@@ -239,12 +239,12 @@ class TrainOptions:
     are manifests, too.
     """
 
-    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     data: DataOptions = field(default_factory=DataOptions)
     flags: FlagOptions = field(default_factory=FlagOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     tune: TuneOptions = field(default_factory=TuneOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     run: RunOptions = field(default_factory=RunOptions)
 

@@ -12,7 +12,7 @@ from higgs_ds.data.formats.jsonio import first_character, is_utf8
 from higgs_ds.data.formats.reader import AUTO, FOLDER_FILES
 from higgs_ds.data.formats.recognition import recognize
 from higgs_ds.data.formats.recordings import columns_of
-from higgs_ds.options.reviewing import PAIRS
+from higgs_ds.options.fields import PAIRS
 from higgs_ds.reviewing.json_list import JsonArray, JsonLines
 from higgs_ds.reviewing.pair_list import PAIRS_FILE, PairLines, is_pair_list
 from higgs_ds.reviewing.pieces import Form
