@@ -1,4 +1,4 @@
-"""What preference tuning does for an adapter that has learned too little, beside as much time of more SFT.
+"""What preference tuning does for an adapter that has learned too little, beside more supervised steps.
 
     python benchmarks/preferences.py [--texts 200] [--held_out 100] [--json] [--save]
 
@@ -84,6 +84,7 @@ def measure(folder: Path, num_texts: int, num_held_out: int) -> dict[str, Any]:
     options = f"--manifest prompts.jsonl --lora_adapter_path before/lora_adapters {PREFER}"
     prefer_s = run(folder, "prefer", options, ranks)
     dpo_s = run(folder, "train", f"{COMMON} {DPO} --pairs preferences/pairs.jsonl --init_from before --output_dir dpo")
+    # As many as the time of both would have been enough for at the pace of the first steps, the start included.
     more_steps = round(FIRST_STEPS * (prefer_s + dpo_s) / first_s)
     sft_s = run(folder, "train", f"{COMMON} {SFT} --init_from before --max_steps {more_steps} --output_dir sft")
     pairs = (folder / "preferences" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()

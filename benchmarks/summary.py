@@ -295,8 +295,8 @@ def preferences() -> Iterator[str]:
     yield ""
     yield "An adapter on the built-in base that has learned too little (the demo's, ended after a third of its steps)"
     yield f"speaks {result['texts']} texts eight times each, and learns by DPO to prefer the renderings in which more"
-    yield f"words are right ({result['pairs']} pairs). As much time of more supervised steps, on the recordings, is"
-    yield f"shown beside it. Measured with pocketsphinx on {result['held_out']} other texts."
+    yield f"words are right ({result['pairs']} pairs). More supervised steps, on the recordings, are shown beside it."
+    yield f"Measured with pocketsphinx on {result['held_out']} other texts."
     times = {"before": "", "dpo": f"{result['prefer_s'] + result['dpo_s']:.0f}", "sft": f"{result['sft_s']:.0f}"}
     names = {
         "before": "before",
