@@ -114,7 +114,7 @@ def _prefer(options: PreferOptions, lock: FolderLock) -> None:
     of_prompts = [[one for one in renderings if one.prompt == number] for number in range(len(prompts))]
     pairs = [pair for of_one in of_prompts if (pair := choose_pair(of_one, options.min_margin))]
     distributed.on_main(lambda: folder.finish(renderings, pairs, prompts, codec.decode))
-    _report(options, of_prompts, len(pairs))
+    _report(options, of_prompts, len(pairs), speaker.bundle.name)
 
 
 def _identity(options: PreferOptions) -> dict[str, Any]:
@@ -240,7 +240,7 @@ class _Studio:
         return self._targets[number]
 
 
-def _report(options: PreferOptions, of_prompts: Sequence[Sequence[Rendering]], num_pairs: int) -> None:
+def _report(options: PreferOptions, of_prompts: Sequence[Sequence[Rendering]], num_pairs: int, base: str) -> None:
     """Print what was made, and what to do with it."""
     scores = [[one.score for one in of_one] for of_one in of_prompts]
     best, worst, mean = (
@@ -257,4 +257,5 @@ def _report(options: PreferOptions, of_prompts: Sequence[Sequence[Rendering]], n
         warn("warning: there is no pair: give more --renderings, a higher --temperature or a lower --min_margin")
         return
     say(f"Check them by ear: python launch/review.py {path}")
-    say(f"Train on them:     python launch/train.py --objective dpo --pairs {path}")
+    start = f" --init_from {options.lora_adapter_path}" if options.lora_adapter_path else ""
+    say(f"Train on them:     python launch/train.py --objective dpo --pairs {path} --base_ckpt {base}{start}")

@@ -89,10 +89,11 @@ NEW_USERS = commands_in(
 )
 # The three commands of the path from clips to speech; others in that section set up, or are for a small card.
 NEW_USERS = [command for command in NEW_USERS if re.search(r"--check_only|my_voice( |/)", command)]
-# What others depend on: the README's run with the real base's name, its adapter's merge, full fine-tuning, slicing.
+# What others depend on: the README's run with the real base's name, its adapter's merge, full fine-tuning, slicing,
+# preference pairs.
 FIRST = (
     rf"deepspeed .*--output_dir my_voice --base_ckpt {BASE}|python launch/merge.* merged$|deepspeed .*--finetune full|"
-    "python launch/slice.* --subtitles"
+    "python launch/slice.* --subtitles|python launch/prefer"
 )
 IN_ORDER = [c for c in HERE if re.match(FIRST, c)]
 NODES, HUB = "torchrun --nnodes 2 ", "hf "  # both need more than one process
