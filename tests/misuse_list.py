@@ -885,7 +885,7 @@ def _(t: Try) -> None:
 
 @misuse(LOCKS, "two evaluations into one folder")
 def _(t: Try) -> None:
-    second_is_refused(t, "higgs_ds.speech.evaluate:speak", EVALUATE, EVALUATE, "--output_dir")
+    second_is_refused(t, "higgs_ds.speech.held_out:speak", EVALUATE, EVALUATE, "--output_dir")
 
 
 def both_succeed(t: Try, place: str, first: str, second: str) -> None:
@@ -1157,7 +1157,7 @@ for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
     add_other_signal(CONVERT, "higgs_ds.bases.conversion:write_json", stop)
     add_other_signal("export --checkpoint_path {full}/checkpoint-3 --output_path {here}/new", "higgs_ds.checkpoints.complete:write_shard", stop)
     add_other_signal(PREPARE, "higgs_ds.data.codec:Codec.encode", stop, 2)
-    add_other_signal(EVALUATE, "higgs_ds.speech.evaluate:speak", stop)
+    add_other_signal(EVALUATE, "higgs_ds.speech.held_out:speak", stop)
 add_other_signal(GENERATE, "higgs_ds.speech.generate:write_audio", signal.SIGINT)
 add_other_signal("validate_checkpoint_dir {run}/checkpoint-2", "higgs_ds.checkpoints.inspection:read_state", signal.SIGINT)
 # fmt: on

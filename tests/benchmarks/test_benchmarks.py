@@ -88,7 +88,7 @@ def test_train_step_compares() -> None:
 @pytest.mark.slow
 def test_preference_tuning_helps() -> None:
     """With fewer texts than in the figures: fewer words are wrong, and as much speech ends on its own."""
-    command = [sys.executable, str(BENCHMARKS / "preferences.py"), "--texts", "40", "--held_out", "50", "--json"]
+    command = [sys.executable, str(BENCHMARKS / "preferences.py"), "--texts", "100", "--held_out", "100", "--json"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     result = json.loads(done.stdout.splitlines()[-1])
     before, after = result["before"], result["dpo"]

@@ -210,7 +210,7 @@ def test_other_commands_end_at_once(
             "higgs_ds.speech.generate:speak:1", f"--base_model_path {base} --text Hello. --output new/a.wav", 1,
         ),
         "evaluate": (
-            "higgs_ds.speech.evaluate:speak:2", f"--base_model_path {base} --test_manifest {manifest} --output_dir new",
+            "higgs_ds.speech.held_out:speak:2", f"--base_model_path {base} --test_manifest {manifest} --output_dir new",
             2,
         ),
     }[command]  # fmt: skip
