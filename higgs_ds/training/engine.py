@@ -182,8 +182,8 @@ class Engine:
         self, batches: Iterable[BatchT]
     ) -> Iterator[tuple[BatchT, torch.Tensor, torch.Tensor, torch.Tensor]]:
         self.engine.eval()
+        per_target = self.objective.target_weights(torch.ones(1 + len(self.weights.codebooks), device=self.device))
         for batch in batches:
-            per_target = self.objective.target_weights(torch.ones_like(self.objective.sizes(batch)).to(self.device))
             yield batch, *self.engine(**batch.tensors(self.device), target_weights=per_target)
 
     @property
