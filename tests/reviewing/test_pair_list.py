@@ -138,7 +138,7 @@ def test_page(review_page: Any, pairs: Path) -> None:  # noqa: F811
     assert page.locator("textarea").nth(0).get_attribute("readonly") is not None
     page.keyboard.press("s")
     wait_for(page, lambda: lines_of(pairs)[0]["chosen"] == before[0]["rejected"])
-    page.wait_for_function("document.querySelector('.scores').textContent.startsWith('margin -0.65')")
+    wait_for(page, lambda: page.locator(".scores").nth(0).inner_text().startswith("margin -0.65"))
     assert [play(player)[1] for player in (chosen, rejected)] == lengths[::-1]
     page.locator("#rows tr").nth(0).get_by_text("swap").click()
     wait_for(page, lambda: lines_of(pairs)[0] == before[0])
