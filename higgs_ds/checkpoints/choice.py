@@ -33,14 +33,15 @@ def _choose(run: Path, usable: Collection[Path]) -> tuple[Path, str] | None:
     except InputError:  # of another version
         return None
     last, best = run / ADAPTER_FOLDER, state.best_step
-    loss = f"its validation loss, {state.val_losses[str(best)]:.4g}, is the lowest" if best is not None else ""
+    metric, of_best = state.metric_in_words, state.best_in_words
+    value = f"its {metric}, {state.values()[best]:.4g}, is the {of_best}" if best is not None else ""
     if best is not None and best != state.step:
         at_best = adapter_folder(checkpoint_folder(run, best))
         if at_best in usable:
-            return at_best, f"{loss}; {last} is of step {state.step}"
-        loss = f"the validation loss was lower at step {best}, of which there is no adapter"
+            return at_best, f"{value}; {last} is of step {state.step}"
+        value = f"the {metric} was {of_best} at step {best}, of which there is no adapter"
     if last not in usable:
         return None
     is_finished = state.step >= state.total_steps or state.stopped_early
     step = f"it is of the last {'step' if is_finished else 'checkpoint'}, {state.step}"
-    return last, f"{step}; {loss or 'nothing was validated, which would show whether an earlier one is better'}"
+    return last, f"{step}; {value or 'nothing was validated, which would show whether an earlier one is better'}"

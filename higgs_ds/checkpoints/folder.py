@@ -38,12 +38,13 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
 
 
 def checkpoints_to_delete(output_dir: Path, state: TrainerState, keep: int) -> list[Path]:
-    """Return the checkpoints up to the state's step, except the `keep` newest and the best by validation loss.
+    """Return the checkpoints up to the state's step, except the `keep` newest and the best by the state's metric.
 
     Later checkpoints exist if a run was resumed from an earlier one; this run must not delete them.
     """
     past = [folder for folder in find_checkpoints(output_dir) if _step_of(folder) <= state.step]
-    losses = {folder: state.val_losses.get(str(_step_of(folder)), math.inf) for folder in past}
+    of_steps = state.losses()
+    losses = {folder: of_steps.get(_step_of(folder), math.inf) for folder in past}
     best = min((folder for folder in past if losses[folder] < math.inf), key=losses.__getitem__, default=None)
     return [folder for folder in past[keep:] if folder != best]
 

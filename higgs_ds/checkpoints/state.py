@@ -10,6 +10,7 @@ from typing import Any
 
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.words import counted
+from higgs_ds.options.fields import METRICS, VAL_LOSS
 
 
 @dataclass
@@ -26,7 +27,10 @@ class TrainerState:
     has_learned: bool = False  # whether any step so far had a learning rate above 0
     validation_due: bool = False  # whether a signal came before the validation of this step was done
     val_losses: dict[str, float] = field(default_factory=dict)  # loss of each validation so far, by its step
-    stopped_early: bool = False  # whether validation losses have ended the run before its last step
+    evaluation_due: bool = False  # the same of the evaluation
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # metrics of each so far, by its step
+    metric: str = VAL_LOSS  # by which steps are compared (--metric_for_best_model)
+    stopped_early: bool = False  # whether --early_stopping_patience has ended the run before its last step
     warmup_steps: int | None = None  # of the learning rate; kept by a run that is made longer
     scheduler: dict[str, Any] = field(default_factory=dict)
     meters: list[dict[str, Any]] = field(default_factory=list)  # each rank's, of the steps since the last log line
@@ -38,17 +42,39 @@ class TrainerState:
     def to_json(self) -> dict[str, Any]:
         return {"finished": self.stopped_early or self.step >= self.total_steps, **asdict(self)}
 
+    def values(self) -> dict[int, float]:
+        """Return the metric by which steps are compared, by step; NaN where it could not be measured."""
+        if self.metric == VAL_LOSS:
+            found = self.val_losses
+        else:
+            found = {step: values.get(self.metric, math.nan) for step, values in self.evaluations.items()}
+        return {int(step): found[step] for step in sorted(found, key=int)}
+
+    def losses(self) -> dict[int, float]:
+        """Return the same with signs such that the lowest is the best, and infinity instead of NaN."""
+        sign = -1 if METRICS[self.metric] else 1
+        return {step: math.inf if math.isnan(value) else sign * value for step, value in self.values().items()}
+
     @property
     def best_step(self) -> int | None:
-        """The step with the lowest validation loss so far; None without validations."""
-        return int(min(self.val_losses, key=self.val_losses.__getitem__)) if self.val_losses else None
+        """The step with the best metric so far, of equal ones the first; None if there is none."""
+        losses = {step: loss for step, loss in self.losses().items() if loss < math.inf}
+        return min(losses, key=losses.__getitem__, default=None)
+
+    @property
+    def metric_in_words(self) -> str:
+        return "validation loss" if self.metric == VAL_LOSS else self.metric.removeprefix("eval/").replace("_", " ")
+
+    @property
+    def best_in_words(self) -> str:
+        return "highest" if METRICS[self.metric] else "lowest"
 
     def is_out_of_patience(self, patience: int | None, min_delta: float) -> bool:
-        """Whether each of the last `patience` validations failed to lower the best loss by more than `min_delta`."""
+        """Whether each of the last `patience` measurements failed to improve the best by more than `min_delta`."""
         if patience is None:
             return False
         lowest, without = math.inf, 0
-        for _, loss in sorted(self.val_losses.items(), key=lambda item: int(item[0])):
+        for loss in self.losses().values():
             lower = loss < lowest - min_delta
             lowest, without = (loss, 0) if lower else (lowest, without + 1)
         return without >= patience

@@ -9,6 +9,7 @@ REFERENCE_FILE = "reference_log_probs.safetensors"  # of its pairs, under the mo
 SPEAKERS_FILE = "speakers.json"  # beside an adapter or a model
 METRICS_FILE, STATE_FILE = "metrics.jsonl", "trainer_state.json"
 SAMPLES_FOLDER, PROMPTS_FILE, REFERENCE_FOLDER = "samples", "prompts.json", "reference"
+EVALUATION_FOLDER = "evaluation"  # of --evaluate_steps
 ADAPTER_FOLDER, AVERAGED_ADAPTER_FOLDER = "lora_adapters", "lora_adapters_ema"
 FINAL_MODEL, MERGED_MODEL = "final_model", "merged_model"
 ADAPTER_COPY = "adapter"  # the same as FINAL_MODEL, in runs of earlier versions

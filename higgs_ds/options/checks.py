@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from higgs_ds.common.resources import command
+from higgs_ds.options.evaluation import check_evaluation
 from higgs_ds.options.fields import (
     DPO,
     EMBEDDINGS,
@@ -154,7 +155,7 @@ def check_options(options: TrainOptions) -> list[str]:
     """Return the problems of all training options; empty if there are none."""
     flat = options.flat()
     problems = check_data_options(options.data) + check_flag_options(options.flags)
-    problems += check_objective(options.objective) + _check_pairs(options)
+    problems += check_objective(options.objective) + _check_pairs(options) + check_evaluation(options.evaluation)
     problems += _check_finetune_options(options) + check_learning_rates(options)
 
     def expect(name: str, holds: bool, allowed: str) -> None:

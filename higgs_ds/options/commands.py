@@ -15,12 +15,15 @@ from higgs_ds.options.fields import (
     FORMATS,
     LAYOUTS,
     MEASURES,
+    MEASURES_HELP,
     MERGE_DEQUANTIZED,
     MERGE_ORIGINAL,
     NATIVE,
+    RECOGNIZER_HELP,
     REQUIRED,
     RESEMBLYZER,
     SCALE_HELP,
+    SPEAKER_MODEL_HELP,
     option,
 )
 
@@ -215,25 +218,9 @@ class EvaluateOptions:
         1, "samples that are generated at once, which takes less time; rounding may then change a code here and there"
     )
     seed: int = option(42, "random seed for sampling")
-    recognizer: str | None = option(
-        None,
-        "also measure the word error rate, with this speech recognizer: pocketsphinx, limited to the words of the "
-        "manifest (English), or a speech recognizer of transformers, a folder or a hub id",
-        metavar="RECOGNIZER",
-    )
-    measures: tuple[str, ...] = option(
-        (),
-        "also measure the similarity of the voices (similarity), or how listeners would rate the sound (dnsmos); each "
-        "needs packages that its error message names",
-        MEASURES,
-        "MEASURE",
-    )
-    speaker_model: str = option(
-        RESEMBLYZER,
-        "model of the similarity: resemblyzer, or an x-vector model of transformers by folder or hub id, such as "
-        "microsoft/wavlm-base-plus-sv",
-        metavar="MODEL",
-    )
+    recognizer: str | None = option(None, f"also measure the word error rate, {RECOGNIZER_HELP}", metavar="RECOGNIZER")
+    measures: tuple[str, ...] = option((), f"also measure {MEASURES_HELP}", MEASURES, "MEASURE")
+    speaker_model: str = option(RESEMBLYZER, SPEAKER_MODEL_HELP, metavar="MODEL")
     compare_with: Path | None = option(
         None, "evaluation.json of another evaluation, to show its numbers beside the new ones", metavar="FILE"
     )
@@ -270,24 +257,10 @@ class PreferOptions:
     batch_size: int = option(8, "how many clips each GPU generates at once")
     seed: int = option(42, "random seed for sampling")
     recognizer: str | None = option(
-        None,
-        "compare what is heard with the text, with this speech recognizer: pocketsphinx, limited to the words of the "
-        "manifest (English), or a speech recognizer of transformers, a folder or a hub id",
-        metavar="RECOGNIZER",
+        None, f"compare what is heard with the text, {RECOGNIZER_HELP}", metavar="RECOGNIZER"
     )
-    measures: tuple[str, ...] = option(
-        (),
-        "also score the similarity of the voices (similarity), or how listeners would rate the sound (dnsmos); each "
-        "needs packages that its error message names",
-        MEASURES,
-        "MEASURE",
-    )
-    speaker_model: str = option(
-        RESEMBLYZER,
-        "model of the similarity: resemblyzer, or an x-vector model of transformers by folder or hub id, such as "
-        "microsoft/wavlm-base-plus-sv",
-        metavar="MODEL",
-    )
+    measures: tuple[str, ...] = option((), f"also score {MEASURES_HELP}", MEASURES, "MEASURE")
+    speaker_model: str = option(RESEMBLYZER, SPEAKER_MODEL_HELP, metavar="MODEL")
     min_margin: float = option(0.1, "leave out a text whose best and worst score differ by less")
     cache_dir: Path | None = option(
         None, "cache folder for encoded audio (default: $HIGGS_DS_CACHE, or ~/.cache/higgs_ds)", metavar="DIR"

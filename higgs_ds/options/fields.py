@@ -31,6 +31,17 @@ SPEAKER_PROMPTS = NO_SPEAKER_PROMPT, SPEAKER_TAG, SPEAKER_DESCRIPTION, SPEAKER_R
     "none", "tag", "description", "reference",
 )  # fmt: skip
 TENSORBOARD, WANDB = "tensorboard", "wandb"
+VAL_LOSS = "val/loss"
+# Metrics of `metrics.jsonl` by which checkpoints can be compared, and whether the highest is the best.
+METRICS = {VAL_LOSS: False} | {
+    f"eval/{name}": is_highest_best
+    for names, is_highest_best in (
+        (("word_error_rate", "character_error_rate", "missing_words", "repeated_words", "mel_distance_db"), False),
+        (("stop_rate", "exact_first_codebook", "speaker_similarity", "similarity_to_speaker"), True),
+        (("mos", "mos_voice", "mos_background", "mos_p808"), True),
+    )
+    for name in names
+}
 REQUIRED = dataclasses.MISSING  # the default of an option that must be given
 
 
@@ -53,4 +64,16 @@ EXPORT_HELP = (
 SCALE_HELP = (
     "strength of the adapter: its change of each weight is multiplied by X; 1 is as trained, 0 the base, and values "
     "above 1 or below 0 are possible"
+)
+RECOGNIZER_HELP = (
+    "with this speech recognizer: pocketsphinx, limited to the words of the manifest (English), or a speech recognizer "
+    "of transformers, a folder or a hub id"
+)
+MEASURES_HELP = (
+    "the similarity of the voices (similarity), or how listeners would rate the sound (dnsmos); each needs packages "
+    "that its error message names"
+)
+SPEAKER_MODEL_HELP = (
+    "model of the similarity: resemblyzer, or an x-vector model of transformers by folder or hub id, such as "
+    "microsoft/wavlm-base-plus-sv"
 )

@@ -12,6 +12,7 @@ _BY_OPTION = {
     "early_stopping_patience": "patience",
     "ema_decay": "ema use_ema",
     "epochs": "max_epochs max_train_epochs num_epochs num_train_epochs",
+    "evaluate_steps": "predict_every predict_steps predict_with_generate",
     "finetune full": "full_finetune full_finetuning finetuning_type",
     "grad_accum": "accumulate_grad_batches accumulation_steps gradient_accumulation gradient_accumulation_steps",
     "init_from": "adapter_name_or_path adapters lora_weights network_weights",

@@ -36,13 +36,14 @@ class RunOptions:
         "1000)",
     )
     keep_checkpoints: int | None = option(
-        None, "keep the newest N checkpoints, and the one with the lowest validation loss (default: all)"
+        None, "keep the newest N checkpoints, and the best one by --metric_for_best_model (default: all)"
     )
     early_stopping_patience: int | None = option(
         None,
-        "stop after N validations in a row without a new lowest validation loss; each new lowest saves a checkpoint",
+        "stop after N validations in a row without a new lowest validation loss, or N evaluations without a better "
+        "--metric_for_best_model; each new best saves a checkpoint",
     )
-    early_stopping_min_delta: float = option(0.0, "minimum decrease of the validation loss to count as lower")
+    early_stopping_min_delta: float = option(0.0, "minimum improvement of the metric to count as better")
     resume: str = option(
         RESUME_NEVER, "what to resume from: never, auto (the newest checkpoint in --output_dir), or a checkpoint folder"
     )

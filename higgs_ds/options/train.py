@@ -9,6 +9,7 @@ from typing import Any
 
 from higgs_ds.common.precision import AUTO, PRECISIONS
 from higgs_ds.common.resources import SAMPLE_MANIFEST
+from higgs_ds.options.evaluation import EvaluationOptions
 from higgs_ds.options.fields import (
     ALSO_TRAIN,
     ATTENTION,
@@ -246,6 +247,7 @@ class TrainOptions:
     lora: LoraOptions = field(default_factory=LoraOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     run: RunOptions = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:

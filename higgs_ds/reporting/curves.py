@@ -27,6 +27,7 @@ class Curve:
     logarithmic: bool = False
 
 
+EVALUATED = {"eval": "weights", "eval_ema": "averaged weights"}
 TRAIN_AND_VAL = {"train": "training", "val": "validation", "val_ema": "validation, averaged weights"}
 
 
@@ -36,6 +37,12 @@ def _train_and_val_curve(title: str, name: str) -> Curve:
 
 def _by_codebook(kind: str, shown: str, num_codebooks: int) -> Curve:
     return Curve(f"audio loss by codebook, {shown}", {f"{kind}/audio_loss/cb{k}": str(k) for k in range(num_codebooks)})
+
+
+def _evaluation_curve(title: str, name: str, keys: Sequence[str]) -> Curve:
+    averaged = f"eval_ema/{name}" in keys
+    labels = {f"{kind}/{name}": shown for kind, shown in EVALUATED.items()} if averaged else {f"eval/{name}": ""}
+    return Curve(f"evaluation: {title}", labels)
 
 
 def _rewards(kind: str, shown: str) -> Curve:
@@ -73,6 +80,19 @@ def _curves(num_codebooks: int, groups: Sequence[str], keys: Sequence[str]) -> l
         _train_and_val_curve("accuracy of the end-of-stream code", "eos_accuracy"),
         *(_rewards(kind, shown) for kind, shown in TRAIN_AND_VAL.items()),
         _train_and_val_curve("share of pairs whose chosen sample has the higher reward", "rewards/accuracies"),
+        *(
+            _evaluation_curve(title, name, keys)
+            for title, name in (
+                ("share of samples that stopped on their own", "stop_rate"),
+                ("word error rate", "word_error_rate"),
+                ("character error rate", "character_error_rate"),
+                ("speaker similarity", "speaker_similarity"),
+                ("mos", "mos"),
+                ("mel distance, dB", "mel_distance_db"),
+                ("length relative to the reference", "length_ratio"),
+                ("median pitch, Hz", "median_pitch_hz"),
+            )
+        ),
         Curve("learning rate", {"lr": "--lr" if groups else ""} | {f"lr/{group}": group for group in groups}),
         Curve("gradient norm", {"grad_norm": ""}, logarithmic=True),
         Curve("tokens per second", {"tokens_per_s": ""}),

@@ -11,6 +11,12 @@ from higgs_ds.common.words import shortened
 
 LINE_WIDTH = 100
 DAY_S = 24 * 3600
+EVALUATIONS = {"eval": "evaluation", "eval_ema": "evaluation, averaged weights"}
+# What a line shows of an evaluation beside the stop rate, where it was measured.
+SHOWN = {
+    "word_error_rate": "word error rate", "speaker_similarity": "similarity", "mos": "mos", "length_ratio": "length",
+    "mel_distance_db": "mel distance",
+}  # fmt: skip
 VALIDATIONS = {"val": "validation", "val_ema": "validation, averaged weights"}
 
 
@@ -24,7 +30,7 @@ def log_lines(step: int, total_steps: int, values: Mapping[str, float], left_s: 
     """Return the lines of some metrics of a step.
 
     Args:
-        values: of training, of a validation or of samples, by the keys of `metrics.jsonl`.
+        values: of training, of a validation, of an evaluation or of samples, by the keys of `metrics.jsonl`.
         left_s: seconds until the last step, where they are known.
     """
     start = f"step {step}/{total_steps}: "
@@ -37,6 +43,10 @@ def log_lines(step: int, total_steps: int, values: Mapping[str, float], left_s: 
     for key, name in losses_of_manifests(values).items():
         loss = f": loss {_loss(values[key])}"
         lines.append(f"{start}{shortened(f'validation of {name}', LINE_WIDTH - len(start) - len(loss))}{loss}")
+    for kind, name in EVALUATIONS.items():
+        if f"{kind}/stop_rate" in values:
+            shown = [f"{words} {values[key]:.3g}" for key, words in _shown(kind).items() if key in values]
+            lines.append(_joined(f"{start}{name}: {_stop_rate(values[f'{kind}/stop_rate'])}", *shown))
     if "sample/stop_rate" in values:
         lines.append(_samples_line(start, values))
     return lines
@@ -79,11 +89,17 @@ def _accuracies(kind: str, values: Mapping[str, float]) -> list[str]:
 
 
 def _samples_line(start: str, values: Mapping[str, float]) -> str:
-    rate = values["sample/stop_rate"]
-    verdict = " (bad: none ended on its own)" if rate == 0 else ""
     length = values.get("sample/length_ratio")
     parts = [] if length is None else [f"length {length:.3g} of the references'"]
-    return _joined(f"{start}samples: stop rate {rate:.3g}{verdict}", *parts)
+    return _joined(f"{start}samples: {_stop_rate(values['sample/stop_rate'])}", *parts)
+
+
+def _shown(kind: str) -> dict[str, str]:
+    return {f"{kind}/{name}": words for name, words in SHOWN.items()}
+
+
+def _stop_rate(rate: float) -> str:
+    return f"stop rate {rate:.3g}{' (bad: none ended on its own)' if rate == 0 else ''}"
 
 
 def _loss(value: float) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,14 @@ class MetricsLog:
         output_dir: Path,
         first_step: int,
         total_steps: int,
-        validation_due: bool = False,
+        again: Collection[str] = (),
         seconds_left: float | None = None,
         open_trackers: Callable[[], list[Tracker]] = list,
     ) -> None:
         """Start a log, or continue one after `first_step`.
 
         Args:
-            validation_due: whether the validation of `first_step` is still to be done; its line, if any, is removed.
+            again: metrics that are still to be measured at `first_step`; lines with them, if any, are removed.
             seconds_left: seconds until a time limit ends the run.
             open_trackers: opens further destinations of the metrics; called on rank 0 only.
         """
@@ -52,7 +52,7 @@ class MetricsLog:
         self.ends_at = None if seconds_left is None else time.monotonic() + seconds_left
         self.trackers: list[Tracker] = []
         if is_main():
-            _truncate(self.path, first_step, validation_due)
+            _truncate(self.path, first_step, again)
             self.trackers = open_trackers()
         # None: no bar if stderr is not a terminal; the log lines are enough there.
         disable = None if is_main() and not is_quiet() else True
@@ -137,8 +137,8 @@ def peak_memory_gib() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
 
-def _truncate(path: Path, last_step: int, validation_due: bool) -> None:
-    """Remove the lines of later steps, and a line that was cut short when the run was killed."""
+def _truncate(path: Path, last_step: int, again: Collection[str]) -> None:
+    """Remove the lines of later steps, those of `again`, and a line that was cut short when the run was killed."""
     if not path.is_file():
         return
     kept = []
@@ -147,7 +147,7 @@ def _truncate(path: Path, last_step: int, validation_due: bool) -> None:
             values = json.loads(line)
             if last_step == 0 or values["step"] > last_step:  # a run from step 0 does everything again
                 continue
-            if validation_due and values["step"] == last_step and "val/loss" in values:
+            if values["step"] == last_step and any(metric in values for metric in again):
                 continue
         except (ValueError, TypeError, KeyError, RecursionError):  # not a line of this project
             continue

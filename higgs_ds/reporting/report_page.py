@@ -21,6 +21,7 @@ from higgs_ds.common.run_files import (
     ADAPTER_FOLDER,
     AVERAGED_ADAPTER_FOLDER,
     DROPPED_FILE,
+    EVALUATION_FOLDER,
     FLAGGED_FILE,
     METRICS_FILE,
     PROMPTS_FILE,
@@ -169,6 +170,7 @@ def _numbers(lines: Sequence[dict[str, Any]], bad: Mapping[str, str]) -> list[di
     keys |= {f"loss, {name}": ("", key) for key, name in losses_of_manifests(last).items()}
     keys |= {name: (name, "") for name in alone}
     keys |= {name: ("", f"sample/{name}") for name in ("stop_rate", "length_ratio")}
+    keys |= {f"{key.removeprefix('eval/')}, evaluation": ("", key) for key in sorted(last) if key.startswith("eval/")}
     return [
         {"name": name, "values": [(f"{last[key]:.4g}" if key in last else "", key in bad) for key in pair]}
         for name, pair in keys.items()
@@ -205,6 +207,7 @@ def _outputs(output_dir: Path, is_full_finetuning: bool) -> list[dict[str, str]]
         METRICS_FILE: "all metrics of this page",
         SETTINGS_FILE: "all options, in the format of --config",
         SAMPLES_FOLDER: "the generated samples, as WAV files",
+        EVALUATION_FOLDER: "what was spoken in evaluations, as WAV files, and the measures of each sample",
         DROPPED_FILE: "samples that were left out for their length",
         FLAGGED_FILE: "samples that may be bad, which were not left out",
     }

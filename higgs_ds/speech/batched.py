@@ -50,7 +50,9 @@ def seed_of(*parts: int) -> int:
 
 
 @torch.no_grad()
-def speak_batch(model: Any, bundle: Bundle, prompts: Sequence[BatchPrompt], settings: Sampling) -> list[Speech]:
+def speak_batch(
+    model: Any, bundle: Bundle, prompts: Sequence[BatchPrompt], settings: Sampling, synced: bool = False
+) -> list[Speech]:
     """Generate the assistant's audio turn after each prompt. Each clip ends on its own, as `speak` would end it.
 
     Prompts, and the codes of their references, are padded on the left, which the classes of both families support. A
@@ -70,12 +72,14 @@ def speak_batch(model: Any, bundle: Bundle, prompts: Sequence[BatchPrompt], sett
 
     Args:
         model: a model loaded by transformers or PEFT.
+        synced: go on until every rank has ended, because all compute with each other's weights.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if len(prompts) > 1 and parts_of(base.config).audio_self_attention:
-        return [speech for prompt in prompts for speech in speak_batch(model, bundle, [prompt], settings)]
+        return [speech for prompt in prompts for speech in speak_batch(model, bundle, [prompt], settings, synced)]
     limit = max(prompt.max_new_tokens for prompt in prompts)
     arguments: dict[str, Any] = generation_settings(0) | {"max_new_tokens": limit}
+    arguments |= {"synced_gpus": True} if synced else {}
     if getattr(base.generation_config, "ras_win_len", None) is not None:
         arguments["ras_win_len"] = None
     if settings.temperature > 0:

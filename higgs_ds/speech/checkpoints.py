@@ -34,6 +34,7 @@ from higgs_ds.speech.generate import (
 )
 from higgs_ds.speech.held_out import (
     REFERENCE,
+    Decoding,
     HeldOut,
     cache_dir_of,
     foreign_files,
@@ -88,7 +89,7 @@ def _evaluate(options: EvaluateOptions, lock: FolderLock) -> None:
     if to_speak:
         distributed.on_main(lambda: _remove_results(output_dir, [folders[one] for one in to_speak]))
         scorer = scoring.open(vocabulary_of(prompts), encoder)
-        held_out = HeldOut(options, prompts, speaker, scorer, output_dir)
+        held_out = HeldOut(prompts, speaker.bundle, scorer, Decoding.of(options), output_dir, distributed.device())
         model = load_without_adapter(speaker, distributed.device())
         for number, candidate in enumerate(to_speak, 1):
             started = time.monotonic()

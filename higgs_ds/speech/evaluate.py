@@ -16,6 +16,7 @@ from higgs_ds.speech.evaluation_results import (
 )
 from higgs_ds.speech.generate import load_generation_model, open_generation_model
 from higgs_ds.speech.held_out import (
+    Decoding,
     HeldOut,
     cache_dir_of,
     foreign_files,
@@ -63,7 +64,7 @@ def _evaluate(options: EvaluateOptions, lock: FolderLock) -> None:
     prompts = read_prompts(options, speaker, problems)
     assert speaker  # a missing one has raised a problem
     scorer = scoring.open(vocabulary_of(prompts), encoder)
-    held_out = HeldOut(options, prompts, speaker, scorer, output_dir)
+    held_out = HeldOut(prompts, speaker.bundle, scorer, Decoding.of(options), output_dir, distributed.device())
     model = load_generation_model(speaker, distributed.device())
     used = {} if options.lora_adapter_path is None else {"lora_scale": options.lora_scale}
     results = used | held_out.spoken_by(model, output_dir)

@@ -99,6 +99,15 @@ def summary(items: Sequence[Item]) -> dict[str, Any]:
     return results | {INTERVALS: intervals, "items": [asdict(item) for item in items]}
 
 
+def measures_of(results: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of an evaluation that say something of the model, not of the references; all are finite."""
+    return {
+        name: float(value)
+        for name, value in results.items()
+        if name != "samples" and not name.startswith("reference_") and _is_number(value)
+    }
+
+
 def _error_rates(errors: Sequence[WordErrors]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the rates over all items, and their intervals: errors, missing and repeated over the number of words."""
     words = [one.words for one in errors]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from higgs_ds.bases.bundle import Bundle
 from higgs_ds.common import distributed
 from higgs_ds.common.errors import InputError, collect_problems
 from higgs_ds.common.files import check_folders, saving
@@ -115,6 +116,23 @@ class Reference:
     spoken_s: float
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How prompts are spoken. `batch_size`: of them at once; `synced`: whether ranks compute with each other's weights.
+
+    If they do, all of them must run the same layers equally often.
+    """
+
+    seed: int = 42
+    temperature: float = 0.0
+    batch_size: int = 1
+    synced: bool = False
+
+    @classmethod
+    def of(cls, options: EvaluateOptions) -> Decoding:
+        return cls(options.seed, options.temperature, options.batch_size)
+
+
 class HeldOut:
     """Prompts that models speak, and their references, which are measured once. Every rank must call every method.
 
@@ -123,16 +141,20 @@ class HeldOut:
 
     def __init__(
         self,
-        options: EvaluateOptions,
         prompts: Sequence[Prompt],
-        speaker: GenerationModel,
+        bundle: Bundle,
         scorer: Scorer,
+        decoding: Decoding,
         folder: Path,
+        device: torch.device,
     ) -> None:
-        """Decode this rank's references, write them to `folder` / REFERENCE and measure them."""
-        self.prompts, self.bundle, self.scorer = prompts, speaker.bundle, scorer
-        self.seed, self.temperature, self.batch_size = options.seed, options.temperature, options.batch_size
-        self.codec = Codec(self.bundle.codec.folder, distributed.device())
+        """Decode this rank's references, write them to `folder` / REFERENCE and measure them.
+
+        Args:
+            device: of the codec.
+        """
+        self.prompts, self.bundle, self.scorer, self.decoding = prompts, bundle, scorer, decoding
+        self.codec = Codec(bundle.codec.folder, device)
         self._references = {}
         for number in range(distributed.rank(), len(prompts), distributed.world_size()):
             waveform, language = self.codec.decode(prompts[number].target), prompts[number].sample.language
@@ -147,37 +169,63 @@ class HeldOut:
 
     def spoken_by(self, model: Any, folder: Path) -> dict[str, Any]:
         """Speak all prompts with a model, write a WAV file for each into a folder, and return the results."""
+        results = self.spoken_unless(lambda: False, model, folder)
+        assert results is not None
+        return results
+
+    def spoken_unless(self, stops: Callable[[], bool], model: Any, folder: Path) -> dict[str, Any] | None:
+        """Do as `spoken_by`; return None as soon as `stops` is true before a batch, which all ranks ask together."""
         items = []
-        for number, speech in self._speak_all(model):
-            prompt, reference = self.prompts[number], self._references[number]
-            speech.check()
-            codes = speech.codes.clamp(max=self.bundle.stream.bos_id - 1)  # the stream's own tokens have no sound
-            spoken = self.codec.decode(codes) if codes.shape[1] else torch.zeros(0)
-            self._write(folder / f"{number}.wav", spoken)
-            items.append((number, self._measure(prompt, reference, codes, speech.stopped, spoken)))
+        for numbers in self._batches():
+            if stops():
+                return None
+            for number, speech in zip(numbers, self._speak(model, numbers), strict=True):
+                if number in self._references:
+                    items.append((number, self._heard(number, speech, folder)))
         gathered = dict(pair for of_rank in distributed.gather_objects(items) for pair in of_rank)
         speakers = [prompt.sample.speaker for prompt in self.prompts]
         return summary(_with_similarities([gathered[number] for number in sorted(gathered)], speakers))
 
-    def _speak_all(self, model: Any) -> Iterator[tuple[int, Speech]]:
-        """Yield the speech for each of this rank's prompts, with the prompt's number."""
+    def _batches(self) -> list[list[int]]:
+        """Return the numbers of the prompts of this rank's batches; every rank has as many batches.
+
+        If ranks are synced, batches have the same size on all ranks, with prompts of other ranks for those that lack.
+        """
+        ranks, size = distributed.world_size(), self.decoding.batch_size
         own = list(self._references)
-        if self.batch_size == 1:
-            for number in own:
-                prompt = self.prompts[number]
-                settings = generation_settings(self.temperature) | {"max_new_tokens": prompt.max_new_tokens}
-                torch.manual_seed(self.seed + number)
-                yield number, speak(model, self.bundle, prompt.before, prompt.given, settings)
-            return
-        sampling = sampling_of(model, self.temperature, None, None)
-        for start in range(0, len(own), self.batch_size):
-            numbers = own[start : start + self.batch_size]
-            asked = [
-                BatchPrompt(prompt.before, prompt.given, prompt.max_new_tokens, seed_of(self.seed, number))
-                for number in numbers
-                for prompt in [self.prompts[number]]
-            ]
-            yield from zip(numbers, speak_batch(model, self.bundle, asked, sampling), strict=True)
+        most = -(-len(self.prompts) // ranks)
+        if self.decoding.synced:
+            own += [0] * (most - len(own))
+        return [own[start : start + size] for start in range(0, most, size)]
+
+    def _speak(self, model: Any, numbers: Sequence[int]) -> list[Speech]:
+        """Return what a model speaks for the prompts of a batch, which may be empty."""
+        how = self.decoding
+        if how.batch_size == 1:
+            return [self._speak_alone(model, number) for number in numbers]
+        asked = [
+            BatchPrompt(prompt.before, prompt.given, prompt.max_new_tokens, seed_of(how.seed, number))
+            for number in numbers
+            for prompt in [self.prompts[number]]
+        ]
+        if not asked:
+            return []
+        return speak_batch(model, self.bundle, asked, sampling_of(model, how.temperature, None, None), how.synced)
+
+    def _speak_alone(self, model: Any, number: int) -> Speech:
+        prompt = self.prompts[number]
+        settings = generation_settings(self.decoding.temperature) | {"max_new_tokens": prompt.max_new_tokens}
+        settings |= {"synced_gpus": True} if self.decoding.synced else {}
+        torch.manual_seed(self.decoding.seed + number)
+        return speak(model, self.bundle, prompt.before, prompt.given, settings)
+
+    def _heard(self, number: int, speech: Speech, folder: Path) -> Measured:
+        """Decode what was spoken for a prompt, write it into a folder, and measure it."""
+        speech.check()
+        codes = speech.codes.clamp(max=self.bundle.stream.bos_id - 1)  # the stream's own tokens have no sound
+        spoken = self.codec.decode(codes) if codes.shape[1] else torch.zeros(0)
+        self._write(folder / f"{number}.wav", spoken)
+        return self._measure(self.prompts[number], self._references[number], codes, speech.stopped, spoken)
 
     def _write(self, path: Path, waveform: torch.Tensor) -> None:
         """Write a waveform to a file; an empty one gets no file, and none of an earlier evaluation stays."""

@@ -55,8 +55,11 @@ def check_recognizer(name: str | None) -> None:
         raise InputError(f"--recognizer {name}: the package is not installed; pip install {name}")
 
 
-def open_recognizer(name: str, vocabulary: Sequence[str]) -> Recognizer:
+def open_recognizer(name: str, vocabulary: Sequence[str], device: torch.device | None = None) -> Recognizer:
     """Open pocketsphinx, which recognizes only words of the vocabulary, or a transformers model by folder or hub id.
+
+    Args:
+        device: of a transformers model; by default, a GPU if there is one.
 
     Raises:
         InputError: the model does not exist, or pocketsphinx does not know a word.
@@ -65,7 +68,7 @@ def open_recognizer(name: str, vocabulary: Sequence[str]) -> Recognizer:
         return Recognizer(_open_pocketsphinx(vocabulary))
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
-    recognize = _load_pipeline(name)
+    recognize = _load_pipeline(name, device)
     spelling = getattr(recognize.tokenizer, "english_spelling_normalizer", None) or {}
     generation = getattr(recognize.model, "generation_config", None)
     is_english = getattr(generation, "is_multilingual", None) is False
@@ -111,10 +114,10 @@ def _open_pocketsphinx(vocabulary: Sequence[str]) -> Transcriber:
     return transcribe
 
 
-def _load_pipeline(name: str) -> Any:
+def _load_pipeline(name: str, device: torch.device | None = None) -> Any:
     from transformers import pipeline
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return pipeline("automatic-speech-recognition", model=name, device=device, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -89,7 +89,7 @@ class Scoring:
         Args:
             encoder: what `check` has returned.
         """
-        recognize = open_recognizer(self.recognizer, vocabulary) if self.recognizer else None
+        recognize = open_recognizer(self.recognizer, vocabulary, self.device) if self.recognizer else None
         return Scorer(recognize, encoder, DNSMOS in self.measures)
 
 

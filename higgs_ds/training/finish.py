@@ -45,12 +45,13 @@ def _report_outcome(run: Run) -> None:
         say(run.memory.compared_with(peak_memory_gib()))
     run.reporter.report_path()
     if state.stopped_early:
-        say(
-            f"stopped early, at step {state.step} of {state.total_steps}: the lowest validation loss was at step {best}"
-        )
+        known = f"the {state.best_in_words} {state.metric_in_words} was at step {best}"
+        why = f"the {state.metric_in_words} could not be measured" if best is None else known
+        say(f"stopped early, at step {state.step} of {state.total_steps}: {why}")
     if best is not None and best != state.step and checkpoint_folder(run.output_dir, best).is_dir():
         folder = checkpoint_folder(run.output_dir, best) / ("" if run.options.is_full_finetuning else ADAPTER_FOLDER)
-        say(f"Lowest validation loss, {state.val_losses[str(best)]:.4g}: {folder}")
+        best_metric = f"{state.best_in_words} {state.metric_in_words}".capitalize()
+        say(f"{best_metric}, {state.values()[best]:.4g}: {folder}")
 
 
 def _report_adapters(run: Run) -> None:

@@ -125,7 +125,7 @@ def load_run(inputs: Inputs) -> Run:
     reporter = Reporter(inputs.output_dir, not options.run.no_report, facts)
     return Run(
         options, inputs.output_dir, bundle, train, val, sampler, engine, form, state, inputs.lock,
-        reporter, ConstantCodebooks.of(inputs.train, weights, has_builtin_codec), memory,
+        reporter, ConstantCodebooks.of(inputs.train, weights, has_builtin_codec), memory, inputs.speech_test,
     )  # fmt: skip
 
 

@@ -17,11 +17,13 @@ from higgs_ds.data.collate import Batch
 from higgs_ds.data.prefetch import prefetched
 from higgs_ds.data.sampler import Window
 from higgs_ds.model.loss import StepResult, mean_losses
+from higgs_ds.options.fields import VAL_LOSS
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.reporting.meter import Meter
 from higgs_ds.reporting.metrics_log import MetricsLog
 from higgs_ds.reporting.trackers import Tracker, open_trackers
 from higgs_ds.speech.measures import stop_warning
+from higgs_ds.training.evaluation import Evaluator
 from higgs_ds.training.finish import finish
 from higgs_ds.training.intervals import is_due
 from higgs_ds.training.loss_checks import (
@@ -65,7 +67,9 @@ def _free_memory(run: Run) -> None:
 
 
 def train(run: Run) -> None:
-    """Fetch, step, log, validate, save; the last three also at the last step, and samples before the first.
+    """Fetch, step, log, validate, evaluate, save, the last four also at the last step.
+
+    Samples are written and evaluated before the first step, too.
 
     Raises:
         StoppedError: a signal has stopped the run; a checkpoint is saved first.
@@ -73,13 +77,15 @@ def train(run: Run) -> None:
     state, engine, options = run.state, run.engine, run.options
     meter = Meter(engine.objective, run.bundle.stream.num_codebooks, engine.device)
     meter.restore(state.meters)
-    log, writer = _open_log(run), SampleWriter(run)
+    log, writer, evaluator = _open_log(run), SampleWriter(run), Evaluator(run)
     with contextlib.closing(log), StopSignals() as signals:
-        if state.validation_due:
-            with meter.paused():
+        with meter.paused():
+            if state.validation_due:
                 _validate(run, log, signals)
-            if state.validation_due:  # the signal came again
-                raise _stopped_error(run, signals.stop_reason())
+            if state.evaluation_due:
+                _evaluate(run, log, evaluator, signals)
+        if state.validation_due or state.evaluation_due:  # a signal came, or came again
+            raise _stopped_error(run, signals.stop_reason())
         if writer.is_due_at_start():
             with meter.paused():
                 _write_samples(run, log, writer)
@@ -101,12 +107,15 @@ def train(run: Run) -> None:
             last = state.step == state.total_steps
             is_logged = last or is_due(state.step, options.run.log_steps)
             is_validated = bool(len(run.val)) and (last or is_due(state.step, options.run.val_steps))
+            is_evaluated = evaluator.is_due(last)
             if is_logged:
                 _log(run, log, meter, rates)
             with meter.paused():
                 if is_validated:
                     _validate(run, log, signals)
-                if (is_logged or is_validated) and not last:
+                if is_evaluated:
+                    _evaluate(run, log, evaluator, signals)
+                if (is_logged or is_validated or is_evaluated) and not last:
                     _draw(run)
                 if writer.is_due(last):
                     _write_samples(run, log, writer)
@@ -132,7 +141,9 @@ def _open_log(run: Run) -> MetricsLog:
     def trackers() -> list[Tracker]:
         return open_trackers(options.run.report_to, run.output_dir, state.step, options.flat())
 
-    return MetricsLog(run.output_dir, state.step, state.total_steps, state.validation_due, seconds_left(), trackers)
+    due = {"val/loss": state.validation_due, "eval/stop_rate": state.evaluation_due}
+    again = [metric for metric, is_due_again in due.items() if is_due_again]
+    return MetricsLog(run.output_dir, state.step, state.total_steps, again, seconds_left(), trackers)
 
 
 def _log(run: Run, log: MetricsLog, meter: Meter, rates: dict[str, float]) -> None:
@@ -159,6 +170,19 @@ def _validate(run: Run, log: MetricsLog, signals: StopSignals) -> None:
         state.validation_due = False
 
 
+@waiting("at the next samples of this evaluation, and saves a checkpoint")
+def _evaluate(run: Run, log: MetricsLog, evaluator: Evaluator, signals: StopSignals) -> None:
+    """Evaluate what the model speaks; if a signal interrupts this, the resumed run evaluates."""
+    state = run.state
+    state.evaluation_due = True
+    values = evaluator.evaluate(signals)
+    if values is not None:
+        log.write(state.step, state.epoch, values)
+        if state.step:  # there is no checkpoint of step 0
+            state.evaluations[str(state.step)] = values
+        state.evaluation_due = False
+
+
 @waiting("after the samples, and saves a checkpoint")
 def _write_samples(run: Run, log: MetricsLog, writer: SampleWriter) -> None:
     values = writer.write_samples()
@@ -180,8 +204,9 @@ def _is_out_of_patience(run: Run) -> bool:
 
 
 def _is_best_step(run: Run) -> bool:
-    """Whether early stopping may need this step's checkpoint: it has the lowest validation loss."""
-    return run.options.run.early_stopping_patience is not None and run.state.best_step == run.state.step
+    """Whether this step's checkpoint must be kept as the best: for early stopping, or by a metric of evaluations."""
+    wanted = run.options.run.early_stopping_patience is not None or run.state.metric != VAL_LOSS
+    return wanted and run.state.best_step == run.state.step
 
 
 @waiting("as soon as this checkpoint is saved")

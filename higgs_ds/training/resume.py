@@ -16,6 +16,7 @@ from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import restore_leftovers, saving
 from higgs_ds.common.words import counted
 from higgs_ds.data.sampler import WindowSampler
+from higgs_ds.options.evaluation import EvaluationOptions
 from higgs_ds.options.fields import RESUME_AUTO, RESUME_NEVER
 from higgs_ds.options.flags import FlagOptions
 from higgs_ds.options.objective import ObjectiveOptions
@@ -42,6 +43,7 @@ FREE_ON_RESUME = (
     "allow_text_targets", "max_clip_s", "max_seq_len", "skip_bad", "num_workers", "base_ckpt", "base_revision",
     "codec_ckpt", "dry_run", "require_fit", "device_memory_gib", "plan_ranks", "init_from",
     "silence_db", "speaker_descriptions", *(flag.name for flag in fields(FlagOptions)),
+    *(option.name for option in fields(EvaluationOptions)),
 )  # fmt: skip
 # What checkpoints of earlier versions do not record, with the only value that it had.
 NOT_RECORDED: dict[str, Any] = {
@@ -97,13 +99,16 @@ def initial_state(inputs: Inputs, sampler: WindowSampler) -> TrainerState:
     total_steps = optim.max_steps or sampler.num_steps(optim.epochs)
     # A run that starts from an adapter validates first, to show that it stands where the adapter stood.
     due = inputs.start is not None and len(inputs.val) > 0
-    fresh = TrainerState(total_steps, _training_settings(inputs, sampler), validation_due=due)
+    evaluates = inputs.options.evaluation.evaluate_steps is not None
+    fresh = TrainerState(total_steps, _training_settings(inputs, sampler), validation_due=due, evaluation_due=evaluates)
     if inputs.resume_from is not None:
         saved = read_state(inputs.resume_from)
         missing = (NOT_RECORDED.keys() & fresh.settings.keys()) - saved.settings.keys()
         saved.settings |= {name: NOT_RECORDED[name] for name in sorted(missing)}
         check_same_run(saved, fresh, inputs.resume_from, _differences_in_words(saved, fresh, inputs))
         fresh = saved
+        fresh.evaluation_due &= evaluates
+    fresh.metric = inputs.options.evaluation.metric_for_best_model
     if fresh.warmup_steps is None:
         fresh.warmup_steps = int(optim.warmup_ratio * fresh.total_steps)
     fresh.total_steps = total_steps

@@ -24,6 +24,8 @@ from higgs_ds.options.train import TrainOptions
 from higgs_ds.planning.batches import SampleLengths
 from higgs_ds.planning.zero_stages import Plan
 from higgs_ds.reporting.report_page import Reporter
+from higgs_ds.speech.prompts import Prompt
+from higgs_ds.speech.scoring import Scorer
 from higgs_ds.training.constant_codebooks import ConstantCodebooks
 from higgs_ds.training.engine import Engine
 
@@ -46,6 +48,14 @@ class PlannedMemory:
         return f"peak memory of rank 0: {measured_gib:.2f} GiB, planned {self.gib:.2f} GiB"
 
 
+@dataclass(frozen=True)
+class SpeechTest:
+    """What the model speaks in evaluations during the run, and what measures it."""
+
+    prompts: Sequence[Prompt]
+    scorer: Scorer
+
+
 @dataclass
 class Run:
     """Everything that the training loop uses."""
@@ -63,6 +73,7 @@ class Run:
     reporter: Reporter
     codebooks: ConstantCodebooks
     memory: PlannedMemory | None  # on rank 0, unless --quiet
+    speech_test: SpeechTest | None  # of --evaluate_steps
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,7 @@ class Inputs:
     start: StartingPoint | None = None
     flagged: Sequence[Flagged] = ()  # of each manifest, on rank 0
     overruled: tuple[str, ...] = ()  # see `training.overruled`
+    speech_test: SpeechTest | None = None
 
     @property
     def adapted(self) -> tuple[AdaptedLayer, ...]:

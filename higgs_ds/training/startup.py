@@ -36,6 +36,7 @@ from higgs_ds.options.train import TrainOptions
 from higgs_ds.reporting.publish import check_licence, check_login
 from higgs_ds.reporting.trackers import check_wandb_login
 from higgs_ds.speech.codec_check import check_codec
+from higgs_ds.training.evaluation import open_speech_test, scoring_of
 from higgs_ds.training.loading import load_run
 from higgs_ds.training.overruled import overruled_by_file
 from higgs_ds.training.resume import find_resume_checkpoint
@@ -75,6 +76,8 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
     collect_problems(problems, lambda: distributed.on_main(lambda: check_login(options.run)))
     collect_problems(problems, lambda: check_licence(options.run, bundle))
     collect_problems(problems, lambda: distributed.on_main(lambda: check_wandb_login(options.run.report_to)))
+    scoring = scoring_of(options.evaluation)
+    encoder = collect_problems(problems, scoring.check)
     distributed.raise_problems(problems + no_scratch if no_scratch else [])
     if not all(distributed.gather_objects(bundle is not None)):
         bundle = None
@@ -109,6 +112,7 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
     train, val, too_long = select(options, indexes, preparation.coder)
     if equal_prompts := find_equal_prompts(train.index, train.rows, train.references):
         warn(f"warning: {equal_prompts.describe()}")
+    speech_test = distributed.run_on_all_ranks(lambda: open_speech_test(options.evaluation, val, scoring, encoder))
     lines = describe_manifests(train, val)
     summary += "".join(f"{line}\n" for line in ["manifests:", *(f"  {line}" for line in lines)]) if lines else ""
     return Inputs(
@@ -125,6 +129,7 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
         start,
         flagged,
         tuple(overruled),
+        speech_test,
     )
 
 
@@ -159,11 +164,11 @@ def _open_base(options: TrainOptions, cache_dir: Path) -> Bundle:
     bundle = open_for_training(options.model, cache_dir)
     if options.run.merge_adapter_with_base or options.is_full_finetuning:
         check_layout(bundle.config, options.run.export_layout)
-    asked_for_samples = options.run.samples or options.run.sample_steps is not None
-    if asked_for_samples and parts_of(bundle.config).audio_tower is not None:
-        raise InputError(
-            "--samples, --sample_steps: cannot use the input of a Whisper tower; leave them out with such a base"
-        )
+    speaking = {"samples": options.run.samples, "sample_steps": options.run.sample_steps}
+    speaking["evaluate_steps"] = options.evaluation.evaluate_steps
+    if any(speaking.values()) and parts_of(bundle.config).audio_tower is not None:
+        given = ", ".join(f"--{name}" for name, value in speaking.items() if value)
+        raise InputError(f"{given}: cannot use the input of a Whisper tower; leave out with such a base")
     check_weights(bundle.folder)
     check_biases(bundle.config, options.lora)
     weights = options.optim.codebook_weights

@@ -67,7 +67,10 @@ def test_which_adapter_to_take(run: Path, tmp_path: Path, capsys: pytest.Capture
     for losses, expected in (
         ({"2": 3.5, "3": 4.0}, f"checkpoint-2/lora_adapters: its validation loss, 3.5, is the lowest; {copy}/lora"),
         ({"2": 4.5, "3": 4.0}, "lora_adapters: it is of the last step, 3; its validation loss, 4, is the lowest"),
-        ({"1": 3.5, "3": 4.0}, "lora_adapters: it is of the last step, 3; the validation loss was lower at step 1, of"),
+        (
+            {"1": 3.5, "3": 4.0},
+            "lora_adapters: it is of the last step, 3; the validation loss was lowest at step 1,",
+        ),
         ({}, "lora_adapters: it is of the last step, 3; nothing was validated, which would show"),
     ):
         (copy / "trainer_state.json").write_text(json.dumps(state | {"val_losses": losses}))

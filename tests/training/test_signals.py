@@ -106,12 +106,20 @@ def test_a_signal_while_averages_are_validated() -> None:
     assert (engine.batches, engine.averaged) == (2, 0)
 
 
-@pytest.mark.parametrize(("due", "left"), [(False, ["train/loss", "val/loss"]), (True, ["train/loss"])])
-def test_a_validation_that_is_due_is_not_written_twice(tmp_path: Path, due: bool, left: list[str]) -> None:
-    lines = [{"step": 2, "train/loss": 1.0}, {"step": 2, "val/loss": 1.0}, {"step": 3, "train/loss": 1.0}]
+@pytest.mark.parametrize(
+    ("again", "left"),
+    [
+        ([], ["train/loss", "val/loss", "eval/stop_rate"]),
+        (["val/loss"], ["train/loss", "eval/stop_rate"]),
+        (["eval/stop_rate"], ["train/loss", "val/loss"]),
+    ],
+)
+def test_what_is_measured_again_is_not_written_twice(tmp_path: Path, again: list[str], left: list[str]) -> None:
+    lines = [{"step": 2, name: 1.0} for name in ("train/loss", "val/loss", "eval/stop_rate")]
+    lines.append({"step": 3, "train/loss": 1.0})
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    MetricsLog(tmp_path, 2, 6, due).close()
+    MetricsLog(tmp_path, 2, 6, again).close()
     assert [list(json.loads(line))[1] for line in path.read_text().splitlines()] == left
 
 

@@ -232,8 +232,9 @@ class HiggsMultimodalQwen3ForConditionalGeneration(PreTrainedModel):
         rows: list[torch.Tensor] = []
         goes_on = True
         while _any_rank(goes_on, synced_gpus, input_ids.device):
-            row = sampler.next_rows(self.audio_logits(outputs.last_hidden_state[:, -1]))
+            logits = self.audio_logits(outputs.last_hidden_state[:, -1])
             if goes_on:
+                row = sampler.next_rows(logits)
                 rows.append(row)
             goes_on = goes_on and not sampler.has_ended and len(rows) < max_new_tokens
             if goes_on or synced_gpus:
