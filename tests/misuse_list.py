@@ -957,16 +957,18 @@ MOMENTS = {
     "while metrics are written": ("higgs_ds.reporting.metrics_log:MetricsLog.write", 3),
     "in a validation": ("higgs_ds.training.engine:Engine.evaluate", 2),
     "while samples are spoken": ("higgs_ds.training.samples:speak", 2),
+    "in an evaluation": ("higgs_ds.speech.held_out:speak", 2),
     "while a checkpoint is written": ("higgs_ds.checkpoints.save:write_shards", 2),
     "before a checkpoint gets its name": ("higgs_ds.common.files:flush_folder", 3),
     "while the merged model is written": (IN_A_MERGE, 1),
     "while the merged model is verified": ("higgs_ds.adapters.merge:compare_merged", 1),
     "while the report is drawn": ("higgs_ds.reporting.report_page:Reporter.write", 1),
 }
-STEPS = ("in a step", "in the last step", "while metrics are written", "in a validation", "while samples are spoken",
-         "while a checkpoint is written", "before a checkpoint gets its name", "while the report is drawn")  # fmt: skip
+STEPS = ("in a step", "in the last step", "while metrics are written", "in a validation", "in an evaluation",
+         "while samples are spoken", "while a checkpoint is written", "before a checkpoint gets its name", "while the report is drawn")  # fmt: skip
 MORE = {
     "while samples are spoken": ["--sample_steps", "1", "--num_samples", "1"],
+    "in an evaluation": ["--evaluate_steps", "1", "--evaluate_samples", "1"],
     "while the merged model is written": ["--merge_adapter_with_base"],
     "while the merged model is verified": ["--merge_adapter_with_base"],
 }

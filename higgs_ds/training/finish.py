@@ -42,7 +42,8 @@ def finish(run: Run) -> None:
 def _report_outcome(run: Run) -> None:
     state, best = run.state, run.state.best_step
     if run.memory is not None:
-        say(run.memory.compared_with(peak_memory_gib()))
+        not_planned = "; the plan has no evaluations" if run.speech_test else ""
+        say(run.memory.compared_with(peak_memory_gib()) + not_planned)
     run.reporter.report_path()
     if state.stopped_early:
         known = f"the {state.best_in_words} {state.metric_in_words} was at step {best}"

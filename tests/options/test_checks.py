@@ -95,6 +95,40 @@ def test_learning_rates_and_averages(given: str, words: list[str]) -> None:
     assert all(word in problem for word, problem in zip(words, problems, strict=True)), problems
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--evaluate_steps 5 --metric_for_best_model eval/stop_rate", []),
+        ("--evaluate_steps 5 --metric_for_best_model eval/mos --measures dnsmos --early_stopping_patience 2", []),
+        ("--evaluate_steps 5 --metric_for_best_model eval/missing_words --recognizer pocketsphinx", []),
+        ("--metric_for_best_model eval/mos", ["--metric_for_best_model eval/mos: needs --evaluate_steps N"]),
+        (
+            "--recognizer r --measures dnsmos",
+            ["--recognizer: needs --evaluate_steps", "--measures: needs --eval"],
+        ),
+        (
+            "--evaluate_steps 0 --evaluate_samples 0",
+            ["--evaluate_steps 0: must be 1", "--evaluate_samples 0: must"],
+        ),
+        ("--evaluate_steps 5 --evaluate_batch_size 0", ["--evaluate_batch_size 0: must be 1 or more"]),
+        ("--evaluate_steps 5 --evaluate_temperature -1", ["--evaluate_temperature -1.0: must be 0 or above"]),
+        (
+            "--evaluate_steps 5 --metric_for_best_model eval/character_error_rate",
+            ["--metric_for_best_model eval/character_error_rate: needs --recognizer, which hears the words"],
+        ),
+        (
+            "--evaluate_steps 5 --metric_for_best_model eval/similarity_to_speaker --measures dnsmos",
+            ["--metric_for_best_model eval/similarity_to_speaker: needs --measures similarity"],
+        ),
+        ("--evaluate_steps 5 --metric_for_best_model eval/mos_p808", ["eval/mos_p808: needs --measures dnsmos"]),
+    ],
+)
+def test_evaluations(given: str, words: list[str]) -> None:
+    problems = check_options(parse_train_options(given.split())[0])
+    assert len(problems) == len(words), problems
+    assert all(word in problem for word, problem in zip(words, problems, strict=True)), problems
+
+
 @pytest.mark.parametrize("script", ["train.py", "prepare.py", "merge.py", "generate.py"])
 def test_help_imports_no_torch(script: str) -> None:
     code = (

@@ -10,7 +10,7 @@ import pytest
 from conftest import read_metrics
 
 from higgs_ds.common.errors import NotFiniteError
-from higgs_ds.reporting.log_lines import log_lines
+from higgs_ds.reporting.log_lines import SHOWN, log_lines
 from higgs_ds.reporting.metrics_log import MetricsLog
 
 CODEBOOKS = {f"train/audio_loss/cb{k}": 6.9 for k in range(8)}
@@ -67,6 +67,18 @@ def test_samples(rate: float, line: str) -> None:
     assert log_lines(5, 9, {"sample/stop_rate": rate, "sample/length_ratio": 1.0234}) == [line]
 
 
+def test_evaluation() -> None:
+    measured = {
+        "eval/stop_rate": 0.9, "eval/length_ratio": 1.0234, "eval/speaking_rate": 1.1, "eval/mel_distance_db": 3.25,
+        "eval/word_error_rate": 0.125, "eval/speaker_similarity": 0.875, "eval/mos": 3.5, "eval/mos_voice": 3.9,
+    }  # fmt: skip
+    averaged = {"eval_ema/stop_rate": 0.0, "eval_ema/mel_distance_db": 4.0, "eval_ema/length_ratio": 2.0}
+    assert log_lines(5, 9, measured | averaged) == [
+        "step 5/9: evaluation: stop rate 0.9, word error rate 0.125, similarity 0.875, mos 3.5, length 1.02",
+        "step 5/9: evaluation, averaged weights: stop rate 0 (bad: none ended on its own), length 2",
+    ]
+
+
 @pytest.mark.parametrize("loss", [7.1, 1.2345e-5, 123456.789, math.inf, math.nan, 0.0])
 @pytest.mark.parametrize("steps", [(1, 9), (654321, 987654), (1234567, 9876543)])
 def test_no_line_is_too_long(loss: float, steps: tuple[int, int]) -> None:
@@ -79,6 +91,7 @@ def test_no_line_is_too_long(loss: float, steps: tuple[int, int]) -> None:
         {key: loss if "loss" in key else value for key, value in VALIDATION.items()} | manifests,
         {f"val_ema/{key.removeprefix('val/')}": loss for key in VALIDATION},
         {"sample/stop_rate": 0.0, "sample/length_ratio": 1.23456e7},
+        {f"eval_ema/{name}": 1.23456e7 for name in SHOWN} | {"eval_ema/stop_rate": 0.0},
     ]
     for values, left_s in itertools.product(kinds, (None, 59.0, 86399.0, 99.96 * 86400)):
         lines = log_lines(*steps, values, left_s)

@@ -25,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, mixed_manifest: Path, ds_file:
     options = (
         f"--deepspeed {ds_file(2)} --precision fp32 --train_manifest {mixed_manifest} --allow_text_targets "
         "--val_split 0.34 --batch_size 1 --grad_accum 1 --max_steps 4 --log_steps 1 --val_steps 2 --save_steps 2 "
-        "--sample_steps 2 --ema_decay 0.9 --loraplus_lr_ratio 4"
+        "--sample_steps 2 --ema_decay 0.9 --loraplus_lr_ratio 4 --evaluate_steps 2 --evaluate_samples 1"
     )
     train_runs(2, [[*options.split(), "--output_dir", str(folder)]], report=True)
     return folder
@@ -47,7 +47,11 @@ def test_page_of_a_run(run: Path, page: Any, tmp_path: Path) -> None:
         assert box["height"] > 150
         # matplotlib draws each line of values as a path.
         assert curves.nth(i).locator("g[id^=line2d] > path").count() > 0
-    for title, label in (("learning rate", "lora_B"), ("audio loss", "validation, averaged weights")):
+    labels = {
+        "learning rate": "lora_B", "audio loss": "validation, averaged weights",
+        "evaluation: mel distance, dB": "averaged weights",
+    }  # fmt: skip
+    for title, label in labels.items():
         assert label in curves.nth(titles.index(title)).locator("svg").text_content()
     last = {key: value for line in read_metrics(run) for key, value in line.items() if value is not None}
     rows = dict(page.locator("#numbers tr").evaluate_all("rows => rows.map(r => [r.cells[0].innerText, r.innerText])"))
@@ -56,7 +60,8 @@ def test_page_of_a_run(run: Path, page: Any, tmp_path: Path) -> None:
     assert f"{last['grad_norm']:.4g}" in rows["grad_norm"]
     links = page.locator("a").evaluate_all("links => links.map(link => link.getAttribute('href'))")
     assert {"lora_adapters", "checkpoint-2", "checkpoint-4", "metrics.jsonl", "settings.json"} <= set(links)
-    assert "lora_adapters_ema" in links
+    assert f"{last['eval/mel_distance_db']:.4g}" in rows["mel_distance_db, evaluation"]
+    assert {"lora_adapters_ema", "evaluation"} <= set(links)
     assert all((run / link).exists() for link in links)
     text = page.locator("body").inner_text()
     assert "samples: 9" in text  # of the data

@@ -273,3 +273,22 @@ def test_refused_before_weights_are_loaded(
     )
     with pytest.raises(InputError, match=message):
         startup.start(*parse_train_options(overriding([*RANDOM, *argv.split()])), FolderLock())
+
+
+@pytest.mark.slow
+def test_of_pairs_the_chosen_are_spoken(tmp_path: Path, ds_file: Callable[[int], Path]) -> None:
+    def pair(text: str, chosen: str, rejected: str) -> dict[str, Any]:
+        *prompt, answer = speech_sample(text, chosen, duration=0.25)["messages"]
+        other = speech_sample(text, rejected, duration=0.4)["messages"][-1]
+        return {"prompt": prompt, "chosen": [answer], "rejected": [other]}
+
+    pairs = write_manifest(tmp_path / "pairs.jsonl", [pair(text, clip, "anna_03.flac") for text, clip in CLIPS.items()])
+    given = (
+        f"--objective dpo --pairs {pairs} --val_manifest {pairs} --deepspeed {ds_file(2)} --output_dir {tmp_path}/run "
+        "--max_steps 1 --evaluate_steps 1"
+    )
+    train_runs(1, [given.split()])
+    items = evaluation(tmp_path / "run" / "evaluation" / "step-1")["items"]
+    assert [item["words"] for item in items] == list(CLIPS)
+    lengths = [soundfile.info(path).duration for path in (tmp_path / "run" / "evaluation" / "reference").glob("*.wav")]
+    assert max(lengths) < 0.3  # of the chosen clips
