@@ -1,6 +1,6 @@
 """What preference tuning does for an adapter that has learned too little, beside more supervised steps.
 
-    python benchmarks/preferences.py [--texts 200] [--held_out 100] [--json] [--save]
+    python benchmarks/preferences.py [--texts 200] [--held_out 100] [--without_sft] [--json] [--save]
 
 The adapter is that of `make demo`, ended after a third of its steps. It speaks texts of its own, which pocketsphinx
 compares with what it was to say; it learns to prefer the better renderings; and all is measured on texts that none of
@@ -33,6 +33,7 @@ FIRST_STEPS = 40
 PREFER = "--recognizer pocketsphinx --temperature 0.5 --renderings 8 --batch_size 32"
 DPO = "--objective dpo --batch_size 8 --grad_accum 1 --epochs 4 --lr 1e-3 --beta 0.05 --sft_weight 1 --ema_decay 0.97"
 ADAPTERS = {"before": "lora_adapters", "dpo": "lora_adapters_ema", "sft": "lora_adapters"}
+TIMES = {"prefer_s": "pairs", "dpo_s": "dpo", "sft_s": "sft"}
 MEASURES = ("word_error_rate", "stop_rate", "median_pitch_hz", "reference_median_pitch_hz")
 
 
@@ -73,8 +74,8 @@ def run(folder: Path, name: str, options: str, ranks: int = 1) -> float:
     return time.monotonic() - started
 
 
-def measure(folder: Path, num_texts: int, num_held_out: int) -> dict[str, Any]:
-    """Train and evaluate three adapters: `before`, `dpo` and `sft`, the last two from the first."""
+def measure(folder: Path, num_texts: int, num_held_out: int, sft: bool) -> dict[str, Any]:
+    """Train and evaluate the adapters `before`, `dpo` and, where it is wanted, `sft`, the last two from the first."""
     train, held_out = samples_in("digits.jsonl"), samples_in("digits_held_out.jsonl")
     seen = {sample["messages"][1]["content"] for sample in train + held_out}
     write_manifest(folder / "held_out.jsonl", texts(num_held_out, 1, seen), held_out)
@@ -84,13 +85,17 @@ def measure(folder: Path, num_texts: int, num_held_out: int) -> dict[str, Any]:
     options = f"--manifest prompts.jsonl --lora_adapter_path before/lora_adapters {PREFER}"
     prefer_s = run(folder, "prefer", options, ranks)
     dpo_s = run(folder, "train", f"{COMMON} {DPO} --pairs preferences/pairs.jsonl --init_from before --output_dir dpo")
-    # As many as the time of both would have been enough for at the pace of the first steps, the start included.
-    more_steps = round(FIRST_STEPS * (prefer_s + dpo_s) / first_s)
-    sft_s = run(folder, "train", f"{COMMON} {SFT} --init_from before --max_steps {more_steps} --output_dir sft")
     pairs = (folder / "preferences" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
     result: dict[str, Any] = {"texts": num_texts, "pairs": len(pairs), "held_out": num_held_out}
-    result |= {"prefer_s": prefer_s, "dpo_s": dpo_s, "sft_s": sft_s, "sft_steps": more_steps}
+    result |= {"prefer_s": prefer_s, "dpo_s": dpo_s}
+    if sft:
+        # As many as the time of both would have been enough for at the pace of the first steps, the start included.
+        steps = round(FIRST_STEPS * (prefer_s + dpo_s) / first_s)
+        sft_s = run(folder, "train", f"{COMMON} {SFT} --init_from before --max_steps {steps} --output_dir sft")
+        result |= {"sft_s": sft_s, "sft_steps": steps}
     for name, adapter in ADAPTERS.items():
+        if name == "sft" and not sft:
+            continue
         options = f"--test_manifest held_out.jsonl --recognizer pocketsphinx --batch_size 25 --output_dir {name}-said"
         run(folder, "evaluate", f"{options} --lora_adapter_path {name}/{adapter}")
         found = json.loads((folder / f"{name}-said" / "evaluation.json").read_text(encoding="utf-8"))
@@ -102,13 +107,14 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--texts", type=int, default=200, help="of which pairs are made")
     parser.add_argument("--held_out", type=int, default=100)
+    parser.add_argument("--without_sft", action="store_true", help="leave out the supervised steps beside it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), args.texts, args.held_out)
+        result = measure(Path(folder), args.texts, args.held_out, not args.without_sft)
     print(f"{'':<8}" + "".join(f"{name:>28}" for name in MEASURES))
-    for name in ADAPTERS:
+    for name in [name for name in ADAPTERS if name in result]:
         print(f"{name:<8}" + "".join(f"{result[name][measure]:>28.3g}" for measure in MEASURES))
-    print(f"pairs {result['prefer_s']:.0f} s, dpo {result['dpo_s']:.0f} s; sft {result['sft_s']:.0f} s")
+    print(", ".join(f"{name} {result[key]:.0f} s" for key, name in TIMES.items() if key in result))
     report(args, "preferences", result)
 
 

@@ -88,7 +88,8 @@ def test_train_step_compares() -> None:
 @pytest.mark.slow
 def test_preference_tuning_helps() -> None:
     """With fewer texts than in the figures: fewer words are wrong, and as much speech ends on its own."""
-    command = [sys.executable, str(BENCHMARKS / "preferences.py"), "--texts", "100", "--held_out", "100", "--json"]
+    options = "--texts 100 --held_out 100 --without_sft --json".split()
+    command = [sys.executable, str(BENCHMARKS / "preferences.py"), *options]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     result = json.loads(done.stdout.splitlines()[-1])
     before, after = result["before"], result["dpo"]
