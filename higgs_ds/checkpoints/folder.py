@@ -26,6 +26,7 @@ from higgs_ds.common.run_files import (
     TRAINED_FOLDER,
 )
 from higgs_ds.common.tensor_files import StoredTensors, shard_files, weight_shapes
+from higgs_ds.options.fields import METRICS
 
 MANIFEST_FILE = "manifest.json"
 OPTIMIZER_STEM, RNG_FILE = "optimizer", "rng_state.safetensors"
@@ -116,6 +117,8 @@ def read_state(folder: Path) -> TrainerState:
         raise InputError(f"{folder / STATE_FILE}: cannot be read: {type(error).__name__}: {error}") from error
     if type(state.step) is not int or not 0 <= state.step <= state.total_steps:
         raise InputError(f"{folder / STATE_FILE}: step {state.step!r} of {state.total_steps!r} is not possible")
+    if state.metric not in METRICS:
+        raise InputError(f"{folder / STATE_FILE}: {state.metric!r} is not a metric of this version")
     return state
 
 

@@ -42,7 +42,7 @@ class EvaluationOptions:
         None, f"for --evaluate_steps: also measure the word error rate, {RECOGNIZER_HELP}", metavar="RECOGNIZER"
     )
     measures: tuple[str, ...] = option((), f"for --evaluate_steps: also measure {MEASURES_HELP}", MEASURES, "MEASURE")
-    speaker_model: str = option(RESEMBLYZER, SPEAKER_MODEL_HELP, metavar="MODEL")
+    speaker_model: str = option(RESEMBLYZER, f"for --measures: {SPEAKER_MODEL_HELP}", metavar="MODEL")
     metric_for_best_model: str = option(
         VAL_LOSS,
         "metric by which checkpoints are compared: for early stopping, and for the one that is kept as the best; one "

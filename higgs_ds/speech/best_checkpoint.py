@@ -18,6 +18,7 @@ ROUNDING = 1e-9
 class Measured:
     """A checkpoint at a strength, and the measures that the rule compares; None where there is no value.
 
+    `averaged`: whether it has the averages of the weights instead of the weights.
     `stop_rate`: the share of the samples that stopped on their own and in which something can be heard.
     `error_rate`: of words, or of characters in languages without spaces.
     """
@@ -30,16 +31,17 @@ class Measured:
     similarity: float | None = None
     mos: float | None = None
     mel_distance_db: float | None = None
+    averaged: bool = False
 
     @classmethod
-    def of(cls, label: str, step: int, strength: float, results: Mapping[str, Any]) -> Measured:
+    def of(cls, label: str, step: int, averaged: bool, strength: float, results: Mapping[str, Any]) -> Measured:
         """Take the measures from the content of an evaluation.json."""
         items = results["items"]
         speaks = [bool(item["stopped"]) and item["not_measured"] is None for item in items]
         errors = results.get(error_rate_of(item["words"] for item in items))
         return cls(
             label, step, strength, sum(speaks) / len(speaks) if speaks else None, errors,
-            results.get("speaker_similarity"), results.get("mos"), results.get("mel_distance_db"),
+            results.get("speaker_similarity"), results.get("mos"), results.get("mel_distance_db"), averaged,
         )  # fmt: skip
 
 
@@ -86,9 +88,9 @@ RULE = (
     "Checkpoints whose stop rate is more than 0.1 below the highest are dropped; silent samples do not count as "
     "stopped. Of the rest, those whose error rate is more than 0.05 above the lowest. Of the rest, the highest speaker "
     "similarity decides (within 0.01: equal), then the highest mos (within 0.05: equal), then the lowest error rate, "
-    "then the earliest checkpoint, then the strength nearest to 1. What is not measured is left out. The error rate is "
-    "that of words, or of characters in languages without spaces. With neither error rate nor similarity, the lowest "
-    "mel distance decides after the stop rate (within 0.1 dB: equal)."
+    "then the earliest checkpoint, then its weights before their averages, then the strength nearest to 1. What is not "
+    "measured is left out. The error rate is that of words, or of characters in languages without spaces. With neither "
+    "error rate nor similarity, the lowest mel distance decides after the stop rate (within 0.1 dB: equal)."
 )
 NOTHING_BETTER = (
     "note: the mel distance decides, for want of anything better: it knows neither words nor voices. Give --recognizer "
@@ -151,17 +153,19 @@ def _deciding(criterion: Criterion, best: Measured, left: int, of_all: int, used
 
 
 def _order(measured: Measured) -> tuple[float, ...]:
-    """Order equal checkpoints: the earliest first, of its strengths the one nearest to 1, of two the lower."""
-    return measured.step, round(abs(measured.strength - 1), 9), measured.strength
+    """Order equal checkpoints: the earliest first, its weights before averages, then by strength: the nearest to 1."""
+    return measured.step, measured.averaged, round(abs(measured.strength - 1), 9), measured.strength
 
 
 def _nearest(first: Measured, others: Sequence[Measured]) -> str:
-    if any(one.step > first.step for one in others):
-        earliest = "the earliest"
-        return (
-            f"{earliest}, at the strength nearest to 1" if any(one.step == first.step for one in others) else earliest
-        )
-    return "at the strength nearest to 1"
+    """Say by what the first of equal checkpoints comes before the others."""
+    same_step = [one for one in others if one.step == first.step]
+    found = {
+        "the earliest": len(same_step) < len(others),
+        "not averaged": any(one.averaged != first.averaged for one in same_step),
+        "at the strength nearest to 1": any(one.averaged == first.averaged for one in same_step),
+    }
+    return ", ".join(words for words, holds in found.items() if holds)
 
 
 def error_rate_of(texts: Iterable[str]) -> str:

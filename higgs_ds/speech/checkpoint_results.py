@@ -35,6 +35,7 @@ class Evaluated:
 
     label: str
     step: int
+    averaged: bool
     strength: float
     adapter: Path
     folder_name: str
@@ -78,7 +79,7 @@ def write_comparison(output_dir: Path, run: Path, evaluated: Sequence[Evaluated]
     rows = []
     for one in evaluated:
         results = json.loads((output_dir / one.folder_name / RESULTS_FILE).read_text(encoding="utf-8"))
-        rows.append(Row(one, results, Measured.of(one.label, one.step, one.strength, results)))
+        rows.append(Row(one, results, Measured.of(one.label, one.step, one.averaged, one.strength, results)))
     choice = choose([row.measured for row in rows])
     columns = _columns(rows)
     note = NOTHING_BETTER if is_by_sound([row.measured for row in rows]) else None
@@ -129,7 +130,8 @@ def _as_json(
         "rule": RULE,
         "checkpoints": [
             {
-                "checkpoint": row.of.label, "step": row.of.step, "strength": row.of.strength,
+                "checkpoint": row.of.label, "step": row.of.step, "averaged": row.of.averaged,
+                "strength": row.of.strength,
                 "adapter": str(row.of.adapter), "folder": row.of.folder_name,
                 **{title.replace(" ", "_"): values[number] for title, values in columns.items()},
                 "verdict": choice.verdict(row.of.label),

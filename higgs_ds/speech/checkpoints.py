@@ -101,7 +101,9 @@ def _evaluate(options: EvaluateOptions, lock: FolderLock) -> None:
             model = remove_adapter(model)
             took_s = time.monotonic() - started
             say(f"{candidate.label}: {counted(len(prompts), 'sample')} in {took_s:.0f} s ({number} of {len(to_speak)})")
-    evaluated = [Evaluated(one.label, one.step, one.strength, one.adapter, one.folder_name) for one in candidates]
+    evaluated = [
+        Evaluated(one.label, one.step, one.averaged, one.strength, one.adapter, one.folder_name) for one in candidates
+    ]
     say(distributed.on_main(lambda: write_comparison(output_dir, run, evaluated, found.skipped)))
     say(f"checkpoints: {output_dir / CHECKPOINTS_FILE}, {output_dir / PAGE_FILE}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -17,20 +18,25 @@ from higgs_ds.options.commands import EvaluateOptions
 
 @dataclass(frozen=True)
 class Candidate:
-    """The adapter of a checkpoint at a strength. `sha256`: see `adapters.save.digest`."""
+    """The adapter of a checkpoint, or that of its averaged weights, at a strength.
+
+    `sha256`: see `adapters.save.digest`.
+    """
 
     step: int
+    averaged: bool
     strength: float
     adapter: Path
     sha256: str
 
     @property
     def label(self) -> str:
-        return f"checkpoint-{self.step}" + (f" x {self.strength:g}" if self.strength != 1 else "")
+        averaged = " averaged" if self.averaged else ""
+        return f"checkpoint-{self.step}{averaged}" + (f" x {self.strength:g}" if self.strength != 1 else "")
 
     @property
     def folder_name(self) -> str:
-        return self.label.replace(" x ", "-x")
+        return self.label.replace(" averaged", "-ema").replace(" x ", "-x")
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ def checkpoint_option_problems(options: EvaluateOptions) -> list[str]:
 
 
 def find_run_adapters(run: Path, strengths: Sequence[float]) -> RunAdapters:
-    """Return the adapters in the complete checkpoints of a run, each at each strength.
+    """Return the adapters in the complete checkpoints of a run, also those of averaged weights, each at each strength.
 
     Raises:
         InputError: with all problems: there is no such run, it trained no adapters, or they cannot be used.
@@ -82,8 +88,10 @@ def find_run_adapters(run: Path, strengths: Sequence[float]) -> RunAdapters:
         raise InputError([f"--checkpoints {run}: has no complete checkpoint", *skipped])
     problems: list[str] = []
     candidates, forms, first = list[Candidate](), dict[object, Path](), None
-    for checkpoint in complete:
-        folder = adapter_folder(checkpoint)
+    for checkpoint, averaged in itertools.product(complete, (False, True)):
+        folder = adapter_folder(checkpoint, averaged)
+        if averaged and not folder.is_dir():
+            continue
         files = collect_problems(problems, lambda folder=folder: _read(folder, strengths))  # type: ignore[misc]
         if files is None:
             continue
@@ -91,7 +99,7 @@ def find_run_adapters(run: Path, strengths: Sequence[float]) -> RunAdapters:
         forms.setdefault(_form(files), checkpoint)
         step = step_of(checkpoint)
         assert step is not None
-        candidates += [Candidate(step, strength, folder, files.record.sha256) for strength in strengths]
+        candidates += [Candidate(step, averaged, strength, folder, files.record.sha256) for strength in strengths]
     if len(forms) > 1:
         named = " and ".join(checkpoint.name for checkpoint in forms.values())
         problems.append(

@@ -100,6 +100,25 @@ def test_equal_ones() -> None:
         assert set(choice.dropped.values()) == {"equal to 20x0.8"}
 
 
+@pytest.mark.parametrize(
+    ("others", "reason"),
+    [
+        ([], "not averaged"),
+        ([{"strength": 0.5}], "not averaged, at the strength nearest to 1"),
+        ([{"step": 50}], "the earliest, not averaged"),
+    ],
+)
+def test_weights_come_before_their_averages(others: list[dict[str, Any]], reason: str) -> None:
+    """Of equal ones; an average that is better is chosen."""
+    averaged = replace(GOOD, label="averaged", averaged=True)
+    equal = [averaged, *(replace(GOOD, label=str(i), **values) for i, values in enumerate(others)), GOOD]
+    choice = choose(equal)
+    assert choice.best == GOOD
+    assert choice.reason == f"{len(equal)} checkpoints are equal by this rule, and it is {reason}"
+    better = replace(averaged, similarity=(GOOD.similarity or 0) + 0.02)
+    assert choose([GOOD, better]).best == better
+
+
 def test_any_values_have_one_best() -> None:
     """That no other beats by a step that both have come to."""
     draw = random.Random(0)
@@ -122,7 +141,7 @@ def test_silence_does_not_count_as_stopped() -> None:
         {"stopped": stopped, "not_measured": silent, "words": "one"}
         for stopped, silent in ((True, None), (True, "no frame"), (False, None), (True, "silence"))
     ]
-    measured = Measured.of("x", 1, 1.0, {"items": items, "stop_rate": 0.75, "word_error_rate": 0.2})
+    measured = Measured.of("x", 1, False, 1.0, {"items": items, "stop_rate": 0.75, "word_error_rate": 0.2})
     assert (measured.stop_rate, measured.error_rate, measured.similarity) == (0.25, 0.2, None)
 
 

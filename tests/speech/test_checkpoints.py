@@ -175,6 +175,22 @@ def test_strengths_on_two_ranks(folder: Path) -> None:
     assert results["checkpoint-2 x 0"] == results[f"{BEST} x 0"] != results[f"{BEST} x 0.5"]
 
 
+def test_averaged_weights(folder: Path) -> None:
+    """Both adapters of a checkpoint are evaluated; here both are the same, and the first is named."""
+    both = folder / "both"
+    shutil.copytree(folder / "run" / BEST, both / BEST)
+    shutil.copytree(both / BEST / "lora_adapters", both / BEST / "lora_adapters_ema")
+    options = f"--checkpoints {both} --test_manifest {HELD_OUT} --num_samples 1 --output_dir averaged"
+    done = evaluated(folder, options)
+    found = json.loads((folder / "averaged" / "checkpoints.json").read_text())
+    assert [(row["checkpoint"], row["averaged"]) for row in found["checkpoints"]] == [
+        (BEST, False), (f"{BEST} averaged", True),
+    ]  # fmt: skip
+    assert f"best: {BEST}: 2 checkpoints are equal by this rule, and it is not averaged" in done.stdout
+    one, other = (folder / "averaged" / name / "0.wav" for name in (BEST, f"{BEST}-ema"))
+    assert one.read_bytes() == other.read_bytes()
+
+
 def test_page(folder: Path, compared: tuple[str, dict[str, Any]], page: Any) -> None:
     page.goto((folder / "evaluation" / "checkpoints.html").as_uri())
     assert page.locator("#checkpoints tr").count() == 7
