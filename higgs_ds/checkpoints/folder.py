@@ -117,7 +117,7 @@ def read_state(folder: Path) -> TrainerState:
         raise InputError(f"{folder / STATE_FILE}: cannot be read: {type(error).__name__}: {error}") from error
     if type(state.step) is not int or not 0 <= state.step <= state.total_steps:
         raise InputError(f"{folder / STATE_FILE}: step {state.step!r} of {state.total_steps!r} is not possible")
-    if state.metric not in METRICS:
+    if not isinstance(state.metric, str) or state.metric not in METRICS:
         raise InputError(f"{folder / STATE_FILE}: {state.metric!r} is not a metric of this version")
     return state
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from higgs_ds.checkpoints.folder import (
     find_checkpoints,
     manifest_of,
     newest_complete,
+    read_state,
     why_incomplete,
 )
 from higgs_ds.checkpoints.state import TrainerState, check_same_run
@@ -68,8 +70,26 @@ def test_newest_and_best_are_kept(tmp_path: Path) -> None:
     assert checkpoints_to_delete(tmp_path, state, keep=5) == []
     assert {path.name for path in checkpoints_to_delete(tmp_path, state, keep=1)} == {"checkpoint-6", "checkpoint-2"}
     assert {path.name for path in checkpoints_to_delete(tmp_path, state, keep=3)} == {"checkpoint-2"}
-    state.val_losses = {}
+    state.metric = "eval/mos"
+    state.evaluations = {"2": {"eval/mos": 3.0}, "4": {"eval/mos": 2.0}, "6": {}, "8": {"eval/mos": 1.0}}
+    assert {path.name for path in checkpoints_to_delete(tmp_path, state, keep=1)} == {"checkpoint-6", "checkpoint-4"}
+    state.evaluations = {}
     assert {path.name for path in checkpoints_to_delete(tmp_path, state, keep=2)} == {"checkpoint-4", "checkpoint-2"}
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"step": 11}, "step 11 of 10 is not possible"),
+        ({"metric": "eval/fun"}, "'eval/fun' is not a metric of this version"),
+        ({"metric": []}, r"\[\] is not a metric of this version"),
+        ({"new": 1}, "cannot be read: TypeError"),
+    ],
+)
+def test_states_that_this_version_did_not_write(tmp_path: Path, values: dict[str, Any], problem: str) -> None:
+    write_json(tmp_path / STATE_FILE, TrainerState(10, {}, step=1).to_json() | values)
+    with pytest.raises(InputError, match=problem):
+        read_state(tmp_path)
 
 
 def test_removed_folder_is_gone(tmp_path: Path) -> None:
