@@ -33,8 +33,8 @@ def _choose(run: Path, usable: Collection[Path]) -> tuple[Path, str] | None:
     except InputError:  # of another version
         return None
     last, best = run / ADAPTER_FOLDER, state.best_step
-    metric, of_best = state.metric_in_words, state.best_in_words
-    value = f"its {metric}, {state.values()[best]:.4g}, is the {of_best}" if best is not None else ""
+    metric, of_best = state.compared_by.words, state.compared_by.best
+    value = f"its {metric}, {state.best_value:.4g}, is the {of_best}" if best is not None else ""
     if best is not None and best != state.step:
         at_best = adapter_folder(checkpoint_folder(run, best))
         if at_best in usable:

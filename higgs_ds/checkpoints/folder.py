@@ -26,7 +26,7 @@ from higgs_ds.common.run_files import (
     TRAINED_FOLDER,
 )
 from higgs_ds.common.tensor_files import StoredTensors, shard_files, weight_shapes
-from higgs_ds.options.fields import METRICS
+from higgs_ds.options.metrics import METRICS
 
 MANIFEST_FILE = "manifest.json"
 OPTIMIZER_STEM, RNG_FILE = "optimizer", "rng_state.safetensors"
@@ -44,9 +44,9 @@ def checkpoints_to_delete(output_dir: Path, state: TrainerState, keep: int) -> l
     Later checkpoints exist if a run was resumed from an earlier one; this run must not delete them.
     """
     past = [folder for folder in find_checkpoints(output_dir) if _step_of(folder) <= state.step]
-    of_steps = state.losses()
-    losses = {folder: of_steps.get(_step_of(folder), math.inf) for folder in past}
-    best = min((folder for folder in past if losses[folder] < math.inf), key=losses.__getitem__, default=None)
+    ranking = state.ranking()
+    ranks = {folder: ranking.get(_step_of(folder), math.inf) for folder in reversed(past)}  # of equal ones, the first
+    best = min((folder for folder in ranks if ranks[folder] < math.inf), key=ranks.__getitem__, default=None)
     return [folder for folder in past[keep:] if folder != best]
 
 

@@ -267,7 +267,7 @@ def _describe_weights(checkpoint: Path, averaged: bool) -> str:
 
 def _describe_state(state: TrainerState) -> str:
     best = state.best_step
-    shown = f", best {state.metric_in_words} {state.values()[best]:.4g} at step {best}" if best is not None else ""
+    shown = f", best {state.compared_by.words} {state.best_value:.4g} at step {best}" if best is not None else ""
     return f"step {state.step} of {state.total_steps}, epoch {state.epoch:.2f}{shown}"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.words import counted
-from higgs_ds.options.fields import METRICS, VAL_LOSS
+from higgs_ds.options.metrics import METRICS, VAL_LOSS, Metric
 
 
 @dataclass
@@ -27,8 +27,10 @@ class TrainerState:
     has_learned: bool = False  # whether any step so far had a learning rate above 0
     validation_due: bool = False  # whether a signal came before the validation of this step was done
     val_losses: dict[str, float] = field(default_factory=dict)  # loss of each validation so far, by its step
-    evaluation_due: bool = False  # the same of the evaluation
-    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # metrics of each so far, by its step
+    evaluation_due: bool = False  # whether a signal came before the evaluation of this step was done
+    # Metrics of each evaluation so far, by its step; None: was asked for, but could not be measured. And its settings.
+    evaluations: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    evaluated_with: dict[str, Any] = field(default_factory=dict)
     metric: str = VAL_LOSS  # by which steps are compared (--metric_for_best_model)
     stopped_early: bool = False  # whether --early_stopping_patience has ended the run before its last step
     warmup_steps: int | None = None  # of the learning rate; kept by a run that is made longer
@@ -42,41 +44,52 @@ class TrainerState:
     def to_json(self) -> dict[str, Any]:
         return {"finished": self.stopped_early or self.step >= self.total_steps, **asdict(self)}
 
-    def values(self) -> dict[int, float]:
-        """Return the metric by which steps are compared, by step; NaN where it could not be measured."""
-        if self.metric == VAL_LOSS:
-            found = self.val_losses
-        else:
-            found = {step: values.get(self.metric, math.nan) for step, values in self.evaluations.items()}
-        return {int(step): found[step] for step in sorted(found, key=int)}
+    @property
+    def compared_by(self) -> Metric:
+        """The metric by which steps are compared."""
+        return METRICS[self.metric]
 
-    def losses(self) -> dict[int, float]:
-        """Return the same with signs such that the lowest is the best, and infinity instead of NaN."""
-        sign = -1 if METRICS[self.metric] else 1
-        return {step: math.inf if math.isnan(value) else sign * value for step, value in self.values().items()}
+    def values(self) -> dict[int, float | None]:
+        """Return this metric of each step at which it was asked for, but not of step 0, which has no checkpoint."""
+        if self.metric == VAL_LOSS:
+            found: dict[str, float | None] = dict(self.val_losses)
+        else:
+            evaluations = self.evaluations.items()
+            found = {step: of_step[self.metric] for step, of_step in evaluations if self.metric in of_step}
+        return {int(step): found[step] for step in sorted(found, key=int) if int(step)}
+
+    def ranking(self) -> dict[int, float]:
+        """Return a number for each step with a value: the lower, the better; infinite where it was not measurable."""
+        sign = -1 if self.compared_by.is_highest_best else 1
+        return {step: math.inf if value is None else sign * value for step, value in self.values().items()}
 
     @property
     def best_step(self) -> int | None:
-        """The step with the best metric so far, of equal ones the first; None if there is none."""
-        losses = {step: loss for step, loss in self.losses().items() if loss < math.inf}
-        return min(losses, key=losses.__getitem__, default=None)
+        """The step with the best value so far, of equal ones the first; None if there is none."""
+        measured = {step: rank for step, rank in self.ranking().items() if rank < math.inf}
+        return min(measured, key=measured.__getitem__, default=None)
 
     @property
-    def metric_in_words(self) -> str:
-        return "validation loss" if self.metric == VAL_LOSS else self.metric.removeprefix("eval/").replace("_", " ")
+    def best_value(self) -> float | None:
+        """The value of that step."""
+        return None if self.best_step is None else self.values()[self.best_step]
 
     @property
-    def best_in_words(self) -> str:
-        return "highest" if METRICS[self.metric] else "lowest"
+    def better_start(self) -> float | None:
+        """The value of step 0 if it is better than the best of all later ones; else None."""
+        start, best = self.evaluations.get("0", {}).get(self.metric), self.best_value
+        if start is None or best is None or best == start:
+            return None
+        return start if (start > best) == self.compared_by.is_highest_best else None
 
     def is_out_of_patience(self, patience: int | None, min_delta: float) -> bool:
         """Whether each of the last `patience` measurements failed to improve the best by more than `min_delta`."""
         if patience is None:
             return False
-        lowest, without = math.inf, 0
-        for loss in self.losses().values():
-            lower = loss < lowest - min_delta
-            lowest, without = (loss, 0) if lower else (lowest, without + 1)
+        best, without = math.inf, 0
+        for rank in self.ranking().values():
+            is_better = rank < best - min_delta
+            best, without = (rank, 0) if is_better else (best, without + 1)
         return without >= patience
 
 

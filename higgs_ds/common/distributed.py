@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from higgs_ds.common.errors import HiggsError, InputError
@@ -49,6 +50,14 @@ def device() -> torch.device:
         # A scheduler may make only its own GPU visible to each rank.
         return torch.device("cuda", _ranks.local_rank % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def kept_generators() -> AbstractContextManager[None]:
+    """Return a context after which torch's generators, of the CPU and of this rank's GPU, are as they were before."""
+    import torch
+
+    here = device()
+    return torch.random.fork_rng(devices=[here] if here.type == "cuda" else [])
 
 
 def take_rank() -> None:

@@ -156,6 +156,11 @@ def check_options(options: TrainOptions) -> list[str]:
     flat = options.flat()
     problems = check_data_options(options.data) + check_flag_options(options.flags)
     problems += check_objective(options.objective) + _check_pairs(options) + check_evaluation(options.evaluation)
+    if options.evaluation.evaluate_steps and not options.data.val_split and options.data.val_manifest is None:
+        problems.append(
+            "--evaluate_steps: needs held-out samples, and --val_split is 0; give some as --val_manifest, or leave out "
+            "--val_split"
+        )
     problems += _check_finetune_options(options) + check_learning_rates(options)
 
     def expect(name: str, holds: bool, allowed: str) -> None:

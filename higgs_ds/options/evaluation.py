@@ -6,20 +6,14 @@ import math
 from dataclasses import dataclass
 
 from higgs_ds.options.fields import (
-    DNSMOS,
     MEASURES,
     MEASURES_HELP,
-    METRICS,
     RECOGNIZER_HELP,
     RESEMBLYZER,
-    SIMILARITY,
     SPEAKER_MODEL_HELP,
-    VAL_LOSS,
     option,
 )
-
-# The metrics that need an option, by what their names contain.
-_NEED_RECOGNIZER = ("error_rate", "_words")
+from higgs_ds.options.metrics import METRICS, RECOGNIZER, VAL_LOSS
 
 
 @dataclass(frozen=True)
@@ -45,8 +39,8 @@ class EvaluationOptions:
     speaker_model: str = option(RESEMBLYZER, f"for --measures: {SPEAKER_MODEL_HELP}", metavar="MODEL")
     metric_for_best_model: str = option(
         VAL_LOSS,
-        "metric by which checkpoints are compared: for early stopping, and for the one that is kept as the best; one "
-        "of --evaluate_steps saves a checkpoint whenever it is better than before",
+        "metric by which checkpoints are compared, for early stopping and for the one that is kept as the best; each "
+        f"new best by a metric eval/... saves a checkpoint. One of {', '.join(METRICS)}",
         tuple(METRICS),
         "METRIC",
     )
@@ -68,18 +62,9 @@ def check_evaluation(options: EvaluationOptions) -> list[str]:
     ]
     if not 0 <= options.evaluate_temperature < math.inf:
         problems.append(f"--evaluate_temperature {options.evaluate_temperature}: must be 0 or above")
-    needed = _needed_by(metric)
-    if needed == "recognizer" and options.recognizer is None:
+    needs = METRICS[metric].needs
+    if needs == RECOGNIZER and options.recognizer is None:
         problems.append(f"--metric_for_best_model {metric}: needs --recognizer, which hears the words")
-    if needed in MEASURES and needed not in options.measures:
-        problems.append(f"--metric_for_best_model {metric}: needs --measures {needed}")
+    if needs in MEASURES and needs not in options.measures:
+        problems.append(f"--metric_for_best_model {metric}: needs --measures {needs}")
     return problems
-
-
-def _needed_by(metric: str) -> str | None:
-    """Return what a metric is not measured without: "recognizer", or one of --measures."""
-    if any(part in metric for part in _NEED_RECOGNIZER):
-        return "recognizer"
-    if "similarity" in metric:
-        return SIMILARITY
-    return DNSMOS if "/mos" in metric else None

@@ -31,17 +31,6 @@ SPEAKER_PROMPTS = NO_SPEAKER_PROMPT, SPEAKER_TAG, SPEAKER_DESCRIPTION, SPEAKER_R
     "none", "tag", "description", "reference",
 )  # fmt: skip
 TENSORBOARD, WANDB = "tensorboard", "wandb"
-VAL_LOSS = "val/loss"
-# Metrics of `metrics.jsonl` by which checkpoints can be compared, and whether the highest is the best.
-METRICS = {VAL_LOSS: False} | {
-    f"eval/{name}": is_highest_best
-    for names, is_highest_best in (
-        (("word_error_rate", "character_error_rate", "missing_words", "repeated_words", "mel_distance_db"), False),
-        (("stop_rate", "exact_first_codebook", "speaker_similarity", "similarity_to_speaker"), True),
-        (("mos", "mos_voice", "mos_background", "mos_p808"), True),
-    )
-    for name in names
-}
 REQUIRED = dataclasses.MISSING  # the default of an option that must be given
 
 

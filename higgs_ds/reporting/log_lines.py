@@ -14,8 +14,8 @@ DAY_S = 24 * 3600
 EVALUATIONS = {"eval": "evaluation", "eval_ema": "evaluation, averaged weights"}
 # What a line shows of an evaluation beside the stop rate, where it was measured.
 SHOWN = {
-    "word_error_rate": "word error rate", "speaker_similarity": "similarity", "mos": "mos", "length_ratio": "length",
-    "mel_distance_db": "mel distance",
+    "word_error_rate": "word error rate", "speaker_similarity": "speaker similarity", "mos": "mos",
+    "length_ratio": "length ratio", "mel_distance_db": "mel distance",
 }  # fmt: skip
 VALIDATIONS = {"val": "validation", "val_ema": "validation, averaged weights"}
 

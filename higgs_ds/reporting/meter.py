@@ -30,6 +30,7 @@ class Meter:
         self.means = means
         self.num_parts = 1 + num_codebooks
         self.device = device
+        self.paused_at: float | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -41,7 +42,11 @@ class Meter:
         self.num_samples = 0
         self.num_tokens = 0
         self.num_positions = 0  # including padding
-        self.started_at = time.perf_counter()
+        self.started_at = self._now()
+
+    def _now(self) -> float:
+        """Return the time in seconds, which stands still while the meter is paused."""
+        return time.perf_counter() if self.paused_at is None else self.paused_at
 
     def add(self, step: StepResult, batches: Sequence[Batch]) -> None:
         """Add one step. A skipped step counts towards time and speed, but not towards losses and accuracies."""
@@ -58,9 +63,10 @@ class Meter:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Exclude the time of a block, which is not training, from the speed."""
-        paused_at = time.perf_counter()
+        self.paused_at = time.perf_counter()
         yield
-        self.started_at += time.perf_counter() - paused_at
+        self.started_at += time.perf_counter() - self.paused_at
+        self.paused_at = None
 
     def state(self) -> dict[str, Any]:
         """Return what this rank has added since the last log line, as JSON values."""
@@ -93,7 +99,7 @@ class Meter:
         sums, hits, measures = map(sum_over_ranks, (self.sums, self.hits, self.measures))
         totals = Totals(sums, self.counts, hits, measures)  # the counts are those of all ranks already
         means = self.means.metrics(totals, "train") if self.counts.any() else {}
-        seconds = time.perf_counter() - self.started_at
+        seconds = self._now() - self.started_at
         speed = {
             "samples_per_s": num_samples / seconds,
             "tokens_per_s": num_tokens / seconds,

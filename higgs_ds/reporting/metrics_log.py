@@ -50,6 +50,7 @@ class MetricsLog:
         self.path = output_dir / METRICS_FILE
         self.total_steps = total_steps
         self.ends_at = None if seconds_left is None else time.monotonic() + seconds_left
+        self.first_line: tuple[int, float] | None = None  # the step and time of the first with a speed
         self.trackers: list[Tracker] = []
         if is_main():
             _truncate(self.path, first_step, again)
@@ -86,7 +87,7 @@ class MetricsLog:
             {short: f"{values[key]:.4g}" for key, short in _PROGRESS_BAR_KEYS.items() if key in values}
         )
         step_time_s = values.get("step_time_s")
-        left_s = None if step_time_s is None else (self.total_steps - step) * step_time_s
+        left_s = None if step_time_s is None else (self.total_steps - step) * self._pace_s(step, step_time_s)
         for text in log_lines(step, self.total_steps, values, left_s):
             say(text)
         self._compare_with_limit(step, step_time_s)
@@ -95,6 +96,13 @@ class MetricsLog:
                 error = NotFiniteError(f"{key} is {values[key]} at step {step}; see {self.path}. Lower --lr")
                 error.on_all_ranks = True
                 raise error
+
+    def _pace_s(self, step: int, step_time_s: float) -> float:
+        """Return the seconds that a step takes with all that is done between steps, known from the second line on."""
+        now = time.monotonic()
+        self.first_line = self.first_line or (step, now)
+        first_step, first_at = self.first_line
+        return max(step_time_s, (now - first_at) / (step - first_step)) if step > first_step else step_time_s
 
     def write_sounds(self, step: int, sounds: Sequence[Sound]) -> None:
         """Pass samples on to the trackers; `metrics.jsonl` has none."""

@@ -169,15 +169,15 @@ class HeldOut:
 
     def spoken_by(self, model: Any, folder: Path) -> dict[str, Any]:
         """Speak all prompts with a model, write a WAV file for each into a folder, and return the results."""
-        results = self.spoken_unless(lambda: False, model, folder)
+        results = self.spoken_until(lambda: False, model, folder)
         assert results is not None
         return results
 
-    def spoken_unless(self, stops: Callable[[], bool], model: Any, folder: Path) -> dict[str, Any] | None:
-        """Do as `spoken_by`; return None as soon as `stops` is true before a batch, which all ranks ask together."""
+    def spoken_until(self, is_stopped: Callable[[], bool], model: Any, folder: Path) -> dict[str, Any] | None:
+        """Do as `spoken_by`, but return None where `is_stopped` is true, which all ranks ask before each batch."""
         items = []
         for numbers in self._batches():
-            if stops():
+            if is_stopped():
                 return None
             for number, speech in zip(numbers, self._speak(model, numbers), strict=True):
                 if number in self._references:
@@ -189,7 +189,8 @@ class HeldOut:
     def _batches(self) -> list[list[int]]:
         """Return the numbers of the prompts of this rank's batches; every rank has as many batches.
 
-        If ranks are synced, batches have the same size on all ranks, with prompts of other ranks for those that lack.
+        If ranks are synced, batches have the same size on all ranks: those with a prompt less than rank 0 get prompt 0
+        as well, which is not theirs, so that what they speak for it is not measured.
         """
         ranks, size = distributed.world_size(), self.decoding.batch_size
         own = list(self._references)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -50,9 +51,17 @@ class Recognizer:
 
 
 def check_recognizer(name: str | None) -> None:
-    """Raise InputError if the recognizer's package is not installed."""
-    if name == POCKETSPHINX and importlib.util.find_spec(POCKETSPHINX) is None:
-        raise InputError(f"--recognizer {name}: the package is not installed; pip install {name}")
+    """Raise InputError if the recognizer's package is not installed, or transformers knows no model of this name."""
+    if name is None:
+        return
+    if name == POCKETSPHINX:
+        if importlib.util.find_spec(POCKETSPHINX) is None:
+            raise InputError(f"--recognizer {name}: the package is not installed; pip install {name}")
+        return
+    from transformers import AutoConfig
+
+    with _explained(name):
+        AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def open_recognizer(name: str, vocabulary: Sequence[str], device: torch.device | None = None) -> Recognizer:
@@ -118,8 +127,15 @@ def _load_pipeline(name: str, device: torch.device | None = None) -> Any:
     from transformers import pipeline
 
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with _explained(name):
         return pipeline("automatic-speech-recognition", model=name, device=device, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Within the block, say of transformers' errors which option they are about."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise InputError(
             f"--recognizer {name}: is not a speech recognizer that transformers can load: {error}"

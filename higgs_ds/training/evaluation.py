@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from higgs_ds.common import distributed
+from higgs_ds.common.console import say
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.run_files import EVALUATION_FOLDER
+from higgs_ds.common.words import counted
 from higgs_ds.data.dataset import Dataset
 from higgs_ds.options.evaluation import EvaluationOptions
 from higgs_ds.speech.evaluation_results import measures_of, write_results
@@ -64,10 +66,11 @@ class Evaluator:
         decoding = Decoding(
             temperature=options.evaluate_temperature, batch_size=options.evaluate_batch_size, synced=synced
         )
-        with torch.random.fork_rng():  # loading a model draws from the generator
-            self.held_out = (
-                HeldOut(test.prompts, run.bundle, test.scorer, decoding, self.folder, DEVICE) if test else None
-            )
+        self.held_out: HeldOut | None = None
+        if test is not None:
+            say(f"evaluation: {counted(len(test.prompts), 'recording')} of validation samples are measured first")
+            with distributed.kept_generators():  # loading a model draws from them
+                self.held_out = HeldOut(test.prompts, run.bundle, test.scorer, decoding, self.folder, DEVICE)
 
     def is_due(self, last: bool) -> bool:
         return self.every is not None and (last or is_due(self.run.state.step, self.every))
@@ -89,8 +92,8 @@ class Evaluator:
     def _evaluate(self, signals: StopSignals, folder: Path, kind: str) -> dict[str, float] | None:
         assert self.held_out is not None
         results: dict[str, Any] | None
-        with torch.random.fork_rng(), self.run.engine.generation_mode(self.run.bundle.folder) as model:
-            results = self.held_out.spoken_unless(lambda: signals.stop_reason() is not None, model, folder)
+        with distributed.kept_generators(), self.run.engine.generation_mode(self.run.bundle.folder) as model:
+            results = self.held_out.spoken_until(lambda: signals.stop_reason() is not None, model, folder)
         if results is None:
             return None
         distributed.on_main(lambda: write_results(folder, results))

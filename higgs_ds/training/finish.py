@@ -40,19 +40,23 @@ def finish(run: Run) -> None:
 
 
 def _report_outcome(run: Run) -> None:
-    state, best = run.state, run.state.best_step
+    state, best, metric = run.state, run.state.best_step, run.state.compared_by
     if run.memory is not None:
-        not_planned = "; the plan has no evaluations" if run.speech_test else ""
+        not_planned = "; evaluations are not planned for" if run.speech_test else ""
         say(run.memory.compared_with(peak_memory_gib()) + not_planned)
     run.reporter.report_path()
     if state.stopped_early:
-        known = f"the {state.best_in_words} {state.metric_in_words} was at step {best}"
-        why = f"the {state.metric_in_words} could not be measured" if best is None else known
+        known = f"the {metric.best} {metric.words} was at step {best}"
+        why = f"the {metric.words} could not be measured" if best is None else known
         say(f"stopped early, at step {state.step} of {state.total_steps}: {why}")
     if best is not None and best != state.step and checkpoint_folder(run.output_dir, best).is_dir():
         folder = checkpoint_folder(run.output_dir, best) / ("" if run.options.is_full_finetuning else ADAPTER_FOLDER)
-        best_metric = f"{state.best_in_words} {state.metric_in_words}".capitalize()
-        say(f"{best_metric}, {state.values()[best]:.4g}: {folder}")
+        say(f"{metric.best.capitalize()} {metric.words}, {state.best_value:.4g}: {folder}")
+    if (start := state.better_start) is not None:
+        warn(
+            f"warning: before the first step, the {metric.words} was {start:.4g}; the best checkpoint has "
+            f"{state.best_value:.4g}, which is worse"
+        )
 
 
 def _report_adapters(run: Run) -> None:

@@ -47,6 +47,7 @@ def describe_intervals(options: TrainOptions) -> str:
     run = options.run
     every = {"log line": run.log_steps, "validation": run.val_steps, "checkpoint": run.save_steps}
     every |= {"samples": run.sample_steps} if run.sample_steps else {}
+    every |= {"evaluation": options.evaluation.evaluate_steps} if options.evaluation.evaluate_steps else {}
     return "every N steps: " + ", ".join(f"{what} {number}" for what, number in every.items())
 
 

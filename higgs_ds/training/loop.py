@@ -17,7 +17,7 @@ from higgs_ds.data.collate import Batch
 from higgs_ds.data.prefetch import prefetched
 from higgs_ds.data.sampler import Window
 from higgs_ds.model.loss import StepResult, mean_losses
-from higgs_ds.options.fields import VAL_LOSS
+from higgs_ds.options.metrics import VAL_LOSS
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.reporting.meter import Meter
 from higgs_ds.reporting.metrics_log import MetricsLog
@@ -79,13 +79,8 @@ def train(run: Run) -> None:
     meter.restore(state.meters)
     log, writer, evaluator = _open_log(run), SampleWriter(run), Evaluator(run)
     with contextlib.closing(log), StopSignals() as signals:
-        with meter.paused():
-            if state.validation_due:
-                _validate(run, log, signals)
-            if state.evaluation_due:
-                _evaluate(run, log, evaluator, signals)
-        if state.validation_due or state.evaluation_due:  # a signal came, or came again
-            raise _stopped_error(run, signals.stop_reason())
+        if state.validation_due or state.evaluation_due:
+            _catch_up(run, log, meter, evaluator, signals)
         if writer.is_due_at_start():
             with meter.paused():
                 _write_samples(run, log, writer)
@@ -170,6 +165,26 @@ def _validate(run: Run, log: MetricsLog, signals: StopSignals) -> None:
         state.validation_due = False
 
 
+def _catch_up(run: Run, log: MetricsLog, meter: Meter, evaluator: Evaluator, signals: StopSignals) -> None:
+    """Validate and evaluate before the first step, or what a signal interrupted at the step of the checkpoint.
+
+    Raises:
+        StoppedError: a signal came, or came again.
+    """
+    state = run.state
+    with meter.paused():
+        if state.validation_due:
+            _validate(run, log, signals)
+        if state.evaluation_due:
+            _evaluate(run, log, evaluator, signals)
+    if state.validation_due or state.evaluation_due:
+        raise _stopped_error(run, signals.stop_reason())
+    state.stopped_early = _is_out_of_patience(run)
+    if state.step and (state.stopped_early or state.step == state.total_steps):  # no step follows that would save
+        _save(run, meter)
+        _draw(run, at_end=True)
+
+
 @waiting("at the next samples of this evaluation, and saves a checkpoint")
 def _evaluate(run: Run, log: MetricsLog, evaluator: Evaluator, signals: StopSignals) -> None:
     """Evaluate what the model speaks; if a signal interrupts this, the resumed run evaluates."""
@@ -178,8 +193,8 @@ def _evaluate(run: Run, log: MetricsLog, evaluator: Evaluator, signals: StopSign
     values = evaluator.evaluate(signals)
     if values is not None:
         log.write(state.step, state.epoch, values)
-        if state.step:  # there is no checkpoint of step 0
-            state.evaluations[str(state.step)] = values
+        asked_for = {} if state.metric == VAL_LOSS else {state.metric: None}
+        state.evaluations[str(state.step)] = asked_for | values
         state.evaluation_due = False
 
 

@@ -99,20 +99,49 @@ def initial_state(inputs: Inputs, sampler: WindowSampler) -> TrainerState:
     total_steps = optim.max_steps or sampler.num_steps(optim.epochs)
     # A run that starts from an adapter validates first, to show that it stands where the adapter stood.
     due = inputs.start is not None and len(inputs.val) > 0
-    evaluates = inputs.options.evaluation.evaluate_steps is not None
-    fresh = TrainerState(total_steps, _training_settings(inputs, sampler), validation_due=due, evaluation_due=evaluates)
+    evaluated_with = _evaluation_settings(inputs)
+    fresh = TrainerState(
+        total_steps,
+        _training_settings(inputs, sampler),
+        validation_due=due,
+        evaluation_due=bool(evaluated_with),
+        evaluated_with=evaluated_with,
+    )
     if inputs.resume_from is not None:
         saved = read_state(inputs.resume_from)
         missing = (NOT_RECORDED.keys() & fresh.settings.keys()) - saved.settings.keys()
         saved.settings |= {name: NOT_RECORDED[name] for name in sorted(missing)}
         check_same_run(saved, fresh, inputs.resume_from, _differences_in_words(saved, fresh, inputs))
         fresh = saved
-        fresh.evaluation_due &= evaluates
+        _go_on_evaluating(fresh, evaluated_with)
     fresh.metric = inputs.options.evaluation.metric_for_best_model
     if fresh.warmup_steps is None:
         fresh.warmup_steps = int(optim.warmup_ratio * fresh.total_steps)
     fresh.total_steps = total_steps
     return fresh
+
+
+def _evaluation_settings(inputs: Inputs) -> dict[str, Any]:
+    """Return the settings without which evaluations cannot be compared; empty if there are none."""
+    options = inputs.options.evaluation
+    if options.evaluate_steps is None:
+        return {}
+    names = ("evaluate_samples", "evaluate_temperature", "recognizer", "speaker_model")
+    return {name: getattr(options, name) for name in names} | {"validation samples": inputs.val.digest()}
+
+
+def _go_on_evaluating(state: TrainerState, evaluated_with: dict[str, Any]) -> None:
+    """Forget evaluations that cannot be compared with those to come, and one that is due, but no longer wanted."""
+    if not evaluated_with:
+        if state.evaluation_due:
+            warn(f"note: the interrupted evaluation of step {state.step} is left out, as --evaluate_steps is not given")
+        state.evaluation_due = False
+        return
+    changed = [name for name, value in evaluated_with.items() if state.evaluated_with.get(name) != value]
+    if state.evaluations and changed:
+        warn(f"note: {', '.join(changed)}: changed, so that earlier evaluations are not compared with those to come")
+        state.evaluations = {}
+    state.evaluated_with = evaluated_with
 
 
 def describe_finished(state: TrainerState, options: TrainOptions) -> str:

@@ -48,7 +48,7 @@ class SampleWriter:
             The share of samples in which the model stopped on its own, and the mean ratio of their lengths to the
             references'. Nothing if rank 0 fails, which is reported once, and does not end the run.
         """
-        with torch.random.fork_rng():  # loading a model draws from the generator, too
+        with distributed.kept_generators():  # loading a model draws from them, too
             # A rank cannot ignore an error where all generate: the others wait for it in the next layer.
             together = self._generate_all() if self.together else None
 

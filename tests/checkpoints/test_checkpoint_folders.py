@@ -73,6 +73,9 @@ def test_newest_and_best_are_kept(tmp_path: Path) -> None:
     state.metric = "eval/mos"
     state.evaluations = {"2": {"eval/mos": 3.0}, "4": {"eval/mos": 2.0}, "6": {}, "8": {"eval/mos": 1.0}}
     assert {path.name for path in checkpoints_to_delete(tmp_path, state, keep=1)} == {"checkpoint-6", "checkpoint-4"}
+    state.evaluations = {str(step): {"eval/mos": 3.0} for step in (2, 4, 6, 8)}  # of equal ones, the first
+    assert {path.name for path in checkpoints_to_delete(tmp_path, state, keep=1)} == {"checkpoint-6", "checkpoint-4"}
+    assert state.best_step == 2
     state.evaluations = {}
     assert {path.name for path in checkpoints_to_delete(tmp_path, state, keep=2)} == {"checkpoint-4", "checkpoint-2"}
 

@@ -120,6 +120,8 @@ def test_learning_rates_and_averages(given: str, words: list[str]) -> None:
             "--evaluate_steps 5 --metric_for_best_model eval/similarity_to_speaker --measures dnsmos",
             ["--metric_for_best_model eval/similarity_to_speaker: needs --measures similarity"],
         ),
+        ("--evaluate_steps 5 --val_split 0", ["--evaluate_steps: needs held-out samples, and --val_split is 0; give"]),
+        ("--evaluate_steps 5 --val_split 0 --val_manifest m", []),
         ("--evaluate_steps 5 --metric_for_best_model eval/mos_p808", ["eval/mos_p808: needs --measures dnsmos"]),
     ],
 )

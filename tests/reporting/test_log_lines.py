@@ -7,11 +7,17 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import read_metrics
 
 from higgs_ds.common.errors import NotFiniteError
+from higgs_ds.model.loss import LossWeights
+from higgs_ds.reporting import meter as meter_module
+from higgs_ds.reporting import metrics_log
 from higgs_ds.reporting.log_lines import SHOWN, log_lines
+from higgs_ds.reporting.meter import Meter
 from higgs_ds.reporting.metrics_log import MetricsLog
+from higgs_ds.training.objectives import Supervised
 
 CODEBOOKS = {f"train/audio_loss/cb{k}": 6.9 for k in range(8)}
 TRAINING = {
@@ -74,8 +80,8 @@ def test_evaluation() -> None:
     }  # fmt: skip
     averaged = {"eval_ema/stop_rate": 0.0, "eval_ema/mel_distance_db": 4.0, "eval_ema/length_ratio": 2.0}
     assert log_lines(5, 9, measured | averaged) == [
-        "step 5/9: evaluation: stop rate 0.9, word error rate 0.125, similarity 0.875, mos 3.5, length 1.02",
-        "step 5/9: evaluation, averaged weights: stop rate 0 (bad: none ended on its own), length 2",
+        "step 5/9: evaluation: stop rate 0.9, word error rate 0.125, speaker similarity 0.875, mos 3.5",
+        "step 5/9: evaluation, averaged weights: stop rate 0 (bad: none ended on its own), length ratio 2",
     ]
 
 
@@ -118,3 +124,36 @@ def test_the_log_prints_the_lines_and_keeps_everything(tmp_path: Path, capsys: p
     assert TRAINING.items() <= written[0].items()
     assert VALIDATION.items() <= written[1].items()
     assert written[2]["train/loss"] is None
+
+
+def test_remaining_time_has_what_is_done_between_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps take 0.7 s; from step 100 to 200, validations and evaluations take 130 s beside them."""
+    now = [1000.0]
+    monkeypatch.setattr(metrics_log.time, "monotonic", lambda: now[0])
+    log = MetricsLog(tmp_path, 0, 1000)
+    log.write(100, 1.0, TRAINING)
+    now[0] += 200
+    log.write(200, 2.0, TRAINING)
+    log.close()
+    left = [line.split(", ")[-1] for line in capsys.readouterr().out.splitlines()]
+    assert left == ["0:10:30 left", "0:26:40 left"]
+
+
+def test_speed_leaves_out_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is read, or a new interval begins, within one: two steps of 5 s, beside pauses of 100 s."""
+    now = [0.0]
+    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: now[0])
+    meter = Meter(Supervised(LossWeights.of(1, 1, 8, None)), 8, torch.device("cpu"))
+    times = []
+    for _ in range(2):
+        for _ in range(2):
+            now[0] += 5
+            meter.steps, meter.num_positions = meter.steps + 1, 10
+        with meter.paused():
+            now[0] += 100
+            times.append(meter.read()["step_time_s"])
+            meter.reset()
+            now[0] += 100
+    assert times == [5, 5]

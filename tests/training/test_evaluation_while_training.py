@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from conftest import read_metrics, speech_sample, write_manifest
+from conftest import read_metrics, speech_sample, text_sample, write_manifest
 from launcher import RANDOM, overriding, run_code, run_script, train_runs
 from safetensors.torch import load_file, save_file
 
 from higgs_ds.bases.builtin import RANDOM_BASE, builtin_base
+from higgs_ds.checkpoints.folder import why_incomplete
 from higgs_ds.checkpoints.state import TrainerState
 from higgs_ds.common.errors import InputError
 from higgs_ds.common.folder_lock import FolderLock
@@ -149,7 +150,9 @@ def recorded(runs: Path) -> TrainerState:
 @pytest.mark.slow
 def test_what_the_state_records(runs: Path, recorded: TrainerState) -> None:
     lines = {str(one["step"]): one for one in read_metrics(runs / "greedy") if "eval/stop_rate" in one}
-    assert recorded.evaluations == {"4": {key: value for key, value in lines["4"].items() if key.startswith("eval")}}
+    assert recorded.evaluations == {
+        step: {key: value for key, value in lines[step].items() if key.startswith("eval")} for step in ("0", "4")
+    }
     assert recorded.evaluation_due is False
 
 
@@ -162,7 +165,7 @@ def test_early_stopping_and_the_best_checkpoint(tmp_path: Path, manifest: Path, 
     train_runs(2, [early])
     state = json.loads((tmp_path / "early" / "trainer_state.json").read_text())
     assert (state["step"], state["stopped_early"], state["metric"]) == (3, True, "eval/mel_distance_db")
-    distances = {step: values["eval/mel_distance_db"] for step, values in state["evaluations"].items()}
+    distances = {step: values["eval/mel_distance_db"] for step, values in state["evaluations"].items() if int(step)}
     assert list(distances) == ["1", "2", "3"]
     best = min(distances, key=distances.__getitem__)
     kept = {path.name for path in (tmp_path / "early").glob("checkpoint-*")}
@@ -178,19 +181,38 @@ def test_early_stopping_and_the_best_checkpoint(tmp_path: Path, manifest: Path, 
         ("eval/speaker_similarity", [0.1, 0.2, 0.3], 11, False),
         ("eval/speaker_similarity", [None, 0.2, None], 10, False),  # silence has no voice
         ("eval/mos", [None, None, None], None, True),
+        ("eval/mos", ["not asked for", 3.0, 3.0], 10, False),
         ("val/loss", [0.3, 0.1, 0.2], 11, False),
     ],
 )
-def test_the_best_by_a_metric(metric: str, values: list[float | None], best: int | None, is_out: bool) -> None:
+def test_the_best_by_a_metric(metric: str, values: list[Any], best: int | None, is_out: bool) -> None:
     """Steps 9 to 11: as strings, they would sort differently. The validation losses fall."""
     evaluations = {
-        str(9 + i): {"eval/stop_rate": 1.0} | ({metric: value} if value is not None else {})
+        str(9 + i): {"eval/stop_rate": 1.0} | ({metric: value} if value != "not asked for" else {})
         for i, value in enumerate(values)
     }
+    evaluations["0"] = {metric: -1.0}  # has no checkpoint
     losses = {"9": 3.0, "10": 2.0, "11": 1.0}
     state = TrainerState(20, {}, val_losses=losses, evaluations=evaluations, metric=metric)
     assert state.best_step == best
     assert state.is_out_of_patience(2, 0) is is_out
+
+
+@pytest.mark.parametrize(
+    ("metric", "start", "later", "warned"),
+    [
+        ("eval/word_error_rate", 0.1, 0.2, True),
+        ("eval/word_error_rate", 0.2, 0.1, False),
+        ("eval/word_error_rate", 0.2, 0.2, False),
+        ("eval/speaker_similarity", 0.2, 0.1, True),
+        ("eval/speaker_similarity", 0.1, 0.2, False),
+        ("eval/speaker_similarity", None, 0.2, False),
+        ("val/loss", 0.1, 0.2, False),
+    ],
+)
+def test_better_before_the_first_step(metric: str, start: float | None, later: float, warned: bool) -> None:
+    state = TrainerState(9, {}, metric=metric, evaluations={"0": {metric: start}, "3": {metric: later}})
+    assert state.better_start == (start if warned else None)
 
 
 # Trains, and sends a signal to itself when the first or another sample is spoken.
@@ -225,11 +247,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, manifest: Path, ds_f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("at", "step"), [(1, 0), (5, 2)])
+@pytest.mark.parametrize(("at", "step"), [(1, 0), (5, 2), (8, 4)])
 def test_interrupted_and_resumed(
     uninterrupted: Path, manifest: Path, ds_file: Callable[[int], Path], tmp_path: Path, at: int, step: int
 ) -> None:
-    """A signal while the first sample is spoken, before the first step, or the second at step 2."""
+    """A signal while the first sample is spoken, before the first step, or the second at step 2, or at the last."""
     more = f"--evaluate_steps 2 --resume auto --output_dir {tmp_path}/run"
     argv = line(manifest, ds_file(2), more)
     done = run_code(f"AT, OPTIONS = {at}, {overriding([*RANDOM, *argv])!r}\n{SIGNALLED}", tmp_path)
@@ -238,7 +260,7 @@ def test_interrupted_and_resumed(
     if step:
         assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["evaluation_due"] is True
         lines = read_metrics(tmp_path / "run")
-        assert [one["step"] for one in lines if "eval/stop_rate" in one] == [0]
+        assert [one["step"] for one in lines if "eval/stop_rate" in one] == list(range(0, step, 2))
     train_runs(1, [argv])
     expected, found = (
         [{key: value for key, value in one.items() if re.match(r"step$|val|eval|train/(text|audio)", key)} for one in
@@ -250,14 +272,39 @@ def test_interrupted_and_resumed(
     assert all(tensor.equal(tensors[name]) for name, tensor in load_file(uninterrupted / ADAPTER).items())
     states = [json.loads((path / "trainer_state.json").read_text()) for path in (uninterrupted, tmp_path / "run")]
     assert states[0]["evaluations"] == states[1]["evaluations"]
+    assert states[1]["evaluation_due"] is False
+    assert why_incomplete(tmp_path / "run" / "checkpoint-4") is None
+
+
+@pytest.mark.slow
+def test_resumed_with_other_options(
+    uninterrupted: Path, manifest: Path, ds_file: Callable[[int], Path], tmp_path: Path
+) -> None:
+    """Evaluations of other samples are not compared with later ones; without the option, none follows."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    more = f"--resume auto --output_dir {tmp_path}/run --max_steps"
+
+    def resumed(options: str) -> dict[str, Any]:
+        train_runs(1, [line(manifest, ds_file(2), f"{more} {options}")])
+        return json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+
+    assert list(resumed("5")["evaluations"]) == ["0", "2", "4"]
+    assert list(resumed("6 --evaluate_steps 2")["evaluations"]) == ["0", "2", "4", "6"]
+    state = resumed("7 --evaluate_steps 7 --evaluate_samples 2")
+    assert list(state["evaluations"]) == ["7"]
+    assert state["evaluated_with"]["evaluate_samples"] == 2
 
 
 @pytest.mark.usefixtures("lone_rank")
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--val_split 0", "--evaluate_steps 2: no validation sample has audio to generate; give held-out samples as"),
-        ("--val_manifest {clips} --recognizer {nowhere}", "--recognizer .*is not a speech recognizer"),
+        ("--val_split 0 --lr -1", "(?s)--evaluate_steps: needs held-out samples, and --val_split is 0.*--lr -1"),
+        ("--val_manifest {texts} --allow_text_targets", "--evaluate_steps 2: no validation sample has audio to gener"),
+        (
+            "--val_manifest {nowhere} --recognizer {nowhere} --measures similarity --speaker_model {nowhere}",
+            "(?s)--recognizer .*is not a speech recognizer.*--speaker_model .*nowhere: no such file or folder",
+        ),
         ("--val_manifest {clips} --recognizer pocketsphinx", "its English dictionary does not have guten"),
         ("--val_manifest {clips} --measures similarity --speaker_model {nowhere}", "--speaker_model "),
     ],
@@ -267,7 +314,8 @@ def test_refused_before_weights_are_loaded(
     message: str,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(startup, "load_run", lambda _: pytest.fail("the base would be loaded"))
-    given = more.format(clips=manifest, nowhere=tmp_path / "nowhere")
+    texts = write_manifest(tmp_path / "texts.jsonl", [text_sample("Who?", "You.")])
+    given = more.format(clips=manifest, nowhere=tmp_path / "nowhere", texts=texts)
     argv = (
         f"--deepspeed {ds_file(2)} --train_manifest {manifest} --evaluate_steps 2 {given} --output_dir {tmp_path}/run"
     )
