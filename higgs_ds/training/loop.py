@@ -67,9 +67,9 @@ def _free_memory(run: Run) -> None:
 
 
 def train(run: Run) -> None:
-    """Fetch, step, log, validate, evaluate, save, the last four also at the last step.
+    """Fetch, step, log, validate, evaluate, write samples, save; all but the first two also at the last step.
 
-    Samples are written and evaluated before the first step, too.
+    Evaluations and samples begin before the first step.
 
     Raises:
         StoppedError: a signal has stopped the run; a checkpoint is saved first.
