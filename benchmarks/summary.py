@@ -119,24 +119,26 @@ def step() -> Iterator[str]:
 
 
 def two_commits() -> Iterator[str]:
-    result, source = newest("two_commits")
     yield "### Fused LoRA"
     yield ""
     yield "The same step before and after LoRA's projections and FFNs became one operation each (commit 308deae against"
-    yield "2026-11-29), step by step in turns. Seconds of a step, and MiB at the peak above the weights."
-    rows = [
-        [
-            ("NF4, " if row["four_bit"] else "") + ("float32" if row["precision"] == "fp32" else row["precision"]),
-            f"{row['dropout']:g}", "every layer" if row["recompute"] else "none", f"{row['batch']} x {row['length']}",
-            f"{row['vocab']:,}", f"{row['old_s']:.2f}", f"{row['new_s']:.2f}", f"{row['speed_ratio']:.2f}",
-            *((f"{row['old_mib']:.0f}", f"{row['new_mib']:.0f}", f"{row['memory_ratio']:.2f}")),
-        ]
-        for row in result["rows"]
-    ]  # fmt: skip
+    yield "2026-11-30), step by step in turns. Seconds of a step, and MiB at the peak above the weights."
     columns = ("", "dropout", "recomputed", "batch", "vocabulary", "before, s", "after, s", "ratio", "before, MiB",
                "after, MiB", "ratio")  # fmt: skip
-    yield from table(columns, rows)
-    yield source
+    for name in ("two_commits", "two_commits-grid"):
+        result, source = newest(name)
+        rows = [
+            [
+                ("NF4, " if row["four_bit"] else "") + ("float32" if row["precision"] == "fp32" else row["precision"]),
+                f"{row['dropout']:g}", "every layer" if row["recompute"] else "none",
+                f"{row['batch']} x {row['length']}", f"{row['vocab']:,}", f"{row['old_s']:.2f}", f"{row['new_s']:.2f}",
+                f"{row['speed_ratio']:.2f}", f"{row['old_mib']:.0f}", f"{row['new_mib']:.0f}",
+                f"{row['memory_ratio']:.2f}",
+            ]
+            for row in result["rows"]
+        ]  # fmt: skip
+        yield from table(columns, rows)
+        yield source
 
 
 def epoch() -> Iterator[str]:
