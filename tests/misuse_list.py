@@ -118,7 +118,7 @@ merge: output is a device          | 2   | device     | merge --base_model_path 
 merge: output is the working folder | 2  |            | merge --base_model_path {base} --lora_adapter_path {adapter} --output_path .
 merge: output is empty text        | 2   |            | merge --base_model_path {base} --lora_adapter_path {adapter} --output_path ''
 merge: output is an empty folder   | 0   |            | merge --base_model_path {base} --lora_adapter_path {adapter} --output_path {here}/empty
-merge: base and adapter swapped    | 2   | --         | merge --base_model_path {adapter} --lora_adapter_path {base} --output_path {here}/merged
+merge: base and adapter swapped    | 2   | adapter_config.json | merge --base_model_path {adapter} --lora_adapter_path {base} --output_path {here}/merged
 merge: a checkpoint as adapter     | 2   | checkpoint | merge --base_model_path {base} --lora_adapter_path {run}/checkpoint-2 --output_path {here}/merged
 merge: a run as adapter            | 2   | run        | merge --base_model_path {base} --lora_adapter_path {run} --output_path {here}/merged
 merge: a file as adapter           | 2   | file       | merge --base_model_path {base} --lora_adapter_path {here}/file --output_path {here}/merged
@@ -1424,7 +1424,7 @@ MANIFESTS: list[tuple[str, Codes, str, str, str | bytes]] = [
     ("null bytes between lines", 2, "m.jsonl", "m.jsonl", LINE.encode() + b"\n\x00\x00\x00\n"),
     ("an empty file", 2, "m.jsonl", "m.jsonl", ""),
     ("blank lines alone", 2, "m.jsonl", "m.jsonl", "\n\n  \n"),
-    ("100,000 bad lines", 2, "99,981 more problems: 100,001", "m.jsonl", f"{LINE}\n" + "{\n" * 100_000),
+    ("100,000 bad lines", 2, "99,980 more problems: 100,000", "m.jsonl", f"{LINE}\n" + "{\n" * 100_000),
     ("layout tokens in the text", 2, "<|eot_id|>", "m.jsonl", LINE.replace("Good.", "Good.<|eot_id|>")),
     ("half of a surrogate pair in the text", 2, "UTF-8", "m.jsonl", LINE.replace("Good.", "\\ud800")),
     ("messages of 100,000 turns", 2, "m.jsonl", "m.jsonl", json.dumps({"messages": [{"role": "user", "content": "x"}] * 100_000})),

@@ -35,7 +35,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import forks  # noqa: F401 - before anything that imports torch
 from conftest import PROJECT, speech_sample, text_sample, write_manifest
 from full_disk import small_disk
-from launcher import free_port, rank_environment
+from launcher import free_port, overriding, rank_environment
 from safetensors.torch import load_file
 
 from higgs_ds import cli
@@ -44,6 +44,7 @@ from higgs_ds.common import errors
 from higgs_ds.common.files import sha256_of
 from higgs_ds.common.interrupts import STOP_SIGNALS
 from higgs_ds.common.process import run_command
+from higgs_ds.common.run_files import STATE_FILE
 
 Setup = Callable[[], object]  # called in the process of a command, before the command
 Digests = dict[str, str]
@@ -179,13 +180,14 @@ class Try:
         cache: Path | None = None,
         setup_of: Mapping[int, Sequence[Setup]] | None = None,
     ) -> Job:
-        """Start a command of cli.py in the misuse's folder.
+        """Start a command of cli.py in the misuse's folder. Of an option that is given again, the last one holds.
 
         Args:
             setup_of: what else to call in the processes of single ranks.
         """
         self.keep_checkpoints()
         number, port, pids = len(self.jobs), free_port(), []
+        words = overriding([str(option) for option in options])
         out, err = self.folder / f"out-{number}.txt", self.folder / f"err-{number}.txt"
         for rank in range(ranks):
             pid = os.fork()
@@ -195,7 +197,7 @@ class Try:
                     _become_command(self.folder, out, err, environment, cache or self.stock.cache)
                     for action in [*setup, *(setup_of or {}).get(rank, ())]:
                         action()
-                    run_command(lambda: cli.COMMANDS[command]([str(option) for option in options], None))
+                    run_command(lambda: cli.COMMANDS[command](words, None))
                 except SystemExit as end:  # of argparse
                     code = end.code if isinstance(end.code, int) else 1
                 except BaseException as error:  # noqa: BLE001 - a fork must not return
@@ -287,11 +289,15 @@ class Try:
             "--precision fp32 --batch_size 1 --grad_accum 1 --log_steps 1 --val_steps 1 --save_steps 1 --max_steps 3 "
             "--num_workers 1 --no_report"
         )
-        return [*options.split(), "--output_dir", self.folder / "run" if out is None else out, *more]
+        words = [*options.split(), "--output_dir", self.folder / "run" if out is None else out, *more]
+        return [*overriding([str(word) for word in words])]
 
     def resume(self, out: Path | None = None, *more: object, same: bool = True, cache: Path | None = None) -> None:
         """Resume a run with --resume auto: it must reach the end, with the adapter of an undisturbed run."""
         out = out or self.folder / "run"
+        last = out / "checkpoint-3"
+        if last.is_dir() and re.search(r'_due": true', (last / STATE_FILE).read_text()):
+            self.give_up(last)  # it is written again with what is due
         self.run("train", *self.training(out, "--resume", "auto", *more), expected=0, cache=cache)
         name = Path("lora_adapters") / "adapter_model.safetensors"
         result, undisturbed = out / name, self.stock.folder / "run" / name

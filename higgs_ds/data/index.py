@@ -20,6 +20,7 @@ import numpy as np
 import numpy.lib.recfunctions as rfn
 import pyarrow as pa
 
+from higgs_ds.common.errors import InputError
 from higgs_ds.common.files import release_freed_memory
 from higgs_ds.common.threads import map_in_threads
 from higgs_ds.data.index_writer import DIGEST_BYTES, CheckedClip
@@ -219,8 +220,15 @@ def _files(folder: Path, kind: str) -> list[str]:
 
 
 def _read(folder: Path, kind: str) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of all parts in batches, with one batch in memory at a time."""
-    for path in _files(folder, kind):
+    """Yield the rows of all parts in batches, with one batch in memory at a time.
+
+    Raises:
+        InputError: there is no part; an index without rows has one.
+    """
+    files = _files(folder, kind)
+    if not files:
+        raise InputError(f"{folder}: has no {kind}; the cache was deleted while it was in use. Run it again")
+    for path in files:
         with pa.OSFile(path) as file:
             reader = pa.ipc.open_file(file)
             yield from (reader.get_batch(i) for i in range(reader.num_record_batches))

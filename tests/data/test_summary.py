@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from higgs_ds.common.errors import InputError
 from higgs_ds.data.index import Index
 from higgs_ds.data.index_writer import CheckedClip, CheckedSample, PartWriter
 from higgs_ds.data.quality import ClipQuality
@@ -39,6 +41,20 @@ def test_summary_lines(tmp_path: Path) -> None:
         "    2 to   4 s          2 ###########################",
         "    4 to   8 s          3 ########################################",
     ]
+
+
+def test_an_index_that_is_deleted_while_it_is_open(tmp_path: Path) -> None:
+    """What is mapped can still be read; the rest is an input error."""
+    writer = PartWriter(tmp_path, 0)
+    messages = (Message("user", ("Hello.",)), Message("assistant", (AudioClip(Path("a.wav")),)))
+    writer.add(CheckedSample(0, Sample(messages, 0, None, "m:1", "en"), 100, (CheckedClip("ab" * 32, 25),), ()))
+    writer.close()
+    index = Index(tmp_path)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert index.sources([0]) == ["m:1"]
+    with pytest.raises(InputError, match="has no quality; the cache was deleted while it was in use"):
+        describe(index, 25.0, None)
 
 
 def test_histogram_ends() -> None:
