@@ -116,12 +116,16 @@ class Preparation:
                 lock.release()
                 raise
 
-    def __exit__(self, *_: object) -> None:
-        if self._list_lock is not None:
-            self._list_lock.release()
-        if distributed.is_main():
-            for folder in self._scratch:
-                shutil.rmtree(folder, ignore_errors=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                distributed.barrier()  # another rank may still read what is removed
+        finally:
+            if self._list_lock is not None:
+                self._list_lock.release()
+            if distributed.is_main():
+                for folder in self._scratch:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def check(self, path: Path) -> CheckedManifest:
         """Check a manifest, unless an earlier run has checked it and nothing has changed since."""

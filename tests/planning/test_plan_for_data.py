@@ -230,15 +230,20 @@ def test_advice_knows_how_many_samples_it_drops(
 
 @pytest.mark.slow
 def test_ranks_share_the_data(tmp_path: Path, base: Path, manifests: dict[str, Path]) -> None:
-    """Two ranks print one plan, that of one rank."""
+    """Two ranks print one plan, that of one rank. Rank 0 removes no file that the other has yet to read."""
     options = f"--dry_run --allow_text_targets --base_ckpt {base} --cache_dir {tmp_path} --device_memory_gib 1 \
         --plan_ranks 1 --train_manifest {manifests['train']}"
     code = f"""
 import forks
+import time
 from pathlib import Path
+from higgs_ds.common.distributed import rank
+from higgs_ds.data import preparation
 from higgs_ds.options.command_line import parse_train_options
 from higgs_ds.training import plan_for_data
 
+open_index = preparation.Index
+preparation.Index = lambda folder: time.sleep(rank()) or open_index(folder)
 options = parse_train_options({options.split()})
 for ranks in (1, 2):
     print(forks.wait(forks.start(ranks, lambda: plan_for_data.main(*options), Path(str(ranks))), 200))
