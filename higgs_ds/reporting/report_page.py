@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from higgs_ds.checkpoints.folder import find_checkpoints
+from higgs_ds.checkpoints.folder import checkpoint_folder, find_checkpoints
 from higgs_ds.common.console import say
 from higgs_ds.common.distributed import on_main
 from higgs_ds.common.files import write_text
@@ -34,6 +34,7 @@ from higgs_ds.common.run_files import (
 from higgs_ds.common.words import counted
 from higgs_ds.data.audio import as_ogg_url
 from higgs_ds.options.fields import FULL
+from higgs_ds.options.metrics import METRICS, VAL_LOSS
 from higgs_ds.options.train import TrainOptions
 from higgs_ds.reporting.curves import Points, curves_of, draw, is_flat
 from higgs_ds.reporting.log_lines import losses_of_manifests
@@ -120,6 +121,7 @@ def write_report(output_dir: Path, facts: RunFacts = NO_FACTS, is_running: bool 
         written=time.strftime("%Y-%m-%d %H:%M:%S"),
         bad=[*filter(None, [reason]), *bad.values(), *_bad_samples(output_dir)],
         numbers=_numbers(lines, bad),
+        best=_best(lines, settings.get("metric_for_best_model", VAL_LOSS), output_dir),
         curves=[{"title": curve.title, "svg": draw(curve, points)} for curve, points, is_flat in drawn if not is_flat],
         not_drawn=[f"{curve.title} ({_flat_values(points)})" for curve, points, is_flat in drawn if is_flat],
         spoken=_spoken(output_dir / SAMPLES_FOLDER),
@@ -176,6 +178,22 @@ def _numbers(lines: Sequence[dict[str, Any]], bad: Mapping[str, str]) -> list[di
         for name, pair in keys.items()
         if any(key in last for key in pair)
     ]
+
+
+def _best(lines: Sequence[dict[str, Any]], name: str, output_dir: Path) -> dict[str, Any] | None:
+    """Return the best value of the metric that steps are compared by, and its step; of equal ones the first.
+
+    None if it was not measured after a step.
+    """
+    metric = METRICS[name]
+    sign = -1 if metric.is_highest_best else 1
+    measured = [(line["step"], line[name]) for line in lines if line["step"] and line.get(name) is not None]
+    if not measured:
+        return None
+    step, value = min(measured, key=lambda pair: sign * pair[1])
+    folder = checkpoint_folder(output_dir, step)
+    words = f"{metric.best.capitalize()} {metric.words}: {value:.4g}, at step {step}"
+    return {"words": words, "checkpoint": folder.name if folder.is_dir() else None}
 
 
 def _spoken(folder: Path) -> list[dict[str, Any]]:

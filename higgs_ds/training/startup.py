@@ -20,7 +20,7 @@ from higgs_ds.common.files import check_folders
 from higgs_ds.common.folder_lock import FolderLock
 from higgs_ds.common.precision import AUTO, PRECISIONS, native_precision
 from higgs_ds.common.resources import default_cache_dir
-from higgs_ds.common.run_files import FLAGGED_FILE, INVALID_FILE
+from higgs_ds.common.run_files import EVALUATION_FOLDER, FLAGGED_FILE, INVALID_FILE
 from higgs_ds.data.flags import say_flagged
 from higgs_ds.data.pair_codes import add_codes_beside
 from higgs_ds.data.preparation import CheckedManifest, Preparation
@@ -63,6 +63,8 @@ def _check_and_encode(options: TrainOptions, given: set[str], lock: FolderLock) 
     output_dir = _output_dir(options)
     cache_dir = options.data.cache_dir or default_cache_dir()
     problems += check_folders(output_dir=output_dir)
+    if not problems and options.evaluation.evaluate_steps:
+        problems += check_folders(output_dir=output_dir / EVALUATION_FOLDER)
     no_scratch = scratch_problems(options.data, cache_dir)
     resume_from = collect_problems(problems, lambda: _open_output(options, output_dir, lock))
     list_of_invalid = None if problems else output_dir / INVALID_FILE  # the folder may be another run's

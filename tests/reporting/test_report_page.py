@@ -62,6 +62,11 @@ def test_page_of_a_run(run: Path, page: Any, tmp_path: Path) -> None:
     assert {"lora_adapters", "checkpoint-2", "checkpoint-4", "metrics.jsonl", "settings.json"} <= set(links)
     assert f"{last['eval/mel_distance_db']:.4g}" in rows["mel_distance_db, evaluation"]
     assert {"lora_adapters_ema", "evaluation"} <= set(links)
+    val_losses = {line["step"]: line["val/loss"] for line in read_metrics(run) if "val/loss" in line}
+    best = min(val_losses, key=val_losses.__getitem__)
+    assert page.locator("#best").inner_text() == (
+        f"Lowest validation loss: {val_losses[best]:.4g}, at step {best} (checkpoint-{best})."
+    )
     assert all((run / link).exists() for link in links)
     text = page.locator("body").inner_text()
     assert "samples: 9" in text  # of the data
@@ -130,6 +135,8 @@ def test_what_is_bad_is_marked(tmp_path: Path, page: Any) -> None:
         "2 samples of the data may be bad: see flagged_samples.tsv",
     ]
     assert page.locator("#numbers .bad").all_inner_texts() == ["2.5", "0"]
+    best = "Lowest validation loss: 2, at step 10, of which there is no checkpoint."
+    assert page.locator("#best").inner_text() == best
     rows = page.locator("#numbers tr td:first-child").all_inner_texts()
     assert rows == ["loss", "audio_loss", "lr", "stop_rate", "length_ratio"]  # no row without a value
     assert page.locator("#overruled li").all_inner_texts() == ["--precision auto: fp32"]
@@ -163,3 +170,16 @@ def test_before_the_first_numbers(tmp_path: Path, page: Any) -> None:
     (tmp_path / "settings.json").write_text(json.dumps(TrainOptions().flat()))
     page.goto(write_report(tmp_path).as_uri())
     assert page.locator("figure").count() == 0
+
+
+def test_best_by_a_measure(tmp_path: Path, page: Any) -> None:
+    """Of equal steps the first; not step 0, which has no checkpoint."""
+    values = {0: 0.9, 10: 0.5, 20: None, 30: 0.75, 40: 0.75, 50: 0.25}
+    lines = [{"step": step, "epoch": 1.0, "eval/stop_rate": value} for step, value in values.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = TrainOptions().flat() | {"metric_for_best_model": "eval/stop_rate"}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    (tmp_path / "checkpoint-30").mkdir()
+    page.goto(write_report(tmp_path).as_uri())
+    assert page.locator("#best").inner_text() == "Highest stop rate: 0.75, at step 30 (checkpoint-30)."
+    assert page.locator("#best a").get_attribute("href") == "checkpoint-30"

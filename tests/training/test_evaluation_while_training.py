@@ -323,6 +323,17 @@ def test_refused_before_weights_are_loaded(
         startup.start(*parse_train_options(overriding([*RANDOM, *argv.split()])), FolderLock())
 
 
+@pytest.mark.usefixtures("lone_rank")
+def test_no_room_in_the_output_folder(manifest: Path, ds_file: Callable[[int], Path], tmp_path: Path) -> None:
+    """Is reported with what is wrong in the data."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "evaluation").touch()
+    argv = f"--deepspeed {ds_file(2)} --evaluate_steps 2 --train_manifest {tmp_path}/nowhere --output_dir {run}"
+    with pytest.raises(InputError, match=f"(?s)--output_dir {run}/evaluation: .* is a file, not a folder.*nowhere: "):
+        startup.start(*parse_train_options(overriding([*RANDOM, *argv.split()])), FolderLock())
+
+
 @pytest.mark.slow
 def test_of_pairs_the_chosen_are_spoken(tmp_path: Path, ds_file: Callable[[int], Path]) -> None:
     def pair(text: str, chosen: str, rejected: str) -> dict[str, Any]:
