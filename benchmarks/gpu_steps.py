@@ -49,7 +49,7 @@ class Trained:
         return max(fitting, default=1)
 
     def recompute(self, recompute: str) -> None:
-        from higgs_ds.model.loss_model import checkpoint_layers
+        from higgs_ds.model.recomputation import checkpoint_layers
 
         checkpoint_layers(self.base, 1)
         for layer in self.base.model.layers:

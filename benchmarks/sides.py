@@ -80,7 +80,7 @@ def our_engine(folder: Path, precision: str, four_bit: bool, every: int | None, 
     """
     from higgs_ds.common.distributed import device
     from higgs_ds.model.loading import load_base, load_base_in_4bit
-    from higgs_ds.model.loss_model import checkpoint_layers
+    from higgs_ds.model.recomputation import checkpoint_layers
 
     dtype = torch_dtype(precision)
     base = load_base_in_4bit(folder, dtype, device(), device())[0] if four_bit else load_base(folder, dtype)

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from higgs_ds.model.gathering import with_gathered
-from higgs_ds.model.lean_ops import GatedActivation, gate_gradients
+from higgs_ds.model.lean_ops import GatedActivation, gate_gradients_
+from higgs_ds.model.recomputation import is_recomputing
 
 
 @dataclass(frozen=True)
@@ -143,21 +143,45 @@ class _Group:
         self.has_dropout = any(target.dropout for target in self.adapted)
         self.generator_state: torch.Tensor | None = None
 
-    def outputs(self, rows: torch.Tensor) -> list[torch.Tensor]:
-        """Return the outputs (N, out) of each target."""
+    def outputs(self, rows: torch.Tensor, is_kept: bool = True) -> list[torch.Tensor]:
+        """Return the outputs (N, out) of each target.
+
+        Args:
+            is_kept: whether the inputs must not be overwritten.
+        """
         if self.has_dropout:
             self.generator_state = generator_state(rows.device)
         outputs = [target.base_outputs(rows) for target in self.targets]
         of_adapted = (output for output, target in zip(outputs, self.targets, strict=True) if target.adapter)
-        for output, target, inner in zip(of_adapted, self.adapted, self._inner(rows), strict=True):
+        for output, target, inner in zip(of_adapted, self.adapted, self._inner(rows, is_kept), strict=True):
             output.addmm_(inner, target.adapter[1].t(), alpha=target.scaling)
         return outputs
 
-    def _inner(self, rows: torch.Tensor) -> Iterable[torch.Tensor]:
+    def skip(self, rows_like: torch.Tensor, outputs_like: torch.Tensor) -> torch.Tensor:
+        """Leave the random generator as `outputs` does, and return zeros in place of the outputs of one target.
+
+        Args:
+            rows_like: of the shape of the inputs.
+            outputs_like: of that of the outputs.
+        """
+        if self.has_dropout:
+            self.generator_state = generator_state(rows_like.device)
+            for target in self.adapted:
+                _drawn(rows_like, target.dropout)
+        return outputs_like.new_zeros(()).expand_as(outputs_like)
+
+    def _inner(self, rows: torch.Tensor, is_kept: bool) -> Iterable[torch.Tensor]:
         """Return d(x) A^T (N, r) of each adapter; without dropout, all from one product."""
         if self.has_dropout:
-            return (_drop_(_copy(rows), _drawn(rows, t.dropout)) @ t.adapter[0].t() for t in self.adapted)
+            return (
+                self._dropped(rows, _drawn(rows, target.dropout), target, is_kept) @ target.adapter[0].t()
+                for target in self.adapted
+            )
         return (rows @ self._stacked().t()).split(self._ranks(), dim=1) if self.adapted else ()
+
+    def _dropped(self, rows: torch.Tensor, drawn: torch.Tensor, target: _Target, is_kept: bool) -> torch.Tensor:
+        """Return d(x) (N, in) of an adapter; that of the last one overwrites inputs that are not kept."""
+        return _drop_(rows if target is self.adapted[-1] and not is_kept else _copy(rows), drawn)
 
     def _ranks(self) -> list[int]:
         return [len(target.adapter[0]) for target in self.adapted]
@@ -180,49 +204,60 @@ class _Group:
             is_kept: whether the inputs must not be overwritten.
             needs_rows: whether the gradient of the inputs is needed.
         """
-        rows_gradient = None
-        for target, gradient in zip(self.targets, gradients if needs_rows else (), strict=needs_rows):
-            if rows_gradient is None:
-                rows_gradient = gradient @ target.weight()
-            else:
-                rows_gradient.addmm_(gradient, target.weight())
         of_adapted = [gradient for gradient, target in zip(gradients, self.targets, strict=True) if target.adapter]
-        if not self.adapted:
-            return rows_gradient, []
-        rows = compute_rows()
-        if self.has_dropout:
-            return rows_gradient, self._add_with_dropout(of_adapted, rows, is_kept, rows_gradient)
-        return rows_gradient, self._add_without_dropout(of_adapted, rows, rows_gradient)
+        adapter_gradients, add_adapters = self._adapter_gradients(of_adapted, compute_rows, is_kept)
+        if not needs_rows:
+            return None, adapter_gradients
+        rows_gradient = gradients[0] @ self.targets[0].weight()
+        for target, gradient in zip(self.targets[1:], gradients[1:], strict=True):
+            rows_gradient.addmm_(gradient, target.weight())
+        add_adapters(rows_gradient)
+        return rows_gradient, adapter_gradients
 
-    def _add_without_dropout(
-        self, gradients: list[torch.Tensor], rows: torch.Tensor, rows_gradient: torch.Tensor | None
-    ) -> list[torch.Tensor]:
+    def _adapter_gradients(
+        self, gradients: list[torch.Tensor], compute_rows: Callable[[], torch.Tensor], is_kept: bool
+    ) -> tuple[list[torch.Tensor], Callable[[torch.Tensor], object]]:
+        """Return the gradients of A and B of each adapter, and what adds those of the inputs to a tensor (N, in)."""
+        if not self.adapted:
+            return [], lambda _: None
+        if self.has_dropout:
+            return self._with_dropout(gradients, compute_rows(), is_kept)
+        return self._without_dropout(gradients, compute_rows())
+
+    def _without_dropout(
+        self, gradients: list[torch.Tensor], rows: torch.Tensor
+    ) -> tuple[list[torch.Tensor], Callable[[torch.Tensor], object]]:
         stacked, ranks = self._stacked(), self._ranks()
         inner_gradients = _cat([*map(_inner_gradient, self.adapted, gradients)], dim=1)
         a_gradients = (inner_gradients.t() @ rows).split(ranks)
         inners = (rows @ stacked.t()).split(ranks, dim=1)
-        if rows_gradient is not None:
-            rows_gradient.addmm_(inner_gradients, stacked)
         b_gradients = map(_b_gradient, self.adapted, gradients, inners)
-        return [gradient for pair in zip(a_gradients, b_gradients, strict=True) for gradient in pair]
+        adapter_gradients = [gradient for pair in zip(a_gradients, b_gradients, strict=True) for gradient in pair]
+        return adapter_gradients, lambda rows_gradient: rows_gradient.addmm_(inner_gradients, stacked)
 
-    def _add_with_dropout(
-        self, gradients: list[torch.Tensor], rows: torch.Tensor, is_kept: bool, rows_gradient: torch.Tensor | None
-    ) -> list[torch.Tensor]:
-        adapter_gradients = []
+    def _with_dropout(
+        self, gradients: list[torch.Tensor], rows: torch.Tensor, is_kept: bool
+    ) -> tuple[list[torch.Tensor], Callable[[torch.Tensor], object]]:
         with _generator_at(self.generator_state, rows.device):
             drawn = [_drawn(rows, target.dropout) for target in self.adapted]
-        for target, gradient in zip(self.adapted, gradients, strict=True):
-            at = drawn.pop(0)
-            dropped = _drop_(_copy(rows) if drawn or is_kept else rows, at)
-            inner_gradient = _inner_gradient(target, gradient)
+        adapter_gradients, inner_gradients = [], []
+        for target, gradient, at in zip(self.adapted, gradients, drawn, strict=True):
+            dropped = self._dropped(rows, at, target, is_kept)
+            inner_gradients.append(_inner_gradient(target, gradient))
             adapter_gradients += [
-                inner_gradient.t() @ dropped,
+                inner_gradients[-1].t() @ dropped,
                 _b_gradient(target, gradient, dropped @ target.adapter[0].t()),
             ]
-            if rows_gradient is not None:
-                rows_gradient += _drop_(torch.mm(inner_gradient, target.adapter[0], out=dropped), at)
-        return adapter_gradients
+            del dropped  # before the next copy
+
+        def add_to(rows_gradient: torch.Tensor) -> None:
+            flat = rows_gradient.view(-1)
+            for target, inner_gradient, at in zip(self.adapted, inner_gradients, drawn, strict=True):
+                of_dropped = flat.index_select(0, at)
+                rows_gradient.addmm_(inner_gradient, target.adapter[0])
+                flat.index_copy_(0, at, of_dropped)
+
+        return adapter_gradients, add_to
 
 
 def _cat(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
@@ -282,16 +317,19 @@ class _FusedFFN(torch.autograd.Function):
         gate, up = inner.outputs(x)
         ctx.inner, ctx.outer, ctx.activation, ctx.function = inner, outer, activation, recipe.function
         ctx.save_for_backward(gate, up, *(recipe.inputs if inner.adapted else ()))
-        return outer.outputs(activation(gate).mul_(up))[0]
+        if is_recomputing():
+            return outer.skip(gate, x)
+        return outer.outputs(activation(gate).mul_(up), is_kept=False)[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up, *recipe_inputs = ctx.saved_tensors
-        activated = ctx.activation(gate)
-        compute_gated = partial(torch.mul, activated, up)
-        gated_gradient, down_gradients = ctx.outer.gradients(gradients, compute_gated, is_kept=False, needs_rows=True)
-        inner_gradients = gate_gradients(ctx.activation, gate, up, activated, gated_gradient)
-        del gate, up, activated, compute_gated, gated_gradient  # of a recomputed layer, nothing else holds them
+        gated_gradient, down_gradients = ctx.outer.gradients(
+            gradients, lambda: ctx.activation(gate).mul_(up), is_kept=False, needs_rows=True
+        )
+        # A second backward pass through this graph is an error of autograd, which knows that they were overwritten.
+        inner_gradients = gate_gradients_(ctx.activation, gate, up, gated_gradient)
+        del gated_gradient
         x_gradient, adapter_gradients = ctx.inner.gradients(
             inner_gradients, lambda: ctx.function(*recipe_inputs), ctx.function is _itself, ctx.needs_input_grad[4]
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers.activations import SiLUActivation
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import rotate_half
 
@@ -39,12 +40,11 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        gradient = gradients[0].float()
-        normed = x * scale
+        (gradient, *_), normed = gradients, x * scale  # float32, as all products with it
         weight_gradient = None
         if ctx.needs_input_grad[1]:
             weight_gradient = (gradient * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        of_normed = gradient * weight
+        of_normed = gradient * weight.float()
         mean = (of_normed * normed).mean(-1, keepdim=True)
         return of_normed.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype), weight_gradient, None
 
@@ -85,25 +85,18 @@ class GatedActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
-        return None, *gate_gradients(ctx.activation, gate, up, ctx.activation(gate), gradients[0].clone())
+        return None, *gate_gradients_(ctx.activation, gate.clone(), up.clone(), gradients[0])
 
 
-def gate_gradients(
-    activation: Callable[[torch.Tensor], torch.Tensor],
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    activated: torch.Tensor,
-    gradient: torch.Tensor,
+def gate_gradients_(
+    activation: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor, gradient: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of gate and up from that of activation(gate) * up.
-
-    `activated`, which is activation(gate), and `gradient` are overwritten.
-    """
-    up_gradient = activated.mul_(gradient)
-    gradient *= up
+    """Return the gradients of gate and up from that of activation(gate) * up. gate and up are overwritten."""
+    up *= gradient  # the gradient of activation(gate)
     if isinstance(activation, SiLUActivation):
-        return torch.ops.aten.silu_backward.grad_input(gradient, gate, grad_input=gradient), up_gradient
+        gate_gradient = torch.ops.aten.silu_backward.grad_input(up, gate, grad_input=up)
+        return gate_gradient, F.silu(gate, inplace=True).mul_(gradient)
     with torch.enable_grad():
         activation_input = gate.detach().requires_grad_()
-        again = activation(activation_input)
-    return torch.autograd.grad(again, activation_input, gradient)[0], up_gradient
+        activated = activation(activation_input)
+    return torch.autograd.grad(activated, activation_input, up)[0], activated.detach().mul_(gradient)

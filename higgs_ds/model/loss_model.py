@@ -17,13 +17,6 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from higgs_ds.model.head_loss import Chunks
 
 
-def checkpoint_layers(higgs: Any, every: int) -> None:
-    """Recompute every `every`-th decoder layer, starting with the first, in the backward pass from its input."""
-    higgs.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for i, layer in enumerate(higgs.model.layers):
-        layer.gradient_checkpointing = i % every == 0
-
-
 class LossModel(nn.Module, ABC):
     """A trained model and its loss in one forward; the heads are applied only at positions with a target.
 

@@ -26,9 +26,10 @@ from higgs_ds.model.full import group_of, make_trainable
 from higgs_ds.model.head_loss import CPU_CHUNKS, GPU_CHUNKS
 from higgs_ds.model.loading import empty_model
 from higgs_ds.model.lora import AdaptedLayer, in_every_layer
-from higgs_ds.model.loss_model import LossModel, checkpoint_layers
+from higgs_ds.model.loss_model import LossModel
 from higgs_ds.model.parts import NO_PARTS, Parts, parts_of
 from higgs_ds.model.quantization import BLOCK_SIZE, is_quantized_weight
+from higgs_ds.model.recomputation import checkpoint_layers
 from higgs_ds.options.fields import EMBEDDINGS, FULL
 from higgs_ds.options.train import LoraOptions, TuneOptions
 

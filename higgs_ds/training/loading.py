@@ -32,8 +32,8 @@ from higgs_ds.model.full import describe, make_trainable
 from higgs_ds.model.fully_trained import is_own_weight
 from higgs_ds.model.loading import empty_model, load_base, load_base_in_4bit, num_parameters
 from higgs_ds.model.loss import LossWeights
-from higgs_ds.model.loss_model import checkpoint_layers
 from higgs_ds.model.quantization import BaseQuantization
+from higgs_ds.model.recomputation import checkpoint_layers
 from higgs_ds.options.train import recompute_every
 from higgs_ds.planning.plan import with_checkpointing
 from higgs_ds.planning.weights import Setting

@@ -49,6 +49,7 @@ ELSEWHERE = {
     "deepspeed launch/train.py --deepspeed ds_configs/zero2.json": ("tests/launch/test_commands.py", "def main_job("),
     "deepspeed --hostfile hosts ": ("tests/launch/test_hostfile.py", "--hostfile"),
     "sbatch launch/slurm/train.sbatch": ("tests/slurm/test_slurm_cluster.py", "train.sbatch"),
+    "python benchmarks/gpu.py": ("tests/benchmarks/test_gpu_command.py", "def test_every_part_in_miniature("),
     "deepspeed launch/prepare.py": ("tests/data/test_prepare_command.py", "prepare.py"),
     "python tests/v3_in_runtimes.py ": ("tests/bases/test_v3_runtimes.py", "v3_in_runtimes.py"),
     # With a recognizer that is a download of 3 GB.

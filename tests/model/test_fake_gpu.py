@@ -16,7 +16,7 @@ from higgs_ds.bases.conversion import native_folder
 from higgs_ds.model.families import family_of
 from higgs_ds.model.loading import load_base, load_base_in_4bit
 from higgs_ds.model.lora import add_lora
-from higgs_ds.model.loss_model import checkpoint_layers
+from higgs_ds.model.recomputation import checkpoint_layers
 from higgs_ds.model.v2.loss_model import DualLossModel
 from higgs_ds.model.v2.routed_layers import LeanMLP
 from higgs_ds.options.train import LoraOptions

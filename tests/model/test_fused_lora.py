@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 from higgs_ds.model import fused_lora
 from higgs_ds.model.fused_lora import Recipe, fused_ffn, fused_linears
 from higgs_ds.model.nf4 import fill, quantize, replace_linears
+from higgs_ds.model.recomputation import contexts
 
 WIDTH, INNER, ROWS = 48, 72, 41
 SILU = ACT2FN["silu"]
@@ -255,6 +256,39 @@ def test_recomputation_draws_the_same() -> None:
         sum(output.square().sum() for output in found).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(one.equal(other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_recomputed_layers_leave_out_the_last_product(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not needed for the gradients, but its random numbers are drawn: those of a second FFN follow them."""
+    products = []
+    base_outputs = fused_lora._Target.base_outputs
+    monkeypatch.setattr(
+        fused_lora._Target, "base_outputs", lambda of, rows: products.append(of.base) or base_outputs(of, rows)
+    )
+    gradients, counts = [], []
+    for options in ({}, {"context_fn": contexts}):
+        model, x = block(lora_dropout=share), torch.randn(ROWS, WIDTH, requires_grad=True)
+        ffn = model.base_model.model.mlp
+        layers = ffn.gate_proj, ffn.up_proj, ffn.down_proj
+
+        def run(x: torch.Tensor, layers: Any = layers) -> torch.Tensor:
+            return x + torch.cat([fused_ffn(layers, SILU, x[:10]), fused_ffn(layers, SILU, x[10:])])
+
+        products.clear()
+        checkpoint(run, x, use_reentrant=False, **options).square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in ffn.parameters() if p.requires_grad)])
+        counts.append([products.count(getattr(layer, "base_layer", layer)) for layer in layers])
+    assert all(one.equal(other) for one, other in zip(*gradients, strict=True))
+    assert counts == [[4, 4, 4], [4, 4, 2]]
+
+
+def test_a_second_backward_pass_is_an_error() -> None:
+    """The first one has overwritten what the graph keeps."""
+    found = sum(output.sum() for output in outputs(block(), torch.randn(ROWS, WIDTH), True))
+    found.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.backward()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])

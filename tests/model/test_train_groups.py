@@ -16,8 +16,8 @@ from higgs_ds.model import head_loss
 from higgs_ds.model.config import read_config, tower_geometry, with_parts
 from higgs_ds.model.full import describe, group_of, make_trainable, unfreeze_groups
 from higgs_ds.model.loading import empty_model, load_base, num_parameters
-from higgs_ds.model.loss_model import checkpoint_layers
 from higgs_ds.model.parts import NO_PARTS, Parts
+from higgs_ds.model.recomputation import checkpoint_layers
 from higgs_ds.model.v2.loss_model import DualLossModel
 from higgs_ds.options.checks import check_options
 from higgs_ds.options.command_line import parse_train_options

@@ -23,8 +23,8 @@ from higgs_ds.model.labels import IGNORE_INDEX
 from higgs_ds.model.loading import load_base, load_base_in_4bit
 from higgs_ds.model.lora import add_lora, discover_targets
 from higgs_ds.model.loss import LossWeights, mean_losses, target_weights
-from higgs_ds.model.loss_model import checkpoint_layers
 from higgs_ds.model.prompt import Prompt
+from higgs_ds.model.recomputation import checkpoint_layers
 from higgs_ds.model.v3.loss_model import AudioLossModel
 from higgs_ds.model.v3.stream import BareStream
 from higgs_ds.options.train import LoraOptions

@@ -23,8 +23,8 @@ from higgs_ds.model.config import read_config, with_parts
 from higgs_ds.model.full import make_trainable
 from higgs_ds.model.loading import empty_model
 from higgs_ds.model.lora import add_lora
-from higgs_ds.model.loss_model import checkpoint_layers
 from higgs_ds.model.parts import Parts
+from higgs_ds.model.recomputation import checkpoint_layers
 from higgs_ds.model.v2.loss_model import DualLossModel
 from higgs_ds.model.v2.part_modules import model_class
 from higgs_ds.options.checks import check_options

@@ -11,8 +11,8 @@ from conftest import PROJECT, kept_bytes, speech_batch
 from higgs_ds.model import nf4
 from higgs_ds.model.families import family_of
 from higgs_ds.model.full import make_trainable
-from higgs_ds.model.loss_model import checkpoint_layers
 from higgs_ds.model.parts import Parts
+from higgs_ds.model.recomputation import checkpoint_layers
 from higgs_ds.options.command_line import parse_train_options
 from higgs_ds.options.fields import FULL
 from higgs_ds.options.train import LoraOptions, TuneOptions
