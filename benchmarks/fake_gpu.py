@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from higgs_ds.model import fused_lora
+from higgs_ds.model import dropout, fused_lora
 from higgs_ds.model.offload import HostModule
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -88,8 +88,12 @@ class FusedAttention(TorchFunctionMode):
 @contextlib.contextmanager
 def _without_gpu() -> Iterator[None]:
     """Within the block, nothing asks for a real GPU: the state of its random generator is that of the CPU's."""
-    state = {"generator_state": lambda _: torch.get_rng_state(), "set_generator_state": lambda *_: None}
-    with FusedAttention(), mock.patch.multiple(fused_lora, **state):
+    state = {"generator_state": lambda _: torch.get_rng_state()}
+    with (
+        FusedAttention(),
+        mock.patch.multiple(fused_lora, **state),
+        mock.patch.multiple(dropout, **state, set_generator_state=lambda *_: None),
+    ):
         yield
 
 

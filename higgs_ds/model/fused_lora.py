@@ -10,9 +10,7 @@ target. Gradients: of A, s (g B)^T d(x); of B, s g^T (d(x) A^T); of x, g W + d'(
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +18,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from higgs_ds.model.dropout import draw_dropped, drop_, generator_at, generator_state
 from higgs_ds.model.gathering import with_gathered
 from higgs_ds.model.lean_ops import GatedActivation, gate_gradients_
 from higgs_ds.model.recomputation import is_recomputing
@@ -167,21 +166,22 @@ class _Group:
         if self.has_dropout:
             self.generator_state = generator_state(rows_like.device)
             for target in self.adapted:
-                _drawn(rows_like, target.dropout)
+                draw_dropped(rows_like, target.dropout)
         return outputs_like.new_zeros(()).expand_as(outputs_like)
 
     def _inner(self, rows: torch.Tensor, is_kept: bool) -> Iterable[torch.Tensor]:
         """Return d(x) A^T (N, r) of each adapter; without dropout, all from one product."""
         if self.has_dropout:
             return (
-                self._dropped(rows, _drawn(rows, target.dropout), target, is_kept) @ target.adapter[0].t()
+                self._dropped(rows, draw_dropped(rows, target.dropout), target, is_kept) @ target.adapter[0].t()
                 for target in self.adapted
             )
         return (rows @ self._stacked().t()).split(self._ranks(), dim=1) if self.adapted else ()
 
     def _dropped(self, rows: torch.Tensor, drawn: torch.Tensor, target: _Target, is_kept: bool) -> torch.Tensor:
         """Return d(x) (N, in) of an adapter; that of the last one overwrites inputs that are not kept."""
-        return _drop_(rows if target is self.adapted[-1] and not is_kept else _copy(rows), drawn)
+        overwrites = target is self.adapted[-1] and not is_kept
+        return drop_(rows if overwrites else rows.clone(memory_format=torch.contiguous_format), drawn)
 
     def _ranks(self) -> list[int]:
         return [len(target.adapter[0]) for target in self.adapted]
@@ -238,8 +238,9 @@ class _Group:
     def _with_dropout(
         self, gradients: list[torch.Tensor], rows: torch.Tensor, is_kept: bool
     ) -> tuple[list[torch.Tensor], Callable[[torch.Tensor], object]]:
-        with _generator_at(self.generator_state, rows.device):
-            drawn = [_drawn(rows, target.dropout) for target in self.adapted]
+        assert self.generator_state is not None
+        with generator_at(self.generator_state, rows.device):
+            drawn = [draw_dropped(rows, target.dropout) for target in self.adapted]
         adapter_gradients, inner_gradients = [], []
         for target, gradient, at in zip(self.adapted, gradients, drawn, strict=True):
             dropped = self._dropped(rows, at, target, is_kept)
@@ -252,6 +253,7 @@ class _Group:
 
         def add_to(rows_gradient: torch.Tensor) -> None:
             flat = rows_gradient.view(-1)
+            # The product is added to all elements, in one pass, and those that were dropped are put back.
             for target, inner_gradient, at in zip(self.adapted, inner_gradients, drawn, strict=True):
                 of_dropped = flat.index_select(0, at)
                 rows_gradient.addmm_(inner_gradient, target.adapter[0])
@@ -334,46 +336,3 @@ class _FusedFFN(torch.autograd.Function):
             inner_gradients, lambda: ctx.function(*recipe_inputs), ctx.function is _itself, ctx.needs_input_grad[4]
         )
         return None, None, None, None, x_gradient, *adapter_gradients, *down_gradients
-
-
-def _drawn(rows: torch.Tensor, share: float) -> torch.Tensor:
-    """Draw the flat indices of elements to drop.
-
-    They are drawn with replacement, as many as miss an element with a probability of 1 - share. That is several times
-    faster than a random number for every element.
-    """
-    numel = rows.numel()
-    draws = round(math.log1p(-share) / math.log1p(-1 / numel)) if numel > 1 else numel
-    return torch.randint(max(numel, 1), (draws,), device=rows.device)
-
-
-def _copy(rows: torch.Tensor) -> torch.Tensor:
-    return rows.clone(memory_format=torch.contiguous_format)
-
-
-def _drop_(rows: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    rows.view(-1).index_fill_(0, drawn, 0)
-    return rows
-
-
-def generator_state(device: torch.device) -> torch.Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def set_generator_state(state: torch.Tensor, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
-
-
-@contextmanager
-def _generator_at(state: torch.Tensor | None, device: torch.device) -> Iterator[None]:
-    """Within the block, the device's random generator continues from `state`."""
-    assert state is not None
-    present = generator_state(device)
-    set_generator_state(state, device)
-    try:
-        yield
-    finally:
-        set_generator_state(present, device)

@@ -17,7 +17,7 @@ from torch import nn
 
 from higgs_ds.common.distributed import device, rank, sum_over_ranks, world_size
 from higgs_ds.data.collate import Batch
-from higgs_ds.model.fused_lora import generator_state, set_generator_state
+from higgs_ds.model.dropout import generator_state, set_generator_state
 from higgs_ds.model.loss import LossWeights, StepResult, Totals
 from higgs_ds.model.parts import NO_PARTS, Parts
 from higgs_ds.options.ds_config import fit_buckets

@@ -162,14 +162,14 @@ def test_bf16_is_closer_to_float32_than_peft() -> None:
 def draws(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Size, torch.Tensor]]:
     """Record the shape of the inputs and the drawn indices of every call, in order."""
     recorded: list[tuple[torch.Size, torch.Tensor]] = []
-    original = fused_lora._drawn
+    original = fused_lora.draw_dropped
 
     def record(rows: torch.Tensor, share: float) -> torch.Tensor:
         drawn = original(rows, share)
         recorded.append((rows.shape, drawn))
         return drawn
 
-    monkeypatch.setattr(fused_lora, "_drawn", record)
+    monkeypatch.setattr(fused_lora, "draw_dropped", record)
     return recorded
 
 
