@@ -28,8 +28,7 @@ demo: install ## train the built-in base on a voice that is new to it, and print
 	@echo "  after:       $(DEMO)/after/0.wav to 23.wav"
 	@echo "  reference:   $(DEMO)/after/reference/0.wav to 23.wav"
 
-# More processes than cores: more than half of the time, tests wait for what they have started.
-PYTEST := $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: lint types ## lint, types, and the tests that start no processes: for every edit
 	$(PYTEST) -q -m "not slow"
@@ -40,7 +39,7 @@ test: install ## run all tests; those that need a GPU or a missing system packag
 
 NEWEST := .venv-newest/bin
 test-newest: $(NEWEST)/.installed ## the quick tests on the newest torch and transformers, in an environment of their own
-	$(NEWEST)/python -m pytest -n 4 --dist loadfile -q -m "not slow"
+	$(NEWEST)/python -m pytest -n 2 --dist loadfile -q -m "not slow"
 
 KILLS ?= 100
 SEED ?= 1

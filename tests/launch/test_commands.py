@@ -91,14 +91,16 @@ def test_main_job(main_job: tuple[Path, subprocess.CompletedProcess[str]]) -> No
 
 def test_first_run_prints_what_matters(main_job: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     """Besides this project's lines, only the launcher's two processes print lines; libraries print none."""
-    _, done = main_job
+    folder, done = main_job
+    val_losses = [line["val/loss"] for line in read_metrics(next((folder / "outputs").iterdir())) if "val/loss" in line]
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     launchers = [line for line in lines if re.search(r"\[(runner|launch|real_accelerator)\.py:", line)]
     assert sum("real_accelerator.py" in line for line in launchers) <= 2
     ours = [line.split(" ")[0] for line in lines if line not in launchers]
     before = ["--precision", "base", "model", "trained", "data", "steps", "memory", "time", "output"]
     logged = ["step"] * 2 * steps(done.stdout)  # losses and a validation at each step
-    after = ["peak", "report:", "LoRA", "Merge", "Give"]
+    best = [] if val_losses[-1] < min(val_losses[:-1]) else ["Lowest"]  # names an earlier checkpoint
+    after = ["peak", "report:", *best, "LoRA", "Merge", "Give"]
     assert [word for word in ours if word not in ("", "note:")] == [*before, *logged, *after]
     assert ours.count("note:") == 1  # about codebooks that the built-in codec does not use
 
