@@ -53,7 +53,7 @@ def _head_loss(values: dict[str, Any], length: int, device: torch.device) -> Ite
         weights = torch.full((parts,), 1 / length, device=device)
 
         def work() -> None:
-            chunks = head_loss.Chunks(logits, head_loss.GPU_CHUNKS.classes)
+            chunks = head_loss.Chunks(logits, head_loss.GPU_CHUNKS.classes, logits)
             head_loss.head_loss(hidden, head, targets, weights, chunks)[0].sum().backward()
 
         return work

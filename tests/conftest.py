@@ -195,7 +195,7 @@ def speech_batch(size: int, length: int, num_text: int, num_codebooks: int, num_
     """Return a `data.collate.Batch` of `size` samples: `num_text` text positions, then audio. All audio is a target."""
     import torch
 
-    from higgs_ds.data.collate import Batch
+    from higgs_ds.data.collate import Batch, predicting_places
 
     columns = torch.arange(size * length) % length
     positions = torch.cat([(columns < num_text).nonzero()[:, 0], (columns >= num_text).nonzero()[:, 0]])
@@ -203,15 +203,17 @@ def speech_batch(size: int, length: int, num_text: int, num_codebooks: int, num_
     places[positions] = torch.arange(len(positions))
     num_rows = size * (length - num_text)
     codes = torch.randint(num_codes, (num_rows, num_codebooks), generator=torch.Generator().manual_seed(0))
+    text_places, audio_places = places[: 3 * size], places[positions[size * num_text :] - 1]
     return Batch(
         text_ids=torch.full((size * num_text,), 5),
         codes=codes,
         positions=positions,
         places=places.view(size, length),
-        text_places=places[: 3 * size],
+        text_places=text_places,
         text_targets=torch.zeros(3 * size, dtype=torch.long),
-        audio_places=places[positions[size * num_text :] - 1],
+        audio_places=audio_places,
         audio_targets=codes,
+        **predicting_places(text_places, audio_places, size * num_text),
         audio_rows=torch.arange(len(codes)).view(size, -1),
         audio_at=torch.arange(len(codes)),
         num_samples=size,

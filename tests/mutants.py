@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from higgs_ds.data import dataset
+from higgs_ds.data import collate, dataset
 from higgs_ds.model.labels import IGNORE_INDEX
 from higgs_ds.model.v2 import prompt
 from higgs_ds.model.v2.stream import FramedStream
@@ -68,7 +68,8 @@ def audio_unshifted() -> None:
     def collate_unshifted(*args: Any, **kwargs: Any) -> Any:
         batch = shifted(*args, **kwargs)
         unshifted = batch.places.flatten()[batch.positions[batch.audio_places] + 1]
-        return replace(batch, audio_places=unshifted)
+        predicting = collate.predicting_places(batch.text_places, unshifted, len(batch.text_ids))
+        return replace(batch, audio_places=unshifted, **predicting)
 
     dataset.collate = collate_unshifted
 

@@ -45,6 +45,9 @@ class Batch:
     text_targets: torch.Tensor  # (L,)
     audio_places: torch.Tensor  # (K,): places whose outputs predict audio
     audio_targets: torch.Tensor  # (K, C), IGNORE_INDEX where a codebook has no target
+    predicting_text: torch.Tensor  # (U,): text places whose outputs predict anything
+    predicting_audio: torch.Tensor  # (V,): the same of audio, numbered from the first audio place
+    predictions: torch.Tensor  # (L + K,): index of each prediction's place among those two
     audio_rows: torch.Tensor  # (B, S): audio places of each sample, numbered from the first one; A for padding
     audio_at: torch.Tensor  # (A,): index of each of them in the flattened audio_rows
     num_samples: int
@@ -109,21 +112,34 @@ def collate(
     positions = torch.cat([is_text.nonzero()[:, 0], *audio_positions])
     places = torch.empty_like(positions)
     places[positions] = torch.arange(len(positions))
+    text_places, audio_places = places[torch.cat(text_sources)], places[torch.cat(audio_sources)]
     return Batch(
         text_ids=ids.flatten()[is_text],
         codes=torch.cat(codes),
         positions=positions,
         places=places.view_as(ids),
-        text_places=places[torch.cat(text_sources)],
+        text_places=text_places,
         text_targets=torch.cat(text_targets),
-        audio_places=places[torch.cat(audio_sources)],
+        audio_places=audio_places,
         audio_targets=torch.cat([codes[0], *audio_targets]),
+        **predicting_places(text_places, audio_places, int(is_text.sum())),
         audio_rows=audio_rows,
         audio_at=audio_at,
         num_samples=len(samples),
         num_tokens=sum(len(sample.prompt.input_ids) for sample in samples),
         **(_tower_inputs(samples, width, places, num_mel_bins) if num_mel_bins else {}),
     )
+
+
+def predicting_places(text_places: torch.Tensor, audio_places: torch.Tensor, num_text: int) -> dict[str, torch.Tensor]:
+    """Return `Batch.predicting_text`, `predicting_audio` and `predictions` of a batch with `num_text` text places."""
+    predicting, predictions = torch.cat([text_places, audio_places]).unique(return_inverse=True)
+    is_text = predicting < num_text
+    return {
+        "predicting_text": predicting[is_text],
+        "predicting_audio": predicting[~is_text] - num_text,
+        "predictions": predictions,
+    }
 
 
 def _audio_rows(counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

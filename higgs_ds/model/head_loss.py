@@ -17,16 +17,18 @@ class Chunks:
 
     logits: number of logits in memory at the same time.
     classes: number of rows of a text head's weight.
+    half: number of logits above which a part's rows are processed in at least two halves.
     """
 
     logits: int
     classes: int
+    half: int
 
 
 # Of rows that weights of fp16 are scaled to; their product with a head has to stay below 65,504.
 FP16_ROW_SUM = 2.0**12
-CPU_CHUNKS = Chunks(2**20, 2**11)  # 4 MiB each, at a width of 512, as caches hold little more
-GPU_CHUNKS = Chunks(2**23, 2**17)  # 32 MiB of logits: smaller products would take less time than their launch
+CPU_CHUNKS = Chunks(2**20, 2**11, 2**18)  # at most 4 MiB each, at a width of 512, as caches hold little more
+GPU_CHUNKS = Chunks(2**23, 2**17, 2**23)  # 32 MiB of logits: smaller products would take less time than their launch
 
 
 def head_loss(
@@ -76,8 +78,11 @@ class _HeadLoss(torch.autograd.Function):
         log_totals = torch.zeros(targets.shape, device=hidden.device)
         gradient = torch.zeros(hidden.shape, device=hidden.device)
         # Parts in turn, because a processor reorders a weight once for all rows that it is multiplied with.
-        rows_at_once = max(1, chunks.logits // min(num_classes, chunks.classes))
-        parts_at_once = max(1, chunks.logits // (num_classes * max(1, min(num_rows, rows_at_once))))
+        at_once = chunks.logits
+        if num_parts > 1:
+            at_once = min(at_once, max(chunks.half, (num_rows + 1) // 2 * num_classes))
+        rows_at_once = max(1, at_once // min(num_classes, chunks.classes))
+        parts_at_once = max(1, at_once // (num_classes * max(1, min(num_rows, rows_at_once))))
         for part in range(0, num_parts, parts_at_once):
             parts = slice(part, part + parts_at_once)
             part_head = head[part * num_classes : (part + parts_at_once) * num_classes]
@@ -95,6 +100,7 @@ class _HeadLoss(torch.autograd.Function):
                     gradient[rows] += chunk.gradient
                 if chunk.log_totals is not None:
                     log_totals[rows, parts] = chunk.log_totals
+                del chunk  # before the next one
         if hidden.dtype != torch.float16:  # which cannot hold it before it is multiplied by the loss scale
             gradient = gradient.to(hidden.dtype)
         ctx.dtype, ctx.chunks = hidden.dtype, chunks
@@ -209,8 +215,10 @@ def _full_softmax_loss(
         return _ChunkLoss(of_rows, sums, hits, None, log_totals)
     # The gradient of a cross entropy by its logits: the probabilities, minus 1 at the target.
     weights = (target_weights * is_target)[..., None]
-    logit_gradient = exps.mul_(weights / total).scatter_add_(2, at, -weights)
-    return _ChunkLoss(of_rows, sums, hits, _weighted_sums(logit_gradient.flatten(1), head), log_totals)
+    logit_gradient = exps.mul_(weights / total).scatter_add_(2, at, -weights).flatten(1)
+    scaled, scale = _in_dtype(logit_gradient, head.dtype)
+    del logits, exps, logit_gradient  # before the product, which may need a copy of the head
+    return _ChunkLoss(of_rows, sums, hits, _product(scaled, scale, head), log_totals)
 
 
 def _online_softmax_loss(
@@ -239,7 +247,7 @@ def _online_softmax_loss(
         local_targets = (targets - first).clamp(0, len(head_chunk) - 1)[:, None]
         in_chunk = (targets >= first) & (targets < first + len(head_chunk))
         at_target += logits.gather(1, local_targets) * in_chunk[:, None]
-        exps, rescale = (logits - new_highest).exp_(), (highest - new_highest).exp()
+        exps, rescale = logits.sub_(new_highest).exp_(), (highest - new_highest).exp()
         total = total * rescale + exps.sum(dim=1, keepdim=True)
         if needs_grad[0]:
             mean_row = mean_row * rescale + _weighted_sums(exps, head_chunk).float()
@@ -257,11 +265,19 @@ def _online_softmax_loss(
 
 
 def _weighted_sums(weights: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Return the product of float32 weights (n, S) and a head (S, H), computed in the head's dtype.
+    """Return the product of float32 weights (n, S) and a head (S, H), computed in the head's dtype."""
+    return _product(*_in_dtype(weights, head.dtype), head)
 
-    For fp16, the rows of weights are scaled into its range, and the product is in float32.
-    """
-    if head.dtype != torch.float16:
-        return weights.to(head.dtype) @ head
+
+def _in_dtype(weights: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return float32 weights (n, S) in a head's dtype; for fp16, each row scaled into its range, and the scales."""
+    if dtype != torch.float16:
+        return weights.to(dtype), None
     scale = FP16_ROW_SUM / weights.abs().sum(dim=1, keepdim=True).clamp(min=1e-30)
-    return ((weights * scale).to(head.dtype) @ head).float() / scale
+    return (weights * scale).to(dtype), scale
+
+
+def _product(weights: torch.Tensor, scale: torch.Tensor | None, head: torch.Tensor) -> torch.Tensor:
+    """Return the product of weights, as of `_in_dtype`, and a head (S, H); for fp16, in float32 and without scales."""
+    product = weights @ head
+    return product if scale is None else product.float() / scale

@@ -36,13 +36,13 @@ class AttentionForward(nn.Module):
     """transformers' attention, without a cache and with fused projections."""
 
     def forward(
-        self, x: torch.Tensor, rotations: tuple[torch.Tensor, torch.Tensor], recipe: Recipe | None = None
+        self, x: torch.Tensor, recipe: Recipe | None, rotations: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """Return the outputs (B, T, H) of the attention over x (B, T, H).
 
         Args:
-            rotations: cosines and sines (B or 1, T, D).
             recipe: how to compute `x` again.
+            rotations: cosines and sines (B or 1, T, D).
         """
         own: Any = self  # an attention of transformers, too
         projected = fused_linears([own.q_proj, own.k_proj, own.v_proj], x, recipe)

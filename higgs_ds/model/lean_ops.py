@@ -40,13 +40,19 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        (gradient, *_), normed = gradients, x * scale  # float32, as all products with it
+        gradient = gradients[0]
         weight_gradient = None
         if ctx.needs_input_grad[1]:
-            weight_gradient = (gradient * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        of_normed = gradient * weight.float()
-        mean = (of_normed * normed).mean(-1, keepdim=True)
-        return of_normed.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype), weight_gradient, None
+            weight_gradient = (gradient * (x * scale)).flatten(0, -2).sum(0).to(weight.dtype)
+        # With at most two tensors in float32 at the same time.
+        of_normed = _float_copy(gradient).mul_(weight)
+        mean = _float_copy(x).mul_(of_normed).mean(-1, keepdim=True)
+        of_normed.sub_(_float_copy(x).mul_(mean.mul_(scale.square())))
+        return of_normed.mul_(scale).to(x.dtype), weight_gradient, None
+
+
+def _float_copy(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.float32, copy=True)
 
 
 def scaled(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

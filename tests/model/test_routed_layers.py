@@ -17,6 +17,7 @@ from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneratio
 from higgs_ds.data.collate import Batch, EncodedSample, collate
 from higgs_ds.model import head_loss
 from higgs_ds.model.labels import IGNORE_INDEX
+from higgs_ds.model.lean_ops import RMSNorm
 from higgs_ds.model.loading import load_base
 from higgs_ds.model.lora import add_lora
 from higgs_ds.model.prompt import Prompt
@@ -109,6 +110,60 @@ def hidden_states(
     return expected, found
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", BATCHES)
+def test_last_layer_feeds_only_what_predicts(base: Path, kind: str, recompute: bool) -> None:
+    """The rest of the last layer's FFNs is left out; hidden states and gradients are those of the whole layer."""
+    batch = batch_of(*BATCHES[kind])
+    tensors = batch.tensors(CPU)
+    sources = torch.cat([batch.text_places, batch.audio_places])
+    assert sources.equal(
+        torch.cat([batch.predicting_text, batch.predicting_audio + len(batch.text_ids)])[batch.predictions]
+    )
+    assert len(sources) == len(batch.predictions) < len(batch.positions)
+    direction = torch.randn(len(sources), 1, generator=torch.Generator().manual_seed(4))
+    states, gradients, num_rows = [], [], list[int]()
+    for predicting in (None, (batch.predicting_text, batch.predicting_audio)):
+        model = DualLossModel(adapted(base, torch.float32, recompute, dropout=0.0))
+        layers = model.higgs.model.layers
+        for ffn in (layers[0].mlp, layers[0].audio_mlp, layers[-1].mlp, layers[-1].audio_mlp) if predicting else ():
+            ffn.register_forward_hook(lambda _, inputs, outputs, seen=num_rows: seen.append(len(outputs)))
+        hidden = model.decode(*(tensors[name] for name in DECODED), predicting)
+        states.append(hidden[sources if predicting is None else batch.predictions])
+        forward_rows = num_rows[:4]
+        (states[-1] * direction).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert forward_rows == [
+        len(batch.text_ids),
+        len(batch.codes),
+        len(batch.predicting_text),
+        len(batch.predicting_audio),
+    ]
+    torch.testing.assert_close(states[1], states[0], rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_norm(dtype: torch.dtype) -> None:
+    """Equal those of the formula in float64, for rows of very different sizes."""
+    draw = torch.Generator().manual_seed(0)
+    x = (torch.randn(5, 64, generator=draw) * torch.tensor([1e-4, 1e-2, 1, 1e2, 1e4])[:, None]).to(dtype)
+    weight, upstream = (torch.randn(size, generator=draw).to(dtype) for size in ((64,), (5, 64)))
+    found = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+    expected = [tensor.double().requires_grad_() for tensor in (x, weight)]
+    RMSNorm.apply(*found, 1e-6)[0].backward(upstream)
+    rows, scale = expected
+    normed = rows * (rows.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    (normed * scale).backward(upstream.double())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        largest = theirs.grad.abs().amax(-1, keepdim=True)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        assert ((ours.grad.double() - theirs.grad).abs() <= tolerance * largest).all()
+
+
 def test_a_norm_that_is_trained_gets_its_gradient(base: Path) -> None:
     model = DualLossModel(adapted(base, torch.float32, recompute=False))
     norms = {name: p for name, p in model.higgs.named_parameters() if "norm" in name}
@@ -146,7 +201,7 @@ def test_head_loss(num_parts: int, at_once: int, classes_at_once: int) -> None:
 
     The losses of the rows weigh differently in the gradients, as those of several samples do in DPO.
     """
-    chunks = head_loss.Chunks(at_once, classes_at_once)
+    chunks = head_loss.Chunks(at_once, classes_at_once, at_once // 8)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(11, 16, generator=draw, requires_grad=True)
     head = (2 * torch.randn(num_parts * 40, 16, generator=draw)).requires_grad_()

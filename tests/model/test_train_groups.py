@@ -46,7 +46,7 @@ def test_gradients_of_every_weight(
 ) -> None:
     """Also with heads in chunks of a few rows and classes."""
     if chunks:
-        monkeypatch.setattr(head_loss, "CPU_CHUNKS", head_loss.Chunks(1000, 100))
+        monkeypatch.setattr(head_loss, "CPU_CHUNKS", head_loss.Chunks(1000, 100, 1000))
     batch = batch_of(*BATCHES[kind])
     native = load_base(base, torch.float32).requires_grad_().train()
     expected = plain_loss(native, batch)

@@ -80,7 +80,11 @@ def test_loss_and_gradients(v3_base: Path, fill: bool, recompute: bool) -> None:
     batch, dual = batch_of(stream), AudioLossModel(model).train()
     counts = batch.target_counts()
     weights = target_weights(counts, WEIGHTS)
+    num_rows = list[int]()
+    for layer in (model.body.layers[0], model.body.layers[-1]):
+        layer.mlp.register_forward_hook(lambda _, inputs, outputs: num_rows.append(len(outputs)))
     losses, sums, hits = dual(**batch.tensors(CPU), target_weights=weights)
+    assert num_rows == [len(batch.positions), len(batch.audio_places)]  # the last one feeds only what predicts
     loss = losses.sum()
     loss.backward()
 

@@ -323,7 +323,7 @@ def test_gradients_of_a_loss_neither_vanish_nor_overflow(parts: int, weight: flo
     gradients = {}
     for dtype in (torch.float32, torch.float16):
         x, w = (tensor.detach().to(dtype, copy=True).requires_grad_() for tensor in (hidden, head))
-        losses, *_ = head_loss(x, w, targets, torch.full((parts,), weight), Chunks(2**16, 2**10))
+        losses, *_ = head_loss(x, w, targets, torch.full((parts,), weight), Chunks(2**16, 2**10, 2**16))
         (losses.sum() * (2**10 / weight)).backward()
         gradients[dtype] = x.grad.float(), w.grad.float()
     for found, expected in zip(gradients[torch.float16], gradients[torch.float32], strict=True):

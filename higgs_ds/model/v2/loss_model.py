@@ -13,7 +13,7 @@ from higgs_ds.model.lean_layers import LossHead
 from higgs_ds.model.loss_model import LossModel
 from higgs_ds.model.offload import save_on_host
 from higgs_ds.model.parts import parts_of
-from higgs_ds.model.v2.routed_layers import GENERATION_CLASSES, TRAINING_CLASSES, Routing
+from higgs_ds.model.v2.routed_layers import GENERATION_CLASSES, TRAINING_CLASSES, Predicting, Routing
 
 
 def describe_model(config: HiggsAudioV2Config) -> str:
@@ -52,6 +52,9 @@ class DualLossModel(LossModel):
         text_targets: torch.Tensor,
         audio_places: torch.Tensor,
         audio_targets: torch.Tensor,
+        predicting_text: torch.Tensor,
+        predicting_audio: torch.Tensor,
+        predictions: torch.Tensor,
         target_weights: torch.Tensor,
         audio_rows: torch.Tensor,
         audio_at: torch.Tensor,
@@ -62,8 +65,12 @@ class DualLossModel(LossModel):
         Args:
             heard: for a model with a Whisper tower, the batch's mel features and where their outputs are inserted.
         """
-        hidden = self.decode(text_ids, codes, positions, places, audio_rows, audio_at, **heard)
-        selected = self.higgs.model.norm(hidden[torch.cat([text_places, audio_places])])
+        predicting = predicting_text, predicting_audio
+        selected = self.higgs.model.norm(
+            self.decode(text_ids, codes, positions, places, audio_rows, audio_at, predicting, **heard).index_select(
+                0, predictions
+            )
+        )
         text, audio = selected.split([len(text_places), len(audio_places)])
         text_losses, text_sum, text_hits = self.higgs.text_lm_head(text, text_targets[:, None], target_weights[:1])
         audio_losses, audio_sums, audio_hits = self.higgs.audio_lm_head(audio, audio_targets, target_weights[1:])
@@ -92,11 +99,13 @@ class DualLossModel(LossModel):
         places: torch.Tensor,
         audio_rows: torch.Tensor,
         audio_at: torch.Tensor,
+        predicting: Predicting | None = None,
         **heard: torch.Tensor,
     ) -> torch.Tensor:
         """Return the hidden states (M + A, hidden) of all places, after the last layer and before the final norm.
 
-        They are in the model's dtype, but in float32 for a model in fp16.
+        With `predicting`, they are those of some places (`RoutedLayer`). They are in the model's dtype, but in float32
+        for a model in fp16.
         """
         model = self.higgs.model
         text = model.embed_tokens(text_ids)
@@ -113,5 +122,5 @@ class DualLossModel(LossModel):
         for layer in model.layers:
             offloaded = self.offload_checkpoints and layer.gradient_checkpointing
             with save_on_host() if offloaded else contextlib.nullcontext():
-                hidden = layer(hidden, routing, position_embeddings)
+                hidden = layer(hidden, routing, position_embeddings, predicting if layer is model.layers[-1] else None)
         return hidden

@@ -24,6 +24,8 @@ from higgs_ds.model.lean_layers import AttentionForward, FFNForward, LossHead, N
 from higgs_ds.model.lean_ops import Permute, scaled
 from higgs_ds.model.v2.part_modules import AudioAttentionLayer
 
+Predicting = tuple[torch.Tensor, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -45,6 +47,10 @@ class Routing:
     audio_rows: torch.Tensor
     audio_at: torch.Tensor
     audio_rotations: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the text and the audio of places (N, H)."""
+        return x.split([self.num_text, len(x) - self.num_text])
 
     def to_sequences(self, x: torch.Tensor) -> torch.Tensor:
         """Reorder places (N, H) to positions (B, T, H)."""
@@ -84,35 +90,50 @@ class LeanMLP(FFNForward, HiggsAudioV2MLP):
 
 
 class RoutedLayer(HiggsAudioV2DecoderLayer):
-    """A decoder layer for places (N, H)."""
+    """A decoder layer for places (N, H).
+
+    With `predicting`, the numbers of some text places and of some audio places, each counted from the first one, the
+    layer returns only their outputs (U + V, H), and applies its FFNs only to them.
+    """
 
     def forward(
-        self, hidden: torch.Tensor, routing: Routing, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+        self,
+        hidden: torch.Tensor,
+        routing: Routing,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        predicting: Predicting | None = None,
     ) -> torch.Tensor:
-        text, audio = hidden[: routing.num_text], hidden[routing.num_text :]
-        normed, recipe = _normed_sequences(routing, text, audio, self.input_layernorm, self.audio_input_layernorm)
-        return self.attend_and_feed(hidden, normed, recipe, routing, position_embeddings)
+        return self.attend_and_feed(hidden, self.audio_input_layernorm, routing, position_embeddings, predicting)
 
     def attend_and_feed(
         self,
         hidden: torch.Tensor,
-        normed: torch.Tensor,
-        recipe: Recipe,
+        audio_norm: LeanNorm,
         routing: Routing,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        predicting: Predicting | None,
     ) -> torch.Tensor:
-        """Apply what follows the first norms: the attention over all positions, and the two FFNs."""
-        hidden = hidden + routing.to_places(self.self_attn(normed, position_embeddings, recipe))
-        text, audio = hidden[: routing.num_text], hidden[routing.num_text :]
+        """Apply the attention over all positions, after the norm of the text and one of the audio; then the two FFNs.
+
+        What is not kept for the backward pass is freed at once, as no variable holds it.
+        """
+        attended = self.self_attn(
+            *_normed_sequences(routing, hidden, self.input_layernorm, audio_norm), position_embeddings
+        )
+        text, audio = routing.split(hidden + routing.to_places(attended))
+        del attended
+        if predicting is not None:
+            text, audio = text.index_select(0, predicting[0]), audio.index_select(0, predicting[1])
         text = text + self.mlp(*self.post_attention_layernorm(text, with_recipe=True))
         audio = audio + self.audio_mlp(*self.audio_post_attention_layernorm(audio, with_recipe=True))
         return torch.cat([text, audio])
 
 
 def _normed_sequences(
-    routing: Routing, text: torch.Tensor, audio: torch.Tensor, text_norm: LeanNorm, audio_norm: LeanNorm
+    routing: Routing, hidden: torch.Tensor, text_norm: LeanNorm, audio_norm: LeanNorm
 ) -> tuple[torch.Tensor, Recipe]:
-    """Return the normed positions (B, T, H), and how to compute them again."""
+    """Return the normed positions (B, T, H) of places (N, H), and how to compute them again."""
+    text, audio = routing.split(hidden)
     normed_text, text_recipe = text_norm(text, with_recipe=True)
     normed_audio, audio_recipe = audio_norm(audio, with_recipe=True)
     recipe = Recipe(partial(_compute_sequences, routing), (*text_recipe.inputs, *audio_recipe.inputs))
@@ -128,16 +149,20 @@ class RoutedAudioAttentionLayer(AudioAttentionLayer, RoutedLayer):
     """A decoder layer for places (N, H) whose audio positions attend to each other first."""
 
     def forward(  # type: ignore[override]
-        self, hidden: torch.Tensor, routing: Routing, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+        self,
+        hidden: torch.Tensor,
+        routing: Routing,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        predicting: Predicting | None = None,
     ) -> torch.Tensor:
         assert routing.audio_rotations is not None
-        text, audio = hidden[: routing.num_text], hidden[routing.num_text :]
+        text, audio = routing.split(hidden)
         rows = routing.to_audio_rows(self.audio_input_layernorm(audio))
-        audio = audio + routing.to_audio_places(self.audio_attn(rows, routing.audio_rotations))
-        normed, recipe = _normed_sequences(
-            routing, text, audio, self.input_layernorm, self.audio_post_audio_attn_layer_norm
+        audio = audio + routing.to_audio_places(self.audio_attn(rows, None, routing.audio_rotations))
+        hidden = torch.cat([text, audio])
+        return self.attend_and_feed(
+            hidden, self.audio_post_audio_attn_layer_norm, routing, position_embeddings, predicting
         )
-        return self.attend_and_feed(torch.cat([text, audio]), normed, recipe, routing, position_embeddings)
 
 
 # Classes of the decoder's modules in training. They are subclasses: a loaded module is converted by changing its class,

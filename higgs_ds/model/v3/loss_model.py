@@ -45,13 +45,25 @@ class LeanMLP(FFNForward, Qwen3MLP):
 
 
 class LeanLayer(Qwen3DecoderLayer):
-    """A decoder layer for sequences (B, T, H)."""
+    """A decoder layer for sequences (B, T, H).
 
-    def forward(self, hidden: torch.Tensor, rotations: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        normed, recipe = self.input_layernorm(hidden, with_recipe=True)
-        hidden = hidden + self.self_attn(normed, rotations, recipe)
-        rows = hidden.flatten(0, 1)
-        return (rows + self.mlp(*self.post_attention_layernorm(rows, with_recipe=True))).view_as(hidden)
+    With `predicting` (K,), some positions numbered through the batch, the layer returns only their outputs (K, H), and
+    applies its FFN only to them.
+    """
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        rotations: tuple[torch.Tensor, torch.Tensor],
+        predicting: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        attended = self.self_attn(*self.input_layernorm(hidden, with_recipe=True), rotations)
+        rows = (hidden + attended).flatten(0, 1)
+        del attended  # what is not kept for the backward pass is freed before the FFN
+        if predicting is not None:
+            rows = rows.index_select(0, predicting)
+        outputs = rows + self.mlp(*self.post_attention_layernorm(rows, with_recipe=True))
+        return outputs.view_as(hidden) if predicting is None else outputs
 
 
 TRAINING_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
@@ -89,8 +101,8 @@ class AudioLossModel(LossModel):
         **_: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compute the loss, as `LossModel.forward`. Its sum of the text is 0."""
-        hidden = self.decode(text_ids, codes, positions, places)
-        selected = self.higgs.model.norm(hidden.flatten(0, 1)[positions[audio_places]])
+        hidden = self.decode(text_ids, codes, positions, places, positions[audio_places])
+        selected = self.higgs.model.norm(hidden)
         loss_of = partial(head_loss, targets=audio_targets, target_weights=target_weights[1:], chunks=self.chunks)
         losses, sums, hits = self.higgs.audio_lm_head(selected, loss_of)
         ends = audio_targets == self.higgs.config.audio_stream_eos_id
@@ -99,11 +111,17 @@ class AudioLossModel(LossModel):
         return losses, torch.cat([nothing, sums]), counted.float()
 
     def decode(
-        self, text_ids: torch.Tensor, codes: torch.Tensor, positions: torch.Tensor, places: torch.Tensor
+        self,
+        text_ids: torch.Tensor,
+        codes: torch.Tensor,
+        positions: torch.Tensor,
+        places: torch.Tensor,
+        predicting: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the hidden states (B, T, H), after the last layer and before the final norm.
 
-        They are in the model's dtype, but in float32 for a model in fp16.
+        With `predicting`, they are those of some positions (`LeanLayer`). They are in the model's dtype, but in float32
+        for a model in fp16.
         """
         higgs: Any = self.higgs
         packed = torch.cat([higgs.text_embedding(text_ids), higgs.audio_table(codes)])
@@ -115,5 +133,5 @@ class AudioLossModel(LossModel):
         for layer in higgs.model.layers:
             offloaded = self.offload_checkpoints and layer.gradient_checkpointing
             with save_on_host() if offloaded else contextlib.nullcontext():
-                hidden = layer(hidden, rotations)
+                hidden = layer(hidden, rotations, predicting if layer is higgs.model.layers[-1] else None)
         return hidden
