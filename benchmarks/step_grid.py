@@ -163,20 +163,24 @@ def operations(values: dict[str, Any], length: int, batch: int) -> float:
     """Return the floating-point operations that one step needs; a multiplication and an addition count as two.
 
     Frozen weights: the output and the gradient of the input. Adapter weights: also their own gradient. Attention: the
-    lower triangle, with twice as much backward as forward. Heads: only positions with targets.
+    lower triangle, with twice as much backward as forward. Heads: only positions with targets; the last layer's FFNs:
+    only positions that predict.
     """
     hidden, ffn, layers = values["hidden_size"], values["intermediate_size"], values["num_hidden_layers"]
     heads, kv, dim = values["num_attention_heads"], values["num_key_value_heads"], values["head_dim"]
     shapes = [(hidden, heads * dim), (hidden, kv * dim), (hidden, kv * dim), (heads * dim, hidden)]
-    shapes += [(hidden, ffn), (hidden, ffn), (ffn, hidden)]  # the one FFN that a position passes through
-    frozen = sum(a * b for a, b in shapes)
-    lora = sum(sides.LORA_R * (a + b) for a, b in shapes)
+    of_ffn = [(hidden, ffn), (hidden, ffn), (ffn, hidden)]  # the one FFN that a position passes through
+
+    def of_linears(shapes: list[tuple[int, int]]) -> float:
+        return sum(2 * 2 * a * b + 3 * 2 * sides.LORA_R * (a + b) for a, b in shapes)
+
     attention = length / 2 * 2 * heads * dim  # per position: half of the keys, for scores and values
-    decoder = layers * (2 * 2 * frozen + 3 * 2 * lora + 3 * 2 * attention)
+    decoder = layers * (of_linears(shapes + of_ffn) + 3 * 2 * attention)
+    not_predicting = (NUM_TEXT + 1) * of_linears(of_ffn)  # all but two of the text, and no audio
     codes = random_base.NUM_CODEBOOKS * random_base.CODEBOOK_SIZE
     targets = 3 * values["vocab_size"] + (length - NUM_TEXT - 4) * codes  # the first row of codes has no targets
     first_inputs = sum(hidden * (out + sides.LORA_R) for _, out in shapes[:3])  # layer 0's input needs no gradient
-    return batch * (length * (decoder - 2 * first_inputs) + 2 * 2 * hidden * targets)
+    return batch * (length * (decoder - 2 * first_inputs) - not_predicting + 2 * 2 * hidden * targets)
 
 
 if __name__ == "__main__":
