@@ -66,10 +66,8 @@ def test_operations_against_torchs_count(monkeypatch: pytest.MonkeyPatch) -> Non
         model(**batch, target_weights=torch.ones(9))[0].sum().backward()
     matmuls = sum(count for op, count in counted.counts.items() if "attention" not in op)
     attention = layers * batch_size * length * 3 * 2 * (length / 2 * 2 * heads * dim)
-    of_attention, of_ffn = (
-        3 * values["hidden_size"] + heads * dim,
-        2 * values["hidden_size"] + values["intermediate_size"],
-    )
+    of_attention = 3 * values["hidden_size"] + heads * dim
+    of_ffn = 2 * values["hidden_size"] + values["intermediate_size"]
     predicting = len(batch["predicting_text"]) + len(batch["predicting_audio"])
     fed = (layers - 1) * batch_size * length + predicting  # positions that pass through the FFNs
     again = 2 * sides.LORA_R * (layers * batch_size * length * of_attention + fed * of_ffn)
